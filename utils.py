@@ -1,0 +1,250 @@
+"""What every script shares: flags, errors, device, seed, precision, checkpoint files, logs and progress bars."""
+
+import argparse
+import contextlib
+import json
+import logging
+import math
+import os
+import pickle
+import random
+import re
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message is one line: the file or flag, the value, the remedy."""
+
+
+def cli(main):
+    """Run a script's `main`: an `InputError` becomes one line on stderr and exit status 2, without a traceback."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(_one_line_exit(Path(sys.argv[0]).name, error))
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _one_line_exit(program, message):
+    # An error from a loading process arrives with that process's traceback around it: its last line is the error.
+    line = str(message).strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.InputError: ")
+    print(f"{program}: error: {line}", file=sys.stderr)
+    return 2
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse whose errors are one line, and which takes `--batch-size` where the flag is called `--batch_size`."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._underscored(str(arg)) for arg in args], namespace)
+
+    @staticmethod
+    def _underscored(arg):
+        flag, equals, value = arg.partition("=")
+        return flag[:2] + flag[2:].replace("-", "_") + equals + value if re.match(r"--\w", arg) else arg
+
+    def error(self, message):
+        sys.exit(_one_line_exit(self.prog, f"{message} (--help lists the flags)"))
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: a finite int or float of at least `low` (strictly more, with `above`) and at most `high`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and (value > low if above else value >= low) and value <= high):
+            bounds = f"{'above' if above else 'of at least'} {low}" + (
+                f" and at most {high}" if high < math.inf else ""
+            )
+            noun = {int: "a whole number", float: "a number"}[kind]
+            raise argparse.ArgumentTypeError(f"{text!r} is not {noun} {bounds}")
+        return value
+
+    return parse
+
+
+def select_device(gpu):
+    """`--gpu` ("0", "1", ... or "cpu") -> torch.device. Without CUDA: the CPU, with a warning."""
+    if gpu != "cpu" and not gpu.isdigit():
+        raise InputError(f"--gpu {gpu}: give the number of a GPU, or cpu")
+    if gpu == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        warnings.warn(f"--gpu {gpu}: PyTorch sees no CUDA device here; running on the CPU", stacklevel=2)
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if int(gpu) >= count:
+        has = "one GPU: use --gpu 0" if count == 1 else f"{count} GPUs: use --gpu 0 to {count - 1}"
+        raise InputError(f"--gpu {gpu}: this machine has {has}")
+    return torch.device("cuda", int(gpu))
+
+
+def seed_everything(*seed):
+    """Seed Python, NumPy and PyTorch (all devices) from a tuple of integers, such as (seed, epoch)."""
+    state = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    random.seed(state)
+    np.random.seed(state)
+    torch.manual_seed(state)
+
+
+def autocast(device, amp):
+    """Mixed precision: a context that runs matrix products in bfloat16 (`amp="bf16"`) or changes nothing ("off")."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16")
+
+
+def progress(iterable=None, **kwargs):
+    """A tqdm bar; quiet where nobody watches (stderr is not a terminal)."""
+    return tqdm(iterable, dynamic_ncols=True, disable=None, **kwargs)
+
+
+# ---------------------------------------------------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Give a temporary path beside `path`; move it there when the block ends, remove it if the block fails."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise InputError(f"{path}: cannot write there ({error.strerror}); choose another folder") from error
+    os.close(handle)
+    os.chmod(name, 0o666 & ~_umask())
+    try:
+        yield Path(name)
+        os.replace(name, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def save_json(value, path):
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def save_checkpoint(checkpoint, path):
+    """Write a checkpoint (dict of tensors, numbers, strings) so that `path` is always whole: the old one or the new."""
+    with atomic(path) as temporary:
+        torch.save(checkpoint, temporary)
+
+
+# Published checkpoints hold their metrics as NumPy scalars and arrays, pickled by NumPy 1: exactly these names load.
+_NUMPY_PICKLES = [
+    np.ndarray,
+    np.dtype,
+    *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"},
+    *[
+        (getattr(np._core.multiarray, name), f"numpy.{package}.multiarray.{name}")
+        for name in ("scalar", "_reconstruct")
+        for package in ("core", "_core")
+    ],
+]
+
+
+def load_checkpoint(path):
+    """Read a checkpoint to the CPU. Nothing in the file is executed: only tensors and plain values load.
+
+    Raises InputError when the file is missing, cut off, no checkpoint, or holds anything else.
+    """
+    checkpoint = load_weights(path)
+    if "net" not in checkpoint:
+        raise InputError(f"{path}: a file without 'net' is no checkpoint of this family; name one with --resume")
+    return checkpoint
+
+
+def load_weights(path):
+    """Read a dict of tensors and plain values, such as a state dict, as `load_checkpoint` does."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; name an existing one")
+    try:
+        with torch.serialization.safe_globals(_NUMPY_PICKLES):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise InputError(
+            f"{path}: cannot be loaded safely ({str(error).splitlines()[0][:120]}); "
+            "it may be cut off, or hold code; make it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}, not a dict of weights; name a saved state dict")
+    return content
+
+
+def find_checkpoint(resume, model_path):
+    """`--resume` is a path, or the name of a file under `--model_path`; a path that exists wins."""
+    under = Path(model_path) / resume
+    return under if under.is_file() and not Path(resume).is_file() else Path(resume)
+
+
+class RunLog:
+    """The record of a run: a text log (echoed to the console), one JSON line an epoch, and TensorBoard scalars.
+
+    Files: `{folder}/{name}.txt`, `{folder}/{name}.jsonl`, `{folder}/{name}/events.*`. A run that is resumed after
+    `resumed_epoch` drops the JSON lines past it, so that each epoch stands there once; a new run starts new files.
+    """
+
+    def __init__(self, folder, name, resumed_epoch=None):
+        self.json_path = Path(folder) / f"{name}.jsonl"
+        mode = "w" if resumed_epoch is None else "a"
+        kept = (
+            [] if resumed_epoch is None else [e for e in read_json_lines(self.json_path) if e["epoch"] <= resumed_epoch]
+        )
+        with atomic(self.json_path) as temporary:
+            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        self.logger = logging.Logger(name)
+        self.logger.addHandler(_TqdmHandler())
+        self.logger.addHandler(logging.FileHandler(Path(folder) / f"{name}.txt", mode=mode))
+        self.board = SummaryWriter(Path(folder) / name, purge_step=None if resumed_epoch is None else resumed_epoch + 1)
+
+    def text(self, line):
+        self.logger.info(line)
+
+    def epoch(self, entry):
+        """Append one epoch's values, a flat dict with "epoch" in it, to the JSON lines and the TensorBoard scalars."""
+        with self.json_path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        for key, value in entry.items():
+            if isinstance(value, int | float) and key != "epoch":
+                self.board.add_scalar(key, value, entry["epoch"])
+        self.board.flush()
+
+    def close(self):
+        self.board.close()
+        for handler in self.logger.handlers:
+            handler.close()
+
+
+class _TqdmHandler(logging.Handler):
+    """Prints above a running progress bar instead of through it."""
+
+    def emit(self, record):
+        tqdm.write(self.format(record))
+
+
+def read_json_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
