@@ -1,0 +1,236 @@
+"""The losses: batch-hard, weighted and squared triplets, aligned local parts, and the recipe of each `--method`.
+
+d+ and d- are an anchor's distances to its positives (itself included, as published) and its negatives.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+EXPONENT_LIMIT = 44.0  # published: the squared triplet's exponent is clamped here
+
+
+def pairwise_distance(x):
+    """Euclidean distances [N, N] of features [N, C], in float32; squared distances below 1e-12 count as 1e-12.
+
+    Differences are formed before they are squared: unlike |x|^2 + |y|^2 - 2xy this keeps its digits for near
+    features, and is not touched by TF32.
+    """
+    x = x.float()
+    return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").clamp_min(1e-6)
+
+
+def same_identity(labels):
+    """Boolean [N, N]: True where two samples show one person (the diagonal included)."""
+    return labels[:, None] == labels[None, :]
+
+
+def weighted_mean(distance, scores, mask, weighting):
+    """Mean of each row of `distance` [N, N] under softmax(`scores`) over the entries of `mask` -> [N].
+
+    weighting="exact": the true masked softmax.
+    weighting="published": the published form. Its shift m is the row maximum of scores TIMES mask, and 1e-6 is added
+    to the sum. For negatives (scores = -d) the masked zeros win, nothing is shifted, and past a distance of about 14
+    the 1e-6 outweighs the sum: the mean falls to 0 however far the negatives are. Kept to reproduce the collapse.
+    """
+    if weighting == "exact":
+        weights = scores.masked_fill(~mask, -math.inf).softmax(dim=1)
+    else:
+        # The published maximum carries gradient, which reaches the weights through the 1e-6 only.
+        shift = (scores * mask).amax(dim=1, keepdim=True)
+        exponent = (scores - shift).exp() * mask
+        weights = exponent / (exponent.sum(dim=1, keepdim=True) + 1e-6)
+    return (weights * distance).sum(dim=1)
+
+
+def _weighted_triplet(features, labels, alpha, weighting):
+    """d+, d- [N] of the weighted triplets: softmax(alpha d) over positives, softmax(-alpha d) over negatives."""
+    distance = pairwise_distance(features)
+    same = same_identity(labels)
+    positive = weighted_mean(distance, alpha * distance, same, weighting)
+    negative = weighted_mean(distance, -alpha * distance, ~same, weighting)
+    return positive, negative
+
+
+def _check_weighting(weighting):
+    if weighting not in ("exact", "published"):
+        raise ValueError(f"weighting {weighting!r} is neither 'exact' nor 'published'")
+
+
+class HardTripletLoss(nn.Module):
+    """Batch-hard triplet loss (Hermans et al., "In Defense of the Triplet Loss for Person Re-Identification", 2017).
+
+    forward(features [N, C], labels [N]) -> (loss, correct): mean over anchors of max(0, margin + d+ - d-) with the
+    farthest positive and the nearest negative; correct: how many anchors have d- >= d+ (a tensor: no device sync).
+    """
+
+    def __init__(self, margin=0.3):
+        super().__init__()
+        self.margin = margin
+
+    def forward(self, features, labels):
+        distance = pairwise_distance(features)
+        same = same_identity(labels)
+        positive = distance.masked_fill(~same, -math.inf).amax(dim=1)
+        negative = distance.masked_fill(same, math.inf).amin(dim=1)
+        return F.relu(self.margin + positive - negative).mean(), (negative >= positive).sum()
+
+
+class WeightedTripletLoss(nn.Module):
+    """Weighted regularised triplet loss (Ye et al., "Deep Learning for Person Re-identification", TPAMI 2021, AGW).
+
+    forward(features [N, C], labels [N]) -> (loss, correct): mean over anchors of softplus(d+ - d-), where d+ and d-
+    are softmax-weighted means (see `weighted_mean`).
+    """
+
+    def __init__(self, weighting="exact"):
+        super().__init__()
+        _check_weighting(weighting)
+        self.weighting = weighting
+
+    def forward(self, features, labels):
+        positive, negative = _weighted_triplet(features, labels, 1.0, self.weighting)
+        return F.softplus(positive - negative).mean(), (negative >= positive).sum()
+
+
+class SquaredTripletLoss(nn.Module):
+    """Squared-difference triplet loss (Ye et al., "Channel Augmented Joint Learning", ICCV 2021, section 3.3).
+
+    forward(features [N, C], labels [N]) -> (loss, correct). With delta = d+ - d- (weights from alpha d):
+    square=0: mean of log(1 + exp(gamma delta)); square=1: mean of log(1 + exp(s gamma delta^2)), s the sign of delta.
+    The published exponent is clamped at 44, beyond which an anchor gets no gradient; weighting="exact" goes on from
+    there along the tangent, so that the gradient of a wrong anchor neither vanishes nor grows without bound.
+    """
+
+    def __init__(self, alpha=1.0, gamma=1.0, square=1, weighting="exact"):
+        super().__init__()
+        _check_weighting(weighting)
+        self.alpha, self.gamma, self.square, self.weighting = alpha, gamma, square, weighting
+
+    def forward(self, features, labels):
+        positive, negative = _weighted_triplet(features, labels, self.alpha, self.weighting)
+        delta = positive - negative
+        exponent = self.gamma * delta
+        if self.square:
+            exponent = self._signed_square(delta)
+        return F.softplus(exponent).mean(), (negative >= positive).sum()
+
+    def _signed_square(self, delta):
+        # delta of exactly 0 counts as right (published: s = +1 only where d+ > d-).
+        sign = torch.where(delta > 0, 1.0, -1.0)
+        if self.weighting == "published":
+            return sign * (self.gamma * delta**2).clamp_max(EXPONENT_LIMIT)
+        knee = math.sqrt(EXPONENT_LIMIT / self.gamma)
+        size = delta.abs()
+        inside = size.clamp_max(knee)
+        return sign * self.gamma * (inside**2 + 2 * knee * (size - inside))
+
+
+def aligned_distance(x, y):
+    """Aligned distance of stripes (Zhang et al., "AlignedReID", 2017; the published GFMNet's greedy form).
+
+    x, y [N, P, C] -> [N]. D = tanh(d / 2) of the Euclidean stripe distances [P, P] of each pair; a walk from (0, 0) to
+    (P-1, P-1): at (j, k), the smallest entry in the rest of row j (to the right) and the smallest in the rest of
+    column k (below); jump to the smaller of the two, to the one in the row on a tie. The result is
+    (D[0, 0] + all entries jumped to) / number of jumps. Gradient flows through the entries visited.
+    All walks advance together, in at most 2 (P - 1) steps of tensor operations without a device sync.
+    With a single stripe (P = 1) there is nothing to walk: the result is D[0, 0].
+    """
+    if x.shape != y.shape or x.ndim != 3:
+        raise ValueError(
+            f"aligned_distance needs two [N, P, C] of one shape, not {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    n, p, _ = x.shape
+    squared = (x.float()[:, :, None] - y.float()[:, None]).square().sum(dim=3)
+    local = (squared.clamp_min(1e-12).sqrt() / 2).tanh()
+    visits, jumps = _greedy_walk(local.detach())
+    return (local * visits).sum(dim=(1, 2)) / jumps
+
+
+def _greedy_walk(local):
+    """The walk of `aligned_distance` on D [N, P, P] -> (visited [N, P, P] as 0/1, jumps [N], at least 1)."""
+    n, p, _ = local.shape
+    index = torch.arange(p, device=local.device)
+    rows = torch.arange(n, device=local.device)
+    j = torch.zeros(n, dtype=torch.long, device=local.device)
+    k = torch.zeros_like(j)
+    visits = torch.zeros_like(local)
+    visits[:, 0, 0] = 1
+    for _ in range(2 * (p - 1)):
+        right = local[rows, j].masked_fill(index <= k[:, None], math.inf)  # [N, P]
+        below = local[rows, :, k].masked_fill(index <= j[:, None], math.inf)
+        right_min, right_at = right.min(dim=1)
+        below_min, below_at = below.min(dim=1)
+        in_row = right_min <= below_min
+        done = (j == p - 1) & (k == p - 1)  # both minima are infinite there: stay
+        k, j = torch.where(in_row & ~done, right_at, k), torch.where(in_row | done, j, below_at)
+        visits[rows, j, k] = 1
+    return visits, (visits.sum(dim=(1, 2)) - 1).clamp_min(1)
+
+
+class AlignedLocalLoss(nn.Module):
+    """Triplet loss on the aligned distance of local stripes, with hard samples mined by the global features.
+
+    forward(features [N, C], labels [N], local [N, C', P]) -> loss: mean over anchors of max(0, margin + d+ - d-).
+    d+ and d- are the aligned distances to the hardest positive and the hardest negative by Euclidean distance of
+    `features` (the anchor is one of its positives).
+    """
+
+    def __init__(self, margin=0.3):
+        super().__init__()
+        self.margin = margin
+
+    def forward(self, features, labels, local):
+        with torch.no_grad():
+            distance = pairwise_distance(features)
+            same = same_identity(labels)
+            positive = distance.masked_fill(~same, -math.inf).argmax(dim=1)
+            negative = distance.masked_fill(same, math.inf).argmin(dim=1)
+        stripes = local.transpose(1, 2)
+        n = len(stripes)
+        # One call for both: half the steps of the walk.
+        both = aligned_distance(stripes.repeat(2, 1, 1), stripes[torch.cat([positive, negative])])
+        return F.relu(self.margin + both[:n] - both[n:]).mean()
+
+
+class Losses(NamedTuple):
+    """A batch's losses, each a scalar tensor; `correct` is the share of anchors whose triplet is in order."""
+
+    total: torch.Tensor
+    identity: torch.Tensor
+    triplet: torch.Tensor
+    local: torch.Tensor
+    correct: torch.Tensor
+
+
+class MethodLoss(nn.Module):
+    """The loss of a `--method`: base, agw, caj or adp (GFMNet). forward(output of GFMNet, labels [N]) -> Losses.
+
+    Cross-entropy of the logits + a triplet loss of the pooled features, + 0.5 x the aligned local loss for adp.
+    Everything is computed in float32, whatever precision the network ran in.
+    """
+
+    LOCAL_WEIGHT = 0.5
+
+    def __init__(self, method="adp", margin=0.3, alpha=1.0, gamma=1.0, square=1, weighting="exact"):
+        super().__init__()
+        self.triplet = {
+            "base": lambda: HardTripletLoss(margin),
+            "agw": lambda: WeightedTripletLoss(weighting),
+            "caj": lambda: SquaredTripletLoss(alpha, gamma, square, weighting),
+            "adp": lambda: SquaredTripletLoss(alpha, gamma, square, weighting),
+        }[method]()
+        self.local = AlignedLocalLoss(margin) if method == "adp" else None
+
+    def forward(self, output, labels):
+        with torch.autocast(output.pooled.device.type, enabled=False):
+            identity = F.cross_entropy(output.logits.float(), labels)
+            triplet, correct = self.triplet(output.pooled, labels)
+            local = torch.zeros_like(triplet)
+            if self.local is not None:
+                local = self.local(output.pooled, labels, output.local)
+            total = identity + triplet + self.LOCAL_WEIGHT * local
+            return Losses(total, identity, triplet, local, correct / len(labels))

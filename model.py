@@ -1,0 +1,343 @@
+"""GFMNet: a two-stream ResNet with joint attention (AFAM), non-local blocks, GeM pooling and a local branch.
+
+Liu et al., "Global-to-Local Feature Mining Network for RGB-Infrared Person Re-Identification", MMM 2024, on the
+network of AGW (Ye et al., TPAMI 2021). B, H, W: images, height, width; C: 512 (ResNet-18, 34) or 2048 (50, 101).
+"""
+
+import copy
+import re
+import urllib.error
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+
+from utils import InputError, load_weights
+
+ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101")
+NON_LOCAL_BLOCKS = {"layer2": 2, "layer3": 3}  # after that many of a stage's last blocks
+STRIPE_ROWS = 3  # rows of the feature map in one stripe of the local branch
+LOCAL_WIDTH = 128
+REDUCTION = 16  # of the channel attention's hidden layer
+
+
+class Output(NamedTuple):
+    """pooled [A+B, C], logits [A+B, K], local [A+B, 128, P] or None: the visible images' rows first."""
+
+    pooled: torch.Tensor
+    logits: torch.Tensor
+    local: torch.Tensor | None
+
+
+class NonLocal(nn.Module):
+    """Non-local block with one inner channel, as published. [B, C, H, W] -> the same shape.
+
+    The published block forms the affinity theta_i phi_j / N of all N = H W positions and applies it to g:
+    y_i = sum_j theta_i phi_j g_j / N. With one inner channel theta_i leaves the sum, y_i = theta_i mean_j(phi_j g_j):
+    the same value without the N x N matrix. The closing batch norm starts at zero, so the block starts as identity.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.g = nn.Conv2d(channels, 1, 1)
+        self.theta = nn.Conv2d(channels, 1, 1)
+        self.phi = nn.Conv2d(channels, 1, 1)
+        self.out = nn.Conv2d(1, channels, 1)
+        self.norm = nn.BatchNorm2d(channels)
+        nn.init.zeros_(self.norm.weight)
+        nn.init.zeros_(self.norm.bias)
+
+    def forward(self, x):
+        y = self.theta(x) * (self.phi(x) * self.g(x)).mean(dim=(2, 3), keepdim=True)
+        return x + self.norm(self.out(y))
+
+
+class Attention(nn.Module):
+    """AFAM: the mean of channel-attended and spatially attended features, then a non-local block. Keeps the shape."""
+
+    def __init__(self, channels):
+        super().__init__()
+        hidden = channels // REDUCTION
+        self.channel = nn.Sequential(
+            nn.Conv2d(channels, hidden, 1, bias=False), nn.ReLU(), nn.Conv2d(hidden, channels, 1, bias=False)
+        )
+        self.spatial = nn.Conv2d(2, 1, 7, padding=3, bias=False)
+        self.non_local = NonLocal(channels)
+
+    def forward(self, x):
+        channel = self.channel(x.mean(dim=(2, 3), keepdim=True)) + self.channel(x.amax(dim=(2, 3), keepdim=True))
+        spatial = self.spatial(torch.cat([x.mean(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)], dim=1))
+        return self.non_local(x * (channel.sigmoid() + spatial.sigmoid()) / 2)
+
+
+class Stage(nn.Module):
+    """One stage of a ResNet, with non-local blocks after its last blocks."""
+
+    def __init__(self, blocks, non_local):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        count = min(non_local, len(self.blocks))
+        channels = [m for m in self.blocks[-1].modules() if isinstance(m, nn.BatchNorm2d)][-1].num_features
+        self.non_local = nn.ModuleList(NonLocal(channels) for _ in range(count))
+
+    def forward(self, x):
+        first = len(self.blocks) - len(self.non_local)
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i >= first:
+                x = self.non_local[i - first](x)
+        return x
+
+
+class GeM(nn.Module):
+    """Generalised mean pooling with fixed p = 3 (Radenovic et al., TPAMI 2019). [B, C, H, W] -> [B, C], float32."""
+
+    def forward(self, x):
+        return (x.float().pow(3).mean(dim=(2, 3)) + 1e-12).pow(1 / 3)
+
+
+class LocalBranch(nn.Module):
+    """Horizontal stripes of the feature map. [B, C, H, W] -> [B, 128, P], each stripe of unit length; P = H // 3."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+        self.conv = nn.Conv2d(channels, LOCAL_WIDTH, 1)
+
+    def forward(self, x):
+        if x.shape[2] < STRIPE_ROWS:
+            raise ValueError(
+                f"the local branch needs feature maps of {STRIPE_ROWS} rows, images of 48; not {x.shape[2]}"
+            )
+        x = F.max_pool2d(self.norm(x).relu(), (STRIPE_ROWS, x.shape[3]))
+        return F.normalize(self.conv(x).squeeze(3).float(), dim=1)
+
+
+class GFMNet(nn.Module):
+    """The network of all four methods; `attention`, `non_local`, `pool` and `local` switch GFMNet's parts.
+
+    num_classes: identities in the training set, K.
+    arch: one of ARCHS; the last stage's stride is 1, so a feature map has 1/16 of the image's height and width.
+    share_net: 1 to 5. Each modality has its own stem and first share_net - 1 stages; the others are shared.
+    pool: "gem" or "avg".
+    weights: what the backbone starts from: None (random), "imagenet" (torchvision's V1), or the path of a state dict
+        of torchvision's ResNet. Both streams start from the same values.
+
+    `net.options` holds these arguments but for the weights: GFMNet(**net.options) is the same network, untrained.
+
+    Raises InputError (a ValueError) for an unknown arch, share_net or pool, or weights that cannot be had.
+    """
+
+    def __init__(
+        self,
+        num_classes,
+        arch="resnet50",
+        share_net=2,
+        attention=True,
+        non_local=True,
+        pool="gem",
+        local=True,
+        weights=None,
+    ):
+        super().__init__()
+        if share_net not in range(1, 6):
+            raise InputError(
+                f"share_net {share_net}: how many of stem and 4 stages each modality has for itself, 1 to 5"
+            )
+        if pool not in ("gem", "avg"):
+            raise InputError(f"pool {pool!r}: neither 'gem' nor 'avg'")
+        resnet = _backbone(arch, weights)
+        self.options = {"num_classes": num_classes, "arch": arch, "share_net": share_net, "attention": attention}
+        self.options |= {"non_local": non_local, "pool": pool, "local": local}
+        stages = {"conv1": resnet.conv1, "bn1": resnet.bn1, "relu": resnet.relu, "maxpool": resnet.maxpool}
+        for name in ("layer1", "layer2", "layer3", "layer4"):
+            stages[name] = Stage(getattr(resnet, name), NON_LOCAL_BLOCKS.get(name, 0) if non_local else 0)
+        own = [*stages][: share_net + 3]  # the stem is four modules
+
+        self.visible = _sequential({name: stages[name] for name in own})
+        self.infrared = copy.deepcopy(self.visible)
+        width = resnet.fc.in_features
+        self.attention = Attention(width >> max(0, 5 - max(share_net, 2))) if attention else nn.Identity()
+        self.shared = _sequential({name: stage for name, stage in stages.items() if name not in own})
+        self.pool = GeM() if pool == "gem" else nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.bottleneck = nn.BatchNorm1d(width)
+        self.bottleneck.bias.requires_grad_(False)
+        nn.init.normal_(self.bottleneck.weight, 1.0, 0.01)
+        nn.init.zeros_(self.bottleneck.bias)
+        self.classifier = nn.Linear(width, num_classes, bias=False)
+        nn.init.normal_(self.classifier.weight, 0, 0.001)
+        self.local = LocalBranch(width) if local else None
+
+    def forward(self, visible, infrared):
+        """visible [A, 3, H, W], infrared [B, 3, H, W], normalised -> Output of A + B rows, the visible first."""
+        x = self._features(torch.cat([self.visible(visible), self.infrared(infrared)]))
+        pooled = self.pool(x)
+        logits = self.classifier(self.bottleneck(pooled))
+        return Output(pooled, logits, None if self.local is None else self.local(x))
+
+    def embed(self, images, modality):
+        """images [B, 3, H, W], normalised, of one modality, "visible" or "infrared" -> (pooled, normed).
+
+        Both [B, C] and L2-normalised: before ("POOL" in the tables) and after ("FC") the batch-norm bottleneck.
+        """
+        if modality not in ("visible", "infrared"):
+            raise ValueError(f"modality {modality!r}: neither 'visible' nor 'infrared'")
+        stream = self.visible if modality == "visible" else self.infrared
+        pooled = self.pool(self._features(stream(images)))
+        return F.normalize(pooled), F.normalize(self.bottleneck(pooled))
+
+    def _features(self, x):
+        return self.shared(self.attention(x))
+
+
+def method_options(method):
+    """The parts of GFMNet that a `--method` (base, agw, caj, adp) uses, as keyword arguments."""
+    full = method == "adp"
+    plain = method == "base"
+    return {"attention": full, "local": full, "non_local": not plain, "pool": "avg" if plain else "gem"}
+
+
+def _sequential(modules):
+    sequential = nn.Sequential()
+    for name, module in modules.items():
+        sequential.add_module(name, module)
+    return sequential
+
+
+def _backbone(arch, weights):
+    """torchvision's ResNet with a last stage of stride 1."""
+    if arch not in ARCHS:
+        raise InputError(f"arch {arch!r}: not one of {', '.join(ARCHS)}")
+    resnet = getattr(torchvision.models, arch)()
+    if weights is not None:
+        resnet.load_state_dict(_backbone_state(arch, resnet, weights))
+    first = resnet.layer4[0]
+    for module in (first.conv1, first.conv2, first.downsample[0]):
+        module.stride = (1, 1)
+    return resnet
+
+
+def _backbone_state(arch, resnet, weights):
+    """State dict for `resnet` from torchvision's server or a file; the ImageNet classifier may be missing in a file."""
+    if weights == "imagenet":
+        source = torchvision.models.get_model_weights(arch).IMAGENET1K_V1
+        try:
+            return source.get_state_dict(check_hash=True)
+        except (urllib.error.URLError, OSError, RuntimeError) as error:
+            raise InputError(
+                f"--weights imagenet: could not download {source.url} ({error}); "
+                "fetch that file elsewhere and pass --weights FILE, or train from scratch: --weights none"
+            ) from error
+    state = load_weights(Path(weights))
+    want = resnet.state_dict()
+    state = {"fc.weight": want["fc.weight"], "fc.bias": want["fc.bias"]} | {
+        # Files saved from a wrapped model; a classifier of another size is not used anyway.
+        key.removeprefix("module."): value
+        for key, value in state.items()
+        if not key.removeprefix("module.").startswith("fc.")
+    }
+    wrong = [key for key in want if key not in state or state[key].shape != want[key].shape]
+    wrong = [key for key in wrong if not key.endswith("num_batches_tracked")]
+    if wrong:
+        raise InputError(
+            f"--weights {weights}: not a state dict of torchvision's {arch} ({wrong[0]} is missing or differs)"
+        )
+    return {key: state.get(key, value) for key, value in want.items()}
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints
+
+_NON_LOCAL_NAMES = {"g.0": "g", "W.0": "out", "W.1": "norm", "theta": "theta", "phi": "phi"}
+_NON_LOCAL = r"(g\.0|W\.0|W\.1|theta|phi)\.(.+)"
+_PUBLISHED = [
+    (r"(?:visible|thermal)_module\.(visible|thermal)\.(.+)", lambda m: f"{_stream(m[1])}.{_blocks(m[2])}"),
+    (r"base_resnet\.base\.(.+)", lambda m: f"shared.{_blocks(m[1])}"),
+    (
+        rf"NL_(\d)\.(\d+)\.{_NON_LOCAL}",
+        lambda m: f"shared.layer{m[1]}.non_local.{m[2]}.{_NON_LOCAL_NAMES[m[3]]}.{m[4]}",
+    ),
+    (rf"afam\.non_local\.{_NON_LOCAL}", lambda m: f"attention.non_local.{_NON_LOCAL_NAMES[m[1]]}.{m[2]}"),
+    (r"afam\.channel_attention\.fc1\.(.+)", lambda m: f"attention.channel.0.{m[1]}"),
+    (r"afam\.channel_attention\.fc2\.(.+)", lambda m: f"attention.channel.2.{m[1]}"),
+    (r"afam\.spatial_attention\.conv1\.(.+)", lambda m: f"attention.spatial.{m[1]}"),
+    (r"bn\.(.+)", lambda m: f"local.norm.{m[1]}"),
+    (r"conv1\.(.+)", lambda m: f"local.conv.{m[1]}"),
+    (r"((?:bottleneck|classifier)\..+)", lambda m: m[1]),
+]
+
+
+def _stream(name):
+    return "infrared" if name == "thermal" else "visible"
+
+
+def _blocks(name):
+    return re.sub(r"^(layer\d)\.(\d+)", r"\1.blocks.\2", name)
+
+
+def convert_published_state(state):
+    """State dict under the names of the published GFMNet code -> the same under ours.
+
+    Raises InputError for a name that the published code does not have.
+    """
+    converted = {}
+    for name, value in state.items():
+        bare = name.removeprefix("module.")
+        for pattern, rename in _PUBLISHED:
+            if match := re.fullmatch(pattern, bare):
+                converted[rename(match)] = value
+                break
+        else:
+            raise InputError(f"{name}: no parameter of the published GFMNet")
+    return converted
+
+
+def published_options(state):
+    """What the shapes and names of a published state dict tell: keyword arguments for GFMNet."""
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    bottleneck_block = any(re.search(r"layer1\.0\.conv3\.", name) for name in state)
+    depth = len({m[1] for name in state if (m := re.search(r"layer3\.(\d+)\.conv1\.", name))})
+    arch = {(False, 2): "resnet18", (False, 6): "resnet34", (True, 6): "resnet50", (True, 23): "resnet101"}
+    own = {m[1] for name in state if (m := re.match(r"visible_module\.visible\.layer(\d)\.", name))}
+    if (bottleneck_block, depth) not in arch or "classifier.weight" not in state:
+        raise InputError("these published weights are of no ResNet-18, 34, 50 or 101 with a classifier")
+    return {
+        "num_classes": state["classifier.weight"].shape[0],
+        "arch": arch[bottleneck_block, depth],
+        "share_net": 1 + len(own),
+        "attention": any(name.startswith("afam.") for name in state),
+        "non_local": (non_local := any(name.startswith("NL_") for name in state)),
+        "pool": "gem" if non_local else "avg",  # the published code turns both on together
+        "local": "conv1.weight" in state,
+    }
+
+
+PUBLISHED_IMAGE_SIZE = (288, 144)
+
+
+def load_network(checkpoint, path):
+    """A checkpoint of this repo or of the published code -> (GFMNet, (height, width) of its images).
+
+    path names the checkpoint in the InputError that weights which do not fit, or are not finite, raise.
+    """
+    state = checkpoint["net"]
+    if any("visible_module." in name for name in state):
+        options, size, state = published_options(state), PUBLISHED_IMAGE_SIZE, convert_published_state(state)
+    elif "options" in checkpoint:
+        options, size = checkpoint["options"], tuple(checkpoint["image_size"])
+    else:
+        raise InputError(
+            f"{path}: neither of this repo nor of the published GFMNet code; train with train_ext_test0.py"
+        )
+    if bad := [name for name, value in state.items() if not torch.isfinite(value).all()]:
+        raise InputError(f"{path}: {bad[0]} holds values that are not finite; use an earlier checkpoint")
+    net = GFMNet(**options)
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(
+            f"{path}: does not fit its {options['arch']} ({str(error).splitlines()[1].strip()})"
+        ) from error
+    return net, size
