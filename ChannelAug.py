@@ -1,0 +1,110 @@
+"""Augmentation as batched tensor functions on any device (Ye et al., "Channel Augmented Joint Learning", ICCV 2021).
+
+Images are [N, 3, H, W]. Every function returns new images and leaves its input as it was; random ones draw from
+PyTorch's global generator of the images' device, independently for each image.
+"""
+
+import torch
+import torch.nn.functional as F
+
+MEAN = (0.485, 0.456, 0.406)  # ImageNet, of values in [0, 1]
+STD = (0.229, 0.224, 0.225)
+ERASE_FILL = (0.4914, 0.4822, 0.4465)  # set after normalisation, as published
+GRAY = (0.2989, 0.5870, 0.1140)  # luminance weights of R, G, B
+PADDING = 10  # pixels of black around an image before it is cropped
+
+
+def normalise(images):
+    """uint8 images -> float32 with ImageNet's mean and deviation taken out."""
+    scale = images.new_tensor(STD, dtype=torch.float32).view(3, 1, 1) * 255
+    shift = images.new_tensor(MEAN, dtype=torch.float32).view(3, 1, 1) * 255
+    return (images - shift) / scale
+
+
+def random_crop(images, padding=PADDING):
+    """Pad with zeros on all sides and cut the image's size back out at a random place."""
+    n, _, height, width = images.shape
+    padded = F.pad(images, (padding,) * 4)
+    top = torch.randint(2 * padding + 1, (n, 1), device=images.device)
+    left = torch.randint(2 * padding + 1, (n, 1), device=images.device)
+    rows = top + torch.arange(height, device=images.device)
+    columns = left + torch.arange(width, device=images.device)
+    sample = torch.arange(n, device=images.device)
+    # Indexing with the channel last gives [N, H, W, 3]: the memory order that convolutions like best.
+    return padded.permute(0, 2, 3, 1)[sample[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def random_flip(images):
+    """Mirror every image left to right with probability 1/2."""
+    flip = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    return torch.where(flip, images.flip(3), images)
+
+
+def random_erasing(images, probability=0.5, area=(0.02, 0.4), aspect=(0.3, 10 / 3), tries=20):
+    """Fill a random rectangle with ERASE_FILL (Zhong et al., AAAI 2020), in an image with the given probability.
+
+    area: bounds of the rectangle's share of the image; aspect: bounds of height / width; both drawn uniformly, again
+    until the rectangle fits into the image (published: 100 times; `tries` draws at once, the first that fits counts).
+    """
+    n, _, height, width = images.shape
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(*shape, device=images.device)
+
+    size = uniform(*area, n, tries) * height * width
+    ratio = uniform(*aspect, n, tries)
+    h, w = (size * ratio).sqrt().round(), (size / ratio).sqrt().round()
+    fits = (h < height) & (w < width)
+    first = fits.int().argmax(dim=1, keepdim=True)
+    erase = fits.any(dim=1) & (torch.rand(n, device=images.device) < probability)
+    h, w = h.gather(1, first), w.gather(1, first)
+    top = (uniform(0, 1, n, 1) * (height - h + 1)).floor()
+    left = (uniform(0, 1, n, 1) * (width - w + 1)).floor()
+    row = torch.arange(height, device=images.device)
+    column = torch.arange(width, device=images.device)
+    in_rows = (row >= top) & (row < top + h) & erase[:, None]
+    in_columns = (column >= left) & (column < left + w)
+    inside = (in_rows[:, :, None] & in_columns[:, None, :])[:, None]
+    return torch.where(inside, images.new_tensor(ERASE_FILL).view(3, 1, 1), images)
+
+
+def channel_exchange(images):
+    """Replace every image by one of its channels, drawn at random, three times over."""
+    return _repeat_channel(images, torch.randint(3, (len(images),), device=images.device))
+
+
+def channel_or_gray(images):
+    """Infrared view: each channel repeated in 1/4 of the images; of the last 1/4, half is gray and half unchanged.
+
+    Published as ChannelAdapGray with probability 0.5.
+    """
+    draw = torch.rand(len(images), device=images.device) * 8
+    repeated = _repeat_channel(images, (draw / 2).long().clamp_max(2))
+    gray = (images * images.new_tensor(GRAY).view(3, 1, 1)).sum(dim=1, keepdim=True).expand_as(images)
+    case = draw[:, None, None, None]
+    return torch.where(case < 6, repeated, torch.where(case < 7, gray, images))
+
+
+def _repeat_channel(images, channel):
+    sample = torch.arange(len(images), device=images.device)
+    return images[sample, channel][:, None].expand_as(images)
+
+
+class TrainAugmentation:
+    """The recipe of `--augc` and `--rande`: uint8 batches -> the network's float32 inputs.
+
+    __call__(visible [A, 3, H, W], infrared [B, 3, H, W]) -> (visible [2A, 3, H, W], infrared [B, 3, H, W]): the plain
+    visible views, then second views of the same images, channel-exchanged with `augc`.
+    rande: probability of random erasing. All views are cropped, mirrored and erased independently.
+    """
+
+    def __init__(self, augc=1, rande=0.5):
+        self.augc, self.rande = augc, rande
+
+    def __call__(self, visible, infrared):
+        views = torch.cat([visible, visible, infrared])
+        views = random_erasing(normalise(random_flip(random_crop(views))), self.rande)
+        plain, second, infrared = views.split([len(visible), len(visible), len(infrared)])
+        if self.augc:
+            second, infrared = channel_exchange(second), channel_or_gray(infrared)
+        return torch.cat([plain, second]), infrared

@@ -1,0 +1,209 @@
+"""From image files to batches: prepared arrays, the identity sampler, and the loaders of training and testing."""
+
+import hashlib
+import os
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from data_manager import REGDB_CAMERAS, regdb_images, relabel
+from utils import InputError, atomic, progress
+
+PREPARE_BLOCK = 1024  # images decoded between two flushes of the memory map
+
+
+class TrainData(NamedTuple):
+    """Training images of both modalities: uint8 [N, H, W, 3] (memory-mapped), and their labels 0 .. K-1, int64 [N]."""
+
+    visible: np.ndarray
+    visible_labels: np.ndarray
+    infrared: np.ndarray
+    infrared_labels: np.ndarray
+
+    @property
+    def num_classes(self):
+        return int(max(self.visible_labels.max(), self.infrared_labels.max())) + 1
+
+
+def read_image(path, size):
+    """An image file -> uint8 [H, W, 3], resized to size = (height, width) with Lanczos, as published."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB").resize((size[1], size[0]), Image.Resampling.LANCZOS))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such image; check the lists and --data_path") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
+
+
+def write_images(paths, size, out, desc, workers=None):
+    """Decode images into one array file uint8 [N, H, W, 3], through a memory map, on all cores.
+
+    Memory stays that of a block of images, however many there are; the file appears under its name when it is whole.
+    workers: threads (decoding and resizing release the interpreter's lock), by default one a core.
+    """
+    with (
+        atomic(out) as temporary,
+        ThreadPool(workers) as pool,
+        progress(total=len(paths), desc=desc, unit="img") as bar,
+    ):
+        np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(paths), *size, 3))
+        for start in range(0, len(paths), PREPARE_BLOCK):
+            # Mapped anew for each block: unmapping is what gives the written pages back.
+            array = np.load(temporary, mmap_mode="r+")
+            block = paths[start : start + PREPARE_BLOCK]
+            for i, image in enumerate(pool.imap(lambda path: read_image(path, size), block, chunksize=8), start):
+                array[i] = image
+                bar.update()
+            array.flush()
+
+
+def write_labels(labels, out):
+    """Write labels as an int64 array file; `out` is always whole."""
+    with atomic(out) as temporary, temporary.open("wb") as file:
+        np.save(file, np.asarray(labels, dtype=np.int64))
+
+
+def sysu_train_files(data_path):
+    """The four files that `pre_process_sysu.py` writes and training reads, in TrainData's order."""
+    names = ("train_rgb_resized_img", "train_rgb_resized_label", "train_ir_resized_img", "train_ir_resized_label")
+    return [Path(data_path) / f"{name}.npy" for name in names]
+
+
+def sysu_train(data_path, size):
+    """SYSU-MM01's prepared training arrays, at size = (height, width)."""
+    files = sysu_train_files(data_path)
+    prepare = f"run: python pre_process_sysu.py --data_path {data_path} --img_h {size[0]} --img_w {size[1]}"
+    arrays = []
+    for file in files:
+        try:
+            arrays.append(np.load(file, mmap_mode="r", allow_pickle=False))
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(f"{file}: no prepared array ({type(error).__name__}); {prepare}") from error
+    for (file, images), labels in zip(zip(files[::2], arrays[::2], strict=True), arrays[1::2], strict=True):
+        if images.shape[1:] != (*size, 3) or images.dtype != np.uint8:
+            raise InputError(f"{file}: holds {images.dtype} {images.shape[1:]}, not uint8 {(*size, 3)}; {prepare}")
+        if labels.shape != images.shape[:1]:
+            raise InputError(f"{file}: {len(images)} images, but {labels.size} labels beside it; {prepare}")
+    visible, visible_labels, infrared, infrared_labels = arrays
+    # The published script stores labels of other integer types.
+    return TrainData(visible, visible_labels.astype(np.int64), infrared, infrared_labels.astype(np.int64))
+
+
+def regdb_train(data_path, trial, size):
+    """RegDB's training images of one trial, decoded once and kept in `{data_path}/cache/`."""
+    columns = []
+    for modal in REGDB_CAMERAS:
+        paths, ids, _ = regdb_images(data_path, "train", trial, modal)
+        columns += [_cached_images(paths, size, Path(data_path) / "cache", f"train_{modal}_{trial}"), relabel(ids)]
+    return TrainData(*columns)
+
+
+def _cached_images(paths, size, folder, name):
+    """`write_images` once per list of files: the file's name carries a digest of them; an outdated one is removed."""
+    digest = hashlib.sha256(repr(size).encode())
+    for path in paths:
+        try:
+            stat = os.stat(path)
+        except OSError as error:
+            raise InputError(f"{path}: no such image; check the idx lists and --data_path") from error
+        digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    file = folder / f"{name}_{digest.hexdigest()[:16]}.npy"
+    if not file.exists():
+        write_images(paths, size, file, desc=f"decoding {name}")
+        for other in folder.glob(f"{name}_*.npy"):
+            if other != file:
+                other.unlink()
+    return np.load(file, mmap_mode="r", allow_pickle=False)
+
+
+class IdentitySampler(Sampler):
+    """Batches of identities: of each, `num_pos` visible and `num_pos` infrared images, drawn with replacement.
+
+    Yields (visible indices, infrared indices), two int64 arrays [batch_size * num_pos] whose labels agree position by
+    position. A batch's identities differ. An epoch has max(visible, infrared) // (batch_size * num_pos) batches, as
+    published, and its draws depend on the seed and on `set_epoch` only.
+
+    Raises InputError when fewer than `batch_size` identities have images of both modalities.
+    """
+
+    def __init__(self, data, batch_size, num_pos, seed):
+        both = np.intersect1d(data.visible_labels, data.infrared_labels)
+        if len(both) < batch_size:
+            raise InputError(
+                f"--batch_size {batch_size}: only {len(both)} training identities have images of both modalities; "
+                "that many fit into a batch at most"
+            )
+        self.visible = [np.flatnonzero(data.visible_labels == label) for label in both]
+        self.infrared = [np.flatnonzero(data.infrared_labels == label) for label in both]
+        self.batch_size, self.num_pos, self.seed, self.epoch = batch_size, num_pos, seed, 0
+        self.steps = max(1, max(len(data.visible), len(data.infrared)) // (batch_size * num_pos))
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return self.steps
+
+    def __iter__(self):
+        rng = np.random.default_rng([self.seed, self.epoch])
+        for _ in range(self.steps):
+            chosen = rng.choice(len(self.visible), self.batch_size, replace=False)
+            yield tuple(
+                np.concatenate([rng.choice(images[i], self.num_pos) for i in chosen])
+                for images in (self.visible, self.infrared)
+            )
+
+
+class TrainBatches(Dataset):
+    """Maps a pair of index arrays to (visible uint8 [A, 3, H, W], infrared uint8 [B, 3, H, W], labels [2A + B]).
+
+    The labels are those of the three views that `ChannelAug.TrainAugmentation` makes: visible, visible, infrared.
+    """
+
+    def __init__(self, data):
+        self.data = data
+
+    def __getitem__(self, indices):
+        visible, infrared = indices
+        labels = np.concatenate([self.data.visible_labels[visible]] * 2 + [self.data.infrared_labels[infrared]])
+        return _channels_first(self.data.visible[visible]), _channels_first(self.data.infrared[infrared]), labels
+
+
+class ImageFiles(Dataset):
+    """Test images, decoded and resized as they are asked for: uint8 [3, H, W]."""
+
+    def __init__(self, paths, size):
+        self.paths, self.size = paths, size
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        return _channels_first(read_image(self.paths[index], self.size))
+
+
+def train_loader(data, sampler, workers):
+    """Batches of an epoch, in the sampler's order."""
+    # batch_size=None: the sampler's items are whole batches already.
+    return DataLoader(TrainBatches(data), sampler=sampler, batch_size=None, **_worker_options(workers))
+
+
+def eval_loader(paths, size, batch_size, workers):
+    """Batches uint8 [B, 3, H, W] of the files, in their order."""
+    return DataLoader(ImageFiles(paths, size), batch_size=batch_size, **_worker_options(workers))
+
+
+def _worker_options(workers):
+    workers = min(workers, os.cpu_count())  # more than cores only get in each other's way
+    return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available()}
+
+
+def _channels_first(array):
+    """uint8 [..., H, W, 3] -> tensor [..., 3, H, W], a view in the memory order of channels_last."""
+    return torch.from_numpy(np.array(array)).movedim(-1, -3)

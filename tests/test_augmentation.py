@@ -1,0 +1,191 @@
+"""The batched augmentations: probabilities, bounds, agreement with the plain formulas, and inputs left alone."""
+
+import math
+
+import pytest
+import torch
+
+import ChannelAug
+from ChannelAug import (
+    ERASE_FILL,
+    TrainAugmentation,
+    channel_exchange,
+    channel_or_gray,
+    normalise,
+    random_crop,
+    random_erasing,
+    random_flip,
+)
+
+N = 4000
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def images(n=8, height=32, width=16, dtype=torch.uint8):
+    """Random images without equal channels."""
+    values = torch.randint(0, 256, (n, 3, height, width), dtype=torch.uint8)
+    return values if dtype == torch.uint8 else normalise(values)
+
+
+def assert_share(count, probability, n=N):
+    """A binomial count within 4.5 deviations of its mean (a false alarm once in 100,000 runs; the seed is fixed)."""
+    assert abs(count - n * probability) < 4.5 * math.sqrt(n * probability * (1 - probability))
+
+
+@pytest.mark.parametrize(
+    "function", [normalise, random_crop, random_flip, random_erasing, channel_exchange, channel_or_gray]
+)
+def test_input_is_not_changed(function):
+    x = images(64, dtype=torch.uint8 if function in (normalise, random_crop, random_flip) else torch.float32)
+    before = x.clone()
+    out = function(x)
+    out = out.clone()  # some results are views that repeat a channel
+    out.zero_()
+    assert torch.equal(x, before)
+
+
+def test_normalise_is_torchvision_s():
+    from torchvision.transforms import functional
+
+    x = images()
+    expected = functional.normalize(x.float() / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    torch.testing.assert_close(normalise(x), expected, rtol=0, atol=1e-5)
+
+
+def test_crop_is_a_window_of_the_padded_image_at_every_offset_equally_often():
+    height, width, padding = 6, 5, 2
+    x = torch.arange(1, 3 * height * width + 1, dtype=torch.uint8).view(1, 3, height, width).expand(N, -1, -1, -1)
+    out = random_crop(x, padding)
+    padded = torch.zeros(3, height + 2 * padding, width + 2 * padding, dtype=torch.uint8)
+    padded[:, padding : padding + height, padding : padding + width] = x[0]
+    counts = 0
+    for top in range(2 * padding + 1):
+        for left in range(2 * padding + 1):
+            window = padded[:, top : top + height, left : left + width]
+            count = (out == window).flatten(1).all(dim=1).sum().item()
+            assert_share(count, 1 / 25)
+            counts += count
+    assert counts == N
+
+
+def test_flip_mirrors_half_of_the_images():
+    x = images(1).expand(N, -1, -1, -1)
+    out = random_flip(x)
+    mirrored = (out == x.flip(3)).flatten(1).all(dim=1)
+    same = (out == x).flatten(1).all(dim=1)
+    assert (mirrored ^ same).all()
+    assert_share(mirrored.sum().item(), 0.5)
+
+
+def test_erasing_fills_one_rectangle_within_bounds():
+    height, width = 72, 36
+    x = images(1, height, width, torch.float32).expand(N, -1, -1, -1)
+    out = random_erasing(x, probability=0.5)
+    fill = torch.tensor(ERASE_FILL).view(3, 1, 1)
+    changed = (out != x).any(dim=1)
+    erased = changed.flatten(1).any(dim=1)
+    assert_share(erased.sum().item(), 0.5)
+    areas = []
+    for sample in torch.nonzero(erased).flatten()[:500]:
+        rows = torch.nonzero(changed[sample].any(dim=1)).flatten()
+        columns = torch.nonzero(changed[sample].any(dim=0)).flatten()
+        h, w = rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
+        box = out[sample, :, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        assert torch.equal(box, fill.expand_as(box))
+        assert changed[sample].sum() == h * w
+        assert h < height
+        assert w < width
+        # Sides are rounded to whole pixels: half a pixel each way.
+        assert (h - 0.5) * (w - 0.5) <= 0.4 * height * width
+        assert (h + 0.5) * (w + 0.5) >= 0.02 * height * width
+        assert (h - 0.5) / (w + 0.5) <= 10 / 3
+        assert (h + 0.5) / (w - 0.5) >= 0.3
+        areas.append((h * w / (height * width)).item())
+    assert min(areas) < 0.04
+    assert max(areas) > 0.36
+
+
+def test_erasing_agrees_with_the_published_rejection_loop():
+    """Mean erased share of the image against a plain loop that draws until the rectangle fits."""
+    height, width = 288, 144
+    generator = torch.Generator().manual_seed(1)
+
+    def uniform(low, high):
+        return low + (high - low) * torch.rand((), generator=generator).item()
+
+    def one():
+        for _ in range(100):
+            size, ratio = uniform(0.02, 0.4) * height * width, uniform(0.3, 1 / 0.3)
+            h, w = round(math.sqrt(size * ratio)), round(math.sqrt(size / ratio))
+            if h < height and w < width:
+                return h * w / (height * width)
+        return 0.0
+
+    naive = torch.tensor([one() for _ in range(2000)])
+    x = torch.full((800, 3, height, width), 9.0)
+    batched = (random_erasing(x, probability=1.0)[:, 0] != 9).float().mean(dim=(1, 2))
+    deviation = (naive.var() / len(naive) + batched.var() / len(batched)).sqrt()
+    assert abs(naive.mean() - batched.mean()) < 4.5 * deviation
+
+
+@pytest.mark.parametrize(("probability", "expected"), [(0.0, False), (1.0, True)])
+def test_erasing_probability_bounds(probability, expected):
+    x = images(200, 72, 36, torch.float32)
+    assert ((random_erasing(x, probability) != x).flatten(1).any(dim=1) == expected).all()
+
+
+def test_channel_exchange_repeats_each_channel_a_third_of_the_time():
+    x = images(1, dtype=torch.float32).expand(N, -1, -1, -1)
+    out = channel_exchange(x)
+    for channel in range(3):
+        repeated = x[:, channel : channel + 1].expand_as(x)
+        assert_share((out == repeated).flatten(1).all(dim=1).sum().item(), 1 / 3)
+    assert torch.equal(out[:, 0], out[:, 2])
+
+
+def test_channel_or_gray_has_the_published_shares():
+    x = images(1, dtype=torch.float32).expand(N, -1, -1, -1)
+    out = channel_or_gray(x)
+    gray = 0.2989 * x[:, 0] + 0.5870 * x[:, 1] + 0.1140 * x[:, 2]
+    cases = [x[:, channel : channel + 1].expand_as(x) for channel in range(3)]
+    cases += [gray[:, None].expand_as(x), x]
+    is_case = [(out - case).abs().flatten(1).amax(dim=1) < 1e-5 for case in cases]
+    for matches, share in zip(is_case, (1 / 4, 1 / 4, 1 / 4, 1 / 8, 1 / 8), strict=True):
+        assert_share(matches.sum().item(), share)
+    assert (torch.stack(is_case).sum(dim=0) == 1).all()
+
+
+def test_recipe_gives_three_views(monkeypatch):
+    monkeypatch.setattr(ChannelAug, "random_crop", lambda x: x)
+    monkeypatch.setattr(ChannelAug, "random_flip", lambda x: x)
+    visible, infrared = images(6), images(4)
+    views, heat = TrainAugmentation(augc=1, rande=0.0)(visible, infrared)
+    assert views.shape == (12, 3, 32, 16)
+    assert heat.shape == (4, 3, 32, 16)
+    torch.testing.assert_close(views[:6], normalise(visible))
+    second = views[6:]
+    assert torch.equal(second[:, 0], second[:, 1])
+    for sample in range(6):  # of the same image, in the same order
+        assert any(torch.equal(second[sample, 0], normalise(visible)[sample, channel]) for channel in range(3))
+    views, heat = TrainAugmentation(augc=0, rande=0.0)(visible, infrared)
+    torch.testing.assert_close(views, normalise(torch.cat([visible, visible])))
+    torch.testing.assert_close(heat, normalise(infrared))
+
+
+def test_recipe_draws_independently_for_each_view():
+    visible = images(1, 64, 32).expand(50, -1, -1, -1)
+    views, _ = TrainAugmentation(augc=0, rande=0.5)(visible, images(2, 64, 32))
+    different = {tuple(view.flatten()[:500].tolist()) for view in views}
+    assert len(different) > 60  # of 100
+
+
+@pytest.mark.gpu
+def test_recipe_runs_on_the_gpu():
+    views, heat = TrainAugmentation()(images(8).cuda(), images(8).cuda())
+    assert views.is_cuda
+    assert heat.is_cuda
+    assert torch.isfinite(views).all()
