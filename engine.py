@@ -1,0 +1,113 @@
+"""The loops: one epoch of training, embedding a set of images, and the searches of a protocol."""
+
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from eval_metrics import eval_regdb, eval_sysu
+from utils import InputError, autocast, progress
+
+RANKS = (1, 5, 10, 20)
+LOG_STEPS = 10  # steps between two readings of the losses: each reading waits for the device
+
+
+def train_epoch(net, criterion, optimizer, loader, augment, device, amp="off", desc="train"):
+    """One pass over `loader` -> the epoch's mean losses, `correct`, `seconds` and `images_per_second` (network inputs).
+
+    augment: uint8 (visible, infrared) on the device -> the two inputs of `net`; criterion(output, labels) -> a named
+    tuple of scalar tensors whose `total` is minimised.
+
+    Raises InputError when the mean loss of the epoch is not finite.
+    """
+    net.train()
+    totals, images, start = 0, 0, time.perf_counter()
+    with progress(loader, desc=desc, unit="step", leave=False) as bar:
+        for step, (visible, infrared, labels) in enumerate(bar, 1):
+            visible, infrared, labels = (t.to(device, non_blocking=True) for t in (visible, infrared, labels))
+            visible, infrared = augment(visible, infrared)
+            with autocast(device, amp):
+                output = net(visible, infrared)
+            losses = criterion(output, labels)
+            optimizer.zero_grad(set_to_none=True)
+            losses.total.backward()
+            optimizer.step()
+            totals = totals + torch.stack([loss.detach() for loss in losses])
+            images += len(labels)
+            if step % LOG_STEPS == 0:
+                means = dict(zip(losses._fields, (totals / step).tolist(), strict=True))
+                bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
+    means = dict(zip(losses._fields, (totals / step).tolist(), strict=True))
+    if not np.isfinite(means["total"]):
+        raise InputError(f"the loss is {means['total']} in '{desc}': lower --lr, or start from --weights imagenet")
+    seconds = time.perf_counter() - start
+    return {**means, "seconds": round(seconds, 3), "images_per_second": round(images / seconds, 1)}
+
+
+def network_embedding(net, device, preprocess, amp="off"):
+    """Wrap a network as an embedding for `extract`: features of an image and its mirror, averaged, of unit length.
+
+    preprocess: uint8 [B, 3, H, W] -> the network's input.
+    """
+    net.eval()
+
+    def embed(images, modality):
+        images = preprocess(images.to(device, non_blocking=True))
+        with autocast(device, amp):
+            views = [net.embed(view, modality) for view in (images, images.flip(3))]
+        return {name: F.normalize(a.float() + b.float()) for name, a, b in zip(("POOL", "FC"), *views, strict=True)}
+
+    return embed
+
+
+@torch.inference_mode()
+def extract(embed, loader, modality, desc):
+    """Features of all images of a loader: {name: float32 [N, C]}, on the device where `embed` leaves them.
+
+    embed: (uint8 [B, 3, H, W], modality) -> {name: [B, C]}.
+    """
+    batches = [embed(images, modality) for images in progress(loader, desc=desc, unit="batch", leave=False)]
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def run_search(features, search):
+    """One search -> {feature name: {"Rank-1": ..., "mAP": ..., "mINP": ...}}, in percent, by cosine similarity.
+
+    features: {"visible": {name: [N, C]}, "infrared": {name: [M, C]}}, of unit length, for the images of a `Searches`.
+    """
+    query, gallery = search.query, search.gallery
+    scores = {}
+    for name in features[query.modality]:
+        similarity = features[query.modality][name][query.rows] @ features[gallery.modality][name][gallery.rows].T
+        if search.setting["dataset"] == "sysu":
+            result = eval_sysu(-similarity, query.ids, gallery.ids, query.cameras, gallery.cameras)
+        else:
+            result = eval_regdb(-similarity, query.ids, gallery.ids)
+        cmc, mean_ap, mean_inp = result
+        scores[name] = {f"Rank-{k}": 100 * float(cmc[k - 1]) for k in RANKS}
+        scores[name] |= {"mAP": 100 * mean_ap, "mINP": 100 * mean_inp}
+    return scores
+
+
+def summarise(rows):
+    """Rows of single searches -> one row for all trials of a setting: mean and standard deviation of each metric.
+
+    A row is a dict of labels, with "trial", "queries", "gallery" and "metrics" {name: percent}; rows whose other labels
+    agree are trials of one setting. The deviation is the population's, as papers print it.
+    """
+    groups = {}
+    varying = ("trial", "queries", "gallery", "metrics")
+    for row in rows:
+        labels = {name: value for name, value in row.items() if name not in varying}
+        groups.setdefault(tuple(labels.items()), []).append(row)
+    return [
+        {
+            **dict(labels),
+            "trials": [row["trial"] for row in group],
+            "mean": {name: float(np.mean([row["metrics"][name] for row in group])) for name in group[0]["metrics"]},
+            "std": {name: float(np.std([row["metrics"][name] for row in group])) for name in group[0]["metrics"]},
+            "per_trial": [{name: row[name] for name in varying} for row in group],
+        }
+        for labels, group in groups.items()
+    ]

@@ -1,0 +1,242 @@
+"""Train GFMNet, or one of its forerunners, on SYSU-MM01 or RegDB, testing as it goes.
+
+    python train_ext_test0.py --dataset sysu --gpu 1
+
+The defaults are the paper's recipe. The best epoch is chosen by Rank-1 (FC) on trial 0 of the TEST set, as published.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+import data_manager
+import engine
+from ChannelAug import TrainAugmentation, normalise
+from data_loader import IdentitySampler, eval_loader, regdb_train, sysu_train, train_loader
+from loss import MethodLoss
+from model import ARCHS, GFMNet, method_options
+from utils import (
+    ArgumentParser,
+    InputError,
+    RunLog,
+    cli,
+    find_checkpoint,
+    load_checkpoint,
+    number,
+    save_checkpoint,
+    seed_everything,
+    select_device,
+)
+
+DATA_PATHS = {"sysu": "../data/SYSU-MM01/", "regdb": "../data/RegDB/"}
+# Flags that may differ between two runs of one experiment.
+OUTSIDE_THE_EXPERIMENT = {"data_path", "workers", "gpu", "epochs", "eval_every", "test_batch", "save_epoch"}
+OUTSIDE_THE_EXPERIMENT |= {"model_path", "log_path", "resume"}
+SCHEDULE_EPOCHS = 101  # of the published schedule; --epochs stretches or shrinks it
+
+
+def get_args_parser():
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", choices=DATA_PATHS, default="sysu")
+    data.add_argument("--data_path", help=f"folder of the data set (default: {DATA_PATHS})")
+    data.add_argument("--trial", type=number(int, 1, 10), default=1, help="RegDB's trial to train on, 1 to 10")
+    data.add_argument("--mode", choices=("all", "indoor"), default="all", help="SYSU-MM01's search to test with")
+    data.add_argument("--img_h", type=number(int, 48), default=288, help="image height, pixels")
+    data.add_argument("--img_w", type=number(int, 16), default=144, help="image width, pixels")
+    data.add_argument("--workers", type=number(int, 0), default=4, help="loading processes, at most one a core")
+    net = parser.add_argument_group("network and loss")
+    net.add_argument("--method", choices=("base", "agw", "caj", "adp"), default="adp", help="adp is GFMNet")
+    net.add_argument("--arch", choices=ARCHS, default="resnet50")
+    net.add_argument(
+        "--weights", default="imagenet", help="the backbone starts from: imagenet, a state-dict file, or none"
+    )
+    net.add_argument(
+        "--share_net", type=number(int, 1, 5), default=2, help="stem and share_net - 1 stages per modality"
+    )
+    net.add_argument("--margin", type=number(float, 0), default=0.3, help="of the batch-hard and the local triplets")
+    net.add_argument("--alpha", type=number(float, 0, above=True), default=1, help="sharpness of the triplet's weights")
+    net.add_argument("--gamma", type=number(float, 0, above=True), default=1, help="scale of the triplet's exponent")
+    net.add_argument("--square", type=int, choices=(0, 1), default=1, help="square the triplet's difference (caj, adp)")
+    net.add_argument(
+        "--weighting", choices=("exact", "published"), default="exact", help="softmax of the triplet's weights"
+    )
+    fit = parser.add_argument_group("training")
+    fit.add_argument("--optim", choices=("sgd", "adam"), default="sgd")
+    fit.add_argument("--lr", type=number(float, 0, above=True), default=0.1, help="rate of the head; a tenth elsewhere")
+    fit.add_argument("--batch_size", type=number(int, 2), default=8, help="identities in a batch")
+    fit.add_argument("--num_pos", type=number(int, 1), default=4, help="images of an identity and modality in a batch")
+    fit.add_argument("--augc", type=int, choices=(0, 1), default=1, help="channel augmentation")
+    fit.add_argument("--rande", type=number(float, 0, 1), default=0.5, help="probability of random erasing")
+    fit.add_argument("--epochs", type=number(int, 1), default=SCHEDULE_EPOCHS, help="the schedule stretches with them")
+    fit.add_argument("--amp", choices=("off", "bf16"), default="off", help="mixed precision of the network")
+    fit.add_argument("--seed", type=number(int, 0), default=0)
+    fit.add_argument("--gpu", default="0", help="number of the GPU, or cpu")
+    out = parser.add_argument_group("testing and output")
+    out.add_argument("--eval_every", type=number(int, 1), default=2, help="epochs between two tests")
+    out.add_argument("--test_batch", type=number(int, 1), default=64, help="images in a batch of testing")
+    out.add_argument("--model_path", default="save_model/", help="folder of the checkpoints")
+    out.add_argument(
+        "--save_epoch", type=number(int, 1), default=20, help="epochs between two checkpoints kept for good"
+    )
+    out.add_argument("--log_path", default="log/", help="folder of the logs")
+    out.add_argument("--resume", help="go on from a ..._last.t: a path, or a name under --model_path")
+    return parser
+
+
+def main(argv=None):
+    """Returns {"best", "last", "log": paths; "metrics": the best epoch's}."""
+    args = get_args_parser().parse_args(argv)
+    device = select_device(args.gpu)
+    seed_everything(args.seed)
+    data_path = args.data_path or DATA_PATHS[args.dataset]
+    size = (args.img_h, args.img_w)
+
+    if args.dataset == "sysu":
+        data = sysu_train(data_path, size)
+        test = data_manager.sysu_test(data_path, modes=[args.mode], trials=[0])
+    else:
+        data = regdb_train(data_path, args.trial, size)
+        test = data_manager.regdb_test(data_path, args.trial, directions=["visible to thermal"])
+    sampler = IdentitySampler(data, args.batch_size, args.num_pos, args.seed)
+    loader = train_loader(data, sampler, args.workers)
+    eval_loaders = {
+        modality: eval_loader(paths, size, args.test_batch, args.workers) for modality, paths in test.paths.items()
+    }
+
+    parts = method_options(args.method)
+    weights = None if args.weights == "none" or args.resume else args.weights
+    net = GFMNet(data.num_classes, args.arch, args.share_net, **parts, weights=weights)
+    net.to(device, memory_format=torch.channels_last)
+    criterion = MethodLoss(args.method, args.margin, args.alpha, args.gamma, args.square, args.weighting)
+    augment = TrainAugmentation(args.augc, args.rande)
+    optimizer = build_optimizer(net, args.optim, args.lr)
+
+    first_epoch, best = 0, {"Rank-1": -1.0}
+    if args.resume:
+        first_epoch, best = resume(find_checkpoint(args.resume, args.model_path), net, optimizer)
+    name = run_name(args)
+    checkpoints = {kind: Path(args.model_path) / f"{name}_{kind}.t" for kind in ("best", "last")}
+    if not args.resume:
+        refuse_other_run(checkpoints["last"], args)
+    log = RunLog(
+        Path(args.log_path) / f"{args.dataset}_log", name, resumed_epoch=first_epoch - 1 if args.resume else None
+    )
+    log.text(f"{name}\n{json.dumps(vars(args))}")
+    log.text(
+        f"{data.num_classes} identities, {len(data.visible)} visible and {len(data.infrared)} infrared images, "
+        f"{len(sampler)} steps an epoch, on {device} (PyTorch {torch.__version__})"
+    )
+    log.text("The best epoch is chosen by Rank-1 (FC) on trial 0 of the TEST set, as published: an optimistic choice.")
+
+    for epoch in range(first_epoch, args.epochs):
+        # Seeded anew each epoch, so that a resumed run draws what the uninterrupted one would have drawn.
+        seed_everything(args.seed, epoch)
+        sampler.set_epoch(epoch)
+        lr = learning_rate(epoch, args.lr, args.epochs)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        desc = f"epoch {epoch}/{args.epochs - 1}"
+        entry = {"epoch": epoch, "lr": lr}
+        entry |= engine.train_epoch(net, criterion, optimizer, loader, augment, device, args.amp, desc)
+        line = f"{desc}  lr {lr:.4g}" + "".join(
+            f"  {key} {entry[key]:.3f}" for key in ("total", "identity", "triplet", "local", "correct")
+        )
+        improved = False
+        if epoch % args.eval_every == 0 or epoch == args.epochs - 1:
+            embed = engine.network_embedding(net, device, normalise, args.amp)
+            features = {m: engine.extract(embed, loader, m, f"test {m}") for m, loader in eval_loaders.items()}
+            scores = engine.run_search(features, test.searches[0])
+            entry |= {f"{feature}/{metric}": value for feature, s in scores.items() for metric, value in s.items()}
+            line += "".join(f"  {metric} {scores['FC'][metric]:.2f}" for metric in ("Rank-1", "mAP", "mINP"))
+            improved = scores["FC"]["Rank-1"] > best["Rank-1"]
+            best = {"epoch": epoch, **scores["FC"]} if improved else best
+        log.text(f"{line}  {entry['images_per_second']:.0f} img/s")
+        log.epoch(entry)
+
+        weights = {"net": net.state_dict(), "options": net.options, "image_size": size}
+        weights |= {"args": vars(args), "epoch": epoch, "best": best}
+        save_checkpoint({**weights, "optimizer": optimizer.state_dict()}, checkpoints["last"])
+        if improved:
+            save_checkpoint(weights, checkpoints["best"])
+        if epoch > 0 and epoch % args.save_epoch == 0:
+            save_checkpoint(weights, Path(args.model_path) / f"{name}_epoch_{epoch}.t")
+    log.text(f"best: epoch {best['epoch']}, Rank-1 {best['Rank-1']:.2f}, mAP {best['mAP']:.2f}, {checkpoints['best']}")
+    log.close()
+    return {
+        "best": str(checkpoints["best"]),
+        "last": str(checkpoints["last"]),
+        "log": str(log.json_path),
+        "metrics": best,
+    }
+
+
+def build_optimizer(net, optim, lr):
+    """Bottleneck and classifier learn at the full rate, everything else at a tenth of it (`lr_scale` of the groups)."""
+    head = [p for module in (net.bottleneck, net.classifier) for p in module.parameters() if p.requires_grad]
+    in_head = {id(p) for p in head}
+    rest = [p for p in net.parameters() if id(p) not in in_head and p.requires_grad]
+    groups = [{"params": rest, "lr_scale": 0.1}, {"params": head, "lr_scale": 1.0}]
+    if optim == "adam":
+        return torch.optim.Adam(groups, lr, weight_decay=5e-4)
+    return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+
+def learning_rate(epoch, lr, epochs):
+    """The published schedule, stretched to `epochs`: of 101, 10 of linear warm-up, 1x to 20, 0.1x to 50, then 0.01x."""
+    warm_up, first, second = (max(1, round(epochs * e / SCHEDULE_EPOCHS)) for e in (10, 20, 50))
+    if epoch < warm_up:
+        return lr * (epoch + 1) / warm_up
+    return lr * (1 if epoch < first else 0.1 if epoch < second else 0.01)
+
+
+def run_name(args):
+    """The published code's name of a run for the same flags; `--weighting published`, a flag of ours, is added."""
+    name = f"{args.dataset}_{args.method}"
+    if args.method == "adp":
+        name += f"_joint_co_nog_ch_nog_sq{args.square}"
+    if args.augc:
+        name += "_aug_G"
+    if args.rande > 0:
+        name += f"_erase_{args.rande}"
+    name += f"_p{args.num_pos}_n{args.batch_size}_lr_{args.lr}_seed_{args.seed}_9"  # 9: so published, a constant
+    if args.optim != "sgd":
+        name += f"_{args.optim}"
+    if args.dataset == "regdb":
+        name += f"_trial_{args.trial}"
+    if args.weighting != "exact":
+        name += f"_{args.weighting}"
+    return name
+
+
+def refuse_other_run(path, args):
+    """Published names leave out flags (--arch, --alpha, ...): never overwrite a run that differs in one of them."""
+    if not path.exists():
+        return
+    there = load_checkpoint(path).get("args", {})
+    for flag in set(vars(args)) - OUTSIDE_THE_EXPERIMENT:
+        if flag in there and there[flag] != getattr(args, flag):
+            raise InputError(
+                f"{path}: is the checkpoint of a run with --{flag} {there[flag]}, not {getattr(args, flag)}; "
+                "choose another --model_path, or remove it"
+            )
+
+
+def resume(path, net, optimizer):
+    """Load a `..._last.t` into net and optimizer -> (next epoch, best so far)."""
+    checkpoint = load_checkpoint(path)
+    if "optimizer" not in checkpoint:
+        raise InputError(f"{path}: holds no training state; resume from a ..._last.t")
+    for option, value in net.options.items():
+        if (there := checkpoint["options"].get(option)) != value:
+            raise InputError(
+                f"{path}: has {option} {there}, not {value}; give the flags and data of the run it is from"
+            )
+    net.load_state_dict(checkpoint["net"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    return checkpoint["epoch"] + 1, checkpoint["best"]
+
+
+if __name__ == "__main__":
+    cli(main)
