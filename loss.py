@@ -39,9 +39,9 @@ def weighted_mean(distance, scores, mask, weighting):
     if weighting == "exact":
         weights = scores.masked_fill(~mask, -math.inf).softmax(dim=1)
     else:
-        # The published maximum carries gradient, which reaches the weights through the 1e-6 only.
-        shift = (scores * mask).amax(dim=1, keepdim=True)
-        exponent = (scores - shift).exp() * mask
+        scores = scores * mask
+        # The maximum carries gradient, as published; it reaches the weights through the 1e-6 only.
+        exponent = (scores - scores.amax(dim=1, keepdim=True)).exp() * mask
         weights = exponent / (exponent.sum(dim=1, keepdim=True) + 1e-6)
     return (weights * distance).sum(dim=1)
 

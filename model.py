@@ -160,7 +160,7 @@ class GFMNet(nn.Module):
         self.visible = _sequential({name: stages[name] for name in own})
         self.infrared = copy.deepcopy(self.visible)
         width = resnet.fc.in_features
-        self.attention = Attention(width >> max(0, 5 - max(share_net, 2))) if attention else nn.Identity()
+        self.attention = Attention(64 if share_net == 1 else width >> (5 - share_net)) if attention else nn.Identity()
         self.shared = _sequential({name: stage for name, stage in stages.items() if name not in own})
         self.pool = GeM() if pool == "gem" else nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.bottleneck = nn.BatchNorm1d(width)

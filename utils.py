@@ -187,7 +187,7 @@ def load_weights(path):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise InputError(
-            f"{path}: cannot be loaded safely ({str(error).splitlines()[0][:120]}); "
+            f"{path}: cannot be loaded safely ({(str(error) or type(error).__name__).splitlines()[0][:120]}); "
             "it may be cut off, or hold code; make it again"
         ) from error
     if not isinstance(content, dict):

@@ -1,0 +1,33 @@
+"""Small demo trees shared by the tests, and the GPU tests' skip."""
+
+import pytest
+import torch
+
+import demo_data
+import pre_process_sysu
+
+SIZE = (96, 48)  # height, width of the tests' images
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def sysu_tree(tmp_path_factory):
+    """A small demo tree in SYSU-MM01's layout, prepared at SIZE. Shared: tests must not change it."""
+    tree = tmp_path_factory.mktemp("demo") / "sysu"
+    demo_data.main(["--out", str(tree), "--layout", "sysu", "--ids", "16", "--images", "3", "--seed", "1"])
+    pre_process_sysu.main(["--data_path", str(tree), "--img_h", str(SIZE[0]), "--img_w", str(SIZE[1])])
+    return tree
+
+
+@pytest.fixture(scope="session")
+def regdb_tree(tmp_path_factory):
+    """A small demo tree in RegDB's layout. Shared: tests must not change it."""
+    tree = tmp_path_factory.mktemp("demo") / "regdb"
+    demo_data.main(["--out", str(tree), "--layout", "regdb", "--ids", "12", "--images", "3", "--seed", "1"])
+    return tree

@@ -1,0 +1,180 @@
+"""Prepared arrays, the identity sampler and the loaders."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data_loader
+import data_manager
+import pre_process_sysu
+from conftest import SIZE
+from data_loader import IdentitySampler, TrainData, eval_loader, regdb_train, sysu_train, train_loader, write_images
+from utils import InputError
+
+
+def toy_data(visible_per_id=(5, 7, 2, 9), infrared_per_id=(3, 4, 6, 1)):
+    """Arrays whose every pixel tells the image's label and index."""
+
+    def arrays(counts):
+        labels = np.repeat(np.arange(len(counts)), counts)
+        images = np.zeros((len(labels), 4, 2, 3), np.uint8)
+        images[..., 0] = labels[:, None, None]
+        images[..., 1] = np.arange(len(labels))[:, None, None]
+        return images, labels
+
+    return TrainData(*arrays(visible_per_id), *arrays(infrared_per_id))
+
+
+def test_prepared_arrays_are_the_images(sysu_tree):
+    data = sysu_train(sysu_tree, SIZE)
+    ids = sorted(data_manager.read_ids(sysu_tree, "train") + data_manager.read_ids(sysu_tree, "val"))
+    for cameras, images, labels in (
+        ((1, 2, 4, 5), data.visible, data.visible_labels),
+        ((3, 6), data.infrared, data.infrared_labels),
+    ):
+        files = [
+            (label, file)
+            for label, identity in enumerate(ids)
+            for camera in cameras
+            for file in sorted((sysu_tree / f"cam{camera}" / f"{identity:04d}").glob("*.jpg"))
+        ]
+        assert images.dtype == np.uint8
+        assert labels.tolist() == [label for label, _ in files]
+        for i in (0, len(files) // 2, len(files) - 1):
+            with Image.open(files[i][1]) as image:
+                expected = image.convert("RGB").resize(SIZE[::-1], Image.Resampling.LANCZOS)
+            assert np.array_equal(images[i], np.asarray(expected))
+    assert data.num_classes == len(ids)
+
+
+def test_preparing_counts_each_split_and_camera(sysu_tree, capsys):
+    counts = pre_process_sysu.main(["--data_path", str(sysu_tree), "--img_h", str(SIZE[0]), "--img_w", str(SIZE[1])])
+    for split in ("train", "val"):
+        for camera in range(1, 7):
+            folders = [sysu_tree / f"cam{camera}" / f"{i:04d}" for i in data_manager.read_ids(sysu_tree, split)]
+            assert counts[split][camera] == sum(len(list(folder.glob("*.jpg"))) for folder in folders)
+    assert str(sum(counts["train"].values())) in capsys.readouterr().out
+
+
+def test_blocks_and_threads_do_not_change_the_array(sysu_tree, tmp_path, monkeypatch):
+    paths, _, _ = data_manager.process_query_sysu(sysu_tree)
+    write_images(paths, (16, 8), tmp_path / "whole.npy", "whole", workers=1)
+    monkeypatch.setattr(data_loader, "PREPARE_BLOCK", 7)
+    write_images(paths, (16, 8), tmp_path / "blocks.npy", "blocks", workers=3)
+    assert (tmp_path / "whole.npy").read_bytes() == (tmp_path / "blocks.npy").read_bytes()
+
+
+def test_interrupted_preparing_leaves_the_old_array_and_nothing_else(sysu_tree, tmp_path):
+    paths, _, _ = data_manager.process_query_sysu(sysu_tree)
+    out = tmp_path / "images.npy"
+    write_images(paths[:3], (16, 8), out, "first")
+    before = out.read_bytes()
+    with pytest.raises(InputError, match="missing.jpg"):
+        write_images([*paths, str(tmp_path / "missing.jpg")], (16, 8), out, "second")
+    assert out.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["images.npy"]
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\xff\xd8\xff\xe0 cut off"])
+def test_unreadable_image_is_named(tmp_path, content):
+    file = tmp_path / "0007.jpg"
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"0007\.jpg"):
+        data_loader.read_image(file, (16, 8))
+
+
+def test_unprepared_or_other_size_says_what_to_run(sysu_tree, tmp_path):
+    with pytest.raises(InputError, match=r"train_rgb_resized_img\.npy.*pre_process_sysu\.py"):
+        sysu_train(tmp_path, SIZE)
+    with pytest.raises(InputError, match=r"\(96, 48, 3\).*--img_h 288 --img_w 144"):
+        sysu_train(sysu_tree, (288, 144))
+
+
+def test_regdb_is_decoded_once_and_again_when_a_file_changes(regdb_tree, tmp_path, monkeypatch):
+    import shutil
+
+    tree = tmp_path / "regdb"
+    shutil.copytree(regdb_tree, tree)
+    first = regdb_train(tree, 3, (32, 16))
+    paths, ids, _ = data_manager.regdb_images(tree, "train", 3, "thermal")
+    assert len(first.infrared) == len(paths)
+    assert first.infrared_labels.tolist() == ids.tolist()
+    assert np.array_equal(first.infrared[4], data_loader.read_image(paths[4], (32, 16)))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data_loader, "read_image", lambda *_: pytest.fail("decoded again"))
+        regdb_train(tree, 3, (32, 16))
+    Image.new("RGB", (64, 128), "red").save(paths[4])
+    changed = regdb_train(tree, 3, (32, 16))
+    assert changed.infrared[4, 0, 0].tolist() == [255, 0, 0]
+    assert len(list((tree / "cache").iterdir())) == 2  # the outdated array is gone
+
+
+def test_batches_hold_distinct_identities_with_agreeing_labels():
+    data = toy_data()
+    sampler = IdentitySampler(data, batch_size=3, num_pos=2, seed=0)
+    assert len(sampler) == 23 // 6
+    batches = list(sampler)
+    assert len(batches) == len(sampler)
+    for visible, infrared in batches:
+        labels = data.visible_labels[visible]
+        assert labels.tolist() == data.infrared_labels[infrared].tolist()
+        assert len(set(labels)) == 3
+        assert np.array_equal(labels[::2], labels[1::2])
+
+
+def test_sampler_draws_every_image_equally_often():
+    data = toy_data()
+    sampler = IdentitySampler(data, batch_size=2, num_pos=4, seed=0)
+    sampler.steps = 6000
+    counts = np.zeros(len(data.visible))
+    for visible, _ in sampler:
+        np.add.at(counts, visible, 1)
+    # Each of 4 identities is in half of the batches with 4 draws, spread over its images.
+    expected = 6000 * 0.5 * 4 / np.bincount(data.visible_labels)[data.visible_labels]
+    assert np.all(np.abs(counts - expected) < 5 * np.sqrt(expected) * 1.2)
+
+
+def test_sampler_repeats_an_epoch_and_changes_with_epoch_and_seed():
+    def draws(seed, epoch):
+        sampler = IdentitySampler(toy_data(), 2, 2, seed)
+        sampler.set_epoch(epoch)
+        return [np.concatenate(batch).tolist() for batch in sampler]
+
+    assert draws(0, 3) == draws(0, 3)
+    assert draws(0, 3) != draws(0, 4)
+    assert draws(0, 3) != draws(1, 3)
+
+
+def test_identities_seen_in_one_modality_only_are_not_drawn():
+    data = toy_data(infrared_per_id=(3, 0, 6, 1))
+    sampler = IdentitySampler(data, 3, 1, 0)
+    assert {label for visible, _ in sampler for label in data.visible_labels[visible]} <= {0, 2, 3}
+    with pytest.raises(InputError, match="--batch_size 4: only 3"):
+        IdentitySampler(data, 4, 1, 0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_train_batches_carry_the_sampler_s_images_and_the_labels_of_three_views(workers):
+    data = toy_data()
+    sampler = IdentitySampler(data, 3, 2, 0)
+    loader = train_loader(data, sampler, workers)
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        for (visible, infrared, labels), (rows, heat_rows) in zip(loader, list(sampler), strict=True):
+            assert visible.shape == (6, 3, 4, 2)
+            assert visible.dtype == torch.uint8
+            assert visible[:, 1, 0, 0].tolist() == rows.tolist()
+            assert infrared[:, 1, 3, 1].tolist() == heat_rows.tolist()
+            assert labels.tolist() == [*visible[:, 0, 0, 0], *visible[:, 0, 0, 0], *infrared[:, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_test_images_come_in_order(sysu_tree, workers):
+    paths, _, _ = data_manager.process_query_sysu(sysu_tree)
+    images = torch.cat(list(eval_loader(paths, (20, 10), 5, workers)))
+    assert images.shape == (len(paths), 3, 20, 10)
+    for i in (0, len(paths) - 1):
+        expected = data_loader.read_image(paths[i], (20, 10))
+        assert np.array_equal(images[i].permute(1, 2, 0).numpy(), expected)

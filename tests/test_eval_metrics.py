@@ -1,0 +1,250 @@
+"""Metrics against golden values, hand-worked cases and a plain per-query loop."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from eval_metrics import eval_regdb, eval_sysu
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "metrics.npz")
+GOLDEN_CASES = sorted({key.split("/")[0] for key in GOLDEN.files})
+SYSU_KEYS = ("distmat", "q_pids", "g_pids", "q_camids", "g_camids")
+REGDB_KEYS = SYSU_KEYS[:3]
+ANY_MESSAGE = r"\w"
+PROTOCOLS = {"sysu": (eval_sysu, SYSU_KEYS), "regdb": (eval_regdb, REGDB_KEYS)}
+each_protocol = pytest.mark.parametrize(("evaluate", "keys"), PROTOCOLS.values(), ids=PROTOCOLS.keys())
+
+
+def naive_metrics(distances, q_pids, g_pids, q_camids=None, g_camids=None, max_rank=20):
+    """One query at a time, on Python lists. With cameras: the SYSU-MM01 protocol, without: RegDB's.
+
+    The protocols differ in two ways. SYSU-MM01 hides camera 2 from queries of camera 3 and its CMC counts identities
+    (only the first image of an identity takes a rank); RegDB's CMC counts images. The golden values of RegDB leave no
+    doubt: counting identities would be off by up to 0.1.
+    """
+    curves, precisions, penalties = [], [], []
+    for q, row in enumerate(distances):
+        order = sorted(range(len(row)), key=lambda g: row[g])  # sorted() is stable: gallery order breaks ties
+        if q_camids is not None:
+            order = [g for g in order if not (q_camids[q] == 3 and g_camids[g] == 2)]
+        ranked = [g_pids[g] for g in order]
+        if q_pids[q] not in ranked:
+            continue
+
+        candidates = ranked if q_camids is None else list(dict.fromkeys(ranked))
+        hit = candidates.index(q_pids[q])
+        curves.append([float(rank >= hit) for rank in range(max_rank)])
+
+        positions = [position for position, pid in enumerate(ranked, start=1) if pid == q_pids[q]]
+        precisions.append(sum(found / position for found, position in enumerate(positions, start=1)) / len(positions))
+        penalties.append(len(positions) / positions[-1])
+    return np.mean(curves, axis=0), np.mean(precisions), np.mean(penalties)
+
+
+def assert_metrics_close(actual, expected):
+    for value, reference in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(value), reference, rtol=0, atol=1e-6)
+
+
+def random_problem(seed):
+    """Small problem with many ties, missing cameras and identities that occur on one side only."""
+    rng = np.random.default_rng(seed)
+    queries, images = rng.integers(1, 12), rng.integers(1, 30)
+    names = rng.permutation(1000)[: rng.integers(1, 26)]  # arbitrary ids, often fewer than 20
+    problem = {
+        "distmat": rng.integers(0, rng.integers(1, 12), (queries, images)).astype(np.float32),
+        "q_pids": rng.choice(names, queries),
+        "g_pids": rng.choice(names, images),
+        "q_camids": rng.choice([3, 6], queries),
+        "g_camids": rng.choice([1, 2, 4, 5], images),
+    }
+    problem["q_pids"][0], problem["g_camids"][0] = problem["g_pids"][0], 1  # at least one query has a match
+    return problem
+
+
+@pytest.fixture
+def problem():
+    return random_problem(5)
+
+
+@pytest.mark.parametrize("case", GOLDEN_CASES)
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_golden(case, name):
+    evaluate, keys = PROTOCOLS[name]
+    actual = evaluate(*(GOLDEN[f"{case}/{key}"] for key in keys))
+    assert_metrics_close(actual, [GOLDEN[f"{case}/{name}_{metric}"] for metric in ("cmc", "mAP", "mINP")])
+
+
+@each_protocol
+@pytest.mark.parametrize("max_rank", [1, 5, 20, 50])
+def test_matches_loop_on_random_problems(evaluate, keys, max_rank):
+    skipped = tied = 0
+    for seed in range(150):
+        problem = random_problem(1000 * max_rank + seed)
+        arguments = [problem[key] for key in keys]
+        actual = evaluate(*arguments, max_rank=max_rank)
+        assert np.shape(actual[0]) == (max_rank,)
+        assert_metrics_close(actual, naive_metrics(*(a.tolist() for a in arguments), max_rank=max_rank))
+        skipped += not np.isin(problem["q_pids"], problem["g_pids"]).all()
+        tied += len(np.unique(problem["distmat"][0])) < problem["distmat"].shape[1]
+    # The problems are the awkward ones they are meant to be.
+    assert skipped > 20
+    assert tied > 100
+
+
+def test_random_problems_depend_on_tie_order():
+    """The loop above would not notice how ties are broken if every order gave the same numbers."""
+    changed = 0
+    for seed in range(30):
+        problem = random_problem(seed)
+        backwards = [a[..., ::-1] if key in ("distmat", "g_pids", "g_camids") else a for key, a in problem.items()]
+        changed += eval_sysu(*problem.values())[1] != eval_sysu(*(a.copy() for a in backwards))[1]
+    assert changed > 20
+
+
+def test_hand_worked():
+    """Ranked ids: 5 5 7 5 7 8 for query 7 of camera 6; 7 5 7 8 for query 8 of camera 3, to which camera 2 is hidden."""
+    distances = np.array([[0.3, 0.1, 0.2, 0.4, 0.5, 0.9], [0.1, 0.0, 0.2, 0.0, 0.3, 0.4]])
+    g_pids, g_camids = np.array([7, 5, 5, 5, 7, 8]), np.array([1, 2, 4, 2, 5, 1])
+    q_pids, q_camids = np.array([7, 8]), np.array([6, 3])
+
+    cmc, m_ap, m_inp = eval_sysu(distances, q_pids, g_pids, q_camids, g_camids, max_rank=4)
+    # Identities: 5 7 8 (hit at 2) and 7 5 8 (hit at 3). Images: matches at 3 and 5 of 6, at 4 of 4.
+    np.testing.assert_allclose(cmc, [0, 0.5, 1, 1])
+    assert m_ap == pytest.approx(((1 / 3 + 2 / 5) / 2 + 1 / 4) / 2)
+    assert m_inp == pytest.approx((2 / 5 + 1 / 4) / 2)
+
+    cmc, m_ap, m_inp = eval_regdb(distances, q_pids, g_pids, max_rank=6)
+    # Every image counts and is seen by both: first matches at 3 and, last of 5 5 7 5 7 8, at 6.
+    np.testing.assert_allclose(cmc, [0, 0, 0.5, 0.5, 0.5, 1])
+    assert m_ap == pytest.approx(((1 / 3 + 2 / 5) / 2 + 1 / 6) / 2)
+    assert m_inp == pytest.approx((2 / 5 + 1 / 6) / 2)
+
+
+def test_ties_are_broken_by_gallery_order():
+    q_pids, distances = np.array([1]), np.zeros((1, 3))
+    for position in range(3):
+        g_pids = np.array([10, 11, 12])
+        g_pids[position] = 1
+        for cmc, m_ap, m_inp in (
+            eval_sysu(distances, q_pids, g_pids, np.array([6]), np.array([1, 4, 5]), max_rank=3),
+            eval_regdb(distances, q_pids, g_pids, max_rank=3),
+        ):
+            np.testing.assert_array_equal(cmc, np.arange(3) >= position)
+            assert m_ap == m_inp == pytest.approx(1 / (position + 1))
+
+
+def test_ties_are_stable_in_a_large_gallery():
+    """Short rows are insertion-sorted, hence stable by accident; long ones are not."""
+    rng = np.random.default_rng(0)
+    distances = rng.integers(0, 3, (5, 3000)).astype(np.float32)
+    q_pids, g_pids = np.arange(5), rng.integers(0, 300, 3000)
+    assert_metrics_close(eval_regdb(distances, q_pids, g_pids), naive_metrics(distances, q_pids, g_pids))
+
+
+def test_camera_3_does_not_see_camera_2():
+    distances, g_pids, g_camids = np.array([[0.0, 1.0, 2.0]]), np.array([1, 2, 1]), np.array([2, 1, 1])
+    blind = eval_sysu(distances, np.array([1]), g_pids, np.array([3]), g_camids, max_rank=2)
+    seeing = eval_sysu(distances, np.array([1]), g_pids, np.array([6]), g_camids, max_rank=2)
+    assert_metrics_close(blind, ([0, 1], 1 / 2, 1 / 2))
+    assert_metrics_close(seeing, ([1, 1], (1 + 2 / 3) / 2, 2 / 3))
+
+
+def test_queries_without_a_match_are_skipped():
+    """Query 1 is absent from the gallery, query 2 is left with nothing once camera 2 is hidden: only query 0 counts."""
+    distances = np.array([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
+    g_pids, g_camids = np.array([5, 6]), np.array([1, 2])
+    actual = eval_sysu(distances, np.array([5, 99, 6]), g_pids, np.array([3, 3, 3]), g_camids)
+    assert_metrics_close(actual, (np.ones(20), 1.0, 1.0))
+    assert_metrics_close(eval_regdb(distances, np.array([5, 99, 6]), g_pids), (np.ones(20), 1.0, 1.0))
+
+
+def test_curve_stays_at_its_last_value():
+    """Three identities, twenty ranks: the search is over at rank 3."""
+    distances, q_pids, g_pids = np.array([[0.0, 1.0, 2.0]]), np.array([3]), np.array([1, 2, 3])
+    expected = [0, 0] + [1] * 18
+    np.testing.assert_array_equal(eval_sysu(distances, q_pids, g_pids, np.array([6]), np.array([1, 1, 1]))[0], expected)
+    np.testing.assert_array_equal(eval_regdb(distances, q_pids, g_pids)[0], expected)
+
+
+def test_one_image_gallery():
+    one = np.array([[0.5]]), np.array([4]), np.array([4])
+    assert_metrics_close(eval_sysu(*one, np.array([3]), np.array([1])), (np.ones(20), 1.0, 1.0))
+    assert_metrics_close(eval_regdb(*one), (np.ones(20), 1.0, 1.0))
+
+
+def evaluate_both(problem):
+    return *eval_sysu(*problem.values()), *eval_regdb(*(problem[key] for key in REGDB_KEYS))
+
+
+def test_numpy_and_torch_give_the_same(problem):
+    tensors = {key: torch.from_numpy(value) for key, value in problem.items()}
+    for actual, expected in zip(evaluate_both(tensors), evaluate_both(problem), strict=True):
+        np.testing.assert_array_equal(np.asarray(actual), np.asarray(expected))
+
+
+@pytest.mark.parametrize("convert", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int32, np.int64, np.uint8])
+def test_any_distance_type(problem, dtype, convert):
+    """The distances of the problem are small integers, exact in every type."""
+    expected = evaluate_both(problem)
+    actual = evaluate_both({**problem, "distmat": convert(problem["distmat"].astype(dtype))})
+    for value, reference in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(value), np.asarray(reference))
+
+
+def test_float64_distances_are_not_rounded():
+    """Differences below float32's resolution still rank."""
+    distances = np.array([[1.0 + 1e-12, 1.0]])
+    assert eval_regdb(distances, np.array([1]), np.array([2, 1]), max_rank=1)[0][0] == 1
+
+
+def test_negative_distances_rank_first():
+    """Cosine similarity is passed as its negative."""
+    distances = np.array([[0.1, -0.9, -0.2]])
+    assert_metrics_close(eval_regdb(distances, np.array([1]), np.array([3, 1, 2]), max_rank=1), ([1], 1, 1))
+
+
+@pytest.mark.parametrize("convert", [np.array, torch.tensor], ids=["numpy", "torch"])
+def test_inputs_are_left_alone(problem, convert):
+    given = {key: convert(value) for key, value in problem.items()}
+    evaluate_both(given)
+    for key, value in problem.items():
+        np.testing.assert_array_equal(np.asarray(given[key]), value)
+
+
+@pytest.mark.parametrize("convert", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@each_protocol
+def test_distances_must_be_finite(problem, evaluate, keys, bad, convert):
+    problem["distmat"][-1, -1] = bad
+    problem["distmat"] = convert(problem["distmat"])
+    with pytest.raises(ValueError, match=ANY_MESSAGE):
+        evaluate(*(problem[key] for key in keys))
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "keys", "short"),
+    [(evaluate, keys, short) for evaluate, keys in PROTOCOLS.values() for short in keys],
+)
+def test_shapes_must_agree(problem, evaluate, keys, short):
+    problem[short] = problem[short][..., :-1]
+    with pytest.raises(ValueError, match=ANY_MESSAGE):
+        evaluate(*(problem[key] for key in keys))
+
+
+@each_protocol
+def test_transposed_matrix(problem, evaluate, keys):
+    problem["distmat"] = problem["distmat"].T
+    assert problem["distmat"].shape[0] != problem["distmat"].shape[1]
+    with pytest.raises(ValueError, match=ANY_MESSAGE):
+        evaluate(*(problem[key] for key in keys))
+
+
+@each_protocol
+def test_no_query_with_a_match(problem, evaluate, keys):
+    problem["q_pids"] = problem["q_pids"] + 10_000
+    with pytest.raises(ValueError, match=ANY_MESSAGE):
+        evaluate(*(problem[key] for key in keys))

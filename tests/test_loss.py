@@ -1,0 +1,582 @@
+"""Losses against golden values, per-anchor float64 loops and closed forms; the collapse of the published triplet."""
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import loss
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "losses.npz")
+GOLDEN_CASES = sorted({key.split("/")[0] for key in GOLDEN.files})
+GOLDEN_LOSSES = sorted({key.split("/")[1] for key in GOLDEN.files if key.endswith("/loss")})
+
+SQUARED_OPTIONS = [  # alpha, gamma, square
+    (1.0, 1.0, 1),
+    (1.0, 1.0, 0),
+    (2.0, 1.0, 1),
+    (1.0, 2.0, 1),
+    (0.5, 3.0, 0),
+]
+WEIGHTINGS = ("exact", "published")
+EXPONENT_LIMIT = 44.0
+
+
+def squared_loss(weighting, square=1, alpha=1.0, gamma=1.0):
+    return loss.SquaredTripletLoss(alpha, gamma, square, weighting=weighting)
+
+
+ALL_LOSSES = {
+    "hard": loss.HardTripletLoss(),
+    **{f"weighted-{w}": loss.WeightedTripletLoss(weighting=w) for w in WEIGHTINGS},
+    **{f"squared{square}-{w}": squared_loss(w, square) for square in (0, 1) for w in WEIGHTINGS},
+}
+
+
+# ---- oracles
+
+
+def naive_distances(features):
+    """Euclidean distances from explicit differences (no Gram matrix), squares clamped at 1e-12."""
+    difference = features[:, None] - features[None]
+    return difference.pow(2).sum(2).clamp(min=1e-12).sqrt()
+
+
+def naive_softmax_mean(values, scores, weighting, shift):
+    """Mean of `values` weighted by the softmax of `scores`; `shift` is what the published code subtracts before exp."""
+    if weighting == "published":
+        weights = torch.exp(scores - shift) / (torch.exp(scores - shift).sum() + 1e-6)
+    else:
+        weights = torch.softmax(scores, 0)
+    return (weights * values).sum()
+
+
+def naive_triplet(features, labels, anchor_loss, weighting, alpha=1.0):
+    """Loop over anchors with softmax-weighted distances: mean of `anchor_loss(d+, d-)` and count of correct anchors."""
+    distances = naive_distances(features)
+    losses, correct = [], 0
+    for anchor, row in enumerate(distances):
+        positives, negatives = row[labels == labels[anchor]], row[labels != labels[anchor]]
+        # The published shift is the row maximum of score times mask. The scores of positives beat the masked zeros,
+        # those of negatives, all below zero, never do.
+        d_pos = naive_softmax_mean(positives, alpha * positives, weighting, shift=(alpha * positives).max())
+        d_neg = naive_softmax_mean(negatives, -alpha * negatives, weighting, shift=0.0)
+        losses.append(anchor_loss(d_pos, d_neg))
+        correct += bool(d_neg >= d_pos)
+    return torch.stack(losses).mean(), correct
+
+
+def naive_hard_triplet(features, labels, margin):
+    distances = naive_distances(features)
+    losses, correct = [], 0
+    for anchor, row in enumerate(distances):
+        furthest, nearest = row[labels == labels[anchor]].max(), row[labels != labels[anchor]].min()
+        losses.append(torch.clamp(furthest - nearest + margin, min=0))
+        correct += bool(nearest >= furthest)
+    return torch.stack(losses).mean(), correct
+
+
+def squared_anchor_loss(gamma, square, weighting):
+    """log(1 + exp(exponent)) of one anchor, written with the case distinctions of the definition."""
+
+    def anchor_loss(d_pos, d_neg):
+        gap = d_pos - d_neg
+        if not square:
+            return torch.logaddexp(torch.zeros_like(gap), gamma * gap)
+        exponent = gamma * gap**2 if gap > 0 else -gamma * gap**2
+        if weighting == "published":
+            return torch.log1p(torch.exp(torch.clamp(exponent, -EXPONENT_LIMIT, EXPONENT_LIMIT)))
+        if exponent < EXPONENT_LIMIT:
+            return torch.log1p(torch.exp(exponent))
+        limit = math.sqrt(EXPONENT_LIMIT / gamma)  # from here on a straight line with the slope reached at the limit
+        slope = 2 * gamma * limit / (1 + math.exp(-EXPONENT_LIMIT))
+        return math.log1p(math.exp(EXPONENT_LIMIT)) + slope * (gap - limit)
+
+    return anchor_loss
+
+
+def naive_walk(distances):
+    """Greedy walk over one [P, P] matrix from the first corner to the last; returns the mean over its jumps."""
+    last = distances.shape[0] - 1
+    if last == 0:
+        return distances[0, 0]
+    row = column = jumps = 0
+    total = distances[0, 0]
+    while (row, column) != (last, last):
+        right = [(distances[row, k].item(), k) for k in range(column + 1, last + 1)]
+        below = [(distances[j, column].item(), j) for j in range(row + 1, last + 1)]
+        # min() of (value, index) pairs takes the first among equals; <= gives a tie to the row.
+        if right and (not below or min(right)[0] <= min(below)[0]):
+            column = min(right)[1]
+        else:
+            row = min(below)[1]
+        total = total + distances[row, column]
+        jumps += 1
+    return total / jumps
+
+
+def naive_aligned(x, y):
+    """Aligned distance of one pair of stripe sets [P, C]."""
+    squares = (x[:, None] - y[None]).pow(2).sum(2).clamp(min=1e-12)
+    return naive_walk(torch.tanh(squares.sqrt() / 2))
+
+
+def naive_aligned_loss(features, labels, local, margin):
+    distances, stripes = naive_distances(features), local.transpose(1, 2)
+    losses = []
+    for anchor, row in enumerate(distances):
+        same = labels == labels[anchor]
+        positive = max((row[j].item(), j) for j in range(len(row)) if same[j])[1]
+        negative = min((row[j].item(), j) for j in range(len(row)) if not same[j])[1]
+        to_positive, to_negative = (naive_aligned(stripes[anchor], stripes[j]) for j in (positive, negative))
+        losses.append(torch.clamp(margin + to_positive - to_negative, min=0))
+    return torch.stack(losses).mean()
+
+
+# ---- helpers
+
+
+def value_and_gradient(criterion, features, labels):
+    """-> (loss as float, correct as int, gradient float64)."""
+    features = features.detach().clone().requires_grad_()
+    value, correct = criterion(features, labels)
+    value.backward()
+    return value.item(), int(correct), features.grad.double()
+
+
+def assert_gradients_close(actual, expected, relative):
+    """Largest deviation and norm of the deviation, relative to those of the expected gradient."""
+    actual, expected = torch.as_tensor(actual).double(), torch.as_tensor(expected).double()
+    deviation = actual - expected
+    assert deviation.abs().max() <= relative * expected.abs().max() + 1e-12
+    assert deviation.norm() <= relative * expected.norm() + 1e-12
+
+
+def random_batch(seed, distance, separation=0.8, identities=4, images=5, width=16):
+    """Random batch whose distances between identities average about `distance`; float32 features and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randperm(identities * images, generator=generator) % identities
+    centres = torch.randn(identities, width, generator=generator)
+    features = separation * centres[labels] + torch.randn(len(labels), width, generator=generator)
+    between = naive_distances(features)[labels[:, None] != labels[None]]
+    return features * (distance / between.mean()), labels
+
+
+def equidistant_batch(distance, ratio=0.4, identities=8, images=12):
+    """Orthogonal geometry: every negative at `distance`, every positive at `ratio` of it.
+
+    Returns features, labels, and the direction in feature space that moves identities apart and leaves positives alone.
+    """
+    labels = torch.arange(identities).repeat_interleave(images)
+    basis = torch.eye(identities + identities * images)
+    apart, offset = basis[labels], basis[identities:]
+    within = ratio * distance / math.sqrt(2)
+    between = math.sqrt(distance**2 / 2 - within**2)
+    return between * apart + within * offset, labels, apart
+
+
+def crossed_batch(gap):
+    """Two identities of two images on a thin rectangle, positives `gap` apart, negatives a tenth: all are wrong."""
+    corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 0.1], [1.0, 0.1]])
+    return gap * (corners - corners.mean(0)), torch.tensor([0, 0, 1, 1])
+
+
+# ---- golden
+
+
+def golden_loss(name):
+    if name == "hard":
+        return loss.HardTripletLoss(margin=0.3)
+    if name == "wrt":
+        return loss.WeightedTripletLoss(weighting="published")
+    alpha, gamma, square = map(int, re.fullmatch(r"adp_a(\d)_g(\d)_s(\d)", name).groups())
+    return loss.SquaredTripletLoss(alpha, gamma, square, weighting="published")
+
+
+@pytest.mark.parametrize("name", GOLDEN_LOSSES)
+@pytest.mark.parametrize("case", GOLDEN_CASES)
+def test_triplet_golden(case, name):
+    features, labels = (torch.from_numpy(GOLDEN[f"{case}/{key}"]) for key in ("features", "labels"))
+    value, correct, gradient = value_and_gradient(golden_loss(name), features, labels)
+    assert value == pytest.approx(float(GOLDEN[f"{case}/{name}/loss"]), rel=1e-4)
+    assert correct == int(GOLDEN[f"{case}/{name}/correct"])
+    assert_gradients_close(gradient, GOLDEN[f"{case}/{name}/grad"], relative=1e-4)
+
+
+@pytest.mark.parametrize("case", GOLDEN_CASES)
+def test_local_loss_golden(case):
+    features, labels = (torch.from_numpy(GOLDEN[f"{case}/{key}"]) for key in ("features", "labels"))
+    local = torch.from_numpy(GOLDEN[f"{case}/local_features"]).requires_grad_()
+    value = loss.AlignedLocalLoss(margin=0.3)(features, labels, local)
+    value.backward()
+    assert value.item() == pytest.approx(float(GOLDEN[f"{case}/adp_a1_g1_s1/local_loss"]), rel=1e-5)
+    assert_gradients_close(local.grad, GOLDEN[f"{case}/adp_a1_g1_s1/local_grad"], relative=1e-4)
+
+
+@pytest.mark.parametrize("case", GOLDEN_CASES)
+def test_aligned_distance_golden(case):
+    stripes = torch.from_numpy(GOLDEN[f"{case}/local_features"]).transpose(1, 2)
+    distances = loss.aligned_distance(stripes, stripes.roll(1, 0))
+    np.testing.assert_allclose(distances.numpy(), GOLDEN[f"{case}/aligned/anchor_other_shift1"], rtol=1e-5, atol=1e-6)
+
+
+# ---- float64 loops, any scale
+
+SCALES = [0.1, 1.0, 5.0, 10.0, 15.0, 20.0, 100.0]
+
+
+def assert_matches_loop(criterion, naive, features, labels):
+    value, correct, gradient = value_and_gradient(criterion, features, labels)
+    expected, expected_correct, expected_gradient = value_and_gradient(naive, features.double(), labels)
+    assert value == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert correct == expected_correct
+    assert_gradients_close(gradient, expected_gradient, relative=1e-3)
+
+
+@pytest.mark.parametrize("separation", [0.3, 2.0])
+@pytest.mark.parametrize("distance", SCALES)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_weighted_triplet_matches_loop(weighting, distance, separation):
+    softplus = squared_anchor_loss(gamma=1.0, square=0, weighting=weighting)
+    assert_matches_loop(
+        loss.WeightedTripletLoss(weighting=weighting),
+        lambda features, labels: naive_triplet(features, labels, softplus, weighting),
+        *random_batch(0, distance, separation),
+    )
+
+
+@pytest.mark.parametrize("separation", [0.3, 2.0])
+@pytest.mark.parametrize("distance", SCALES)
+@pytest.mark.parametrize(("alpha", "gamma", "square"), SQUARED_OPTIONS)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_squared_triplet_matches_loop(weighting, alpha, gamma, square, distance, separation):
+    anchor_loss = squared_anchor_loss(gamma, square, weighting)
+    assert_matches_loop(
+        squared_loss(weighting, square, alpha, gamma),
+        lambda features, labels: naive_triplet(features, labels, anchor_loss, weighting, alpha),
+        *random_batch(1, distance, separation),
+    )
+
+
+@pytest.mark.parametrize("distance", [0.1, 1.0, 5.0, 100.0])
+@pytest.mark.parametrize("margin", [0.0, 0.3, 2.0])
+def test_hard_triplet_matches_loop(margin, distance):
+    assert_matches_loop(
+        loss.HardTripletLoss(margin=margin),
+        lambda features, labels: naive_hard_triplet(features, labels, margin),
+        *random_batch(2, distance),
+    )
+
+
+@pytest.mark.parametrize("square", [0, 1])
+@pytest.mark.parametrize("distance", [0.5, 2.0, 4.2])
+def test_exact_equals_published_in_the_healthy_range(distance, square):
+    features, labels = random_batch(3, distance, identities=8, images=12, width=64)
+    assert naive_distances(features).max() < 6
+    exact, published = (squared_loss(w, square)(features, labels)[0].item() for w in WEIGHTINGS)
+    assert exact == pytest.approx(published, abs=1e-5)
+
+
+def test_weighting_is_exact_by_default():
+    features, labels, _ = equidistant_batch(20.0)
+    for make in (loss.WeightedTripletLoss, lambda **kwargs: loss.SquaredTripletLoss(1.0, 1.0, 1, **kwargs)):
+        default, exact, published = (
+            make(**kwargs)(features, labels)[0] for kwargs in ({}, {"weighting": "exact"}, {"weighting": "published"})
+        )
+        assert default == exact
+        assert default != published
+
+
+# ---- the published collapse
+
+
+def closed_form(distance, weighting, ratio=0.4, positives=11, negatives=84):
+    """d+ and d- of any anchor of `equidistant_batch`, on paper: the anchor is one more positive, at distance 0."""
+    d_pos = ratio * distance
+    d_pos *= positives / (positives + math.exp(-d_pos))
+    mass = negatives * math.exp(-distance)
+    return d_pos, distance * (mass / (mass + 1e-6) if weighting == "published" else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("distance", "published_d_neg", "published_loss"),
+    # d- and loss of the squared triplet: 84 negatives weigh 84 exp(-d), which has to compete with 1e-6.
+    [
+        (11.1, 11.09, 0.0),
+        (15.6, 14.55, 0.0),
+        (17.8, 10.87, 0.0),
+        (20.0, 2.95, 25.5),
+        (22.3, 0.379, 44.0),
+        (30.0, 0.0, 44.0),
+    ],
+)
+def test_published_collapses_on_a_separated_batch(distance, published_d_neg, published_loss):
+    features, labels, _ = equidistant_batch(distance)
+    for weighting in WEIGHTINGS:
+        d_pos, d_neg = closed_form(distance, weighting)
+        softplus, correct = loss.WeightedTripletLoss(weighting=weighting)(features, labels)
+        measured_d_neg = d_pos - math.log(math.expm1(softplus.item()))
+        assert measured_d_neg == pytest.approx(d_neg, rel=2e-3, abs=1e-4)
+        assert int(correct) == (len(labels) if d_neg >= d_pos else 0)
+
+    assert measured_d_neg == pytest.approx(published_d_neg, rel=1e-2, abs=1e-2)
+    exact, published = (squared_loss(w)(features, labels)[0].item() for w in WEIGHTINGS)
+    assert exact == pytest.approx(0.0, abs=1e-4)
+    assert published == pytest.approx(published_loss, abs=0.05)
+
+
+@pytest.mark.parametrize("square", [0, 1])
+@pytest.mark.parametrize("ratio", [0.4, 0.98])
+def test_only_published_draws_negatives_together(ratio, square):
+    """At distance 20, descent on the published loss draws identities together; on the exact loss it never does."""
+    distance = 20.0
+    features, labels, apart = equidistant_batch(distance, ratio)
+    slopes, spread = {}, {}
+    for weighting in WEIGHTINGS:
+        _, _, gradient = value_and_gradient(squared_loss(weighting, square), features, labels)
+        slopes[weighting] = (gradient * apart).sum().item()  # derivative of the loss as the identities move apart
+        # A step along the part of the gradient that moves identities only: what descent does to negatives.
+        between = (gradient * apart).sum(1, keepdim=True) * apart
+        moved = features.double() - 10.0 * between
+        spread[weighting] = naive_distances(moved)[labels[:, None] != labels[None]].mean().item()
+    assert slopes["exact"] <= 0
+    assert spread["exact"] >= distance - 1e-4
+    if square and ratio == 0.98:  # 19.6 - 2.9 is far beyond the clamp: here the published form has no gradient at all
+        assert slopes["published"] == 0
+        assert slopes["exact"] < 0
+        return
+    assert slopes["published"] > 0.01
+    assert spread["published"] < distance - 1e-2
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_descent_on_a_separated_batch(weighting):
+    """One gradient step at distance 20: the published form pulls all negatives closer, the exact form leaves them."""
+    features, labels, _ = equidistant_batch(20.0)
+    _, _, gradient = value_and_gradient(squared_loss(weighting), features, labels)
+    negatives = naive_distances(features.double() - gradient)[labels[:, None] != labels[None]]
+    if weighting == "published":
+        assert negatives.max() < 19.9
+    else:
+        assert negatives.min() > 20.0 - 1e-4
+
+
+def test_published_gradient_vanishes_in_the_dead_zone_and_exact_does_not():
+    features, labels, _ = equidistant_batch(24.0)  # separated, yet clamped at 44
+    value, _, gradient = value_and_gradient(squared_loss("published"), features, labels)
+    assert value == pytest.approx(EXPONENT_LIMIT)
+    assert gradient.abs().max() == 0
+
+    features, labels = crossed_batch(10.0)  # truly wrong
+    exact, published = (value_and_gradient(squared_loss(w), features, labels)[2] for w in WEIGHTINGS)
+    assert published.abs().max() == 0
+    assert exact.norm() > 1
+
+
+# ---- exact weighting: no dead zone
+
+
+@pytest.mark.parametrize("gap", [1.0, 5.0, 7.0, 10.0, 20.0, 100.0, 1000.0])
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+def test_exact_gradient_is_bounded_and_alive_however_wrong(gap, gamma):
+    features, labels = crossed_batch(gap)
+    criterion = squared_loss("exact", gamma=gamma)
+    anchor_loss = squared_anchor_loss(gamma, 1, "exact")
+    assert_matches_loop(criterion, lambda f, y: naive_triplet(f, y, anchor_loss, "exact"), features, labels)
+
+    _, correct, gradient = value_and_gradient(criterion, features, labels)
+    assert correct == 0
+    # The slope in (d+ - d-) is at most 2 sqrt(44 gamma), and weighted mean distances move little faster than features.
+    assert 0.05 < gradient.norm() < 4 * 2 * math.sqrt(EXPONENT_LIMIT * gamma)
+    # Descent must shorten the positives and lengthen the negatives.
+    moved = naive_distances(features.double() - 1e-3 * gradient)
+    before = naive_distances(features.double())
+    assert moved[0, 1] < before[0, 1]
+    assert moved[0, 2] > before[0, 2]
+
+
+@pytest.mark.parametrize("gamma", [1.0, 2.0])
+def test_exact_continues_smoothly_through_the_clamp(gamma):
+    """Across the limit neither the value nor the slope jumps (the published form's slope drops from 13.3 to 0)."""
+    limit, step = math.sqrt(EXPONENT_LIMIT / gamma), 0.05
+    gaps = torch.arange(limit - 0.3, limit + 1.5, step, dtype=torch.float64)  # d+ - d- = 0.9 gap
+
+    def sweep(weighting):
+        criterion = squared_loss(weighting, gamma=gamma)
+        return np.array([criterion(*crossed_batch(gap))[0].item() for gap in gaps])
+
+    exact, published = sweep("exact"), sweep("published")
+    assert exact[0] < EXPONENT_LIMIT < exact[-1]
+    slopes = np.diff(exact) / step
+    assert (slopes > 0).all()
+    # Below the limit the slope grows by 2 gamma per unit; float32 distances resolve it to about 0.01.
+    assert np.abs(np.diff(slopes)).max() < 2 * gamma * step + 0.02
+    assert slopes[-1] == pytest.approx(slopes.max(), rel=0.05)
+    assert np.abs(np.diff(np.diff(published) / step)).max() > 1
+
+
+# ---- inputs
+
+
+@pytest.fixture(params=ALL_LOSSES)
+def any_loss(request):
+    return ALL_LOSSES[request.param]
+
+
+def test_labels_may_be_any_integers(any_loss):
+    features, labels = random_batch(4, 3.0)
+    names = torch.tensor([-7, 10**12, 0, 395])
+    expected = value_and_gradient(any_loss, features, labels)
+    actual = value_and_gradient(any_loss, features, names[labels])
+    assert actual[:2] == expected[:2]
+    assert torch.equal(actual[2], expected[2])
+
+
+def test_order_of_the_batch_does_not_matter(any_loss):
+    features, labels = random_batch(5, 3.0)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    value, correct, gradient = value_and_gradient(any_loss, features, labels)
+    permuted_value, permuted_correct, permuted_gradient = value_and_gradient(any_loss, features[order], labels[order])
+    assert permuted_value == pytest.approx(value, rel=1e-5)
+    assert permuted_correct == correct
+    assert_gradients_close(permuted_gradient, gradient[order], relative=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_computed_in_float32_under_autocast(any_loss, dtype):
+    features, labels = random_batch(6, 8.0)
+    features = features.to(dtype)
+    expected, expected_correct = any_loss(features.float(), labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value, correct = any_loss(features, labels)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+    assert int(correct) == int(expected_correct)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_local_loss_computed_in_float32_under_autocast(dtype):
+    features, labels = random_batch(6, 3.0)
+    local = torch.randn(len(labels), 8, 4, generator=torch.Generator().manual_seed(1)).to(dtype)
+    features = features.to(dtype)
+    expected = loss.AlignedLocalLoss()(features.float(), labels, local.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = loss.AlignedLocalLoss()(features, labels, local)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("distance", [0.0, 1e4], ids=["identical", "huge"])
+def test_extreme_batches_stay_finite(any_loss, distance):
+    features, labels = random_batch(7, max(distance, 1.0))
+    if not distance:
+        features = features[:1].expand_as(features)
+    value, _, gradient = value_and_gradient(any_loss, features, labels)
+    assert math.isfinite(value)
+    assert gradient.isfinite().all()
+
+
+def test_correct_is_a_tensor_that_counts_anchors(any_loss):
+    features, labels, _ = equidistant_batch(2.0)
+    for gap_features, gap_labels, expected in ((features, labels, len(labels)), (*crossed_batch(2.0), 0)):
+        _, correct = any_loss(gap_features.requires_grad_(), gap_labels)
+        assert isinstance(correct, torch.Tensor)
+        assert correct.ndim == 0
+        assert not correct.requires_grad
+        assert int(correct) == expected
+
+
+def test_no_device_sync(any_loss):
+    """Fake tensors hold no data: whatever would copy a value to the host (item, bool, nonzero) raises."""
+    with FakeTensorMode():
+        features, labels = torch.randn(12, 8, requires_grad=True), torch.arange(12)
+        value, _ = any_loss(features, labels)
+        value.backward()
+
+
+def test_local_loss_no_device_sync():
+    with FakeTensorMode():
+        local = torch.randn(12, 8, 6, requires_grad=True)
+        loss.AlignedLocalLoss()(torch.randn(12, 8), torch.arange(12), local).backward()
+
+
+# ---- aligned distance
+
+
+def assert_walks_match(x, y):
+    """Values and gradients of the batched distance against the per-sample walk."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(len(x), generator=generator)  # unequal, so that samples cannot stand in for each other
+    x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
+    actual = loss.aligned_distance(x, y)
+    (actual * weights).sum().backward()
+    x64, y64 = (t.detach().double().requires_grad_() for t in (x, y))
+    expected = torch.stack([naive_aligned(a, b) for a, b in zip(x64, y64, strict=True)])
+    (expected * weights.double()).sum().backward()
+    torch.testing.assert_close(actual.detach().double(), expected.detach(), rtol=1e-4, atol=1e-5)
+    for gradient, reference in ((x.grad, x64.grad), (y.grad, y64.grad)):
+        assert_gradients_close(gradient, reference, relative=1e-3)
+
+
+@pytest.mark.parametrize("stripes", range(1, 9))
+def test_aligned_distance_matches_walk(stripes):
+    generator = torch.Generator().manual_seed(stripes)
+    assert_walks_match(*torch.randn(2, 48, stripes, 5, generator=generator))
+
+
+@pytest.mark.parametrize("stripes", range(1, 9))
+@pytest.mark.parametrize("width", [1, 3])
+def test_aligned_distance_breaks_ties_like_the_walk(stripes, width):
+    """Small integer coordinates: squared distances are exact in float32, so that equal entries are equal bit by bit."""
+    generator = torch.Generator().manual_seed(10 * stripes + width)
+    x, y = torch.randint(0, 3, (2, 64, stripes, width), generator=generator).float()
+    assert_walks_match(x, y)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "path"),
+    [
+        # Row 0 offers 1 at columns 1 and 2, column 0 offers 4: the FIRST 1, (0, 1); its row offers 1, its column 3.
+        pytest.param([0, 4, 9], [0, 1, -1], [0, 1, 1, 5, 10], id="first in the row"),
+        # Row 0 offers 2, column 0 offers 1 at rows 1 and 2: the FIRST 1, (1, 0); its row offers 1, as its column.
+        pytest.param([0, 1, 1], [0, 2, 3], [0, 1, 1, 1, 2], id="first in the column"),
+        # Row and column both offer 2: the row wins, (0, 1); its row offers 5, its column 0: (1, 1), then 3, not 7.
+        pytest.param([0, 2, 9], [0, 2, 5], [0, 2, 0, 3, 4], id="row before column"),
+    ],
+)
+def test_ties_by_hand(x, y, path):
+    """Stripes are points on a line, D = tanh(|x_j - y_k| / 2); the distances along the path are worked out on paper."""
+    x, y = (torch.tensor(points, dtype=torch.float32)[None, :, None] for points in (x, y))
+    expected = sum(math.tanh(distance / 2) for distance in path) / (len(path) - 1)
+    assert loss.aligned_distance(x, y).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_single_stripe_is_its_own_distance():
+    x, y = torch.randn(2, 7, 1, 4, generator=torch.Generator().manual_seed(0))
+    expected = torch.tanh((x - y).norm(dim=2)[:, 0] / 2)
+    torch.testing.assert_close(loss.aligned_distance(x, y), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("singleton", [False, True], ids=["pairs", "own positive"])
+@pytest.mark.parametrize("stripes", [1, 3, 6])
+@pytest.mark.parametrize("margin", [0.05, 0.3])
+def test_local_loss_matches_loop(stripes, margin, singleton):
+    features, labels = random_batch(8, 3.0)
+    if singleton:  # the only image of an identity is its own hardest positive
+        labels[3] = 99
+    # Quarter steps keep the squared stripe distances exact, also the zeros of an image with itself.
+    generator = torch.Generator().manual_seed(stripes)
+    local = (torch.randint(-4, 5, (len(labels), 6, stripes), generator=generator) / 4).requires_grad_()
+    features.requires_grad_()
+    value = loss.AlignedLocalLoss(margin=margin)(features, labels, local)
+    value.backward()
+    local64 = local.detach().double().requires_grad_()
+    expected = naive_aligned_loss(features.detach().double(), labels, local64, margin)
+    expected.backward()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert_gradients_close(local.grad, local64.grad, relative=1e-3)
+    assert features.grad is None or features.grad.abs().max() == 0  # global features only choose the pairs

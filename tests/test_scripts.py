@@ -1,0 +1,399 @@
+"""The scripts from their flags to their files: training, resuming, testing, on the small demo trees."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data_manager
+import testa
+import train_ext_test0
+import utils
+from conftest import SIZE
+from eval_metrics import eval_sysu
+from model import GFMNet
+from utils import InputError
+
+REPO = Path(utils.__file__).parent
+SMALL = ["--arch", "resnet18", "--weights", "none", "--gpu", "cpu", "--workers", "0"]
+SMALL += ["--img_h", str(SIZE[0]), "--img_w", str(SIZE[1]), "--batch_size", "4", "--num_pos", "2", "--optim", "adam"]
+SMALL += ["--lr", "0.01"]
+
+
+def flags(tree, out, *more):
+    return [*SMALL, "--data_path", str(tree), "--model_path", f"{out}/models/", "--log_path", f"{out}/log/", *more]
+
+
+@pytest.fixture(scope="module")
+def trained(sysu_tree, tmp_path_factory):
+    """A run of three epochs on the demo tree -> (main's result, its folder)."""
+    out = tmp_path_factory.mktemp("run")
+    return train_ext_test0.main(flags(sysu_tree, out, "--epochs", "3", "--eval_every", "2", "--save_epoch", "1")), out
+
+
+def test_run_writes_what_it_promises(trained):
+    result, out = trained
+    name = "sysu_adp_joint_co_nog_ch_nog_sq1_aug_G_erase_0.5_p2_n4_lr_0.01_seed_0_9_adam"
+    assert sorted(file.name for file in (out / "models").iterdir()) == [
+        f"{name}_{kind}.t" for kind in ("best", "epoch_1", "epoch_2", "last")
+    ]
+    entries = [json.loads(line) for line in Path(result["log"]).read_text().splitlines()]
+    assert [entry["epoch"] for entry in entries] == [0, 1, 2]
+    for entry in entries:
+        assert entry["total"] == pytest.approx(entry["identity"] + entry["triplet"] + 0.5 * entry["local"], rel=1e-5)
+        assert entry["images_per_second"] > 0
+        assert ("FC/Rank-1" in entry) == (entry["epoch"] != 1)
+    assert entries[2]["total"] < entries[0]["total"]
+    best = max((e for e in entries if "FC/Rank-1" in e), key=lambda e: (e["FC/Rank-1"], -e["epoch"]))
+    assert result["metrics"]["epoch"] == best["epoch"]
+    assert torch.load(result["best"])["epoch"] == best["epoch"]
+    text = (out / "log" / "sysu_log" / f"{name}.txt").read_text()
+    assert "TEST set" in text
+    assert list((out / "log" / "sysu_log" / name).glob("events.*"))
+
+
+def test_resumed_run_equals_the_uninterrupted_one(trained, sysu_tree, tmp_path, monkeypatch):
+    whole, _ = trained
+    more = ("--epochs", "3", "--eval_every", "2")
+
+    class Stopped(Exception):
+        pass
+
+    save = utils.save_checkpoint
+
+    def save_and_stop(checkpoint, path):
+        save(checkpoint, path)
+        if checkpoint["epoch"] == 1:
+            raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_ext_test0, "save_checkpoint", save_and_stop)
+        with pytest.raises(Stopped):
+            train_ext_test0.main(flags(sysu_tree, tmp_path, *more))
+    last = next((tmp_path / "models").glob("*_last.t")).name
+    resumed = train_ext_test0.main(flags(sysu_tree, tmp_path, *more, "--resume", last))
+
+    a, b = torch.load(whole["last"]), torch.load(resumed["last"])
+    assert all(torch.equal(a["net"][key], b["net"][key]) for key in a["net"])
+    for key, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(value, b["optimizer"]["state"][key][name]) for name, value in state.items())
+    assert a["best"] == b["best"]
+
+    def entries(result):
+        timing = ("seconds", "images_per_second")
+        lines = [json.loads(line) for line in Path(result["log"]).read_text().splitlines()]
+        return [{key: value for key, value in entry.items() if key not in timing} for entry in lines]
+
+    assert entries(whole) == entries(resumed)
+
+
+def test_resume_refuses_another_network_and_a_best_checkpoint(trained, sysu_tree, tmp_path):
+    result, _ = trained
+    with pytest.raises(InputError, match="share_net 2, not 3"):
+        train_ext_test0.main(flags(sysu_tree, tmp_path, "--resume", result["last"], "--share_net", "3"))
+    with pytest.raises(InputError, match="no training state"):
+        train_ext_test0.main(flags(sysu_tree, tmp_path, "--resume", result["best"]))
+
+
+def test_run_of_the_same_name_with_other_flags_is_not_overwritten(trained, sysu_tree):
+    _, out = trained
+    before = {file: file.read_bytes() for file in (out / "models").iterdir()}
+    with pytest.raises(InputError, match="--alpha 1"):
+        train_ext_test0.main(flags(sysu_tree, out, "--alpha", "2", "--epochs", "1"))
+    assert before == {file: file.read_bytes() for file in (out / "models").iterdir()}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--method", "base", "--optim", "sgd", "--augc", "0", "--rande", "0"],
+        ["--method", "agw", "--share_net", "1", "--amp", "bf16"],
+        ["--method", "caj", "--square", "0", "--weighting", "published", "--mode", "indoor"],
+        ["--method", "adp", "--share_net", "4", "--alpha", "2", "--gamma", "0.5", "--margin", "0.1"],
+    ],
+)
+def test_every_method_trains_and_its_checkpoint_tests(sysu_tree, tmp_path, more):
+    result = train_ext_test0.main(flags(sysu_tree, tmp_path, "--epochs", "1", *more))
+    (entry,) = [json.loads(line) for line in Path(result["log"]).read_text().splitlines()]
+    assert math.isfinite(entry["total"])
+    assert (entry["local"] > 0) == ("adp" in more)
+    rows = testa.main(["--data_path", str(sysu_tree), "--resume", result["last"], "--gpu", "cpu", "--workers", "0"])
+    assert len(rows) == 2
+
+
+def test_every_flag_is_read():
+    """Each flag's name stands in the script beside its declaration."""
+    for script in (train_ext_test0, testa):
+        source = Path(script.__file__).read_text()
+        for action in script.get_args_parser()._actions:
+            if action.dest != "help":
+                assert f"args.{action.dest}" in source, action.dest
+
+
+def test_defaults_are_the_paper_s_recipe():
+    args = train_ext_test0.get_args_parser().parse_args([])
+    assert train_ext_test0.run_name(args) + "_best.t" == (
+        "sysu_adp_joint_co_nog_ch_nog_sq1_aug_G_erase_0.5_p4_n8_lr_0.1_seed_0_9_best.t"
+    )
+    assert (args.arch, args.weights, args.share_net, args.epochs) == ("resnet50", "imagenet", 2, 101)
+    assert (args.img_h, args.img_w, args.margin, args.alpha, args.gamma) == (288, 144, 0.3, 1, 1)
+
+
+def test_schedule_is_the_published_one_and_stretches():
+    rates = [train_ext_test0.learning_rate(epoch, 0.1, 101) for epoch in range(101)]
+    expected = [0.1 * (e + 1) / 10 for e in range(10)] + [0.1] * 10 + [0.01] * 30 + [0.001] * 51
+    assert rates == pytest.approx(expected)
+    short = [train_ext_test0.learning_rate(epoch, 1.0, 20) for epoch in range(20)]
+    assert short == pytest.approx([0.5, 1.0, 1.0, 1.0] + [0.1] * 6 + [0.01] * 10)
+    assert train_ext_test0.learning_rate(0, 1.0, 1) == 1.0
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adam"])
+def test_head_learns_at_the_full_rate_and_the_rest_at_a_tenth(optim):
+    net = GFMNet(5, arch="resnet18")
+    optimizer = train_ext_test0.build_optimizer(net, optim, 0.1)
+    rest, head = optimizer.param_groups
+    assert {id(p) for p in head["params"]} == {id(net.bottleneck.weight), id(net.classifier.weight)}
+    assert (rest["lr_scale"], head["lr_scale"]) == (0.1, 1.0)
+    assert len(rest["params"]) + len(head["params"]) == sum(p.requires_grad for p in net.parameters())
+    assert all(group["weight_decay"] == 5e-4 for group in optimizer.param_groups)
+
+
+def test_table_is_what_a_plain_loop_over_files_gives(trained, sysu_tree, tmp_path, capsys):
+    """The whole of testa against one image at a time, embedded and ranked in plain steps."""
+    from PIL import Image
+    from torchvision.transforms import functional
+
+    result, _ = trained
+    out = tmp_path / "results.json"
+    common = ["--data_path", str(sysu_tree), "--gpu", "cpu", "--test_batch", "7"]
+    rows = testa.main(["--resume", result["best"], "--mode", "indoor", "--json", str(out), *common])
+    assert json.loads(out.read_text())["results"] == rows
+    assert [row["feature"] for row in rows] == ["POOL", "FC"]
+    printed = capsys.readouterr().out
+    assert "SYSU-MM01, indoor-search, infrared to visible, seeded protocol, 1 shot, 10 trials" in printed
+
+    checkpoint = torch.load(result["best"])
+    net = GFMNet(**checkpoint["options"])
+    net.load_state_dict(checkpoint["net"])
+    net.eval()
+
+    @torch.no_grad()
+    def embed(path, modality):
+        with Image.open(path) as image:
+            image = image.convert("RGB").resize(SIZE[::-1], Image.Resampling.LANCZOS)
+        image = functional.normalize(functional.to_tensor(image), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])[None]
+        mean = (net.embed(image, modality)[1] + net.embed(image.flip(3), modality)[1]) / 2
+        return (mean / mean.norm())[0].numpy()
+
+    query, q_ids, q_cameras = data_manager.process_query_sysu(sysu_tree)
+    queries = np.stack([embed(path, "infrared") for path in query])
+    for trial in (0, 9):
+        gallery, g_ids, g_cameras = data_manager.process_gallery_sysu(sysu_tree, "indoor", trial)
+        distances = 1 - queries @ np.stack([embed(path, "visible") for path in gallery]).T
+        cmc, mean_ap, mean_inp = eval_sysu(distances, q_ids, g_ids, q_cameras, g_cameras)
+        found = rows[1]["per_trial"][trial]
+        assert (found["queries"], found["gallery"]) == distances.shape
+        assert found["metrics"]["Rank-1"] == pytest.approx(100 * cmc[0], abs=1e-6)
+        assert found["metrics"]["Rank-20"] == pytest.approx(100 * cmc[19], abs=1e-6)
+        assert found["metrics"]["mAP"] == pytest.approx(100 * mean_ap, abs=1e-3)
+        assert found["metrics"]["mINP"] == pytest.approx(100 * mean_inp, abs=1e-3)
+    trials = [trial["metrics"]["mAP"] for trial in rows[1]["per_trial"]]
+    assert rows[1]["mean"]["mAP"] == pytest.approx(np.mean(trials))
+    assert rows[1]["std"]["mAP"] == pytest.approx(np.std(trials))
+
+
+def test_all_with_baselines_is_one_table(trained, sysu_tree):
+    result, _ = trained
+    rows = testa.main(
+        ["--data_path", str(sysu_tree), "--resume", result["best"], "--all", "--baselines", "--gpu", "cpu"]
+    )
+    models = [("gray pixels", "pixels"), ("colour histogram", "colours")]
+    models += [(model, feature) for model in ("untrained", "trained") for feature in ("POOL", "FC")]
+    assert {(row["mode"], row["model"], row["feature"]) for row in rows} == {
+        (mode, *model) for mode in ("all", "indoor") for model in models
+    }
+    assert all(row["trials"] == list(range(10)) for row in rows)
+
+
+def test_baseline_features_against_plain_formulas():
+    images = torch.randint(0, 256, (3, 3, 6, 4), dtype=torch.uint8)
+    for image, pixels, colours in zip(
+        images.numpy(), testa.gray_pixels(images), testa.colour_histogram(images), strict=True
+    ):
+        gray = (0.2989 * image[0] + 0.5870 * image[1] + 0.1140 * image[2]).ravel()
+        gray = gray - gray.mean()
+        np.testing.assert_allclose(pixels, gray / np.linalg.norm(gray), atol=1e-5)
+        histogram, _ = np.histogramdd(image.reshape(3, -1).T, bins=8, range=[(0, 256)] * 3)
+        np.testing.assert_allclose(colours, histogram.ravel() / np.linalg.norm(histogram), atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def regdb_runs(regdb_tree, tmp_path_factory):
+    """One short run for two of RegDB's trials -> the folder of the checkpoints."""
+    out = tmp_path_factory.mktemp("regdb_run")
+    for trial in ("1", "2"):
+        train_ext_test0.main(flags(regdb_tree, out, "--dataset", "regdb", "--trial", trial, "--epochs", "1"))
+    return out / "models"
+
+
+REGDB_NAME = "regdb_adp_joint_co_nog_ch_nog_sq1_aug_G_erase_0.5_p2_n4_lr_0.01_seed_0_9_adam_trial_{trial}_best.t"
+
+
+def test_regdb_trains_and_tests_in_both_directions(regdb_runs, regdb_tree):
+    common = ["--dataset", "regdb", "--data_path", str(regdb_tree), "--gpu", "cpu", "--workers", "0"]
+    common += ["--model_path", str(regdb_runs), "--resume", REGDB_NAME.format(trial=1)]
+    both = testa.main([*common, "--all"])
+    assert {row["direction"] for row in both} == {"visible to thermal", "thermal to visible"}
+    assert all(row["trials"] == [1] for row in both)
+    for direction, flag in (("visible to thermal", []), ("thermal to visible", ["--tvsearch"])):
+        alone = testa.main([*common, *flag])
+        assert alone == [row for row in both if row["direction"] == direction]
+
+
+def test_regdb_trial_must_be_the_checkpoint_s(regdb_runs, regdb_tree):
+    common = ["--dataset", "regdb", "--data_path", str(regdb_tree), "--gpu", "cpu", "--model_path", str(regdb_runs)]
+    with pytest.raises(InputError, match="trial 2"):
+        testa.main([*common, "--resume", REGDB_NAME.format(trial=2), "--trial", "1"])
+    with pytest.raises(InputError, match=r"trial_3_best\.t"):
+        testa.main([*common, "--resume", REGDB_NAME])
+
+
+def test_regdb_ten_trials_in_one_table(regdb_runs, regdb_tree, tmp_path):
+    for trial in range(1, 11):  # stands in for ten trainings: the same weights, each said to be of its trial
+        checkpoint = torch.load(regdb_runs / REGDB_NAME.format(trial=1))
+        checkpoint["args"]["trial"] = trial
+        utils.save_checkpoint(checkpoint, tmp_path / REGDB_NAME.format(trial=trial))
+    common = ["--dataset", "regdb", "--data_path", str(regdb_tree), "--gpu", "cpu", "--workers", "0"]
+    rows = testa.main([*common, "--model_path", str(tmp_path), "--resume", REGDB_NAME])
+    assert [row["trials"] for row in rows] == [list(range(1, 11))] * 2
+    metrics = [trial["metrics"]["Rank-1"] for trial in rows[1]["per_trial"]]
+    assert len(set(metrics)) > 1
+    assert rows[1]["mean"]["Rank-1"] == pytest.approx(np.mean(metrics))
+
+
+def test_checkpoint_of_another_data_set_is_refused(trained, regdb_tree):
+    result, _ = trained
+    with pytest.raises(InputError, match="trained on sysu"):
+        testa.main(["--dataset", "regdb", "--data_path", str(regdb_tree), "--resume", result["best"], "--gpu", "cpu"])
+
+
+def test_damaged_weights_are_refused(trained, sysu_tree, tmp_path):
+    result, _ = trained
+    common = ["--data_path", str(sysu_tree), "--gpu", "cpu"]
+    for damage, message in ((float("nan"), "not finite"), (None, "does not fit")):
+        checkpoint = torch.load(result["best"])
+        if damage is None:
+            del checkpoint["net"]["bottleneck.weight"]
+        else:
+            checkpoint["net"]["bottleneck.weight"][3] = damage
+        torch.save(checkpoint, tmp_path / "damaged.t")
+        with pytest.raises(InputError, match=rf"damaged\.t.*{message}"):
+            testa.main([*common, "--resume", str(tmp_path / "damaged.t")])
+
+
+def test_published_checkpoint_is_tested(sysu_tree, tmp_path):
+    """A checkpoint under the published names, with the NumPy metrics that the published code stores beside them."""
+    sys.path.insert(0, str(REPO / "tests" / "golden"))
+    from published_state import state
+
+    net = {k: torch.from_numpy(v) for k, v in state(REPO / "tests" / "golden" / "published_shapes.txt", 1).items()}
+    torch.save(
+        {"net": net, "cmc": np.ones(20), "mAP": np.float64(0.5), "mINP": np.float64(0.5), "epoch": 1}, tmp_path / "p.t"
+    )
+    rows = testa.main(
+        ["--data_path", str(sysu_tree), "--resume", str(tmp_path / "p.t"), "--gpu", "cpu", "--mode", "indoor"]
+    )
+    assert [row["feature"] for row in rows] == ["POOL", "FC"]
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "words"),
+    [
+        ("testa.py", ["--resume", "none.t"], ["none.t"]),
+        ("testa.py", [], ["--resume"]),
+        ("testa.py", ["--resume", "x.t", "--trial", "2"], ["--trial", "RegDB"]),
+        (
+            "train_ext_test0.py",
+            ["--data_path", "nowhere"],
+            ["nowhere/train_rgb_resized_img.npy", "pre_process_sysu.py"],
+        ),
+        ("train_ext_test0.py", ["--dataset", "regdb", "--data_path", "nowhere"], ["nowhere/idx/train_visible_1.txt"]),
+        ("train_ext_test0.py", ["--lr", "nan"], ["--lr", "nan"]),
+        ("pre_process_sysu.py", ["--data_path", "nowhere"], ["nowhere/exp/train_id.txt"]),
+        ("demo_data.py", ["--out", ".", "--ids", "0"], ["--ids"]),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(script, arguments, words, tmp_path):
+    gpu = ["--gpu", "cpu"] if script.startswith("t") else []
+    result = subprocess.run(
+        [sys.executable, REPO / script, *arguments, *gpu], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert all(word in result.stderr for word in words)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_commands_work_with_their_defaults_at_the_default_path(sysu_tree, tmp_path):
+    """`train_ext_test0.py --dataset sysu --gpu 1` and `testa.py --mode all --resume PATH`, shortened to one step.
+
+    The tree lies at ../data/SYSU-MM01, prepared at the default 288x144; the only other flags shorten the run. The
+    weights are a state dict of torchvision's ResNet-50, as `--weights imagenet` would fetch.
+    """
+    import torchvision
+
+    data = tmp_path / "data" / "SYSU-MM01"
+    shutil.copytree(
+        sysu_tree, data, ignore=lambda _, names: {n for n in names if n.endswith((".npy", "2.jpg", "3.jpg"))}
+    )
+    work = tmp_path / "work"
+    work.mkdir()
+    torch.save(torchvision.models.resnet50().state_dict(), work / "resnet50.pth")
+
+    def run(script, *arguments):
+        result = subprocess.run([sys.executable, REPO / script, *arguments], capture_output=True, text=True, cwd=work)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    run("pre_process_sysu.py")
+    run("train_ext_test0.py", "--dataset", "sysu", "--gpu", "1", "--weights", "resnet50.pth", "--epochs", "1")
+    name = "sysu_adp_joint_co_nog_ch_nog_sq1_aug_G_erase_0.5_p4_n8_lr_0.1_seed_0_9_best.t"
+    out = run("testa.py", "--mode", "all", "--resume", f"save_model/{name}")
+    assert "all-search" in out
+    assert run("testa.py", "--mode", "all", "--resume", name) == out
+
+
+def test_weights_that_cannot_be_had_say_what_to_do(sysu_tree, tmp_path, monkeypatch):
+    import urllib.error
+
+    import torchvision
+
+    def offline(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", offline)
+    with pytest.raises(InputError, match=r"https.*--weights FILE.*--weights none"):
+        train_ext_test0.main([*flags(sysu_tree, tmp_path), "--weights", "imagenet"])
+    with pytest.raises(InputError, match=r"absent\.pth"):
+        train_ext_test0.main([*flags(sysu_tree, tmp_path), "--weights", "absent.pth"])
+    torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "resnet34.pth")
+    with pytest.raises(InputError, match=r"resnet34\.pth.*resnet50"):
+        train_ext_test0.main(
+            [*flags(sysu_tree, tmp_path), "--arch", "resnet50", "--weights", str(tmp_path / "resnet34.pth")]
+        )
+
+
+@pytest.mark.gpu
+def test_training_on_the_gpu_under_bf16(sysu_tree, tmp_path):
+    more = ["--gpu", "0", "--amp", "bf16", "--epochs", "2"]
+    result = train_ext_test0.main([*flags(sysu_tree, tmp_path), *more])
+    rows = testa.main(["--data_path", str(sysu_tree), "--resume", result["best"], "--gpu", "0"])
+    assert all(math.isfinite(value) for row in rows for value in row["mean"].values())

@@ -1,0 +1,210 @@
+"""Flags, devices, checkpoint files, logs."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import utils
+from utils import InputError
+
+
+def parser():
+    p = utils.ArgumentParser(prog="script.py")
+    p.add_argument("--batch_size", type=utils.number(int, 2), default=8)
+    p.add_argument("--lr", type=utils.number(float, 0, above=True), default=0.1)
+    p.add_argument("--rande", type=utils.number(float, 0, 1), default=0.5)
+    return p
+
+
+@pytest.mark.parametrize("flag", [["--batch_size", "4"], ["--batch-size", "4"], ["--batch-size=4"]])
+def test_both_spellings(flag):
+    assert parser().parse_args(flag).batch_size == 4
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--batch_size", "1"),
+        ("--batch_size", "-3"),
+        ("--batch_size", "2.5"),
+        ("--batch_size", "many"),
+        ("--lr", "0"),
+        ("--lr", "nan"),
+        ("--lr", "inf"),
+        ("--lr", "-1e-3"),
+        ("--rande", "1.01"),
+        ("--unknown", "1"),
+    ],
+)
+def test_bad_flags_are_one_line_and_status_2(flag, value, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parser().parse_args([flag + "=" + value])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert flag in error
+
+
+def run(code, *args):
+    repo = Path(utils.__file__).parent
+    return subprocess.run(
+        [sys.executable, "-c", code, *args], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(repo)}
+    )
+
+
+def test_cli_turns_input_errors_into_one_line():
+    code = "import utils\ndef main(): raise utils.InputError('a.jpg: no image; remove it')\nutils.cli(main)"
+    result = run(code)
+    assert result.returncode == 2
+    assert result.stderr == "-c: error: a.jpg: no image; remove it\n"
+
+
+def test_cli_shows_only_the_error_of_a_loading_process():
+    code = (
+        "import torch, utils\n"
+        "class Data(torch.utils.data.Dataset):\n"
+        "    def __len__(self): return 1\n"
+        "    def __getitem__(self, i): raise utils.InputError('b.jpg: no image; remove it')\n"
+        "utils.cli(lambda: next(iter(torch.utils.data.DataLoader(Data(), num_workers=1))))"
+    )
+    result = run(code)
+    assert result.returncode == 2
+    assert result.stderr == "-c: error: b.jpg: no image; remove it\n"
+
+
+def test_other_errors_keep_their_traceback():
+    result = run("import utils\nutils.cli(lambda: 1 / 0)")
+    assert result.returncode == 1
+    assert "ZeroDivisionError" in result.stderr
+
+
+def test_device_without_cuda_warns_and_is_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.warns(UserWarning, match="--gpu 1.*CPU"):
+        assert utils.select_device("1") == torch.device("cpu")
+
+
+def test_device_that_is_not_there_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert utils.select_device("0") == torch.device("cuda", 0)
+    with pytest.raises(InputError, match="--gpu 1: this machine has one GPU: use --gpu 0"):
+        utils.select_device("1")
+    with pytest.raises(InputError, match="--gpu -1"):
+        utils.select_device("-1")
+
+
+def test_seeding_repeats_every_generator():
+    def draw(*seed):
+        utils.seed_everything(*seed)
+        import random
+
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    assert draw(0, 1) == draw(0, 1)
+    assert draw(0, 1) != draw(0, 2)
+    assert draw(0, 1) != draw(1, 0)
+
+
+def test_failed_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "new folder" / "last.t"
+    utils.save_checkpoint({"net": {"a": torch.ones(2)}}, path)
+    before = path.read_bytes()
+
+    class Half:
+        def __reduce__(self):
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        utils.save_checkpoint({"net": {"a": torch.zeros(1000)}, "rest": Half()}, path)
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == ["last.t"]
+
+
+def test_unwritable_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match=r"file/last\.t"):
+        utils.save_checkpoint({}, tmp_path / "file" / "last.t")
+
+
+def test_published_checkpoints_with_numpy_values_load(tmp_path):
+    path = tmp_path / "published.t"
+    content = {"net": {"w": torch.ones(2)}, "cmc": np.ones(20), "mAP": np.float64(0.7), "epoch": 3}
+    torch.save(content, path)
+    loaded = utils.load_checkpoint(path)
+    assert loaded["mAP"] == 0.7
+    assert np.array_equal(loaded["cmc"], np.ones(20))
+    # NumPy 1 wrote the same pickles under numpy.core; the byte strings differ in length, so pickle them unframed.
+    old = pickle.dumps(np.float64(0.7), protocol=2).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+    assert b"numpy.core.multiarray" in old
+    import zipfile
+
+    old_path = tmp_path / "old.t"
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(old_path, "w") as target:
+        for item in source.namelist():
+            data = source.read(item).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+            target.writestr(item, data)
+    assert utils.load_checkpoint(old_path)["mAP"] == 0.7
+
+
+def test_checkpoint_that_runs_code_is_refused(tmp_path):
+    class Crafted:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "pwned"),)
+
+    path = tmp_path / "crafted.t"
+    torch.save({"net": Crafted()}, path)
+    with pytest.raises(InputError, match=r"crafted\.t"):
+        utils.load_checkpoint(path)
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", "cut"])
+def test_broken_checkpoint_is_named(tmp_path, content):
+    path = tmp_path / "broken.t"
+    if content == "cut":
+        torch.save({"net": {"w": torch.ones(1000)}}, path)
+        content = path.read_bytes()[:-300]
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"broken\.t"):
+        utils.load_checkpoint(path)
+
+
+def test_missing_and_foreign_checkpoints_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"none\.t"):
+        utils.load_checkpoint(tmp_path / "none.t")
+    torch.save({"state": 1}, tmp_path / "other.t")
+    with pytest.raises(InputError, match=r"other\.t.*net"):
+        utils.load_checkpoint(tmp_path / "other.t")
+
+
+def test_checkpoint_is_found_by_path_or_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "a.t").touch()
+    assert utils.find_checkpoint("a.t", "models") == Path("models/a.t")
+    assert utils.find_checkpoint("models/a.t", "models") == Path("models/a.t")
+    (tmp_path / "a.t").touch()
+    assert utils.find_checkpoint("a.t", "models") == Path("a.t")
+
+
+def test_resumed_log_holds_each_epoch_once(tmp_path):
+    log = utils.RunLog(tmp_path, "run")
+    for epoch in range(4):
+        log.epoch({"epoch": epoch, "loss": 1.0 / (epoch + 1)})
+    log.close()
+    log = utils.RunLog(tmp_path, "run", resumed_epoch=1)
+    log.epoch({"epoch": 2, "loss": 5.0})
+    log.close()
+    entries = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    assert [(entry["epoch"], entry["loss"]) for entry in entries] == [(0, 1.0), (1, 0.5), (2, 5.0)]
+    log = utils.RunLog(tmp_path, "run")
+    log.close()
+    assert (tmp_path / "run.jsonl").read_text() == ""
