@@ -1,0 +1,265 @@
+"""demo_data.py: exact layouts, a seed fixes every byte, nothing half-made is left, and colour tells nothing."""
+
+import hashlib
+import itertools
+import multiprocessing
+import operator
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import demo_data
+import utils
+
+
+def make(out: Path, **flags) -> Path:
+    """Run the script with small defaults; returns the tree."""
+    flags = {"ids": 8, "images": 2, "seed": 3, "workers": 2} | flags
+    result = demo_data.main(["--out", str(out), *(f"--{name}={value}" for name, value in flags.items())])
+    assert result["out"] == out
+    return out
+
+
+def files(tree: Path) -> list:
+    return sorted(path.relative_to(tree).as_posix() for path in tree.rglob("*") if path.is_file())
+
+
+def digest(tree: Path) -> str:
+    return hashlib.sha256(b"".join(name.encode() + (tree / name).read_bytes() for name in files(tree))).hexdigest()
+
+
+def read_ids(tree: Path, part: str) -> list:
+    text = (tree / f"exp/{part}_id.txt").read_text()
+    assert len(text.splitlines()) == 1
+    return [int(word) for word in text.split(",")]
+
+
+@pytest.fixture(scope="module")
+def sysu(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("demo") / "sysu", ids=20)
+
+
+@pytest.fixture(scope="module")
+def regdb(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("demo") / "regdb", layout="regdb", ids=5, images=10)
+
+
+@pytest.mark.parametrize("layout", ["sysu", "regdb"])
+def test_seed_fixes_every_byte(tmp_path, layout):
+    first = digest(make(tmp_path / "a", layout=layout, workers=1))
+    assert digest(make(tmp_path / "b", layout=layout, workers=3)) == first
+    assert digest(make(tmp_path / "c", layout=layout, seed=4)) != first
+
+
+def test_sysu_layout(sysu):
+    parts = {name: read_ids(sysu, name) for name in ("train", "val", "test")}
+    assert {name: len(ids) for name, ids in parts.items()} == {"train": 12, "val": 2, "test": 6}
+    everybody = sum(parts.values(), [])
+    assert len(set(everybody)) == 20
+    assert set(everybody) <= set(range(1, 534))
+    assert max(everybody) > 20  # with holes
+
+    expected, cameras = {f"exp/{name}_id.txt" for name in parts}, {}
+    for identity in everybody:
+        cameras[identity] = {camera for camera in range(1, 7) if (sysu / f"cam{camera}/{identity:04d}").exists()}
+        assert cameras[identity] & {1, 2, 4, 5}
+        assert cameras[identity] & {3, 6}
+        for camera in cameras[identity]:
+            count = len(list((sysu / f"cam{camera}/{identity:04d}").iterdir()))
+            assert 1 <= count <= 3
+            expected |= {f"cam{camera}/{identity:04d}/{number:04d}.jpg" for number in range(1, count + 1)}
+    assert set(files(sysu)) == expected
+    assert {1, 2, 3} in cameras.values()
+    assert {1, 2, 3, 4, 5, 6} in cameras.values()
+
+
+def test_images_are_rgb_of_odd_sizes_and_infrared_is_gray(sysu):
+    sizes = set()
+    for path in sorted(sysu.glob("cam*/*/0001.jpg")):
+        with Image.open(path) as image:
+            assert (image.format, image.mode) == ("JPEG", "RGB")
+            pixels = np.asarray(image).astype(int)
+            sizes.add(image.size)
+        spread = np.ptp(pixels, axis=2).mean()
+        assert spread < 1 if path.parts[-3] in ("cam3", "cam6") else spread > 5
+    assert len(sizes) > 20
+    assert all(80 <= width <= 140 and 2 * width < height < 2.7 * width for width, height in sizes)
+
+
+def test_regdb_layout(regdb):
+    parts, spectra, trials = ("train", "test"), ("visible", "thermal"), range(1, 11)
+    images = {
+        f"{spectrum.capitalize()}/{identity}/{spectrum[0]}_{number:04d}.bmp"
+        for spectrum in spectra for identity in range(1, 6) for number in range(1, 11)
+    }  # fmt: skip
+    lists = {f"idx/{part}_{kind}_{trial}.txt" for part in parts for kind in spectra for trial in trials}
+    assert set(files(regdb)) == images | lists
+    for name in sorted(images)[::17]:
+        with Image.open(regdb / name) as image:
+            assert (image.format, image.mode, image.size) == ("BMP", "RGB", (64, 128))
+
+    halves = set()
+    for trial in trials:
+        people = {}
+        for part in parts:
+            for spectrum in spectra:
+                labels = {}
+                for line in (regdb / f"idx/{part}_{spectrum}_{trial}.txt").read_text().splitlines():
+                    path, label = line.split()
+                    assert path in images
+                    assert path.startswith(spectrum.capitalize())
+                    labels.setdefault(int(label), []).append(path.split("/")[1])
+                assert sorted(labels) == list(range(len(labels)))
+                assert all(len(owners) == 10 and len(set(owners)) == 1 for owners in labels.values())
+                people[part, spectrum] = [labels[label][0] for label in sorted(labels)]
+            assert people[part, "visible"] == people[part, "thermal"]
+        assert sorted(people["train", "visible"] + people["test", "visible"]) == ["1", "2", "3", "4", "5"]
+        assert len(people["train", "visible"]) == 2
+        halves.add(tuple(people["train", "visible"]))
+    assert len(halves) > 3  # of ten possible ones
+
+
+def test_no_two_people_are_alike():
+    traits = [tuple(person.traits.values()) for person in demo_data.draw_people(list(range(1, 121)), 0).values()]
+    alike = [sum(map(operator.eq, one, other)) for one, other in itertools.combinations(traits, 2)]
+    assert max(alike) <= 8  # of 12
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--ids", "5"], ["--ids 5", "at least 6"]),
+        (["--ids", "3", "--layout", "regdb"], ["--ids 3", "at least 4"]),
+        (["--sheet", "people.gif"], ["--sheet people.gif", ".png"]),
+        (["--sheet", "no/such/folder.png"], ["--sheet no/such/folder.png", "exists"]),
+    ],
+)
+def test_bad_flags_name_the_remedy(tmp_path, flags, words):
+    with pytest.raises(utils.InputError) as error:
+        demo_data.main(["--out", str(tmp_path / "out"), *flags])
+    assert all(word in str(error.value) for word in words)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flag", ["--ids=-4", "--ids=many", "--images=0", "--seed=-1", "--workers=0", "--layout=llcm"])
+def test_unparsable_flags_exit_with_2(tmp_path, flag, capsys):
+    with pytest.raises(SystemExit) as stop:
+        demo_data.main(["--out", str(tmp_path / "out"), flag])
+    assert stop.value.code == 2
+    assert flag.split("=")[0] in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_never_overwrites(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name in ("full", "file", "file/below"):
+        with pytest.raises(utils.InputError, match=f"--out .*{name}"):
+            make(tmp_path / name)
+    assert files(tmp_path) == ["file", "full/mine.txt"]
+    (tmp_path / "empty").mkdir()
+    assert files(make(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError])
+def test_interrupted_run_leaves_nothing(tmp_path, monkeypatch, fault):
+    seen = []
+
+    def stop_after_three(iterable, **_):
+        for count in iterable:
+            yield count
+            seen.append(files(tmp_path))
+            if len(seen) == 3:
+                raise fault
+
+    monkeypatch.setattr(utils, "progress", stop_after_three)
+    with pytest.raises(fault):
+        make(tmp_path / "out")
+    assert seen[-1]  # it had begun to write
+    assert not any(name.startswith("out") for name in seen[-1])
+    assert not list(tmp_path.iterdir())
+    assert not multiprocessing.active_children()
+
+
+def test_contact_sheet(tmp_path):
+    make(tmp_path / "out", sheet=tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.format == "PNG"
+        pixels = np.asarray(sheet.convert("L")).astype(float)
+    assert 1000 < pixels.shape[1] < 1300
+    rows = pixels[pixels.shape[0] // 8 :: pixels.shape[0] // 4]  # through each of the four rows of people
+    assert (rows.std(axis=1) > 20).all()
+
+
+def garment_tones(people: dict, spectrum: str) -> np.ndarray:
+    """Mean brightness of the upper and lower torso as painted, without scene or sensor: [people, 2]."""
+    shot = demo_data.Shot(0, 0, 0, 0.1, (0.2, 0.2), x=40, y=195, scale=190, light=0)
+    tones = []
+    for person in people.values():
+        canvas = np.zeros((200, 80, 3 if spectrum == "visible" else 1), np.float32)
+        demo_data.draw_person(canvas, person, spectrum, shot)
+        tones.append([canvas[45:75, 30:50].mean(), canvas[105:125, 30:50].mean()])
+    return np.array(tones)
+
+
+def test_colour_does_not_carry_over():
+    people = demo_data.draw_people(list(range(1, 151)), 0)
+    visible, infrared, thermal = (garment_tones(people, spectrum) for spectrum in ("visible", "infrared", "thermal"))
+    for other in (infrared, thermal):
+        for garment in (0, 1):
+            assert other[:, garment].std() > 0.05
+            # of 150 independent pairs, the correlation has a standard deviation of 0.08
+            assert abs(np.corrcoef(visible[:, garment], other[:, garment])[0, 1]) < 0.25
+
+
+def test_texture_and_shape_carry_over():
+    """In one pose, the edges of the visible image are the edges of the infrared and of the thermal one."""
+    shot = demo_data.Shot(0.4, 0.1, 1.0, 0.4, (0.2, 0.6), x=40, y=195, scale=190, light=0.3)
+    people = demo_data.draw_people(list(range(1, 31)), 0)
+    edges = {}
+    for spectrum in ("visible", "infrared", "thermal"):
+        for identity, person in people.items():
+            canvas = np.full((200, 80, 3 if spectrum == "visible" else 1), 0.02, np.float32)
+            demo_data.draw_person(canvas, person, spectrum, shot)
+            edges[spectrum, identity] = np.hypot(*np.gradient(canvas.mean(axis=2)))[20:150, 15:65].ravel() > 0.05
+    for spectrum in ("infrared", "thermal"):
+        agreement = np.corrcoef([edges["visible", i] for i in people], [edges[spectrum, i] for i in people])
+        agreement = agreement[: len(people), len(people) :]
+        assert (agreement.argmax(axis=1) == np.arange(len(people))).mean() > 0.8
+
+
+def gray_pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("L").resize((32, 64)), float).ravel()
+    return (pixels - pixels.mean()) / np.linalg.norm(pixels - pixels.mean())
+
+
+def colour_histogram(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        red, green, blue = np.asarray(image.resize((64, 128))).reshape(-1, 3).T // 32
+    counts = np.bincount(red * 64 + green * 8 + blue, minlength=512)
+    return counts / np.linalg.norm(counts)
+
+
+@pytest.mark.slow
+def test_naive_matching_stays_low(tmp_path):
+    """All-search with one random image per (test id, visible camera): Rank-1 above zero and under 15 %."""
+    tree = make(tmp_path / "out", ids=100, images=4, seed=0)
+    chance, query, gallery = random.Random(0), [], []
+    for identity in sorted(read_ids(tree, "test")):
+        for camera in range(1, 7):
+            paths = sorted((tree / f"cam{camera}/{identity:04d}").glob("*.jpg"))
+            if paths and camera in (3, 6):
+                query += [(identity, camera, path) for path in paths]
+            elif paths:
+                gallery.append((identity, camera, chance.choice(paths)))
+    for describe in (gray_pixels, colour_histogram):
+        features = [np.array([describe(path) for _, _, path in rows]) for rows in (query, gallery)]
+        (q_ids, q_cams), (g_ids, g_cams) = (np.array([row[:2] for row in rows]).T for rows in (query, gallery))
+        likeness = features[0] @ features[1].T
+        likeness[(q_cams[:, None] == 3) & (g_cams == 2)] = -np.inf
+        assert 0 < (g_ids[likeness.argmax(axis=1)] == q_ids).mean() < 0.15
