@@ -66,9 +66,17 @@ def extract(embed, loader, modality, desc):
     """Features of all images of a loader: {name: float32 [N, C]}, on the device where `embed` leaves them.
 
     embed: (uint8 [B, 3, H, W], modality) -> {name: [B, C]}.
+
+    Raises InputError when a feature is not finite.
     """
     batches = [embed(images, modality) for images in progress(loader, desc=desc, unit="batch", leave=False)]
-    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    features = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    for name, values in features.items():
+        if not torch.isfinite(values).all():
+            raise InputError(
+                f"{desc}: the {name} features are not finite; the network has diverged: train at a lower --lr"
+            )
+    return features
 
 
 def run_search(features, search):

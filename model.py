@@ -1,6 +1,6 @@
 """GFMNet: a two-stream ResNet with joint attention (AFAM), non-local blocks, GeM pooling and a local branch.
 
-Liu et al., "Global-to-Local Feature Mining Network for RGB-Infrared Person Re-Identification", MMM 2024, on the
+"Global-to-Local Feature Mining Network for RGB-Infrared Person Re-Identification", MMM 2024, on the
 network of AGW (Ye et al., TPAMI 2021). B, H, W: images, height, width; C: 512 (ResNet-18, 34) or 2048 (50, 101).
 """
 

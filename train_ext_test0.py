@@ -33,7 +33,6 @@ DATA_PATHS = {"sysu": "../data/SYSU-MM01/", "regdb": "../data/RegDB/"}
 # Flags that may differ between two runs of one experiment.
 OUTSIDE_THE_EXPERIMENT = {"data_path", "workers", "gpu", "epochs", "eval_every", "test_batch", "save_epoch"}
 OUTSIDE_THE_EXPERIMENT |= {"model_path", "log_path", "resume"}
-SCHEDULE_EPOCHS = 101  # of the published schedule; --epochs stretches or shrinks it
 
 
 def get_args_parser():
@@ -69,7 +68,10 @@ def get_args_parser():
     fit.add_argument("--num_pos", type=number(int, 1), default=4, help="images of an identity and modality in a batch")
     fit.add_argument("--augc", type=int, choices=(0, 1), default=1, help="channel augmentation")
     fit.add_argument("--rande", type=number(float, 0, 1), default=0.5, help="probability of random erasing")
-    fit.add_argument("--epochs", type=number(int, 1), default=SCHEDULE_EPOCHS, help="the schedule stretches with them")
+    fit.add_argument("--epochs", type=number(int, 1), default=101)
+    fit.add_argument("--warmup", type=number(int, 0), default=10, help="epochs of linear warm-up")
+    milestones = {"type": number(int, 1), "nargs": "*", "default": [20, 50]}
+    fit.add_argument("--milestones", **milestones, help="epochs from which on the rate is a tenth of the one before")
     fit.add_argument("--amp", choices=("off", "bf16"), default="off", help="mixed precision of the network")
     fit.add_argument("--seed", type=number(int, 0), default=0)
     fit.add_argument("--gpu", default="0", help="number of the GPU, or cpu")
@@ -134,7 +136,7 @@ def main(argv=None):
         # Seeded anew each epoch, so that a resumed run draws what the uninterrupted one would have drawn.
         seed_everything(args.seed, epoch)
         sampler.set_epoch(epoch)
-        lr = learning_rate(epoch, args.lr, args.epochs)
+        lr = learning_rate(epoch, args.lr, args.warmup, args.milestones)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         desc = f"epoch {epoch}/{args.epochs - 1}"
@@ -183,12 +185,11 @@ def build_optimizer(net, optim, lr):
     return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
 
-def learning_rate(epoch, lr, epochs):
-    """The published schedule, stretched to `epochs`: of 101, 10 of linear warm-up, 1x to 20, 0.1x to 50, then 0.01x."""
-    warm_up, first, second = (max(1, round(epochs * e / SCHEDULE_EPOCHS)) for e in (10, 20, 50))
-    if epoch < warm_up:
-        return lr * (epoch + 1) / warm_up
-    return lr * (1 if epoch < first else 0.1 if epoch < second else 0.01)
+def learning_rate(epoch, lr, warmup, milestones):
+    """Linear warm-up to `lr` over the first `warmup` epochs, then a tenth of the rate from each milestone on."""
+    if epoch < warmup:
+        return lr * (epoch + 1) / warmup
+    return lr * 0.1 ** sum(epoch >= milestone for milestone in milestones)
 
 
 def run_name(args):

@@ -145,13 +145,12 @@ def test_defaults_are_the_paper_s_recipe():
     assert (args.img_h, args.img_w, args.margin, args.alpha, args.gamma) == (288, 144, 0.3, 1, 1)
 
 
-def test_schedule_is_the_published_one_and_stretches():
-    rates = [train_ext_test0.learning_rate(epoch, 0.1, 101) for epoch in range(101)]
+def test_default_schedule_is_the_published_one():
+    args = train_ext_test0.get_args_parser().parse_args([])
+    rates = [train_ext_test0.learning_rate(e, args.lr, args.warmup, args.milestones) for e in range(args.epochs)]
     expected = [0.1 * (e + 1) / 10 for e in range(10)] + [0.1] * 10 + [0.01] * 30 + [0.001] * 51
     assert rates == pytest.approx(expected)
-    short = [train_ext_test0.learning_rate(epoch, 1.0, 20) for epoch in range(20)]
-    assert short == pytest.approx([0.5, 1.0, 1.0, 1.0] + [0.1] * 6 + [0.01] * 10)
-    assert train_ext_test0.learning_rate(0, 1.0, 1) == 1.0
+    assert [train_ext_test0.learning_rate(e, 1.0, 0, []) for e in range(3)] == [1.0] * 3
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adam"])
@@ -356,7 +355,8 @@ def test_commands_work_with_their_defaults_at_the_default_path(sysu_tree, tmp_pa
     )
     work = tmp_path / "work"
     work.mkdir()
-    torch.save(torchvision.models.resnet50().state_dict(), work / "resnet50.pth")
+    # Residual branches start at zero: features of a tame size, as ImageNet's weights have them.
+    torch.save(torchvision.models.resnet50(zero_init_residual=True).state_dict(), work / "resnet50.pth")
 
     def run(script, *arguments):
         result = subprocess.run([sys.executable, REPO / script, *arguments], capture_output=True, text=True, cwd=work)
