@@ -6,7 +6,6 @@ Network and options come from the checkpoint: this repo's, or one of the publish
 an image and its mirror, averaged; POOL before and FC after the batch-norm bottleneck; cosine similarity.
 """
 
-
 import torch
 import torch.nn.functional as F
 
