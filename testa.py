@@ -72,7 +72,7 @@ def main(argv=None):
                     labels = {"model": model, "feature": feature, "flip_averaging": feature in ("POOL", "FC")}
                     rows.append({**search.setting, **labels, **counts, "metrics": metrics})
 
-    results = engine.summarise(rows)
+    results = sorted(engine.summarise(rows), key=search_name)
     print_results(results)
     if args.json:
         origin = {"flags": vars(args), "data_path": data_path, "torch": torch.__version__}
@@ -129,19 +129,25 @@ def colour_histogram(images):
 
 
 def print_results(results):
-    """The trials one by one, then their mean and standard deviation, below a line that names the protocol."""
+    """The trials one by one; then mean and standard deviation, in one table below lines that name the protocols."""
     for row in results:
         if row["model"] == "trained":
             print(f"\n{describe(row)}: {row['feature']}, trial by trial")
             for trial in row["per_trial"]:
                 print(f"trial {trial['trial']:>2}" + "".join(f"  {k} {v:6.2f}" for k, v in trial["metrics"].items()))
-    for setting in dict.fromkeys(describe(row) for row in results):
-        rows = [row for row in results if describe(row) == setting]
-        print(f"\n{setting}; %, mean ± standard deviation")
-        print(f"{'model':18}{'feature':9}" + "".join(f"{metric:>15}" for metric in rows[0]["mean"]))
-        for row in rows:
-            cells = "".join(f"{mean:8.2f} ±{row['std'][metric]:5.2f}" for metric, mean in row["mean"].items())
-            print(f"{row['model']:18}{row['feature']:9}{cells}")
+    print()
+    for key, setting in dict.fromkeys((search_name(row), describe(row)) for row in results):
+        print(f"{key}: {setting}")
+    print("Mean ± standard deviation over the trials, %")
+    print(f"{'search':20}{'model':18}{'feature':9}" + "".join(f"{metric:>14}" for metric in results[0]["mean"]))
+    for row in results:
+        cells = "".join(f"{mean:7.2f} ±{row['std'][metric]:5.2f}" for metric, mean in row["mean"].items())
+        print(f"{search_name(row):20}{row['model']:18}{row['feature']:9}{cells}")
+
+
+def search_name(row):
+    """What tells the searches of one data set apart: SYSU-MM01's mode, RegDB's direction."""
+    return row["mode"] or row["direction"]
 
 
 def describe(row):

@@ -130,7 +130,8 @@ def main(argv=None):
         f"{data.num_classes} identities, {len(data.visible)} visible and {len(data.infrared)} infrared images, "
         f"{len(sampler)} steps an epoch, on {device} (PyTorch {torch.__version__})"
     )
-    log.text("The best epoch is chosen by Rank-1 (FC) on trial 0 of the TEST set, as published: an optimistic choice.")
+    chosen_on = "trial 0 of the TEST set" if args.dataset == "sysu" else f"the TEST set of trial {args.trial}"
+    log.text(f"The best epoch is chosen by Rank-1 (FC) on {chosen_on}, as published: an optimistic choice.")
 
     for epoch in range(first_epoch, args.epochs):
         # Seeded anew each epoch, so that a resumed run draws what the uninterrupted one would have drawn.

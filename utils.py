@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
@@ -209,6 +208,8 @@ class RunLog:
     """
 
     def __init__(self, folder, name, resumed_epoch=None):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import: only where a run is logged
+
         self.json_path = Path(folder) / f"{name}.jsonl"
         mode = "w" if resumed_epoch is None else "a"
         kept = (
