@@ -189,9 +189,12 @@ class ImageFiles(Dataset):
 
 
 def train_loader(data, sampler, workers):
-    """Batches of an epoch, in the sampler's order."""
+    """Batches of an epoch, in the sampler's order. The loading processes stay from epoch to epoch."""
+    options = _worker_options(workers)
     # batch_size=None: the sampler's items are whole batches already.
-    return DataLoader(TrainBatches(data), sampler=sampler, batch_size=None, **_worker_options(workers))
+    return DataLoader(
+        TrainBatches(data), sampler=sampler, batch_size=None, persistent_workers=options["num_workers"] > 0, **options
+    )
 
 
 def eval_loader(paths, size, batch_size, workers):
@@ -201,7 +204,7 @@ def eval_loader(paths, size, batch_size, workers):
 
 def _worker_options(workers):
     workers = min(workers, os.cpu_count())  # more than cores only get in each other's way
-    return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available()}
+    return {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
 
 
 def _channels_first(array):

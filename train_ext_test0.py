@@ -160,11 +160,12 @@ def main(argv=None):
 
         weights = {"net": net.state_dict(), "options": net.options, "image_size": size}
         weights |= {"args": vars(args), "epoch": epoch, "best": best}
-        save_checkpoint({**weights, "optimizer": optimizer.state_dict()}, checkpoints["last"])
         if improved:
             save_checkpoint(weights, checkpoints["best"])
         if epoch > 0 and epoch % args.save_epoch == 0:
             save_checkpoint(weights, Path(args.model_path) / f"{name}_epoch_{epoch}.t")
+        # Last, so that a run which is killed before this line repeats the epoch, and so the files above.
+        save_checkpoint({**weights, "optimizer": optimizer.state_dict()}, checkpoints["last"])
     log.text(f"best: epoch {best['epoch']}, Rank-1 {best['Rank-1']:.2f}, mAP {best['mAP']:.2f}, {checkpoints['best']}")
     log.close()
     return {
