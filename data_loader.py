@@ -34,7 +34,7 @@ def read_image(path, size):
     """An image file -> uint8 [H, W, 3], resized to size = (height, width) with Lanczos, as published."""
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB").resize((size[1], size[0]), Image.Resampling.LANCZOS))
+            return np.array(image.convert("RGB").resize((size[1], size[0]), Image.Resampling.LANCZOS))
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such image; check the lists and --data_path") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -44,29 +44,19 @@ def read_image(path, size):
 def write_images(paths, size, out, desc, workers=None):
     """Decode images into one array file uint8 [N, H, W, 3], through a memory map, on all cores.
 
-    Memory stays that of a block of images, however many there are; the file appears under its name when it is whole.
+    Memory stays that of a block of images, however many there are. Not atomic: `out` is a temporary of `utils.atomic`.
     workers: threads (decoding and resizing release the interpreter's lock), by default one a core.
     """
-    with (
-        atomic(out) as temporary,
-        ThreadPool(workers) as pool,
-        progress(total=len(paths), desc=desc, unit="img") as bar,
-    ):
-        np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(paths), *size, 3))
+    with ThreadPool(workers) as pool, progress(total=len(paths), desc=desc, unit="img") as bar:
+        np.lib.format.open_memmap(out, "w+", np.uint8, (len(paths), *size, 3))
         for start in range(0, len(paths), PREPARE_BLOCK):
             # Mapped anew for each block: unmapping is what gives the written pages back.
-            array = np.load(temporary, mmap_mode="r+")
+            array = np.load(out, mmap_mode="r+")
             block = paths[start : start + PREPARE_BLOCK]
             for i, image in enumerate(pool.imap(lambda path: read_image(path, size), block, chunksize=8), start):
                 array[i] = image
                 bar.update()
             array.flush()
-
-
-def write_labels(labels, out):
-    """Write labels as an int64 array file; `out` is always whole."""
-    with atomic(out) as temporary, temporary.open("wb") as file:
-        np.save(file, np.asarray(labels, dtype=np.int64))
 
 
 def sysu_train_files(data_path):
@@ -97,25 +87,30 @@ def sysu_train(data_path, size):
 
 def regdb_train(data_path, trial, size):
     """RegDB's training images of one trial, decoded once and kept in `{data_path}/cache/`."""
-    columns = []
+    arrays, ids = [], []
     for modal in REGDB_CAMERAS:
-        paths, ids, _ = regdb_images(data_path, "train", trial, modal)
-        columns += [_cached_images(paths, size, Path(data_path) / "cache", f"train_{modal}_{trial}"), relabel(ids)]
-    return TrainData(*columns)
+        paths, identities, _ = regdb_images(data_path, "train", trial, modal)
+        arrays.append(_cached_images(data_path, f"train_{modal}_{trial}", paths, size))
+        ids.append(identities)
+    # Ranked together: an id that is in one of the lists only must not shift the labels of the other.
+    visible_labels, infrared_labels = np.split(relabel(np.concatenate(ids)), [len(ids[0])])
+    return TrainData(arrays[0], visible_labels, arrays[1], infrared_labels)
 
 
-def _cached_images(paths, size, folder, name):
+def _cached_images(data_path, name, paths, size):
     """`write_images` once per list of files: the file's name carries a digest of them; an outdated one is removed."""
+    folder = Path(data_path) / "cache"
     digest = hashlib.sha256(repr(size).encode())
     for path in paths:
         try:
             stat = os.stat(path)
         except OSError as error:
             raise InputError(f"{path}: no such image; check the idx lists and --data_path") from error
-        digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        digest.update(f"{Path(path).relative_to(data_path)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     file = folder / f"{name}_{digest.hexdigest()[:16]}.npy"
     if not file.exists():
-        write_images(paths, size, file, desc=f"decoding {name}")
+        with atomic(file) as temporary:
+            write_images(paths, size, temporary, desc=f"decoding {name}")
         for other in folder.glob(f"{name}_*.npy"):
             if other != file:
                 other.unlink()
@@ -193,7 +188,14 @@ def train_loader(data, sampler, workers):
     options = _worker_options(workers)
     # batch_size=None: the sampler's items are whole batches already.
     return DataLoader(
-        TrainBatches(data), sampler=sampler, batch_size=None, persistent_workers=options["num_workers"] > 0, **options
+        TrainBatches(data),
+        sampler=sampler,
+        batch_size=None,
+        persistent_workers=options["num_workers"] > 0,
+        # Starting the processes draws a number; the global generator is for augmentation, whose draws must not depend
+        # on when, and whether, processes start.
+        generator=torch.Generator(),
+        **options,
     )
 
 
@@ -209,4 +211,4 @@ def _worker_options(workers):
 
 def _channels_first(array):
     """uint8 [..., H, W, 3] -> tensor [..., 3, H, W], a view in the memory order of channels_last."""
-    return torch.from_numpy(np.array(array)).movedim(-1, -3)
+    return torch.from_numpy(array).movedim(-1, -3)

@@ -12,6 +12,7 @@ import numpy as np
 
 from utils import InputError
 
+DATA_PATHS = {"sysu": "../data/SYSU-MM01/", "regdb": "../data/RegDB/"}  # where --data_path looks by default
 SYSU_VISIBLE = {"all": (1, 2, 4, 5), "indoor": (1, 2)}  # --mode -> gallery cameras
 SYSU_INFRARED = (3, 6)
 SYSU_TRIALS = range(10)
@@ -90,6 +91,8 @@ def regdb_images(data_path, split, trial, modal):
         name, _, label = line.strip().rpartition(" ")
         if not (name and label.isascii() and label.isdigit()):
             raise InputError(f"{listing}, line {number}: {line!r} is not 'path label'")
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise InputError(f"{listing}, line {number}: {name} lies outside of {data_path}; list paths within it")
         found.append((str(Path(data_path) / name.strip()), int(label), REGDB_CAMERAS[modal]))
     if not found:
         raise InputError(f"{listing}: lists no images")
@@ -154,12 +157,17 @@ def regdb_test(data_path, trial=1, directions=("visible to thermal", "thermal to
 
 
 def _setting(dataset, mode, direction, protocol, trial):
+    """What a number means, as plain values for tables and JSON."""
+    sysu = dataset == "sysu"
     return {
         "dataset": dataset,
         "mode": mode,
         "direction": direction,
         "protocol": protocol,
-        "shots": None if mode is None else 1,
+        "shots": 1 if sysu else None,
+        "similarity": "cosine",
+        "cmc_counts": "identities" if sysu else "images",
+        "unseen": "camera 2 by queries of camera 3" if sysu else None,
         "trial": trial,
     }
 

@@ -101,11 +101,11 @@ def run_search(features, search):
 def summarise(rows):
     """Rows of single searches -> one row for all trials of a setting: mean and standard deviation of each metric.
 
-    A row is a dict of labels, with "trial", "queries", "gallery" and "metrics" {name: percent}; rows whose other labels
-    agree are trials of one setting. The deviation is the population's, as papers print it.
+    A row is a dict of labels, with "trial", "checkpoint", "queries", "gallery" and "metrics" {name: percent}; rows
+    whose other labels agree are trials of one setting. The deviation is the population's, as papers print it.
     """
     groups = {}
-    varying = ("trial", "queries", "gallery", "metrics")
+    varying = ("trial", "checkpoint", "queries", "gallery", "metrics")
     for row in rows:
         labels = {name: value for name, value in row.items() if name not in varying}
         groups.setdefault(tuple(labels.items()), []).append(row)

@@ -39,6 +39,8 @@ def _evaluate(distmat, q_pids, g_pids, hidden, max_rank, count_identities):
         raise ValueError(
             f"distances of shape {tuple(distmat.shape)} do not fit {shape[0]} queries and {shape[1]} images"
         )
+    if not distmat.numel():
+        raise ValueError("no queries, or an empty gallery")
     if not torch.isfinite(distmat).all():
         raise ValueError("the distances are not all finite")
     # Identities as 0 .. I-1 in both lists, so that they can index.

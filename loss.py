@@ -37,7 +37,8 @@ def weighted_mean(distance, scores, mask, weighting):
     the 1e-6 outweighs the sum: the mean falls to 0 however far the negatives are. Kept to reproduce the collapse.
     """
     if weighting == "exact":
-        weights = scores.masked_fill(~mask, -math.inf).softmax(dim=1)
+        # The lowest finite score instead of -inf, and the mask below: a row without entries gives 0, as published.
+        weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=1) * mask
     else:
         scores = scores * mask
         # The maximum carries gradient, as published; it reaches the weights through the 1e-6 only.
@@ -192,7 +193,9 @@ class AlignedLocalLoss(nn.Module):
         stripes = local.transpose(1, 2)
         n = len(stripes)
         # One call for both: half the steps of the walk.
-        both = aligned_distance(stripes.repeat(2, 1, 1), stripes[torch.cat([positive, negative])])
+        hardest = torch.cat([positive, negative])
+        # index_select, not [hardest]: its gradient adds up in a fixed order on the CPU: runs repeat bit for bit.
+        both = aligned_distance(stripes.repeat(2, 1, 1), stripes.index_select(0, hardest))
         return F.relu(self.margin + both[:n] - both[n:]).mean()
 
 

@@ -7,6 +7,7 @@ network of AGW (Ye et al., TPAMI 2021). B, H, W: images, height, width; C: 512 (
 import copy
 import re
 import urllib.error
+from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from utils import InputError, load_weights
+from utils import InputError, check_state, load_weights
 
 ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101")
 NON_LOCAL_BLOCKS = {"layer2": 2, "layer3": 3}  # after that many of a stage's last blocks
@@ -93,10 +94,11 @@ class Stage(nn.Module):
 
 
 class GeM(nn.Module):
-    """Generalised mean pooling with fixed p = 3 (Radenovic et al., TPAMI 2019). [B, C, H, W] -> [B, C], float32."""
+    """Generalised mean pooling with fixed p = 3 (Radenovic et al., TPAMI 2019). [B, C, H, W] -> [B, C]."""
 
     def forward(self, x):
-        return (x.float().pow(3).mean(dim=(2, 3)) + 1e-12).pow(1 / 3)
+        # After a ReLU nothing is negative. With share_net=5 the attention comes last, and a mean may be.
+        return (x.pow(3).mean(dim=(2, 3)).clamp_min(0) + 1e-12).pow(1 / 3)
 
 
 class LocalBranch(nn.Module):
@@ -157,11 +159,11 @@ class GFMNet(nn.Module):
             stages[name] = Stage(getattr(resnet, name), NON_LOCAL_BLOCKS.get(name, 0) if non_local else 0)
         own = [*stages][: share_net + 3]  # the stem is four modules
 
-        self.visible = _sequential({name: stages[name] for name in own})
+        self.visible = nn.Sequential(OrderedDict((name, stages[name]) for name in own))
         self.infrared = copy.deepcopy(self.visible)
         width = resnet.fc.in_features
         self.attention = Attention(64 if share_net == 1 else width >> (5 - share_net)) if attention else nn.Identity()
-        self.shared = _sequential({name: stage for name, stage in stages.items() if name not in own})
+        self.shared = nn.Sequential(OrderedDict(item for item in stages.items() if item[0] not in own))
         self.pool = GeM() if pool == "gem" else nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.bottleneck = nn.BatchNorm1d(width)
         self.bottleneck.bias.requires_grad_(False)
@@ -174,7 +176,7 @@ class GFMNet(nn.Module):
     def forward(self, visible, infrared):
         """visible [A, 3, H, W], infrared [B, 3, H, W], normalised -> Output of A + B rows, the visible first."""
         x = self._features(torch.cat([self.visible(visible), self.infrared(infrared)]))
-        pooled = self.pool(x)
+        pooled = self.pool(x.float())  # in float32 under mixed precision too: the triplets live on it
         logits = self.classifier(self.bottleneck(pooled))
         return Output(pooled, logits, None if self.local is None else self.local(x))
 
@@ -186,7 +188,7 @@ class GFMNet(nn.Module):
         if modality not in ("visible", "infrared"):
             raise ValueError(f"modality {modality!r}: neither 'visible' nor 'infrared'")
         stream = self.visible if modality == "visible" else self.infrared
-        pooled = self.pool(self._features(stream(images)))
+        pooled = self.pool(self._features(stream(images)).float())
         return F.normalize(pooled), F.normalize(self.bottleneck(pooled))
 
     def _features(self, x):
@@ -198,13 +200,6 @@ def method_options(method):
     full = method == "adp"
     plain = method == "base"
     return {"attention": full, "local": full, "non_local": not plain, "pool": "avg" if plain else "gem"}
-
-
-def _sequential(modules):
-    sequential = nn.Sequential()
-    for name, module in modules.items():
-        sequential.add_module(name, module)
-    return sequential
 
 
 def _backbone(arch, weights):
@@ -232,6 +227,7 @@ def _backbone_state(arch, resnet, weights):
                 "fetch that file elsewhere and pass --weights FILE, or train from scratch: --weights none"
             ) from error
     state = load_weights(Path(weights))
+    check_state(state, f"--weights {weights}")
     want = resnet.state_dict()
     state = {"fc.weight": want["fc.weight"], "fc.bias": want["fc.bias"]} | {
         # Files saved from a wrapped model; a classifier of another size is not used anyway.
@@ -251,9 +247,10 @@ def _backbone_state(arch, resnet, weights):
 # ------------------------------------------------------------------------------------------------- checkpoints
 
 _NON_LOCAL_NAMES = {"g.0": "g", "W.0": "out", "W.1": "norm", "theta": "theta", "phi": "phi"}
+_STREAMS = {"visible": "visible", "thermal": "infrared"}
 _NON_LOCAL = r"(g\.0|W\.0|W\.1|theta|phi)\.(.+)"
 _PUBLISHED = [
-    (r"(?:visible|thermal)_module\.(visible|thermal)\.(.+)", lambda m: f"{_stream(m[1])}.{_blocks(m[2])}"),
+    (r"(?:visible|thermal)_module\.(visible|thermal)\.(.+)", lambda m: f"{_STREAMS[m[1]]}.{_blocks(m[2])}"),
     (r"base_resnet\.base\.(.+)", lambda m: f"shared.{_blocks(m[1])}"),
     (
         rf"NL_(\d)\.(\d+)\.{_NON_LOCAL}",
@@ -267,10 +264,6 @@ _PUBLISHED = [
     (r"conv1\.(.+)", lambda m: f"local.conv.{m[1]}"),
     (r"((?:bottleneck|classifier)\..+)", lambda m: m[1]),
 ]
-
-
-def _stream(name):
-    return "infrared" if name == "thermal" else "visible"
 
 
 def _blocks(name):
@@ -323,8 +316,12 @@ def load_network(checkpoint, path):
     path names the checkpoint in the InputError that weights which do not fit, or are not finite, raise.
     """
     state = checkpoint["net"]
+    check_state(state, path)
     if any("visible_module." in name for name in state):
-        options, size, state = published_options(state), PUBLISHED_IMAGE_SIZE, convert_published_state(state)
+        try:
+            options, size, state = published_options(state), PUBLISHED_IMAGE_SIZE, convert_published_state(state)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
     elif "options" in checkpoint:
         options, size = checkpoint["options"], tuple(checkpoint["image_size"])
     else:

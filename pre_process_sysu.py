@@ -7,15 +7,19 @@ Writes train_rgb_resized_img.npy and train_ir_resized_img.npy (uint8 [N, H, W, 3
 """
 
 from collections import Counter
+from contextlib import ExitStack
+from itertools import combinations
 
-from data_loader import sysu_train_files, write_images, write_labels
-from data_manager import SYSU_INFRARED, SYSU_VISIBLE, read_ids, relabel, sysu_images
-from utils import ArgumentParser, InputError, cli, number
+import numpy as np
+
+from data_loader import sysu_train_files, write_images
+from data_manager import DATA_PATHS, SYSU_INFRARED, SYSU_VISIBLE, read_ids, sysu_images
+from utils import ArgumentParser, InputError, atomic, cli, number
 
 
 def get_args_parser():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data_path", default="../data/SYSU-MM01/", help="folder with cam1 .. cam6 and exp")
+    parser.add_argument("--data_path", default=DATA_PATHS["sysu"], help="folder with cam1 .. cam6 and exp")
     parser.add_argument("--img_h", type=number(int, 1), default=288, help="height of the arrays' images, pixels")
     parser.add_argument("--img_w", type=number(int, 1), default=144, help="width of the arrays' images, pixels")
     return parser
@@ -25,20 +29,29 @@ def main(argv=None):
     """Returns {split: {camera: images}}, with "train" and "val" as splits."""
     args = get_args_parser().parse_args(argv)
 
-    splits = {split: set(read_ids(args.data_path, split)) for split in ("train", "val")}
-    if both := splits["train"] & splits["val"]:
-        raise InputError(f"{args.data_path}: id {min(both)} is in exp/train_id.txt and in exp/val_id.txt; remove one")
-    identities = splits["train"] | splits["val"]
+    splits = {split: set(read_ids(args.data_path, split)) for split in ("train", "val", "test")}
+    for one, other in combinations(splits, 2):
+        if both := splits[one] & splits[other]:
+            raise InputError(
+                f"{args.data_path}: id {min(both)} is in exp/{one}_id.txt and in exp/{other}_id.txt; remove it from one"
+            )
+    del splits["test"]
+    identities = sorted(splits["train"] | splits["val"])
     visible_paths, visible_ids, visible_cameras = sysu_images(args.data_path, identities, SYSU_VISIBLE["all"])
     infrared_paths, infrared_ids, infrared_cameras = sysu_images(args.data_path, identities, SYSU_INFRARED)
-    label = dict(zip(sorted(identities), relabel(sorted(identities)), strict=True))
 
-    visible_images, visible_labels, infrared_images, infrared_labels = sysu_train_files(args.data_path)
     size = (args.img_h, args.img_w)
-    write_images(visible_paths, size, visible_images, desc="visible")
-    write_labels([label[i] for i in visible_ids], visible_labels)
-    write_images(infrared_paths, size, infrared_images, desc="infrared")
-    write_labels([label[i] for i in infrared_ids], infrared_labels)
+    files = sysu_train_files(args.data_path)
+    with ExitStack() as stack:
+        visible, visible_labels, infrared, infrared_labels = (stack.enter_context(atomic(file)) for file in files)
+        for out, ids in ((visible_labels, visible_ids), (infrared_labels, infrared_ids)):
+            with out.open("wb") as file:
+                np.save(file, np.searchsorted(identities, ids))
+        write_images(visible_paths, size, visible, desc="visible")
+        write_images(infrared_paths, size, infrared, desc="infrared")
+        # All four are whole. The old ones go first, so that a crash among the renames cannot leave a mixed set.
+        for file in files:
+            file.unlink(missing_ok=True)
 
     counts = {split: Counter() for split in splits}
     for ids, cameras in ((visible_ids, visible_cameras), (infrared_ids, infrared_cameras)):

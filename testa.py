@@ -14,21 +14,30 @@ import engine
 from ChannelAug import GRAY, normalise
 from data_loader import eval_loader
 from model import GFMNet, load_network
-from utils import ArgumentParser, InputError, cli, find_checkpoint, load_checkpoint, number, save_json, select_device
+from utils import (
+    ArgumentParser,
+    InputError,
+    check_output,
+    cli,
+    find_checkpoint,
+    load_checkpoint,
+    number,
+    save_json,
+    select_device,
+)
 
-DATA_PATHS = {"sysu": "../data/SYSU-MM01/", "regdb": "../data/RegDB/"}
 DIRECTIONS = {False: "visible to thermal", True: "thermal to visible"}  # of --tvsearch
 
 
 def get_args_parser():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", choices=DATA_PATHS, default="sysu")
-    parser.add_argument("--data_path", help=f"folder of the data set (default: {DATA_PATHS})")
+    parser.add_argument("--dataset", choices=data_manager.DATA_PATHS, default="sysu")
+    parser.add_argument("--data_path", help="folder of the data set (default: by --dataset)")
     several = "; for RegDB's ten trials, one name with {trial} in it"
     parser.add_argument("--resume", required=True, help=f"checkpoint: a path, or a name under --model_path{several}")
     parser.add_argument("--model_path", default="save_model/", help="folder of the checkpoints")
     parser.add_argument("--mode", choices=("all", "indoor"), default="all", help="of SYSU-MM01: all- or indoor-search")
-    parser.add_argument("--trial", type=number(int, 1, 10), help="RegDB's trial (default: the checkpoint's own, or 1)")
+    parser.add_argument("--trial", type=number(int, 1, 10), help="RegDB's trial (default: the checkpoint's own)")
     parser.add_argument("--tvsearch", action="store_true", help="RegDB: thermal to visible, not visible to thermal")
     parser.add_argument("--all", action="store_true", help="every mode or direction, in one table")
     parser.add_argument("--baselines", action="store_true", help="add gray pixels, colours, the untrained net")
@@ -45,13 +54,15 @@ def main(argv=None):
     args = get_args_parser().parse_args(argv)
     if args.dataset == "sysu" and (args.trial or args.tvsearch or "{trial}" in args.resume):
         raise InputError("--trial, --tvsearch and {trial} are RegDB's: SYSU-MM01 is always tested in its ten trials")
+    if args.json:
+        check_output(args.json)
     device = select_device(args.gpu)
-    data_path = args.data_path or DATA_PATHS[args.dataset]
+    data_path = args.data_path or data_manager.DATA_PATHS[args.dataset]
 
     rows = []
-    for path in checkpoint_paths(args):
+    for path, trial in checkpoint_paths(args):
         checkpoint = load_checkpoint(path)
-        trial = tested_trial(path, checkpoint, args)
+        trial = tested_trial(path, checkpoint, args.dataset, trial)
         net, size = load_network(checkpoint, path)
         net.to(device, memory_format=torch.channels_last)
         if args.dataset == "sysu":
@@ -64,13 +75,13 @@ def main(argv=None):
         embeddings = {"trained": engine.network_embedding(net, device, normalise, args.amp)}
         if args.baselines:
             embeddings = baselines(net.options, device, args.amp) | embeddings
-        for model, embed in embeddings.items():
-            features = {m: engine.extract(embed, loader, m, f"{model}, {m}") for m, loader in loaders.items()}
-            for search in test.searches:
-                counts = {"queries": len(search.query.rows), "gallery": len(search.gallery.rows)}
-                for feature, metrics in engine.run_search(features, search).items():
-                    labels = {"model": model, "feature": feature, "flip_averaging": feature in ("POOL", "FC")}
-                    rows.append({**search.setting, **labels, **counts, "metrics": metrics})
+        embed = together(embeddings)
+        features = {m: engine.extract(embed, loader, m, f"embedding {m}") for m, loader in loaders.items()}
+        for search in test.searches:
+            counts = {"queries": len(search.query.rows), "gallery": len(search.gallery.rows)}
+            for (model, feature), metrics in engine.run_search(features, search).items():
+                labels = {"model": model, "feature": feature, "flip_averaging": feature in ("POOL", "FC")}
+                rows.append({**search.setting, **labels, "checkpoint": str(path), **counts, "metrics": metrics})
 
     results = sorted(engine.summarise(rows), key=search_name)
     print_results(results)
@@ -81,27 +92,41 @@ def main(argv=None):
 
 
 def checkpoint_paths(args):
-    """The checkpoints to test: one, or one for each of RegDB's trials where --resume has {trial} in it."""
-    trials = [args.trial] if args.trial else data_manager.REGDB_TRIALS
-    names = dict.fromkeys(args.resume.replace("{trial}", str(trial)) for trial in trials)
-    return [find_checkpoint(name, args.model_path) for name in names]
+    """(path, RegDB's trial or None) of each checkpoint: one, or one for every trial where --resume has {trial}."""
+    trials = data_manager.REGDB_TRIALS if "{trial}" in args.resume and not args.trial else [args.trial]
+    return [(find_checkpoint(args.resume.replace("{trial}", str(t)), args.model_path), t) for t in trials]
 
 
-def tested_trial(path, checkpoint, args):
-    """RegDB's trial to test this checkpoint on (None for SYSU-MM01).
+def tested_trial(path, checkpoint, dataset, trial):
+    """RegDB's trial to test this checkpoint on (None for SYSU-MM01): its own.
 
-    Raises InputError for a checkpoint of another data set, or of a trial that trained on people of the tested one.
+    Raises InputError for a checkpoint of another data set, of another trial, whose test people it was trained on, or of
+    an unknown one: published checkpoints do not say.
     """
-    origin = checkpoint.get("args", {})  # published checkpoints do not say
-    if origin.get("dataset", args.dataset) != args.dataset:
+    origin = checkpoint.get("args", {})
+    if origin.get("dataset", dataset) != dataset:
         raise InputError(f"{path}: was trained on {origin['dataset']}; test it with --dataset {origin['dataset']}")
-    if args.dataset == "sysu":
+    if dataset == "sysu":
         return None
-    if args.trial and origin.get("trial", args.trial) != args.trial:
-        raise InputError(
-            f"{path}: was trained on trial {origin['trial']}, on people of test trial {args.trial}; leave --trial out"
-        )
-    return origin.get("trial", args.trial or 1)
+    own = origin.get("trial", trial)
+    if own is None:
+        raise InputError(f"{path}: does not say which of RegDB's trials it was trained on; give --trial")
+    if trial not in (None, own):
+        raise InputError(f"{path}: was trained on trial {own}, on people of test trial {trial}; leave --trial out")
+    return own
+
+
+def together(embeddings):
+    """Several embeddings {model: embed} as one whose features are named (model, feature): one pass over the images."""
+
+    def embed(images, modality):
+        return {
+            (model, feature): values
+            for model, embed_one in embeddings.items()
+            for feature, values in embed_one(images, modality).items()
+        }
+
+    return embed
 
 
 def baselines(options, device, amp):
@@ -139,9 +164,9 @@ def print_results(results):
     for key, setting in dict.fromkeys((search_name(row), describe(row)) for row in results):
         print(f"{key}: {setting}")
     print("Mean ± standard deviation over the trials, %")
-    print(f"{'search':20}{'model':18}{'feature':9}" + "".join(f"{metric:>14}" for metric in results[0]["mean"]))
+    print(f"{'search':20}{'model':18}{'feature':9}" + "".join(f"{metric:>15}" for metric in results[0]["mean"]))
     for row in results:
-        cells = "".join(f"{mean:7.2f} ±{row['std'][metric]:5.2f}" for metric, mean in row["mean"].items())
+        cells = "".join(f"{mean:8.2f} ±{row['std'][metric]:5.2f}" for metric, mean in row["mean"].items())
         print(f"{search_name(row):20}{row['model']:18}{row['feature']:9}{cells}")
 
 

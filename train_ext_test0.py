@@ -20,6 +20,7 @@ from utils import (
     ArgumentParser,
     InputError,
     RunLog,
+    check_output,
     cli,
     find_checkpoint,
     load_checkpoint,
@@ -29,17 +30,26 @@ from utils import (
     select_device,
 )
 
-DATA_PATHS = {"sysu": "../data/SYSU-MM01/", "regdb": "../data/RegDB/"}
-# Flags that may differ between two runs of one experiment.
-OUTSIDE_THE_EXPERIMENT = {"data_path", "workers", "gpu", "epochs", "eval_every", "test_batch", "save_epoch"}
-OUTSIDE_THE_EXPERIMENT |= {"model_path", "log_path", "resume"}
+# Flags that a resumed run may give anew: where things are and how fast they go, not what is computed.
+MAY_CHANGE = {
+    "workers",
+    "gpu",
+    "epochs",
+    "eval_every",
+    "test_batch",
+    "save_epoch",
+    "model_path",
+    "log_path",
+    "resume",
+    "data_path",
+}
 
 
 def get_args_parser():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", choices=DATA_PATHS, default="sysu")
-    data.add_argument("--data_path", help=f"folder of the data set (default: {DATA_PATHS})")
+    data.add_argument("--dataset", choices=data_manager.DATA_PATHS, default="sysu")
+    data.add_argument("--data_path", help="folder of the data set (default: by --dataset)")
     data.add_argument("--trial", type=number(int, 1, 10), default=1, help="RegDB's trial to train on, 1 to 10")
     data.add_argument("--mode", choices=("all", "indoor"), default="all", help="SYSU-MM01's search to test with")
     data.add_argument("--img_h", type=number(int, 48), default=288, help="image height, pixels")
@@ -70,8 +80,13 @@ def get_args_parser():
     fit.add_argument("--rande", type=number(float, 0, 1), default=0.5, help="probability of random erasing")
     fit.add_argument("--epochs", type=number(int, 1), default=101)
     fit.add_argument("--warmup", type=number(int, 0), default=10, help="epochs of linear warm-up")
-    milestones = {"type": number(int, 1), "nargs": "*", "default": [20, 50]}
-    fit.add_argument("--milestones", **milestones, help="epochs from which on the rate is a tenth of the one before")
+    fit.add_argument(
+        "--milestones",
+        type=number(int, 1),
+        nargs="*",
+        default=[20, 50],
+        help="epochs from which on the rate is a tenth of the one before",
+    )
     fit.add_argument("--amp", choices=("off", "bf16"), default="off", help="mixed precision of the network")
     fit.add_argument("--seed", type=number(int, 0), default=0)
     fit.add_argument("--gpu", default="0", help="number of the GPU, or cpu")
@@ -92,7 +107,16 @@ def main(argv=None):
     args = get_args_parser().parse_args(argv)
     device = select_device(args.gpu)
     seed_everything(args.seed)
-    data_path = args.data_path or DATA_PATHS[args.dataset]
+    name = run_name(args)
+    checkpoints = {kind: Path(args.model_path) / f"{name}_{kind}.t" for kind in ("best", "last")}
+    check_output(checkpoints["last"])
+    resumed_path = find_checkpoint(args.resume, args.model_path) if args.resume else None
+    if checkpoints["last"].exists() and not (resumed_path and checkpoints["last"].samefile(resumed_path)):
+        raise InputError(
+            f"{checkpoints['last']}: is there already; go on with --resume {checkpoints['last'].name}, "
+            "choose another --model_path, or remove it"
+        )
+    data_path = args.data_path or data_manager.DATA_PATHS[args.dataset]
     size = (args.img_h, args.img_w)
 
     if args.dataset == "sysu":
@@ -116,12 +140,8 @@ def main(argv=None):
     optimizer = build_optimizer(net, args.optim, args.lr)
 
     first_epoch, best = 0, {"Rank-1": -1.0}
-    if args.resume:
-        first_epoch, best = resume(find_checkpoint(args.resume, args.model_path), net, optimizer)
-    name = run_name(args)
-    checkpoints = {kind: Path(args.model_path) / f"{name}_{kind}.t" for kind in ("best", "last")}
-    if not args.resume:
-        refuse_other_run(checkpoints["last"], args)
+    if resumed_path:
+        first_epoch, best = resume(resumed_path, args, net, optimizer)
     log = RunLog(
         Path(args.log_path) / f"{args.dataset}_log", name, resumed_epoch=first_epoch - 1 if args.resume else None
     )
@@ -134,8 +154,8 @@ def main(argv=None):
     log.text(f"The best epoch is chosen by Rank-1 (FC) on {chosen_on}, as published: an optimistic choice.")
 
     for epoch in range(first_epoch, args.epochs):
-        # Seeded anew each epoch, so that a resumed run draws what the uninterrupted one would have drawn.
-        seed_everything(args.seed, epoch)
+        # Seeded anew each epoch (the plain seed was the network's), so that a resumed run draws as an unbroken one.
+        seed_everything(args.seed, epoch + 1)
         sampler.set_epoch(epoch)
         lr = learning_rate(epoch, args.lr, args.warmup, args.milestones)
         for group in optimizer.param_groups:
@@ -213,29 +233,19 @@ def run_name(args):
     return name
 
 
-def refuse_other_run(path, args):
-    """Published names leave out flags (--arch, --alpha, ...): never overwrite a run that differs in one of them."""
-    if not path.exists():
-        return
-    there = load_checkpoint(path).get("args", {})
-    for flag in set(vars(args)) - OUTSIDE_THE_EXPERIMENT:
-        if flag in there and there[flag] != getattr(args, flag):
-            raise InputError(
-                f"{path}: is the checkpoint of a run with --{flag} {there[flag]}, not {getattr(args, flag)}; "
-                "choose another --model_path, or remove it"
-            )
-
-
-def resume(path, net, optimizer):
-    """Load a `..._last.t` into net and optimizer -> (next epoch, best so far)."""
+def resume(path, args, net, optimizer):
+    """Load a `..._last.t` of the same run into net and optimizer -> (next epoch, best so far)."""
     checkpoint = load_checkpoint(path)
     if "optimizer" not in checkpoint:
         raise InputError(f"{path}: holds no training state; resume from a ..._last.t")
+    for flag in sorted(set(vars(args)) - MAY_CHANGE):
+        if (there := checkpoint["args"].get(flag)) != getattr(args, flag):
+            raise InputError(
+                f"{path}: is of a run with --{flag} {there}, not {getattr(args, flag)}; give the same flags"
+            )
     for option, value in net.options.items():
         if (there := checkpoint["options"].get(option)) != value:
-            raise InputError(
-                f"{path}: has {option} {there}, not {value}; give the flags and data of the run it is from"
-            )
+            raise InputError(f"{path}: has {option} {there}, not {value}; it was trained on other data")
     net.load_state_dict(checkpoint["net"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     return checkpoint["epoch"] + 1, checkpoint["best"]

@@ -11,7 +11,6 @@ import random
 import re
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -41,11 +40,18 @@ def _one_line_exit(program, message):
     return 2
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults of the flags that have one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse whose errors are one line, and which takes `--batch-size` where the flag is called `--batch_size`."""
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
@@ -80,13 +86,13 @@ def number(kind, low, high=math.inf, above=False):
 
 
 def select_device(gpu):
-    """`--gpu` ("0", "1", ... or "cpu") -> torch.device. Without CUDA: the CPU, with a warning."""
-    if gpu != "cpu" and not gpu.isdigit():
+    """`--gpu` ("0", "1", ... or "cpu") -> torch.device. Without CUDA: the CPU, with a warning on stdout."""
+    if gpu != "cpu" and not (gpu.isascii() and gpu.isdigit()):
         raise InputError(f"--gpu {gpu}: give the number of a GPU, or cpu")
     if gpu == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        warnings.warn(f"--gpu {gpu}: PyTorch sees no CUDA device here; running on the CPU", stacklevel=2)
+        print(f"warning: --gpu {gpu}: PyTorch sees no CUDA device here; running on the CPU")
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if int(gpu) >= count:
@@ -120,11 +126,8 @@ def progress(iterable=None, **kwargs):
 def atomic(path):
     """Give a temporary path beside `path`; move it there when the block ends, remove it if the block fails."""
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise InputError(f"{path}: cannot write there ({error.strerror}); choose another folder") from error
+    check_output(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     os.chmod(name, 0o666 & ~_umask())
     try:
@@ -133,6 +136,19 @@ def atomic(path):
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
+
+
+def check_output(path):
+    """Make the folder of `path`, and raise InputError if no file can be written there: before the work, not after."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: cannot write there ({error.strerror}); choose another folder") from error
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; name a file")
 
 
 def _umask():
@@ -186,8 +202,8 @@ def load_weights(path):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise InputError(
-            f"{path}: cannot be loaded safely ({(str(error) or type(error).__name__).splitlines()[0][:120]}); "
-            "it may be cut off, or hold code; make it again"
+            f"{path}: cannot be loaded safely ({type(error).__name__}): it is cut off, is no checkpoint, or holds more "
+            "than tensors and plain values; make it again"
         ) from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a dict of weights; name a saved state dict")
@@ -196,15 +212,27 @@ def load_weights(path):
 
 def find_checkpoint(resume, model_path):
     """`--resume` is a path, or the name of a file under `--model_path`; a path that exists wins."""
-    under = Path(model_path) / resume
-    return under if under.is_file() and not Path(resume).is_file() else Path(resume)
+    for path in (Path(resume), Path(model_path) / resume):
+        if path.is_file():
+            return path
+    raise InputError(f"{resume}: no such file, here or under --model_path {model_path}; train first, or name another")
+
+
+def check_state(state, path):
+    """Raise InputError, naming `path`, if `state` is no state dict: names to tensors."""
+    if not (isinstance(state, dict) and state):
+        raise InputError(f"{path}: holds no weights; name a saved state dict or checkpoint")
+    for name, value in state.items():
+        if not (isinstance(name, str) and isinstance(value, torch.Tensor)):
+            raise InputError(f"{path}: {name!r} is a {type(value).__name__}, no weights; name a saved state dict")
 
 
 class RunLog:
     """The record of a run: a text log (echoed to the console), one JSON line an epoch, and TensorBoard scalars.
 
     Files: `{folder}/{name}.txt`, `{folder}/{name}.jsonl`, `{folder}/{name}/events.*`. A run that is resumed after
-    `resumed_epoch` drops the JSON lines past it, so that each epoch stands there once; a new run starts new files.
+    `resumed_epoch` drops what is past it from JSON lines and scalars, so that each epoch stands there once; a new run
+    starts anew.
     """
 
     def __init__(self, folder, name, resumed_epoch=None):
@@ -220,7 +248,8 @@ class RunLog:
         self.logger = logging.Logger(name)
         self.logger.addHandler(_TqdmHandler())
         self.logger.addHandler(logging.FileHandler(Path(folder) / f"{name}.txt", mode=mode))
-        self.board = SummaryWriter(Path(folder) / name, purge_step=None if resumed_epoch is None else resumed_epoch + 1)
+        # Purging makes TensorBoard forget the steps of an earlier run of this name.
+        self.board = SummaryWriter(Path(folder) / name, purge_step=0 if resumed_epoch is None else resumed_epoch + 1)
 
     def text(self, line):
         self.logger.info(line)
@@ -248,4 +277,9 @@ class _TqdmHandler(logging.Handler):
 
 
 def read_json_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """The entries of a JSON-lines file that may not exist; a line cut off by a crash is left out."""
+    entries = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            entries.append(json.loads(line))
+    return entries

@@ -7,6 +7,13 @@ import demo_data
 import pre_process_sysu
 
 SIZE = (96, 48)  # height, width of the tests' images
+SMALL = ["--arch", "resnet18", "--weights", "none", "--gpu", "cpu", "--workers", "0"]
+SMALL += ["--img_h", str(SIZE[0]), "--img_w", str(SIZE[1]), "--batch_size", "4", "--num_pos", "2", "--optim", "adam"]
+SMALL += ["--lr", "0.01"]
+
+
+def flags(tree, out, *more):
+    return [*SMALL, "--data_path", str(tree), "--model_path", f"{out}/models/", "--log_path", f"{out}/log/", *more]
 
 
 def pytest_collection_modifyitems(items):
@@ -20,7 +27,7 @@ def pytest_collection_modifyitems(items):
 def sysu_tree(tmp_path_factory):
     """A small demo tree in SYSU-MM01's layout, prepared at SIZE. Shared: tests must not change it."""
     tree = tmp_path_factory.mktemp("demo") / "sysu"
-    demo_data.main(["--out", str(tree), "--layout", "sysu", "--ids", "16", "--images", "3", "--seed", "1"])
+    demo_data.main(["--out", str(tree), "--layout", "sysu", "--ids", "14", "--images", "2", "--seed", "1"])
     pre_process_sysu.main(["--data_path", str(tree), "--img_h", str(SIZE[0]), "--img_w", str(SIZE[1])])
     return tree
 

@@ -1,5 +1,8 @@
 """Prepared arrays, the identity sampler and the loaders."""
 
+import os
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -65,15 +68,63 @@ def test_blocks_and_threads_do_not_change_the_array(sysu_tree, tmp_path, monkeyp
     assert (tmp_path / "whole.npy").read_bytes() == (tmp_path / "blocks.npy").read_bytes()
 
 
-def test_interrupted_preparing_leaves_the_old_array_and_nothing_else(sysu_tree, tmp_path):
-    paths, _, _ = data_manager.process_query_sysu(sysu_tree)
-    out = tmp_path / "images.npy"
-    write_images(paths[:3], (16, 8), out, "first")
-    before = out.read_bytes()
-    with pytest.raises(InputError, match="missing.jpg"):
-        write_images([*paths, str(tmp_path / "missing.jpg")], (16, 8), out, "second")
-    assert out.read_bytes() == before
-    assert [file.name for file in tmp_path.iterdir()] == ["images.npy"]
+def prepare_tree(sysu_tree, tmp_path):
+    """A prepared copy of the demo tree -> (its path, its arrays as bytes)."""
+    tree = tmp_path / "tree"
+    shutil.copytree(sysu_tree, tree)
+    return tree, {file: file.read_bytes() for file in data_loader.sysu_train_files(tree)}
+
+
+def test_interrupted_preparing_changes_nothing(sysu_tree, tmp_path):
+    """Another size is asked for, and an infrared image breaks off after all visible ones are written."""
+    tree, before = prepare_tree(sysu_tree, tmp_path)
+    identity = data_manager.read_ids(tree, "train")[0]
+    broken = sorted(tree.glob(f"cam[36]/{identity:04d}/*.jpg"))[-1]
+    broken.write_bytes(broken.read_bytes()[:100])
+    with pytest.raises(InputError, match=broken.name):
+        pre_process_sysu.main(["--data_path", str(tree), "--img_h", "64", "--img_w", "32"])
+    assert before == {file: file.read_bytes() for file in before}
+    assert not [file for file in tree.iterdir() if file.name.startswith(".")]
+
+
+def test_crash_among_the_renames_leaves_no_mixed_set(sysu_tree, tmp_path, monkeypatch):
+    """Four files cannot be renamed at once: when the process dies between two of them, training must not start."""
+    tree, _ = prepare_tree(sysu_tree, tmp_path)
+    ids = tree / "exp" / "train_id.txt"
+    ids.write_text(ids.read_text().split(",", 1)[1])
+    rename, renamed = os.replace, []
+
+    def die_after_two(source, target):
+        if len(renamed) == 2:
+            raise KeyboardInterrupt
+        renamed.append(target)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", die_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        pre_process_sysu.main(["--data_path", str(tree), "--img_h", str(SIZE[0]), "--img_w", str(SIZE[1])])
+    assert len(renamed) == 2
+    with pytest.raises(InputError, match="no prepared array"):
+        sysu_train(tree, SIZE)
+
+
+def test_an_id_in_two_splits_is_refused(sysu_tree, tmp_path):
+    tree, _ = prepare_tree(sysu_tree, tmp_path)
+    leaked = data_manager.read_ids(tree, "test")[0]
+    (tree / "exp" / "train_id.txt").write_text(f"{leaked}," + (tree / "exp" / "train_id.txt").read_text())
+    with pytest.raises(InputError, match=f"id {leaked} is in exp/train_id.txt and in exp/test_id.txt"):
+        pre_process_sysu.main(["--data_path", str(tree)])
+
+
+def test_regdb_labels_agree_between_lists_with_different_ids(regdb_tree, tmp_path):
+    tree = tmp_path / "regdb"
+    shutil.copytree(regdb_tree, tree)
+    listing = tree / "idx" / "train_thermal_3.txt"
+    lines = listing.read_text().splitlines()
+    listing.write_text("\n".join(line for line in lines if not line.endswith(" 0")))
+    data = regdb_train(tree, 3, (32, 16))
+    assert set(data.visible_labels) == set(range(6))
+    assert set(data.infrared_labels) == set(range(1, 6))
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\xff\xd8\xff\xe0 cut off"])
@@ -92,8 +143,6 @@ def test_unprepared_or_other_size_says_what_to_run(sysu_tree, tmp_path):
 
 
 def test_regdb_is_decoded_once_and_again_when_a_file_changes(regdb_tree, tmp_path, monkeypatch):
-    import shutil
-
     tree = tmp_path / "regdb"
     shutil.copytree(regdb_tree, tree)
     first = regdb_train(tree, 3, (32, 16))

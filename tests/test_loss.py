@@ -580,3 +580,22 @@ def test_local_loss_matches_loop(stripes, margin, singleton):
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
     assert_gradients_close(local.grad, local64.grad, relative=1e-3)
     assert features.grad is None or features.grad.abs().max() == 0  # global features only choose the pairs
+
+
+def test_gradient_of_the_local_loss_repeats_bit_for_bit():
+    """Many anchors share a hardest sample: their gradients must add up in one order, whatever the threads do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        generator = torch.Generator().manual_seed(0)
+        features = torch.randn(96, 8, generator=generator)
+        labels = torch.arange(8).repeat_interleave(4).repeat(3)
+        local = torch.randn(96, 128, 6, generator=generator, requires_grad=True)
+
+        def gradient():
+            return torch.autograd.grad(loss.AlignedLocalLoss()(features, labels, local), local)[0]
+
+        first = gradient()
+        assert all(torch.equal(gradient(), first) for _ in range(30))
+    finally:
+        torch.set_num_threads(threads)

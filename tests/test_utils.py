@@ -85,10 +85,12 @@ def test_other_errors_keep_their_traceback():
     assert "ZeroDivisionError" in result.stderr
 
 
-def test_device_without_cuda_warns_and_is_the_cpu(monkeypatch):
+def test_device_without_cuda_warns_and_is_the_cpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.warns(UserWarning, match="--gpu 1.*CPU"):
-        assert utils.select_device("1") == torch.device("cpu")
+    assert utils.select_device("1") == torch.device("cpu")
+    assert "--gpu 1" in capsys.readouterr().out
+    assert utils.select_device("cpu") == torch.device("cpu")
+    assert capsys.readouterr().out == ""
 
 
 def test_device_that_is_not_there_is_an_error(monkeypatch):
@@ -97,8 +99,9 @@ def test_device_that_is_not_there_is_an_error(monkeypatch):
     assert utils.select_device("0") == torch.device("cuda", 0)
     with pytest.raises(InputError, match="--gpu 1: this machine has one GPU: use --gpu 0"):
         utils.select_device("1")
-    with pytest.raises(InputError, match="--gpu -1"):
-        utils.select_device("-1")
+    for wrong in ("-1", "first", "²"):
+        with pytest.raises(InputError, match=f"--gpu {wrong}"):
+            utils.select_device(wrong)
 
 
 def test_seeding_repeats_every_generator():
@@ -132,6 +135,8 @@ def test_unwritable_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match=r"file/last\.t"):
         utils.save_checkpoint({}, tmp_path / "file" / "last.t")
+    with pytest.raises(InputError, match="is a folder"):
+        utils.save_checkpoint({}, tmp_path)
 
 
 def test_published_checkpoints_with_numpy_values_load(tmp_path):
@@ -193,6 +198,8 @@ def test_checkpoint_is_found_by_path_or_name(tmp_path, monkeypatch):
     assert utils.find_checkpoint("models/a.t", "models") == Path("models/a.t")
     (tmp_path / "a.t").touch()
     assert utils.find_checkpoint("a.t", "models") == Path("a.t")
+    with pytest.raises(InputError, match=r"b\.t.*models"):
+        utils.find_checkpoint("b.t", "models")
 
 
 def test_resumed_log_holds_each_epoch_once(tmp_path):
@@ -200,6 +207,8 @@ def test_resumed_log_holds_each_epoch_once(tmp_path):
     for epoch in range(4):
         log.epoch({"epoch": epoch, "loss": 1.0 / (epoch + 1)})
     log.close()
+    with (tmp_path / "run.jsonl").open("a") as file:
+        file.write('{"epoch": 4, "lo')  # the process died while writing
     log = utils.RunLog(tmp_path, "run", resumed_epoch=1)
     log.epoch({"epoch": 2, "loss": 5.0})
     log.close()
