@@ -132,7 +132,7 @@ def main(argv=None):
     }
 
     parts = method_options(args.method)
-    weights = None if args.weights == "none" or args.resume else args.weights
+    weights = None if args.weights == "none" or resumed_path else args.weights
     net = GFMNet(data.num_classes, args.arch, args.share_net, **parts, weights=weights)
     net.to(device, memory_format=torch.channels_last)
     criterion = MethodLoss(args.method, args.margin, args.alpha, args.gamma, args.square, args.weighting)
@@ -142,9 +142,7 @@ def main(argv=None):
     first_epoch, best = 0, {"Rank-1": -1.0}
     if resumed_path:
         first_epoch, best = resume(resumed_path, args, net, optimizer)
-    log = RunLog(
-        Path(args.log_path) / f"{args.dataset}_log", name, resumed_epoch=first_epoch - 1 if args.resume else None
-    )
+    log = RunLog(Path(args.log_path) / f"{args.dataset}_log", name, resumed_epoch=first_epoch - 1)
     log.text(f"{name}\n{json.dumps(vars(args))}")
     log.text(
         f"{data.num_classes} identities, {len(data.visible)} visible and {len(data.infrared)} infrared images, "

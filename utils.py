@@ -235,21 +235,20 @@ class RunLog:
     starts anew.
     """
 
-    def __init__(self, folder, name, resumed_epoch=None):
+    def __init__(self, folder, name, resumed_epoch=-1):
         from torch.utils.tensorboard import SummaryWriter  # slow to import: only where a run is logged
 
         self.json_path = Path(folder) / f"{name}.jsonl"
-        mode = "w" if resumed_epoch is None else "a"
-        kept = (
-            [] if resumed_epoch is None else [e for e in read_json_lines(self.json_path) if e["epoch"] <= resumed_epoch]
-        )
+        kept = [entry for entry in read_json_lines(self.json_path) if entry["epoch"] <= resumed_epoch]
         with atomic(self.json_path) as temporary:
             temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         self.logger = logging.Logger(name)
         self.logger.addHandler(_TqdmHandler())
-        self.logger.addHandler(logging.FileHandler(Path(folder) / f"{name}.txt", mode=mode))
+        self.logger.addHandler(
+            logging.FileHandler(Path(folder) / f"{name}.txt", mode="w" if resumed_epoch < 0 else "a")
+        )
         # Purging makes TensorBoard forget the steps of an earlier run of this name.
-        self.board = SummaryWriter(Path(folder) / name, purge_step=0 if resumed_epoch is None else resumed_epoch + 1)
+        self.board = SummaryWriter(Path(folder) / name, purge_step=resumed_epoch + 1)
 
     def text(self, line):
         self.logger.info(line)
