@@ -1,0 +1,105 @@
+"""Re-ranking: distances from queries to a gallery, refined by how all of these images lie among each other.
+
+A re-ranked result has used the whole test set at once; it stands beside the plain one, never in its place.
+"""
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+import torch.nn.functional as F
+
+BLOCK = 2**22  # distances, or pairs of neighbours, that are worked on at a time: bounds the memory
+
+
+def k_reciprocal(query, gallery, k1=20, k2=6, lambda_value=0.3):
+    """k-reciprocal encoding -> distances, float32 [Q, G], NumPy or torch as `query` is.
+
+    query [Q, C], gallery [G, C]: features, NumPy or torch. Source: Zhong et al., "Re-ranking Person Re-identification
+    with k-reciprocal Encoding", CVPR 2017. Each image is described by its k1-reciprocal neighbours and by theirs where
+    more than two thirds of those are shared (eq. 5), weighted by exp(-distance) (eq. 7), averaged over its k2 nearest
+    images (eq. 11). The result is 1 - lambda_value times the Jaccard distance of the descriptions (eq. 10) plus
+    lambda_value times the original one (eq. 12): the squared Euclidean, over the largest of its row, as their code has
+    it. k1 + 1 and k2 are cut to the number of images.
+    """
+    features = torch.cat([torch.as_tensor(query), torch.as_tensor(gallery)]).float()
+    queries, total = len(query), len(features)
+    norms = features.square().sum(dim=1)
+
+    def distances(rows):
+        return (norms[rows, None] + norms - 2 * features[rows] @ features.T).clamp_min(0)
+
+    blocks = torch.arange(total, device=features.device).split(max(1, BLOCK // total))
+    nearest, farthest = [], []
+    for rows in blocks:
+        block = distances(rows)
+        nearest.append(block.topk(min(k1 + 1, total), largest=False).indices)
+        farthest.append(block.amax(dim=1))
+    nearest = torch.cat(nearest).cpu().numpy()
+    farthest = torch.cat(farthest).clamp_min(torch.finfo(torch.float32).tiny)
+
+    neighbours, close = _reciprocal(nearest), _reciprocal(nearest[:, : round(k1 / 2) + 1])
+    shared = (neighbours @ close.T).multiply(neighbours).tocsr()
+    shared.data = (shared.data > 2 / 3 * close.sum(axis=1)[shared.indices]).astype(np.float32)
+    shared.eliminate_zeros()
+    described = (neighbours + shared @ close).tocsr()
+    row = np.repeat(np.arange(total), np.diff(described.indptr))
+    for rows in blocks:
+        part = slice(described.indptr[rows[0]], described.indptr[rows[-1] + 1])
+        block = torch.exp(-distances(rows) / farthest[rows, None])
+        described.data[part] = block[row[part] - int(rows[0]), described.indices[part]].cpu().numpy()
+    described.data /= described.sum(axis=1)[row]
+    if k2 > 1:
+        described = _indicator(nearest[:, :k2]) @ described / min(k2, total)
+
+    result = torch.empty(queries, total - queries)
+    asked, searched = described[:queries], described[queries:].tocsc()
+    met = int((asked.astype(bool) @ np.diff(searched.indptr)).max())  # pairs of entries of the busiest query
+    for rows in torch.arange(queries).split(max(1, BLOCK // max(total, met))):
+        overlap = torch.from_numpy(_overlap(asked[int(rows[0]) : int(rows[-1]) + 1], searched))
+        jaccard = 1 - overlap / (2 - overlap)
+        original = (distances(rows) / farthest[rows, None])[:, queries:].cpu()
+        result[rows] = ((1 - lambda_value) * jaccard + lambda_value * original).float()
+    return result.to(features.device) if torch.is_tensor(query) else result.numpy()
+
+
+def random_walk(query, gallery, alpha=0.95):
+    """Random walk over the gallery -> distances (negative similarities), float32 [Q, G], NumPy or torch as `query` is.
+
+    query [Q, C], gallery [G, C]: features, NumPy or torch. The similarities s of a query to the gallery spread to
+    similar gallery images: (1 - alpha) (I - alpha W)^-1 s, with W the row-wise softmax of the gallery's cosines among
+    each other. Source: Shen et al., "Deep Group-shuffling Random Walk for Person Re-identification", CVPR 2018. As in
+    the published GFMNet code, the zero diagonal goes INTO the softmax, so an image keeps some weight of its own.
+    """
+    given = torch.is_tensor(query)
+    query, gallery = (F.normalize(torch.as_tensor(x).float()) for x in (query, gallery))
+    walk = (gallery @ gallery.T).fill_diagonal_(0).softmax(dim=1)
+    system = torch.eye(len(gallery), device=gallery.device) - alpha * walk
+    similarity = (1 - alpha) * torch.linalg.solve(system, gallery @ query.T).T
+    return -similarity if given else -similarity.numpy()
+
+
+def _indicator(indices):
+    """int [N, k] -> sparse float32 [N, N] with ones at the indices of each row."""
+    total, k = indices.shape
+    ones = np.ones(indices.size, np.float32)
+    return sp.csr_array((ones, indices.ravel(), np.arange(0, indices.size + 1, k)), shape=(total, total))
+
+
+def _reciprocal(nearest):
+    """Who is among whose nearest [N, k], both ways: sparse [N, N] of ones."""
+    forward = _indicator(nearest)
+    return forward.multiply(forward.T).tocsr()
+
+
+def _overlap(asked, searched):
+    """Sum over n of min(asked[q, n], searched[g, n]): sparse [Q, N] and [G, N] (by columns) -> float64 [Q, G].
+
+    Joins the two lists of entries on n, so that only what is non-zero in both is touched.
+    """
+    met = np.diff(searched.indptr)[asked.indices]  # entries of `searched` that each entry of `asked` meets
+    entry = np.repeat(np.arange(asked.nnz), met)
+    place = np.arange(len(entry)) - np.repeat(np.cumsum(met) - met, met) + searched.indptr[asked.indices[entry]]
+    row = np.repeat(np.arange(asked.shape[0]), np.diff(asked.indptr))[entry]
+    least = np.minimum(asked.data[entry], searched.data[place])
+    shape = (asked.shape[0], searched.shape[0])
+    return np.bincount(row * shape[1] + searched.indices[place], least, shape[0] * shape[1]).reshape(shape)
