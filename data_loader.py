@@ -11,14 +11,17 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data_manager import REGDB_CAMERAS, regdb_images, relabel
+from data_manager import read_ids, read_list, relabel
 from utils import InputError, atomic, progress
 
 PREPARE_BLOCK = 1024  # images decoded between two flushes of the memory map
 
 
 class TrainData(NamedTuple):
-    """Training images of both modalities: uint8 [N, H, W, 3] (memory-mapped), and their labels 0 .. K-1, int64 [N]."""
+    """Training images of both modalities: uint8 [N, H, W, 3] (memory-mapped), and their labels, int64 [N].
+
+    Labels are 0 .. K-1, or -1 for images that are left out.
+    """
 
     visible: np.ndarray
     visible_labels: np.ndarray
@@ -28,6 +31,11 @@ class TrainData(NamedTuple):
     @property
     def num_classes(self):
         return int(max(self.visible_labels.max(), self.infrared_labels.max())) + 1
+
+    @property
+    def num_images(self):
+        """(visible, infrared) images to train on."""
+        return int((self.visible_labels >= 0).sum()), int((self.infrared_labels >= 0).sum())
 
 
 def read_image(path, size):
@@ -65,8 +73,9 @@ def sysu_train_files(data_path):
     return [Path(data_path) / f"{name}.npy" for name in names]
 
 
-def sysu_train(data_path, size):
-    """SYSU-MM01's prepared training arrays, at size = (height, width)."""
+def sysu_train(data_path, size, select="test"):
+    """SYSU-MM01's prepared training arrays, at size = (height, width): train and val ids, or with select="val", where
+    the val ids choose the epoch, the train ids only."""
     files = sysu_train_files(data_path)
     prepare = f"run: python pre_process_sysu.py --data_path {data_path} --img_h {size[0]} --img_w {size[1]}"
     arrays = []
@@ -82,19 +91,39 @@ def sysu_train(data_path, size):
             raise InputError(f"{file}: {len(images)} images, but {labels.size} labels beside it; {prepare}")
     visible, visible_labels, infrared, infrared_labels = arrays
     # The published script stores labels of other integer types.
-    return TrainData(visible, visible_labels.astype(np.int64), infrared, infrared_labels.astype(np.int64))
+    visible_labels, infrared_labels = visible_labels.astype(np.int64), infrared_labels.astype(np.int64)
+    if select == "val":
+        # Labels are ranks among train and val ids. Rank the train ids among themselves.
+        train = read_ids(data_path, "train")
+        identities = np.union1d(train, read_ids(data_path, "val"))
+        if max(visible_labels.max(), infrared_labels.max()) >= len(identities):
+            raise InputError(f"{files[1]}: has labels past the {len(identities)} train and val ids; {prepare}")
+        rank = np.where(np.isin(identities, train), np.isin(identities, train).cumsum() - 1, -1)
+        visible_labels, infrared_labels = rank[visible_labels], rank[infrared_labels]
+    return TrainData(visible, visible_labels, infrared, infrared_labels)
 
 
 def regdb_train(data_path, trial, size):
     """RegDB's training images of one trial, decoded once and kept in `{data_path}/cache/`."""
-    arrays, ids = [], []
-    for modal in REGDB_CAMERAS:
-        paths, identities, _ = regdb_images(data_path, "train", trial, modal)
-        arrays.append(_cached_images(data_path, f"train_{modal}_{trial}", paths, size))
-        ids.append(identities)
+    names = [f"train_{modal}_{trial}" for modal in ("visible", "thermal")]
+    return _listed_train(data_path, names, size)
+
+
+def llcm_train(data_path, size):
+    """LLCM's training images, decoded once and kept in `{data_path}/cache/`."""
+    return _listed_train(data_path, ["train_vis", "train_nir"], size)
+
+
+def _listed_train(data_path, names, size):
+    """names: of the visible and the infrared list."""
+    lists = [read_list(data_path, name) for name in names]
+    visible, infrared = (
+        _cached_images(data_path, name, paths, size) for name, (paths, _) in zip(names, lists, strict=True)
+    )
+    ids = [ids for _, ids in lists]
     # Ranked together: an id that is in one of the lists only must not shift the labels of the other.
     visible_labels, infrared_labels = np.split(relabel(np.concatenate(ids)), [len(ids[0])])
-    return TrainData(arrays[0], visible_labels, arrays[1], infrared_labels)
+    return TrainData(visible, visible_labels, infrared, infrared_labels)
 
 
 def _cached_images(data_path, name, paths, size):
@@ -129,6 +158,7 @@ class IdentitySampler(Sampler):
 
     def __init__(self, data, batch_size, num_pos, seed):
         both = np.intersect1d(data.visible_labels, data.infrared_labels)
+        both = both[both >= 0]
         if len(both) < batch_size:
             raise InputError(
                 f"--batch_size {batch_size}: only {len(both)} training identities have images of both modalities; "
@@ -137,7 +167,7 @@ class IdentitySampler(Sampler):
         self.visible = [np.flatnonzero(data.visible_labels == label) for label in both]
         self.infrared = [np.flatnonzero(data.infrared_labels == label) for label in both]
         self.batch_size, self.num_pos, self.seed, self.epoch = batch_size, num_pos, seed, 0
-        self.steps = max(1, max(len(data.visible), len(data.infrared)) // (batch_size * num_pos))
+        self.steps = max(1, max(data.num_images) // (batch_size * num_pos))
 
     def set_epoch(self, epoch):
         self.epoch = epoch

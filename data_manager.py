@@ -1,71 +1,210 @@
-"""Which images are training images, queries and gallery: SYSU-MM01 and RegDB as they lie on disk.
+"""Which images are training images, queries and gallery: SYSU-MM01, RegDB and LLCM as they lie on disk.
 
-Every list comes back as (paths, ids, cameras): a list of str and two int64 arrays of the same length.
+Lists of test images come back as (paths, ids, cameras): a list of str and two int64 arrays of the same length.
 Errors are `InputError`s that name the file.
 """
 
+import os
 import random
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from scipy.io import loadmat
 
 from utils import InputError
 
-DATA_PATHS = {"sysu": "../data/SYSU-MM01/", "regdb": "../data/RegDB/"}  # where --data_path looks by default
+# Where --data_path looks by default
+DATA_PATHS = {"sysu": "../data/SYSU-MM01/", "regdb": "../data/RegDB/", "llcm": "../data/LLCM/"}
+DATA_NAMES = {"sysu": "SYSU-MM01", "regdb": "RegDB", "llcm": "LLCM"}
+DIRECTIONS = {  # data set -> "query to gallery"; the first is the default
+    "sysu": ["infrared to visible"],
+    "regdb": ["visible to thermal", "thermal to visible"],
+    "llcm": ["visible to infrared", "infrared to visible"],
+}
+TRIALS = range(10)  # galleries of SYSU-MM01 and LLCM
 SYSU_VISIBLE = {"all": (1, 2, 4, 5), "indoor": (1, 2)}  # --mode -> gallery cameras
 SYSU_INFRARED = (3, 6)
-SYSU_TRIALS = range(10)
+SYSU_PROTOCOLS = ("seeded", "official")  # who draws the galleries
+SYSU_SHOTS = (1, 10)  # gallery images of an id and camera
 REGDB_TRIALS = range(1, 11)
 REGDB_CAMERAS = {"visible": 1, "thermal": 2}
+LLCM_CAMERAS = range(1, 10)
+LLCM_NAMES = {"visible": "vis", "infrared": "nir"}  # in the names of its lists and folders
 
 
-def process_query_sysu(data_path, mode="all"):
-    """SYSU-MM01's queries: every infrared image of the test ids, by id, then camera, then file name.
+# --------------------------------------------------------------------------------------------------------- SYSU-MM01
+
+
+def process_query_sysu(data_path, mode="all", split="test"):
+    """SYSU-MM01's queries: every infrared image of a split's ids, by id, then camera, then file name.
 
     Both modes ask the same queries; they differ in the gallery.
     """
     _check_mode(mode)
-    return sysu_images(data_path, read_ids(data_path, "test"), SYSU_INFRARED)
+    return sysu_images(data_path, read_ids(data_path, split), SYSU_INFRARED)
 
 
-def process_gallery_sysu(data_path, mode="all", trial=0):
-    """SYSU-MM01's gallery of one trial, 0 to 9: one visible image of each test id and camera that has some.
+def process_gallery_sysu(data_path, mode="all", trial=0, protocol="seeded", shots=1, split="test"):
+    """SYSU-MM01's gallery of one trial, 0 to 9: `shots` visible images of each id of the split from each camera.
 
-    The seeded (de facto) protocol: one generator seeded with the trial draws, by sorted id, then camera, one of the
-    sorted files. Python's own generator, so the draws are those of the published code; the global one is not touched.
+    seeded (de facto): one generator, seeded with the trial, walks through the sorted ids and each one's cameras, and
+    draws of the sorted files one by `choice`, or ten by `sample` (of fewer files, all). It is Python's own generator,
+    so the single-shot draws are those of the published code; the global generator is not touched.
+
+    official: the first `shots` numbers of the trial's row in `exp/rand_perm_cam.mat`; they count the sorted files from
+    1. A folder with another number of files than the row is refused.
     """
     _check_mode(mode)
-    generator = random.Random(trial)
-    drawn = []
-    for identity in sorted(read_ids(data_path, "test")):
-        for camera in SYSU_VISIBLE[mode]:
-            if files := _files(data_path, camera, identity):
-                drawn.append((str(generator.choice(files)), identity, camera))
+    permutations = read_permutations(data_path) if protocol == "official" else None
+    cameras = SYSU_VISIBLE[mode]
+    drawn = _draw(data_path, read_ids(data_path, split), cameras, trial, shots, permutations)
     if not drawn:
-        cameras = ", ".join(f"cam{camera}" for camera in SYSU_VISIBLE[mode])
-        raise InputError(f"{data_path}: no test id has an image under {cameras}; check the folders")
+        names = ", ".join(f"cam{camera}" for camera in cameras)
+        raise InputError(f"{data_path}: no {split} id has an image under {names}; check the folders")
     return _columns(drawn)
 
 
 def sysu_images(data_path, identities, cameras):
     """All images of some ids and cameras, by sorted id, then camera in the order given, then file name."""
-    found = [
-        (str(file), identity, camera)
-        for identity in sorted(identities)
-        for camera in cameras
-        for file in _files(data_path, camera, identity)
-    ]
+    found = _all(data_path, identities, cameras)
     if not found:
         names = ", ".join(f"cam{camera}" for camera in cameras)
         raise InputError(f"{data_path}: none of the {len(identities)} listed ids has an image under {names}")
     return _columns(found)
 
 
-def read_ids(data_path, split):
-    """The ids of `exp/{split}_id.txt` (train, val or test): numbers separated by commas."""
-    path = Path(data_path) / "exp" / f"{split}_id.txt"
-    text = _read(path, "SYSU-MM01 keeps its lists of ids there; check --data_path")
+def permutations_file(data_path):
+    """Where the official protocol's draws lie."""
+    return Path(data_path) / "exp" / "rand_perm_cam.mat"
+
+
+def read_permutations(data_path):
+    """The official protocol's draws, as `load_permutations` gives them."""
+    path = permutations_file(data_path)
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such file; the data set's authors publish it with their evaluation code "
+            "(github.com/wuancong/SYSU-MM01): put it there, or use --protocol seeded"
+        )
+    return load_permutations(path)
+
+
+def load_permutations(path):
+    """`rand_perm_cam.mat` -> {(camera, id): int64 [trials, images], each row a permutation of 1 .. images}.
+
+    The file holds a cell for each camera, and in it a cell for each id, empty where the camera does not see the person.
+    """
+    try:
+        rows = {
+            (camera, identity): draws.astype(np.int64)
+            for camera, people in enumerate(loadmat(path)["rand_perm_cam"].ravel(), 1)
+            for identity, draws in enumerate(people.ravel(), 1)
+            if draws.size
+        }
+        whole = all(np.array_equal(np.sort(draws), np.ones_like(draws).cumsum(axis=1)) for draws in rows.values())
+    except Exception as error:  # scipy's reader raises anything when a file is damaged
+        raise InputError(f"{path}: is no rand_perm_cam.mat ({type(error).__name__}); fetch it again") from error
+    if not (rows and whole and all(len(draws) >= len(TRIALS) for draws in rows.values())):
+        raise InputError(f"{path}: holds no permutations of 1 .. N for {len(TRIALS)} trials; fetch it again")
+    return rows
+
+
+def _draw(root, identities, cameras, trial, shots=1, permutations=None):
+    """One gallery, as rows (path, id, camera)."""
+    generator, drawn = random.Random(trial), []
+    for identity in sorted(identities):
+        for camera in cameras:
+            files = _files(root, camera, identity)
+            if permutations is not None:
+                draws = permutations.get((camera, identity), np.empty((trial + 1, 0), np.int64))
+                if draws.shape[1] != len(files):
+                    raise InputError(
+                        f"{_folder(root, camera, identity)}: {len(files)} images, but {permutations_file(root)} "
+                        f"permutes {draws.shape[1]}: take the images that it was made for, or --protocol seeded"
+                    )
+                chosen = [files[number - 1] for number in draws[trial, :shots]]
+            elif shots == 1:
+                chosen = [generator.choice(files)] if files else []
+            else:
+                chosen = generator.sample(files, min(shots, len(files)))
+            drawn += [(file, identity, camera) for file in chosen]
+    return drawn
+
+
+def _all(root, identities, cameras):
+    """All images of some ids and cameras, as rows (path, id, camera)."""
+    return [
+        (file, identity, camera)
+        for identity in sorted(identities)
+        for camera in cameras
+        for file in _files(root, camera, identity)
+    ]
+
+
+def _files(root, camera, identity):
+    folder = _folder(root, camera, identity)
+    if not os.path.isdir(folder):
+        return []
+    return [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if not name.startswith(".")]
+
+
+def _folder(root, camera, identity):
+    return os.path.join(Path(root), f"cam{camera}", f"{identity:04d}")
+
+
+def _check_mode(mode):
+    if mode not in SYSU_VISIBLE:
+        raise ValueError(f"mode {mode!r} is neither 'all' nor 'indoor'")
+
+
+# ------------------------------------------------------------------------------------------------------------- RegDB
+
+
+def process_test_regdb(data_path, trial=1, modal="visible"):
+    """RegDB's test images of one modality, "visible" or "thermal", in one trial, 1 to 10, in the order of the list.
+
+    RegDB has one camera of each kind: visible 1, thermal 2.
+    """
+    if modal not in REGDB_CAMERAS:
+        raise ValueError(f"modal {modal!r} is neither 'visible' nor 'thermal'")
+    paths, ids = read_list(data_path, f"test_{modal}_{trial}")
+    return paths, ids, np.full(len(ids), REGDB_CAMERAS[modal])
+
+
+# -------------------------------------------------------------------------------------------------------------- LLCM
+
+
+def process_query_llcm(data_path, modality="visible"):
+    """LLCM's queries: every test image of one modality, "visible" or "infrared", by id, then camera, then file name."""
+    return _llcm_columns(data_path, modality, _all(*_llcm_test(data_path, modality)))
+
+
+def process_gallery_llcm(data_path, modality="infrared", trial=0):
+    """LLCM's gallery of one trial, 0 to 9: of each test id and camera one image of that modality, drawn as SYSU-MM01's
+    seeded single-shot galleries are."""
+    return _llcm_columns(data_path, modality, _draw(*_llcm_test(data_path, modality), trial))
+
+
+def _llcm_test(data_path, modality):
+    """(folder, ids, cameras) of the test images."""
+    return Path(data_path) / f"test_{LLCM_NAMES[modality]}", read_ids(data_path, "test", "idx"), LLCM_CAMERAS
+
+
+def _llcm_columns(data_path, modality, found):
+    if not found:
+        folder = Path(data_path) / f"test_{LLCM_NAMES[modality]}"
+        raise InputError(f"{folder}: no test id has an image under cam1 .. cam9; check the folders")
+    return _columns(found)
+
+
+# ------------------------------------------------------------------------------------------------------------- lists
+
+
+def read_ids(data_path, split, folder="exp"):
+    """The ids of `{folder}/{split}_id.txt` (of SYSU-MM01: train, val or test): numbers separated by commas."""
+    path = Path(data_path) / folder / f"{split}_id.txt"
+    text = _read(path, "the data set keeps its lists of ids there; check --dataset and --data_path")
     fields = [field.strip() for line in text.splitlines() for field in line.split(",") if field.strip()]
     wrong = [field for field in fields if not (field.isascii() and field.isdigit())]
     if wrong or not fields:
@@ -73,103 +212,24 @@ def read_ids(data_path, split):
     return [int(field) for field in fields]
 
 
-def process_test_regdb(data_path, trial=1, modal="visible"):
-    """RegDB's test images of one modality, "visible" or "thermal", in one trial, 1 to 10, in the order of the list."""
-    return regdb_images(data_path, "test", trial, modal)
-
-
-def regdb_images(data_path, split, trial, modal):
-    """The images of `idx/{split}_{modal}_{trial}.txt`, whose lines are `path label`; cameras: visible 1, thermal 2."""
-    if modal not in REGDB_CAMERAS:
-        raise ValueError(f"modal {modal!r} is neither 'visible' nor 'thermal'")
-    listing = Path(data_path) / "idx" / f"{split}_{modal}_{trial}.txt"
-    text = _read(listing, "RegDB's lists are numbered by trial, 1 to 10; check --data_path and --trial")
+def read_list(data_path, name):
+    """(paths, ids) of `idx/{name}.txt` (of RegDB and LLCM), whose lines are `path label`, in the order of the list."""
+    listing = Path(data_path) / "idx" / f"{name}.txt"
+    text = _read(listing, "the data set keeps its lists of images there; check --dataset, --data_path and --trial")
     found = []
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
-        name, _, label = line.strip().rpartition(" ")
-        if not (name and label.isascii() and label.isdigit()):
+        file, _, label = line.strip().rpartition(" ")
+        if not (file and label.isascii() and label.isdigit()):
             raise InputError(f"{listing}, line {number}: {line!r} is not 'path label'")
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise InputError(f"{listing}, line {number}: {name} lies outside of {data_path}; list paths within it")
-        found.append((str(Path(data_path) / name.strip()), int(label), REGDB_CAMERAS[modal]))
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise InputError(f"{listing}, line {number}: {file} lies outside of {data_path}; list paths within it")
+        found.append((str(Path(data_path) / file.strip()), int(label)))
     if not found:
         raise InputError(f"{listing}: lists no images")
-    return _columns(found)
-
-
-class Images(NamedTuple):
-    """Some rows of one of the lists of a `Searches`, with their identities and cameras [N]."""
-
-    modality: str
-    rows: np.ndarray
-    ids: np.ndarray
-    cameras: np.ndarray
-
-
-class Search(NamedTuple):
-    """One search of a protocol; `setting` says which: dataset, mode, direction, protocol, shots, trial."""
-
-    setting: dict
-    query: Images
-    gallery: Images
-
-
-class Searches(NamedTuple):
-    """Every image that some searches need, once (paths by "visible" and "infrared"), and the searches."""
-
-    paths: dict
-    searches: list
-
-
-def sysu_test(data_path, modes=("all", "indoor"), trials=SYSU_TRIALS):
-    """SYSU-MM01's searches, one for each mode and trial: all queries in that gallery (seeded protocol, one shot)."""
-    query_paths, ids, cameras = process_query_sysu(data_path)
-    query = Images("infrared", np.arange(len(ids)), ids, cameras)
-    galleries = {(mode, t): process_gallery_sysu(data_path, mode, t) for mode in modes for t in trials}
-    union = sorted({path for paths, _, _ in galleries.values() for path in paths})
-    row = {path: i for i, path in enumerate(union)}
-    searches = [
-        Search(
-            _setting("sysu", mode, "infrared to visible", "seeded", trial),
-            query,
-            Images("visible", np.array([row[path] for path in paths]), ids, cameras),
-        )
-        for (mode, trial), (paths, ids, cameras) in galleries.items()
-    ]
-    return Searches({"visible": union, "infrared": query_paths}, searches)
-
-
-def regdb_test(data_path, trial=1, directions=("visible to thermal", "thermal to visible")):
-    """RegDB's searches in one trial. Both directions use the same two lists; each image has the stream of its kind."""
-    paths, images = {}, {}
-    for modal, modality in (("visible", "visible"), ("thermal", "infrared")):
-        paths[modality], ids, cameras = process_test_regdb(data_path, trial, modal)
-        images[modal] = Images(modality, np.arange(len(ids)), ids, cameras)
-    searches = [
-        Search(
-            _setting("regdb", None, direction, "standard", trial), *(images[modal] for modal in direction.split(" to "))
-        )
-        for direction in directions
-    ]
-    return Searches(paths, searches)
-
-
-def _setting(dataset, mode, direction, protocol, trial):
-    """What a number means, as plain values for tables and JSON."""
-    sysu = dataset == "sysu"
-    return {
-        "dataset": dataset,
-        "mode": mode,
-        "direction": direction,
-        "protocol": protocol,
-        "shots": 1 if sysu else None,
-        "similarity": "cosine",
-        "cmc_counts": "identities" if sysu else "images",
-        "unseen": "camera 2 by queries of camera 3" if sysu else None,
-        "trial": trial,
-    }
+    paths, ids = zip(*found, strict=True)
+    return list(paths), np.array(ids)
 
 
 def relabel(ids):
@@ -184,16 +244,103 @@ def _read(path, remedy):
         raise InputError(f"{path}: cannot be read ({type(error).__name__}). {remedy}") from error
 
 
-def _files(data_path, camera, identity):
-    folder = Path(data_path) / f"cam{camera}" / f"{identity:04d}"
-    return sorted(file for file in folder.iterdir() if not file.name.startswith(".")) if folder.is_dir() else []
-
-
 def _columns(rows):
     paths, ids, cameras = zip(*rows, strict=True)
     return list(paths), np.array(ids), np.array(cameras)
 
 
-def _check_mode(mode):
-    if mode not in SYSU_VISIBLE:
-        raise ValueError(f"mode {mode!r} is neither 'all' nor 'indoor'")
+# ---------------------------------------------------------------------------------------------------------- searches
+
+
+class Images(NamedTuple):
+    """Some rows of one of the lists of a `Searches`, with their identities and cameras [N]."""
+
+    modality: str
+    rows: np.ndarray
+    ids: np.ndarray
+    cameras: np.ndarray
+
+
+class Search(NamedTuple):
+    """One search of a protocol; `setting` says which: data set, split, mode, direction, protocol, shots, trial."""
+
+    setting: dict
+    query: Images
+    gallery: Images
+
+
+class Searches:
+    """Some searches, and every image that they need, once: `paths` by modality, "visible" and "infrared"."""
+
+    def __init__(self):
+        self.searches = []
+        self._row = {"visible": {}, "infrared": {}}
+
+    @property
+    def paths(self):
+        return {modality: list(rows) for modality, rows in self._row.items()}
+
+    def images(self, modality, listed):
+        """(paths, ids, cameras) -> Images."""
+        paths, ids, cameras = listed
+        row = self._row[modality]
+        return Images(modality, np.array([row.setdefault(path, len(row)) for path in paths]), ids, cameras)
+
+    def add(self, query, gallery, dataset, direction, protocol, trial, mode=None, shots=1, split="test"):
+        """Append a search; its setting says what a number means, as plain values for tables and JSON."""
+        setting = {
+            "dataset": dataset,
+            "split": split,
+            "mode": mode,
+            "direction": direction,
+            "protocol": protocol,
+            "shots": shots,
+            "similarity": "cosine",
+            "cmc_counts": "images" if dataset == "regdb" else "identities",
+            "unseen": {
+                "sysu": "camera 2 by queries of camera 3",
+                "regdb": None,
+                "llcm": "same identity in the same camera",
+            }[dataset],
+            "trial": trial,
+        }
+        self.searches.append(Search(setting, query, gallery))
+
+
+def sysu_test(data_path, modes=("all",), protocols=("seeded",), shots=(1,), trials=TRIALS, split="test"):
+    """SYSU-MM01's searches, one for each protocol, mode, number of shots and trial: all queries in that gallery."""
+    test = Searches()
+    query = test.images("infrared", process_query_sysu(data_path, split=split))
+    for protocol in protocols:
+        for mode in modes:
+            for number in shots:
+                for trial in trials:
+                    drawn = process_gallery_sysu(data_path, mode, trial, protocol, number, split)
+                    gallery = test.images("visible", drawn)
+                    test.add(query, gallery, "sysu", "infrared to visible", protocol, trial, mode, number, split)
+    return test
+
+
+def regdb_test(data_path, trial=1, directions=DIRECTIONS["regdb"][:1]):
+    """RegDB's searches in one trial. Both directions use the same two lists; each image has the stream of its kind."""
+    test = Searches()
+    images = {
+        "visible": test.images("visible", process_test_regdb(data_path, trial, "visible")),
+        "thermal": test.images("infrared", process_test_regdb(data_path, trial, "thermal")),
+    }
+    for direction in directions:
+        query, gallery = direction.split(" to ")
+        test.add(images[query], images[gallery], "regdb", direction, "standard", trial, shots=None)
+    return test
+
+
+def llcm_test(data_path, directions=DIRECTIONS["llcm"][:1], trials=TRIALS):
+    """LLCM's searches, one for each direction and trial: every image of one modality in a gallery of the other."""
+    test = Searches()
+    for direction in directions:
+        asked, searched = direction.split(" to ")
+        query = test.images(asked, process_query_llcm(data_path, asked))
+        for trial in trials:
+            gallery = test.images(searched, process_gallery_llcm(data_path, searched, trial))
+            test.add(query, gallery, "llcm", direction, "seeded", trial)
+    return test

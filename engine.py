@@ -6,7 +6,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from eval_metrics import eval_regdb, eval_sysu
+import re_rank
+from eval_metrics import eval_llcm, eval_regdb, eval_sysu
 from utils import InputError, autocast, progress
 
 RANKS = (1, 5, 10, 20)
@@ -79,23 +80,33 @@ def extract(embed, loader, modality, desc):
     return features
 
 
-def run_search(features, search):
-    """One search -> {feature name: {"Rank-1": ..., "mAP": ..., "mINP": ...}}, in percent, by cosine similarity.
+def run_search(features, search, reranking=()):
+    """One search -> {(feature name, re-ranking): {"Rank-1": ..., "mAP": ..., "mINP": ...}}, in percent.
 
     features: {"visible": {name: [N, C]}, "infrared": {name: [M, C]}}, of unit length, for the images of a `Searches`.
+    Plain results, by cosine similarity, have the re-ranking "none"; those of `reranking`, any of "k_reciprocal" and
+    "random_walk", stand beside them.
     """
-    query, gallery = search.query, search.gallery
     scores = {}
-    for name in features[query.modality]:
-        similarity = features[query.modality][name][query.rows] @ features[gallery.modality][name][gallery.rows].T
-        if search.setting["dataset"] == "sysu":
-            result = eval_sysu(-similarity, query.ids, gallery.ids, query.cameras, gallery.cameras)
-        else:
-            result = eval_regdb(-similarity, query.ids, gallery.ids)
-        cmc, mean_ap, mean_inp = result
-        scores[name] = {f"Rank-{k}": 100 * float(cmc[k - 1]) for k in RANKS}
-        scores[name] |= {"mAP": 100 * mean_ap, "mINP": 100 * mean_inp}
+    for name in features[search.query.modality]:
+        query, gallery = (features[images.modality][name][images.rows] for images in (search.query, search.gallery))
+        scores[name, "none"] = _measure(-query @ gallery.T, search)
+        if "k_reciprocal" in reranking:
+            scores[name, "k_reciprocal"] = _measure(re_rank.k_reciprocal(query, gallery), search)
+        if "random_walk" in reranking:
+            scores[name, "random_walk"] = _measure(re_rank.random_walk(query, gallery), search)
     return scores
+
+
+def _measure(distances, search):
+    """The data set's measure of distances [Q, G], in percent."""
+    (_, _, q_ids, q_cameras), (_, _, g_ids, g_cameras) = search.query, search.gallery
+    if search.setting["dataset"] == "regdb":
+        cmc, mean_ap, mean_inp = eval_regdb(distances, q_ids, g_ids)
+    else:
+        evaluate = {"sysu": eval_sysu, "llcm": eval_llcm}[search.setting["dataset"]]
+        cmc, mean_ap, mean_inp = evaluate(distances, q_ids, g_ids, q_cameras, g_cameras)
+    return {f"Rank-{k}": 100 * float(cmc[k - 1]) for k in RANKS} | {"mAP": 100 * mean_ap, "mINP": 100 * mean_inp}
 
 
 def summarise(rows):

@@ -1,4 +1,4 @@
-"""Rank-k (CMC), mAP and mINP of SYSU-MM01 and RegDB, as the field computes them.
+"""Rank-k (CMC), mAP and mINP of SYSU-MM01, RegDB and LLCM, as the field computes them.
 
 mAP: mean average precision (Zheng et al., "Scalable Person Re-identification", ICCV 2015). mINP: mean inverse
 negative penalty (Ye et al., "Deep Learning for Person Re-identification", TPAMI 2021): the number of correct matches
@@ -28,6 +28,17 @@ def eval_sysu(distmat, q_pids, g_pids, q_camids, g_camids, max_rank=20):
 def eval_regdb(distmat, q_pids, g_pids, max_rank=20):
     """RegDB's measure; as `eval_sysu`, but every query sees the whole gallery, and the CMC counts images."""
     return _evaluate(distmat, q_pids, g_pids, None, max_rank, count_identities=False)
+
+
+def eval_llcm(distmat, q_pids, g_pids, q_camids, g_camids, max_rank=20):
+    """LLCM's measure; as `eval_sysu`, but what a query does not see are the images of its own identity and camera.
+
+    Source: Zhang and Wang, "Diverse Embedding Expansion Network and Low-Light Cross-Modality Benchmark for
+    Visible-Infrared Person Re-identification", CVPR 2023. Its cameras take both modalities.
+    """
+    q_pids, g_pids, q_camids, g_camids = (torch.as_tensor(x).cpu() for x in (q_pids, g_pids, q_camids, g_camids))
+    same_shot = (q_pids[:, None] == g_pids[None, :]) & (q_camids[:, None] == g_camids[None, :])
+    return _evaluate(distmat, q_pids, g_pids, same_shot, max_rank, count_identities=True)
 
 
 def _evaluate(distmat, q_pids, g_pids, hidden, max_rank, count_identities):

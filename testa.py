@@ -1,4 +1,4 @@
-"""Test a checkpoint on SYSU-MM01 or RegDB by the field's protocols.
+"""Test a checkpoint, or saved features, on SYSU-MM01, RegDB or LLCM by the field's protocols.
 
     python testa.py --mode all --resume save_model/..._best.t
 
@@ -6,6 +6,13 @@ Network and options come from the checkpoint: this repo's, or one of the publish
 an image and its mirror, averaged; POOL before and FC after the batch-norm bottleneck; cosine similarity.
 """
 
+import json
+import os
+import zipfile
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -17,16 +24,18 @@ from model import GFMNet, load_network
 from utils import (
     ArgumentParser,
     InputError,
+    atomic,
     check_output,
     cli,
     find_checkpoint,
     load_checkpoint,
     number,
+    progress,
     save_json,
     select_device,
 )
 
-DIRECTIONS = {False: "visible to thermal", True: "thermal to visible"}  # of --tvsearch
+BASELINES = ("gray pixels", "colour histogram", "untrained")
 
 
 def get_args_parser():
@@ -34,86 +43,237 @@ def get_args_parser():
     parser.add_argument("--dataset", choices=data_manager.DATA_PATHS, default="sysu")
     parser.add_argument("--data_path", help="folder of the data set (default: by --dataset)")
     several = "; for RegDB's ten trials, one name with {trial} in it"
-    parser.add_argument("--resume", required=True, help=f"checkpoint: a path, or a name under --model_path{several}")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--resume", help=f"checkpoint: a path, or a name under --model_path{several}")
+    source.add_argument("--from_features", metavar="FILE", help=f"test the features in this .npz file{several}")
+    parser.add_argument("--features", metavar="FILE", help=f"save the features to this .npz file{several}")
     parser.add_argument("--model_path", default="save_model/", help="folder of the checkpoints")
     parser.add_argument("--mode", choices=("all", "indoor"), default="all", help="of SYSU-MM01: all- or indoor-search")
+    parser.add_argument(
+        "--protocol",
+        choices=data_manager.SYSU_PROTOCOLS,
+        default="seeded",
+        help="SYSU-MM01: galleries drawn by seeded generators, or those of its authors' rand_perm_cam.mat",
+    )
+    parser.add_argument(
+        "--shots",
+        type=int,
+        choices=data_manager.SYSU_SHOTS,
+        default=1,
+        help="SYSU-MM01: gallery images of an identity and camera",
+    )
     parser.add_argument("--trial", type=number(int, 1, 10), help="RegDB's trial (default: the checkpoint's own)")
-    parser.add_argument("--tvsearch", action="store_true", help="RegDB: thermal to visible, not visible to thermal")
-    parser.add_argument("--all", action="store_true", help="every mode or direction, in one table")
+    parser.add_argument(
+        "--tvsearch", action="store_true", help="RegDB: thermal to visible; LLCM: infrared to visible; not from visible"
+    )
+    parser.add_argument("--all", action="store_true", help="every protocol and direction of the data set, in one table")
+    parser.add_argument(
+        "--rerank",
+        nargs="+",
+        choices=("k_reciprocal", "random_walk"),
+        default=[],
+        help="add rows with re-ranked distances",
+    )
     parser.add_argument("--baselines", action="store_true", help="add gray pixels, colours, the untrained net")
     parser.add_argument("--test_batch", type=number(int, 1), default=64, help="images in a batch")
     parser.add_argument("--workers", type=number(int, 0), default=4, help="loading processes, at most one a core")
     parser.add_argument("--amp", choices=("off", "bf16"), default="off", help="mixed precision of the network")
     parser.add_argument("--gpu", default="0", help="number of the GPU, or cpu")
-    parser.add_argument("--json", help="write all results to this file")
+    parser.add_argument("--json", metavar="FILE", help="write all results to this file")
     return parser
 
 
 def main(argv=None):
     """Returns the results: a list of `engine.summarise`'s rows."""
     args = get_args_parser().parse_args(argv)
-    if args.dataset == "sysu" and (args.trial or args.tvsearch or "{trial}" in args.resume):
-        raise InputError("--trial, --tvsearch and {trial} are RegDB's: SYSU-MM01 is always tested in its ten trials")
-    if args.json:
-        check_output(args.json)
+    check_flags(args)
     device = select_device(args.gpu)
     data_path = args.data_path or data_manager.DATA_PATHS[args.dataset]
 
     rows = []
-    for path, trial in checkpoint_paths(args):
-        checkpoint = load_checkpoint(path)
-        trial = tested_trial(path, checkpoint, args.dataset, trial)
-        net, size = load_network(checkpoint, path)
-        net.to(device, memory_format=torch.channels_last)
-        if args.dataset == "sysu":
-            test = data_manager.sysu_test(data_path, ("all", "indoor") if args.all else [args.mode])
+    for path, trial in sources(args):
+        if args.from_features:
+            stored, origin = load_features(path)
         else:
-            directions = DIRECTIONS.values() if args.all else [DIRECTIONS[args.tvsearch]]
-            test = data_manager.regdb_test(data_path, trial, directions)
-        loaders = {m: eval_loader(paths, size, args.test_batch, args.workers) for m, paths in test.paths.items()}
+            checkpoint = load_checkpoint(path)
+            net, size = load_network(checkpoint, path)
+            origin = {name: checkpoint.get("args", {}).get(name) for name in ("dataset", "trial")}
+            origin |= {"checkpoint": str(path), "selection": checkpoint.get("selection"), "flipped": ["POOL", "FC"]}
+        trial = tested_trial(path, origin, args.dataset, trial)
+        test = searches(args, data_path, trial)
+        if args.from_features:
+            features = select_features(path, stored, test.paths, data_path, device)
+        else:
+            net.to(device, memory_format=torch.channels_last)
+            embeddings = {"trained": engine.network_embedding(net, device, normalise, args.amp)}
+            if args.baselines:
+                embeddings = baselines(net.options, device, args.amp) | embeddings
+            embed = together(embeddings)
+            loaders = {m: eval_loader(paths, size, args.test_batch, args.workers) for m, paths in test.paths.items()}
+            features = {m: engine.extract(embed, loader, m, f"embedding {m}") for m, loader in loaders.items()}
+            if args.features:
+                save_features(for_trial(args.features, trial), features, test.paths, data_path, origin)
 
-        embeddings = {"trained": engine.network_embedding(net, device, normalise, args.amp)}
-        if args.baselines:
-            embeddings = baselines(net.options, device, args.amp) | embeddings
-        embed = together(embeddings)
-        features = {m: engine.extract(embed, loader, m, f"embedding {m}") for m, loader in loaders.items()}
-        for search in test.searches:
+        for search in progress(test.searches, desc="searching", unit="search", leave=False):
             counts = {"queries": len(search.query.rows), "gallery": len(search.gallery.rows)}
-            for (model, feature), metrics in engine.run_search(features, search).items():
-                labels = {"model": model, "feature": feature, "flip_averaging": feature in ("POOL", "FC")}
-                rows.append({**search.setting, **labels, "checkpoint": str(path), **counts, "metrics": metrics})
+            for ((model, feature), reranking), metrics in engine.run_search(features, search, args.rerank).items():
+                flipped = origin.get("flipped")
+                labels = {
+                    "model": model,
+                    "feature": feature,
+                    "flip_averaging": None if flipped is None else feature in flipped,
+                    "reranking": reranking,
+                    "selection": None if model in BASELINES else origin.get("selection") or "unknown",
+                }
+                where = {"checkpoint": origin.get("checkpoint") or str(path), **counts}
+                rows.append({**search.setting, **labels, **where, "metrics": metrics})
 
-    results = sorted(engine.summarise(rows), key=search_name)
-    print_results(results)
+    results = engine.summarise(rows)
+    print_results(results, by_trial=not args.all)
     if args.json:
-        origin = {"flags": vars(args), "data_path": data_path, "torch": torch.__version__}
-        save_json({**origin, "results": results}, args.json)
+        run = {"flags": vars(args), "data_path": data_path, "torch": torch.__version__}
+        save_json({**run, "results": results}, args.json)
     return results
 
 
-def checkpoint_paths(args):
-    """(path, RegDB's trial or None) of each checkpoint: one, or one for every trial where --resume has {trial}."""
-    trials = data_manager.REGDB_TRIALS if "{trial}" in args.resume and not args.trial else [args.trial]
-    return [(find_checkpoint(args.resume.replace("{trial}", str(t)), args.model_path), t) for t in trials]
+def check_flags(args):
+    """Raise InputError for flags that do not go together, and for outputs that cannot be written."""
+    if args.dataset != "regdb" and (args.trial or "{trial}" in (args.resume or args.from_features)):
+        raise InputError(
+            f"--trial and {{trial}} are RegDB's: --dataset {args.dataset} has ten trials for one checkpoint"
+        )
+    if args.dataset == "sysu" and args.tvsearch:
+        raise InputError("--tvsearch is RegDB's and LLCM's: SYSU-MM01 is searched from infrared to visible only")
+    if args.dataset != "sysu" and (args.protocol, args.shots) != ("seeded", 1):
+        raise InputError(
+            f"--protocol and --shots are SYSU-MM01's: --dataset {args.dataset} has one protocol; leave them out"
+        )
+    if args.from_features and (args.baselines or args.features):
+        raise InputError("--baselines and --features need images: give them with --resume, not with --from_features")
+    if args.features and "{trial}" in args.resume and "{trial}" not in args.features:
+        raise InputError(f"--features {args.features}: would hold one trial of ten; put {{trial}} into the name")
+    for output in filter(None, (args.features, args.json)):
+        check_output(output)
 
 
-def tested_trial(path, checkpoint, dataset, trial):
-    """RegDB's trial to test this checkpoint on (None for SYSU-MM01): its own.
+def sources(args):
+    """(path, RegDB's trial or None) of each checkpoint or file of features: one, or one a trial if named {trial}."""
+    name = args.resume or args.from_features
+    trials = data_manager.REGDB_TRIALS if "{trial}" in name and not args.trial else [args.trial]
+    for trial in trials:
+        path = for_trial(name, trial)
+        yield (Path(path) if args.from_features else find_checkpoint(path, args.model_path)), trial
 
-    Raises InputError for a checkpoint of another data set, of another trial, whose test people it was trained on, or of
-    an unknown one: published checkpoints do not say.
+
+def for_trial(name, trial):
+    return name.replace("{trial}", str(trial))
+
+
+def tested_trial(path, origin, dataset, trial):
+    """RegDB's trial to test on (None for the other data sets): that of the checkpoint or features.
+
+    origin: {"dataset", "trial"}, as far as they are known. Raises InputError for another data set, for another trial,
+    whose test people it was trained on, or for an unknown one: published checkpoints do not say.
     """
-    origin = checkpoint.get("args", {})
-    if origin.get("dataset", dataset) != dataset:
+    if (origin.get("dataset") or dataset) != dataset:
         raise InputError(f"{path}: was trained on {origin['dataset']}; test it with --dataset {origin['dataset']}")
-    if dataset == "sysu":
+    if dataset != "regdb":
         return None
-    own = origin.get("trial", trial)
+    own = origin.get("trial") or trial
     if own is None:
         raise InputError(f"{path}: does not say which of RegDB's trials it was trained on; give --trial")
     if trial not in (None, own):
         raise InputError(f"{path}: was trained on trial {own}, on people of test trial {trial}; leave --trial out")
     return own
+
+
+def searches(args, data_path, trial):
+    """The searches that the flags ask for: a `data_manager.Searches`."""
+    directions = data_manager.DIRECTIONS[args.dataset]
+    directions = directions if args.all else [directions[args.tvsearch]]
+    if args.dataset == "regdb":
+        return data_manager.regdb_test(data_path, trial, directions)
+    if args.dataset == "llcm":
+        return data_manager.llcm_test(data_path, directions)
+    if not args.all:
+        return data_manager.sysu_test(data_path, [args.mode], [args.protocol], [args.shots])
+    protocols = data_manager.SYSU_PROTOCOLS
+    if not (file := data_manager.permutations_file(data_path)).is_file():
+        print(f"note: no {file}, so without the official protocol; --protocol official says where to find it")
+        protocols = ["seeded"]
+    return data_manager.sysu_test(data_path, data_manager.SYSU_VISIBLE, protocols, data_manager.SYSU_SHOTS)
+
+
+def save_features(path, features, paths, data_path, origin):
+    """Write features {modality: {(model, feature): [N, C]}} and their images' paths {modality: [N]} to one .npz file.
+
+    Arrays: `{modality}/paths`, relative to the data path, and `{modality}/{model}/{feature}`, float32; `origin`, JSON.
+    """
+    arrays = {"origin": np.array(json.dumps(origin))}
+    for modality, named in features.items():
+        relative = [Path(os.path.relpath(file, data_path)).as_posix() for file in paths[modality]]
+        arrays[f"{modality}/paths"] = np.array(relative)
+        arrays |= {f"{modality}/{'/'.join(name)}": values.cpu().numpy() for name, values in named.items()}
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def load_features(path):
+    """A file of `save_features`, or another project's -> ({modality: {"paths": ..., (model, feature): ...}}, origin).
+
+    `origin` may be missing; nothing in the file is executed. Raises InputError for any other file.
+    """
+    stored, origin = {"visible": {}, "infrared": {}}, {}
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            for name in arrays.files:
+                modality, _, rest = name.partition("/")
+                if name == "origin":
+                    origin = json.loads(arrays[name].item())
+                elif rest == "paths":
+                    stored[modality]["paths"] = arrays[name].tolist()
+                else:
+                    model, feature = rest.split("/")
+                    stored[modality][model, feature] = torch.from_numpy(arrays[name]).float()
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; save one with --features") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"{path}: is no file of features ({type(error).__name__}); it needs the arrays visible/paths, "
+            "visible/MODEL/FEATURE, and the same of infrared, as --features writes them"
+        ) from error
+    names = {modality: set(arrays) - {"paths"} for modality, arrays in stored.items()}
+    if not names["visible"] or names["visible"] != names["infrared"]:
+        raise InputError(
+            f"{path}: visible features {sorted(names['visible'])}, infrared {sorted(names['infrared'])}; give both"
+        )
+    for modality, arrays in stored.items():
+        for model, feature in names[modality]:
+            values, expected = arrays[model, feature], len(arrays.get("paths", []))
+            if values.ndim != 2 or len(values) != expected or not torch.isfinite(values).all():
+                raise InputError(
+                    f"{path}: {modality}/{model}/{feature} is {list(values.shape)}, not [{expected}, C] finite "
+                    f"numbers, a row for each of {modality}/paths"
+                )
+    return stored, origin
+
+
+def select_features(path, stored, paths, data_path, device):
+    """The features of some images, in their order and of unit length: {modality: {(model, feature): [N, C]}}."""
+    features = {}
+    for modality, files in paths.items():
+        row = {file: i for i, file in enumerate(stored[modality]["paths"])}
+        relative = [Path(os.path.relpath(file, data_path)).as_posix() for file in files]
+        if missing := [file for file in relative if file not in row]:
+            raise InputError(
+                f"{path}: has no {modality} features of {missing[0]} ({len(missing)} of {len(files)} images are "
+                "missing); save them again with the same flags, or --all"
+            )
+        rows = torch.tensor([row[file] for file in relative])
+        features[modality] = {
+            name: F.normalize(values[rows]).to(device) for name, values in stored[modality].items() if name != "paths"
+        }
+    return features
 
 
 def together(embeddings):
@@ -133,11 +293,12 @@ def baselines(options, device, amp):
     """What is to be beaten, as embeddings for `engine.extract`: raw pixels, colours, the network before training."""
     torch.manual_seed(0)
     untrained = GFMNet(**options).to(device, memory_format=torch.channels_last)
-    return {
-        "gray pixels": lambda images, _: {"pixels": gray_pixels(images)},
-        "colour histogram": lambda images, _: {"colours": colour_histogram(images)},
-        "untrained": engine.network_embedding(untrained, device, normalise, amp),
-    }
+    embeddings = (
+        lambda images, _: {"pixels": gray_pixels(images)},
+        lambda images, _: {"colours": colour_histogram(images)},
+        engine.network_embedding(untrained, device, normalise, amp),
+    )
+    return dict(zip(BASELINES, embeddings, strict=True))
 
 
 def gray_pixels(images):
@@ -153,38 +314,37 @@ def colour_histogram(images):
     return F.normalize(torch.zeros(len(images), 512).scatter_add_(1, colour, torch.ones_like(colour).float()))
 
 
-def print_results(results):
-    """The trials one by one; then mean and standard deviation, in one table below lines that name the protocols."""
-    for row in results:
-        if row["model"] == "trained":
-            print(f"\n{describe(row)}: {row['feature']}, trial by trial")
+def print_results(results, by_trial):
+    """A table of means and standard deviations, each protocol's rows under a line that names it; before it, the single
+    trials if asked for."""
+    for row in results if by_trial else []:
+        if row["model"] not in BASELINES:
+            print(f"\n{describe(row)}; {row['model']} {row['feature']}, re-ranking {row['reranking']}: trial by trial")
             for trial in row["per_trial"]:
                 print(f"trial {trial['trial']:>2}" + "".join(f"  {k} {v:6.2f}" for k, v in trial["metrics"].items()))
-    print()
-    for key, setting in dict.fromkeys((search_name(row), describe(row)) for row in results):
-        print(f"{key}: {setting}")
-    print("Mean ± standard deviation over the trials, %")
-    print(f"{'search':20}{'model':18}{'feature':9}" + "".join(f"{metric:>15}" for metric in results[0]["mean"]))
-    for row in results:
-        cells = "".join(f"{mean:8.2f} ±{row['std'][metric]:5.2f}" for metric, mean in row["mean"].items())
-        print(f"{search_name(row):20}{row['model']:18}{row['feature']:9}{cells}")
-
-
-def search_name(row):
-    """What tells the searches of one data set apart: SYSU-MM01's mode, RegDB's direction."""
-    return row["mode"] or row["direction"]
+    print(
+        "\nMean ± standard deviation over the trials, in %, by cosine similarity. flip: features of the image and its"
+    )
+    print("mirror, averaged. chosen on: the images that the epoch was chosen by (none: a fixed epoch).")
+    header = f"  {'model':17}{'feature':10}{'flip':8}{'re-ranking':14}{'chosen on':11}"
+    print(header + "".join(f"{metric:>14}" for metric in results[0]["mean"]))
+    for title, rows in groupby(results, describe):
+        print(title)
+        for row in rows:
+            flip = {True: "yes", False: "no", None: "unknown"}[row["flip_averaging"]]
+            labels = f"  {row['model']:17}{row['feature']:10}{flip:8}{row['reranking']:14}{row['selection'] or '-':11}"
+            print(labels + "".join(f"{mean:8.2f} ±{row['std'][metric]:4.1f}" for metric, mean in row["mean"].items()))
 
 
 def describe(row):
-    """The protocol of a row of results in words."""
-    count = row["per_trial"][0]
-    where = f"SYSU-MM01, {row['mode']}-search" if row["dataset"] == "sysu" else "RegDB"
-    shots = f", {row['shots']} shot" if row["shots"] else ""
-    trials = f"trial {row['trials'][0]}" if len(row["trials"]) == 1 else f"{len(row['trials'])} trials"
-    return (
-        f"{where}, {row['direction']}, {row['protocol']} protocol{shots}, {trials}, {count['queries']} queries, "
-        f"gallery of {count['gallery']}"
-    )
+    """What was searched, in words: data set, mode, direction, protocol, shots, trials, sizes."""
+    count, trials = row["per_trial"][0], row["trials"]
+    parts = [data_manager.DATA_NAMES[row["dataset"]]]
+    parts += [f"{row['mode']}-search"] if row["mode"] else []
+    parts += [row["direction"], f"{row['protocol']} protocol"]
+    parts += [f"{row['shots']}-shot"] if row["shots"] else []
+    parts += [f"trial {trials[0]}" if len(trials) == 1 else f"{len(trials)} trials"]
+    return ", ".join(parts) + f": {count['queries']} queries, gallery of {count['gallery']}"
 
 
 if __name__ == "__main__":

@@ -16,6 +16,10 @@ def flags(tree, out, *more):
     return [*SMALL, "--data_path", str(tree), "--model_path", f"{out}/models/", "--log_path", f"{out}/log/", *more]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--rand_perm_cam", help="SYSU-MM01's rand_perm_cam.mat, for the test of the official protocol")
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
@@ -37,4 +41,12 @@ def regdb_tree(tmp_path_factory):
     """A small demo tree in RegDB's layout. Shared: tests must not change it."""
     tree = tmp_path_factory.mktemp("demo") / "regdb"
     demo_data.main(["--out", str(tree), "--layout", "regdb", "--ids", "12", "--images", "3", "--seed", "1"])
+    return tree
+
+
+@pytest.fixture(scope="session")
+def llcm_tree(tmp_path_factory):
+    """A small demo tree in LLCM's layout. Shared: tests must not change it."""
+    tree = tmp_path_factory.mktemp("demo") / "llcm"
+    demo_data.main(["--out", str(tree), "--layout", "llcm", "--ids", "12", "--images", "2", "--seed", "1"])
     return tree

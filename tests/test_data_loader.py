@@ -146,7 +146,7 @@ def test_regdb_is_decoded_once_and_again_when_a_file_changes(regdb_tree, tmp_pat
     tree = tmp_path / "regdb"
     shutil.copytree(regdb_tree, tree)
     first = regdb_train(tree, 3, (32, 16))
-    paths, ids, _ = data_manager.regdb_images(tree, "train", 3, "thermal")
+    paths, ids = data_manager.read_list(tree, "train_thermal_3")
     assert len(first.infrared) == len(paths)
     assert first.infrared_labels.tolist() == ids.tolist()
     assert np.array_equal(first.infrared[4], data_loader.read_image(paths[4], (32, 16)))
@@ -158,6 +158,34 @@ def test_regdb_is_decoded_once_and_again_when_a_file_changes(regdb_tree, tmp_pat
     changed = regdb_train(tree, 3, (32, 16))
     assert changed.infrared[4, 0, 0].tolist() == [255, 0, 0]
     assert len(list((tree / "cache").iterdir())) == 2  # the outdated array is gone
+
+
+def test_val_selection_trains_on_the_train_ids_only(sysu_tree):
+    whole, part = sysu_train(sysu_tree, SIZE), sysu_train(sysu_tree, SIZE, select="val")
+    train, val = (sorted(data_manager.read_ids(sysu_tree, split)) for split in ("train", "val"))
+    everybody = sorted(train + val)
+    assert part.num_classes == len(train)
+    for labels, ranks in (
+        (part.visible_labels, whole.visible_labels),
+        (part.infrared_labels, whole.infrared_labels),
+    ):
+        ids = np.array(everybody)[ranks]
+        assert labels.tolist() == [train.index(i) if i in train else -1 for i in ids]
+    kept = sum(len(list(sysu_tree.glob(f"cam{camera}/{i:04d}/*"))) for i in train for camera in (1, 2, 4, 5))
+    assert part.num_images[0] == kept < len(part.visible)
+
+    sampler = IdentitySampler(part, 4, 2, seed=0)
+    assert len(sampler) == max(part.num_images) // 8
+    drawn = [part.visible_labels[visible] for _ in range(20) for visible, _ in sampler]
+    assert set(np.concatenate(drawn)) == set(range(len(train)))
+
+
+def test_val_selection_needs_arrays_of_the_same_lists(sysu_tree, tmp_path):
+    tree = tmp_path / "sysu"
+    shutil.copytree(sysu_tree, tree)
+    (tree / "exp" / "val_id.txt").write_text(str(data_manager.read_ids(tree, "val")[0]))
+    with pytest.raises(InputError, match=r"train_rgb_resized_label\.npy.*pre_process_sysu\.py"):
+        sysu_train(tree, SIZE, select="val")
 
 
 def test_batches_hold_distinct_identities_with_agreeing_labels():

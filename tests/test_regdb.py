@@ -3,11 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
+import data_manager
 import testa
 import train_ext_test0
 import utils
-from conftest import flags
+from ChannelAug import normalise
+from conftest import SIZE, flags
+from data_loader import read_image
+from eval_metrics import eval_regdb
+from model import GFMNet
 from utils import InputError
 
 
@@ -34,6 +40,43 @@ def test_regdb_trains_and_tests_in_both_directions(regdb_runs, regdb_tree):
         assert alone == [row for row in both if row["direction"] == direction]
 
 
+def test_no_image_goes_through_the_other_stem(regdb_runs, regdb_tree, tmp_path):
+    """Two stems that differ: in either direction, each image has the features that its own stem gives alone."""
+    checkpoint = torch.load(regdb_runs / REGDB_NAME.format(trial=1))
+    for name, value in checkpoint["net"].items():
+        if name.startswith("infrared.") and value.is_floating_point():
+            value.mul_(1 + torch.rand(value.shape, generator=torch.Generator().manual_seed(0)))
+    torch.save(checkpoint, tmp_path / "stems.t")
+    net = GFMNet(**checkpoint["options"])
+    net.load_state_dict(checkpoint["net"])
+    net.eval()
+
+    @torch.no_grad()
+    def embed(path, modality):
+        image = normalise(torch.from_numpy(read_image(path, SIZE)).movedim(2, 0)[None])
+        return functional.normalize(sum(net.embed(view, modality)[1] for view in (image, image.flip(3))))[0]
+
+    features, ids, distances = {}, {}, {}
+    for modal, modality in (("visible", "visible"), ("thermal", "infrared")):
+        paths, ids[modal], _ = data_manager.process_test_regdb(regdb_tree, 1, modal)
+        features[modal] = torch.stack([embed(path, modality) for path in paths])
+        swapped = embed(paths[0], {"visible": "infrared", "infrared": "visible"}[modality])
+        assert features[modal][0] @ swapped < 0.999  # the stems do differ
+
+    common = ["--dataset", "regdb", "--data_path", str(regdb_tree), "--gpu", "cpu", "--resume", f"{tmp_path}/stems.t"]
+    for direction, flag in (("visible to thermal", []), ("thermal to visible", ["--tvsearch"])):
+        file = tmp_path / f"{direction}.npz"
+        rows = testa.main([*common, *flag, "--features", str(file)])
+        saved = np.load(file)
+        for modal, modality in (("visible", "visible"), ("thermal", "infrared")):
+            np.testing.assert_allclose(saved[f"{modality}/trained/FC"], features[modal], rtol=0, atol=1e-5)
+        query, gallery = direction.split(" to ")
+        distances[direction] = -features[query] @ features[gallery].T
+        _, mean_ap, _ = eval_regdb(distances[direction], ids[query], ids[gallery])
+        assert rows[1]["mean"]["mAP"] == pytest.approx(100 * mean_ap, abs=1e-3)
+    torch.testing.assert_close(distances["visible to thermal"], distances["thermal to visible"].T)
+
+
 def test_regdb_trial_must_be_the_checkpoint_s(regdb_runs, regdb_tree):
     common = ["--dataset", "regdb", "--data_path", str(regdb_tree), "--gpu", "cpu", "--model_path", str(regdb_runs)]
     with pytest.raises(InputError, match="trial 2"):
@@ -48,7 +91,13 @@ def test_regdb_ten_trials_in_one_table(regdb_runs, regdb_tree, tmp_path):
         checkpoint["args"]["trial"] = trial
         utils.save_checkpoint(checkpoint, tmp_path / REGDB_NAME.format(trial=trial))
     common = ["--dataset", "regdb", "--data_path", str(regdb_tree), "--gpu", "cpu", "--workers", "0"]
-    rows = testa.main([*common, "--model_path", str(tmp_path), "--resume", REGDB_NAME])
+    common += ["--all"]
+    saved = tmp_path / "features_{trial}.npz"
+    both = testa.main([*common, "--model_path", str(tmp_path), "--resume", REGDB_NAME, "--features", str(saved)])
+    assert len(list(tmp_path.glob("*.npz"))) == 10
+    assert testa.main([*common, "--from_features", str(saved)]) == both
+    assert [row["direction"] for row in both] == ["visible to thermal"] * 2 + ["thermal to visible"] * 2
+    rows = both[:2]
     assert [row["trials"] for row in rows] == [list(range(1, 11))] * 2
     metrics = [trial["metrics"]["Rank-1"] for trial in rows[1]["per_trial"]]
     assert len(set(metrics)) > 1

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import data_manager
+import re_rank
 import testa
 import train_ext_test0
 import utils
@@ -175,7 +177,7 @@ def test_table_is_what_a_plain_loop_over_files_gives(trained, sysu_tree, tmp_pat
     assert json.loads(out.read_text())["results"] == rows
     assert [row["feature"] for row in rows] == ["POOL", "FC"]
     printed = capsys.readouterr().out
-    assert "SYSU-MM01, indoor-search, infrared to visible, seeded protocol, 1 shot, 10 trials" in printed
+    assert "SYSU-MM01, indoor-search, infrared to visible, seeded protocol, 1-shot, 10 trials" in printed
 
     checkpoint = torch.load(result["best"])
     net = GFMNet(**checkpoint["options"])
@@ -207,6 +209,155 @@ def test_table_is_what_a_plain_loop_over_files_gives(trained, sysu_tree, tmp_pat
     assert rows[1]["std"]["mAP"] == pytest.approx(np.std(trials))
 
 
+LABELS = ["dataset", "mode", "direction", "protocol", "shots", "trials", "feature", "flip_averaging", "reranking"]
+LABELS += ["selection"]
+
+
+def test_every_protocol_alone_gives_its_rows_of_the_whole_table(trained, sysu_tree, tmp_path, capsys):
+    """And so do features saved once, with the images gone."""
+    result, _ = trained
+    common = ["--data_path", str(sysu_tree), "--gpu", "cpu"]
+    saved = tmp_path / "features.npz"
+    table = testa.main([*common, "--resume", result["best"], "--all", "--features", str(saved)])
+    whole = capsys.readouterr().out
+    assert len(table) == 16
+
+    tree = tmp_path / "lists"
+    for file in sysu_tree.rglob("*"):
+        if file.suffix in (".jpg", ".txt", ".mat"):
+            (tree / file.relative_to(sysu_tree)).parent.mkdir(parents=True, exist_ok=True)
+            (tree / file.relative_to(sysu_tree)).write_bytes(b"" if file.suffix == ".jpg" else file.read_bytes())
+    stored = ["--data_path", str(tree), "--gpu", "cpu", "--from_features", str(saved)]
+    assert testa.main([*stored, "--all"]) == table
+    for protocol, shots, mode in (("seeded", 10, "all"), ("official", 1, "indoor"), ("official", 10, "all")):
+        wanted = {"protocol": protocol, "shots": shots, "mode": mode}
+        capsys.readouterr()
+        rows = testa.main([*stored, *(f"--{name}={value}" for name, value in wanted.items())])
+        assert rows == [row for row in table if all(row[name] == value for name, value in wanted.items())]
+        assert all(set(LABELS) <= set(row) for row in rows)
+        title = f"SYSU-MM01, {mode}-search, infrared to visible, {protocol} protocol, {shots}-shot, 10 trials"
+        assert title in capsys.readouterr().out
+        assert title in whole
+
+
+def test_official_protocol_is_left_out_aloud(trained, sysu_tree, tmp_path, capsys):
+    result, _ = trained
+    tree = tmp_path / "tree"
+    shutil.copytree(sysu_tree, tree)
+    (tree / "exp" / "rand_perm_cam.mat").unlink()
+    common = ["--data_path", str(tree), "--gpu", "cpu", "--resume", result["best"]]
+    assert {row["protocol"] for row in testa.main([*common, "--all"])} == {"seeded"}
+    assert "rand_perm_cam.mat, so without the official protocol" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"rand_perm_cam\.mat: no such file"):
+        testa.main([*common, "--protocol", "official"])
+
+
+def test_reranked_rows_stand_beside_the_plain_ones(trained, sysu_tree, tmp_path):
+    result, _ = trained
+    common = ["--data_path", str(sysu_tree), "--gpu", "cpu", "--resume", result["best"]]
+    saved = tmp_path / "features.npz"
+    plain = testa.main([*common, "--features", str(saved)])
+    rows = testa.main([*common, "--rerank", "k_reciprocal", "random_walk"])
+    assert [(row["feature"], row["reranking"]) for row in rows] == [
+        (feature, reranking) for feature in ("POOL", "FC") for reranking in ("none", "k_reciprocal", "random_walk")
+    ]
+    assert rows[::3] == plain
+
+    arrays = np.load(saved)
+    query, q_ids, q_cameras = data_manager.process_query_sysu(sysu_tree)
+    gallery, g_ids, g_cameras = data_manager.process_gallery_sysu(sysu_tree, trial=2)
+
+    def features(paths, modality):
+        row = {path: i for i, path in enumerate(arrays[f"{modality}/paths"])}
+        rows = [row[Path(path).relative_to(sysu_tree).as_posix()] for path in paths]
+        return arrays[f"{modality}/trained/FC"][rows]
+
+    for row, measure in ((rows[4], re_rank.k_reciprocal), (rows[5], re_rank.random_walk)):
+        distances = measure(features(query, "infrared"), features(gallery, "visible"))
+        _, mean_ap, mean_inp = eval_sysu(distances, q_ids, g_ids, q_cameras, g_cameras)
+        assert row["per_trial"][2]["metrics"]["mAP"] == pytest.approx(100 * mean_ap, abs=1e-3)
+        assert row["per_trial"][2]["metrics"]["mINP"] == pytest.approx(100 * mean_inp, abs=1e-3)
+
+
+def test_features_of_another_project(sysu_tree, tmp_path):
+    """Any model and feature names, any order, unnormalised, float16, more images than needed, no origin."""
+    rng = np.random.default_rng(0)
+    arrays, own = {}, {}
+    for modality, cameras in (("visible", (1, 2, 4, 5)), ("infrared", (3, 6))):
+        paths, ids, _ = data_manager.sysu_images(sysu_tree, data_manager.read_ids(sysu_tree, "test"), cameras)
+        order = rng.permutation(len(paths))
+        features = (np.eye(400)[ids] + 0.3 * rng.normal(size=(len(ids), 400))).astype(np.float16)
+        arrays[f"{modality}/paths"] = np.array([str(Path(paths[i]).relative_to(sysu_tree)) for i in order])
+        arrays[f"{modality}/mine/embedding"] = features[order]
+        own |= dict(zip(paths, features, strict=True))
+    file = tmp_path / "other.npz"
+    np.savez(file, **arrays)
+    (row,) = testa.main(["--data_path", str(sysu_tree), "--from_features", str(file), "--gpu", "cpu", "--mode=indoor"])
+    assert (row["model"], row["feature"], row["flip_averaging"], row["selection"]) == (
+        "mine",
+        "embedding",
+        None,
+        "unknown",
+    )
+    query, q_ids, q_cameras = data_manager.process_query_sysu(sysu_tree)
+    gallery, g_ids, g_cameras = data_manager.process_gallery_sysu(sysu_tree, "indoor", 6)
+    one, other = (np.array([own[path] for path in paths], np.float64) for paths in (query, gallery))
+    cosine = (one @ other.T) / np.linalg.norm(one, axis=1)[:, None] / np.linalg.norm(other, axis=1)
+    cmc, mean_ap, _ = eval_sysu(-cosine, q_ids, g_ids, q_cameras, g_cameras)
+    assert row["per_trial"][6]["metrics"]["Rank-1"] == pytest.approx(100 * cmc[0])
+    assert row["per_trial"][6]["metrics"]["mAP"] == pytest.approx(100 * mean_ap, abs=1e-3)
+
+    def damaged(change):
+        with np.load(file) as whole:
+            copy = dict(whole)
+        change(copy)
+        np.savez(tmp_path / "bad.npz", **copy)
+        with pytest.raises(InputError, match=r"bad\.npz") as error:
+            testa.main(["--data_path", str(sysu_tree), "--from_features", str(tmp_path / "bad.npz"), "--gpu", "cpu"])
+        return str(error.value)
+
+    def last_image_gone(arrays):
+        for name in ("infrared/paths", "infrared/mine/embedding"):
+            arrays[name] = arrays[name][1:]
+
+    def not_finite(arrays):
+        arrays["visible/mine/embedding"][3, 2] = np.inf
+
+    missing = arrays["infrared/paths"][0]
+    assert f"no infrared features of {missing} (1 of" in damaged(last_image_gone)
+    assert "not [" in damaged(not_finite)
+    assert "give both" in damaged(lambda arrays: arrays.pop("visible/mine/embedding"))
+    assert "visible/mine/embedding is" in damaged(lambda arrays: arrays.pop("visible/paths"))
+    assert "no file of features" in damaged(lambda arrays: arrays.update(weights=np.ones(3)))
+    assert "no file of features" in damaged(lambda arrays: arrays.update({"visible/paths": np.array([None, {}])}))
+
+
+def test_epoch_chosen_by_the_validation_ids(sysu_tree, tmp_path):
+    more = ["--select", "val", "--epochs", "2", "--eval_every", "1"]
+    result = train_ext_test0.main(flags(sysu_tree, tmp_path, *more))
+    assert result["best"].endswith("_val_best.t")
+    checkpoint = torch.load(result["best"])
+    assert checkpoint["options"]["num_classes"] == len(data_manager.read_ids(sysu_tree, "train"))
+    entries = [json.loads(line) for line in Path(result["log"]).read_text().splitlines()]
+    assert [entry["select"] for entry in entries] == ["val", "val"]
+    text = Path(result["log"]).with_suffix(".txt").read_text()
+    assert "trial 0 of the VALIDATION ids" in text
+
+    # The logged numbers are those of a tree whose test ids are the validation ids.
+    tree = tmp_path / "tree"
+    shutil.copytree(sysu_tree, tree)
+    (tree / "exp" / "val_id.txt").rename(tree / "exp" / "test_id.txt")
+    common = ["--gpu", "cpu", "--workers", "0"]
+    rows = testa.main(["--data_path", str(tree), "--resume", result["last"], *common])
+    assert rows[1]["per_trial"][0]["metrics"]["mAP"] == pytest.approx(entries[-1]["FC/mAP"])
+
+    for kind, selection in (("best", "val"), ("last", "none")):
+        rows = testa.main(["--data_path", str(sysu_tree), "--resume", result[kind], *common])
+        assert {row["selection"] for row in rows} == {selection}
+    with pytest.raises(InputError, match="--select val: --dataset regdb has no validation ids"):
+        train_ext_test0.main(["--dataset", "regdb", "--select", "val"])
+
+
 def test_all_with_baselines_is_one_table(trained, sysu_tree):
     result, _ = trained
     rows = testa.main(
@@ -214,10 +365,18 @@ def test_all_with_baselines_is_one_table(trained, sysu_tree):
     )
     models = [("gray pixels", "pixels"), ("colour histogram", "colours")]
     models += [(model, feature) for model in ("untrained", "trained") for feature in ("POOL", "FC")]
-    assert {(row["mode"], row["model"], row["feature"]) for row in rows} == {
-        (mode, *model) for mode in ("all", "indoor") for model in models
-    }
+    labels = ("protocol", "mode", "shots", "model", "feature")
+    assert [tuple(row[label] for label in labels) for row in rows] == [
+        (protocol, mode, shots, *model)
+        for protocol in ("seeded", "official")
+        for mode in ("all", "indoor")
+        for shots in (1, 10)
+        for model in models
+    ]
     assert all(row["trials"] == list(range(10)) for row in rows)
+    for row in rows:
+        assert row["flip_averaging"] == (row["feature"] in ("POOL", "FC"))
+        assert row["selection"] == ("test" if row["model"] == "trained" else None)
 
 
 def test_baseline_features_against_plain_formulas():
@@ -286,7 +445,13 @@ def test_files_without_weights_are_refused(sysu_tree, tmp_path, content):
     ("script", "arguments", "words"),
     [
         ("testa.py", ["--resume", "none.t"], ["none.t"]),
-        ("testa.py", [], ["--resume"]),
+        ("testa.py", [], ["--resume", "--from_features"]),
+        ("testa.py", ["--from_features", "none.npz"], ["none.npz", "--features"]),
+        ("testa.py", ["--from_features", "x.npz", "--baselines"], ["--baselines", "--resume"]),
+        ("testa.py", ["--resume", "x.t", "--tvsearch"], ["--tvsearch", "SYSU-MM01"]),
+        ("testa.py", ["--resume", "x.t", "--dataset", "llcm", "--shots", "10"], ["--shots", "llcm"]),
+        ("testa.py", ["--resume", "x_{trial}.t", "--dataset", "regdb", "--features", "f"], ["--features f", "{trial}"]),
+        ("testa.py", ["--resume", "x.t", "--rerank", "magic"], ["--rerank", "magic"]),
         ("testa.py", ["--resume", "x.t", "--trial", "2"], ["--trial", "RegDB"]),
         (
             "train_ext_test0.py",
