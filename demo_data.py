@@ -1,16 +1,18 @@
-"""Demo data: procedural pedestrians in the folder layouts of SYSU-MM01 and RegDB.
+"""Demo data: procedural pedestrians in the folder layouts of SYSU-MM01, RegDB and LLCM.
 
-Both data sets are given out on a signed form only; this stand-in lets anybody run the whole path from folders of
+The data sets are given out on a signed form only; this stand-in lets anybody run the whole path from folders of
 images to a tested network. A person is a list of solids of revolution (limbs, garments, hair, bag) hung on a walking
 skeleton and painted with patterns. Visible, infrared and thermal images show the SAME solids and patterns, in tones
 that are drawn apart for each spectrum: shape, cut and texture carry over between modalities, colour does not.
 
     python demo_data.py --out ../data/demo --layout sysu --ids 100 --seed 0 --sheet people.png
+    python demo_data.py --out ../data/rehearsal --like .../rand_perm_cam.mat     (as many images as SYSU-MM01 has)
 
 Lengths are in body heights, angles in radians, tones and noise in 0..1.
 """
 
 import colorsys
+import io
 import math
 import multiprocessing
 import operator
@@ -24,17 +26,22 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
+from scipy.io import loadmat, savemat
 
 import utils
+from data_manager import load_permutations
 
 SPECTRA = {  # layout -> camera -> what it sees
     "sysu": {1: "visible", 2: "visible", 3: "infrared", 4: "visible", 5: "visible", 6: "infrared"},
     "regdb": {1: "visible", 2: "thermal"},
+    # LLCM's nine cameras take both: here, what camera c sees at night is called camera 10 + c
+    "llcm": {camera: "visible" if camera < 10 else "infrared" for camera in (*range(1, 10), *range(11, 20))},
 }
-FEWEST_IDS = {"sysu": 6, "regdb": 4}
-IMAGES = {"sysu": 8, "regdb": 10}  # per person and camera
+SYSU_NAMES = "cam{}/{:04d}/{{:04d}}.jpg"  # of a camera and id: format string of the number
+FEWEST_IDS = {"sysu": 6, "regdb": 4, "llcm": 6}
+IMAGES = {"sysu": 8, "regdb": 10, "llcm": 5}  # per person, camera and spectrum
 HELD_OUT = {"val": 0.1, "test": 0.3}  # SYSU-MM01 holds out 0.2 and 0.2; few people need a larger share to learn from
-TRIALS = 10  # of RegDB
+TRIALS = 10  # of RegDB, and of SYSU-MM01's official protocol
 
 TRAITS = {  # what makes a person recognisable in every spectrum; listed twice: drawn twice as often
     "build": (0.72, 0.95, 1.2, 1.5),
@@ -461,9 +468,9 @@ def draw_scene(rng: np.random.Generator, outdoor: bool) -> Image.Image:
 @cache
 def make_camera(layout: str, camera: int, seed: int) -> Camera:
     """The camera's background, colour cast, noise and blur."""
-    rng = np.random.default_rng((seed, 2, camera))
-    spectrum = SPECTRA[layout][camera]
-    scene = draw_scene(rng, outdoor=camera > 3)
+    place, spectrum = camera % 10, SPECTRA[layout][camera]
+    rng = np.random.default_rng((seed, 2, place))
+    scene = draw_scene(rng, outdoor=place > 3)
     if spectrum == "thermal":  # walls are cold, and alike
         scene = scene.filter(ImageFilter.GaussianBlur(3)).point(lambda value: value * 0.35)
     if spectrum != "visible":
@@ -522,7 +529,7 @@ class Folder(NamedTuple):
 
 
 def plan_sysu(ids: int, images: int, rng: np.random.Generator) -> tuple:
-    """The folders, and file -> text of the lists. As in SYSU-MM01, ids have holes and cameras miss people."""
+    """The folders, and file -> bytes of the lists. As in SYSU-MM01, ids have holes and cameras miss people."""
     identities = 1 + rng.permutation(max(533, ids + ids // 12))[:ids]
     everywhere, indoors, outdoors = (1, 2, 3, 4, 5, 6), (1, 2, 3), (4, 5, 6)
     folders = []
@@ -530,16 +537,62 @@ def plan_sysu(ids: int, images: int, rng: np.random.Generator) -> tuple:
         all_but_one = np.delete(everywhere, rng.integers(6)).tolist()
         for camera in (everywhere, indoors, everywhere, outdoors, everywhere, all_but_one)[index % 6]:
             count = int(rng.integers(math.ceil(0.75 * images), math.floor(1.25 * images) + 1))
-            folders.append(Folder(f"cam{camera}/{identity:04d}/{{:04d}}.jpg", identity, camera, count))
+            folders.append(Folder(SYSU_NAMES.format(camera, identity), identity, camera, count))
 
     val, test = (max(2, round(share * ids)) for share in HELD_OUT.values())
     parts = np.split(identities, [ids - val - test, ids - test])
-    names = ("train", *HELD_OUT)
-    return folders, {f"exp/{name}_id.txt": ",".join(map(str, part)) for name, part in zip(names, parts, strict=True)}
+    files = sysu_id_files(dict(zip(("train", *HELD_OUT), parts, strict=True)))
+    return folders, {**files, "exp/rand_perm_cam.mat": draw_permutations(folders, rng)}
+
+
+def plan_like(path: Path) -> tuple:
+    """The folders and lists of SYSU-MM01 itself, as its `rand_perm_cam.mat` tells: every person-camera count.
+
+    `train_id.mat` and `test_id.mat` lie beside it, as they are published. Val ids are all others that both modalities
+    show. (The real file also counts 22 people whom one modality shows: they have images, but are in no list.)
+    """
+    counts = {key: rows.shape[1] for key, rows in load_permutations(path).items()}
+    parts, seen_as = {}, {"visible": set(), "infrared": set()}
+    for camera, identity in counts:
+        seen_as[SPECTRA["sysu"][camera]].add(identity)
+    for part in ("train", "test"):
+        file = path.with_name(f"{part}_id.mat")
+        try:
+            parts[part] = sorted(loadmat(file)["id"].ravel().tolist())
+        except Exception as error:  # scipy's reader raises anything when a file is damaged
+            raise utils.InputError(
+                f"{file}: no list of ids; it is published beside {path.name}: put it there"
+            ) from error
+    parts["val"] = sorted((seen_as["visible"] & seen_as["infrared"]).difference(*parts.values()))
+    folders = [
+        Folder(SYSU_NAMES.format(camera, identity), identity, camera, count)
+        for (camera, identity), count in counts.items()
+    ]
+    return folders, {**sysu_id_files(parts), "exp/rand_perm_cam.mat": path.read_bytes()}
+
+
+def sysu_id_files(parts: dict) -> dict:
+    """{"train" | "val" | "test": ids} -> file -> bytes."""
+    return {f"exp/{part}_id.txt": (",".join(map(str, ids)) + "\n").encode() for part, ids in parts.items()}
+
+
+def draw_permutations(folders: list, rng: np.random.Generator) -> bytes:
+    """The official protocol's draws for these folders, in the form of SYSU-MM01's rand_perm_cam.mat."""
+    people = max(folder.identity for folder in folders)
+    cells = np.empty((len(SPECTRA["sysu"]), 1), object)
+    for camera in range(len(cells)):
+        cells[camera, 0] = np.empty((people, 1), object)
+        cells[camera, 0][:, 0] = [np.empty((TRIALS, 0), np.uint8)] * people
+    for folder in folders:
+        order = rng.permuted(np.tile(np.arange(1, folder.images + 1), (TRIALS, 1)), axis=1)
+        cells[folder.camera - 1, 0][folder.identity - 1, 0] = order.astype(np.min_scalar_type(folder.images))
+    file = io.BytesIO()
+    savemat(file, {"rand_perm_cam": cells})
+    return b"MATLAB 5.0 MAT-file".ljust(116) + file.getvalue()[116:]  # without the date in this free text
 
 
 def plan_regdb(ids: int, images: int, rng: np.random.Generator) -> tuple:
-    """The folders, and file -> text of the lists: in each trial one random half of the people trains."""
+    """The folders, and file -> bytes of the lists: in each trial one random half of the people trains."""
     names = {"visible": "Visible/{}/v_{{:04d}}.bmp", "thermal": "Thermal/{}/t_{{:04d}}.bmp"}
     folders = [
         Folder(names[spectrum].format(identity), identity, camera, images)
@@ -556,8 +609,27 @@ def plan_regdb(ids: int, images: int, rng: np.random.Generator) -> tuple:
                     for label, identity in enumerate(np.sort(half))
                     for number in range(1, images + 1)
                 )
-                lists[f"idx/{part}_{spectrum}_{trial}.txt"] = "\n".join(lines)
+                lists[f"idx/{part}_{spectrum}_{trial}.txt"] = ("\n".join(lines) + "\n").encode()
     return folders, lists
+
+
+def plan_llcm(ids: int, images: int, rng: np.random.Generator) -> tuple:
+    """The folders, and file -> bytes of the lists: a third of the people are test ids; each passes a few cameras."""
+    identities = 1 + rng.permutation(ids)
+    test = np.sort(identities[: round(ids / 3)])
+    train = np.sort(identities[round(ids / 3) :])
+    folders, lines = [], {"vis": [], "nir": []}
+    for part, people in (("train", train), ("test", test)):
+        for label, identity in enumerate(people.tolist()):
+            for place in np.sort(rng.choice(np.arange(1, 10), rng.integers(3, 6), replace=False)).tolist():
+                for camera, kind in ((place, "vis"), (10 + place, "nir")):
+                    names = f"{part}_{kind}/cam{place}/{identity:04d}/{{:04d}}.jpg"
+                    count = int(rng.integers(math.ceil(0.6 * images), math.floor(1.4 * images) + 1))
+                    folders.append(Folder(names, identity, camera, count))
+                    if part == "train":
+                        lines[kind] += [f"{names.format(number)} {label}\n" for number in range(1, count + 1)]
+    lists = {f"idx/train_{kind}.txt": "".join(text).encode() for kind, text in lines.items()}
+    return folders, {**lists, "idx/test_id.txt": (",".join(map(str, test)) + "\n").encode()}
 
 
 def render_folder(job: tuple) -> int:
@@ -568,7 +640,7 @@ def render_folder(job: tuple) -> int:
     for number in range(1, folder.images + 1):
         rng = np.random.default_rng((seed, 3, folder.identity, folder.camera, number))
         width = int(rng.integers(80, 141))
-        size = (width, int(rng.uniform(2.1, 2.6) * width)) if layout == "sysu" else (64, 128)
+        size = (width, int(rng.uniform(2.1, 2.6) * width)) if layout != "regdb" else (64, 128)
         render(person, camera, size, rng).save(tree / folder.names.format(number), quality=85)
     return folder.images
 
@@ -579,17 +651,19 @@ def draw_sheet(tree: Path, layout: str, folders: list) -> Image.Image:
     for folder in folders:
         seen.setdefault(folder.identity, {})[folder.camera] = folder
     chosen = sorted(seen, key=lambda identity: (-len(seen[identity]), identity))[:12]
-    columns = {"sysu": (1, 2, 4, 5, 3, 6), "regdb": (1, 1, 1, 2, 2, 2)}[layout]
+    fixed = {"sysu": (1, 2, 4, 5, 3, 6), "regdb": (1, 1, 1, 2, 2, 2)}
 
     wide, high, gap = 92, 194, 16
     sheet = Image.new("RGB", (12 * wide + 4 * gap, math.ceil(len(chosen) / 2) * (high + gap)), "white")
     pen = ImageDraw.Draw(sheet)
     for index, identity in enumerate(chosen):
         x, y = gap // 2 + index % 2 * (6 * wide + 2 * gap), index // 2 * (high + gap)
+        places = sorted(camera for camera in seen[identity] if camera < 10)[:3]
+        columns = fixed.get(layout, (*places, *(10 + place for place in places)))
         for column, camera in enumerate(columns):
             if SPECTRA[layout][camera] != "visible" and SPECTRA[layout][columns[column - 1]] == "visible":
                 x += gap // 2
-            pen.text((x, y + 2), f"{identity:04d} cam{camera}", "black")
+            pen.text((x, y + 2), f"{identity:04d} cam{camera % 10}", "black")
             if folder := seen[identity].get(camera):
                 with Image.open(tree / folder.names.format(1 + column % folder.images)) as image:
                     calm = image.filter(ImageFilter.GaussianBlur(1))  # noise would double the file
@@ -607,8 +681,13 @@ def get_args_parser() -> utils.ArgumentParser:
     count = utils.number(int, 1)
     parser.add_argument("--out", type=Path, required=True, help="folder to make: a new or an empty one")
     parser.add_argument("--layout", choices=SPECTRA, default="sysu", help="data set to look like")
-    parser.add_argument("--ids", type=count, default=100, help="number of people")
-    parser.add_argument("--images", type=count, help="images per person and camera; else 10 (regdb), about 8 (sysu)")
+    parser.add_argument("--ids", type=count, help="number of people; else 100")
+    parser.add_argument(
+        "--images", type=count, help="images per person and camera; else about 8 (sysu), 10 (regdb), about 5 (llcm)"
+    )
+    parser.add_argument(
+        "--like", type=Path, metavar="FILE", help="ids and counts of SYSU-MM01 itself, from its rand_perm_cam.mat"
+    )
     parser.add_argument("--seed", type=utils.number(int, 0), default=0, help="same seed, same bytes")
     parser.add_argument("--workers", type=count, default=os.cpu_count(), help="processes")
     parser.add_argument("--sheet", type=Path, help="also write a contact sheet of a dozen people to this .png file")
@@ -617,16 +696,23 @@ def get_args_parser() -> utils.ArgumentParser:
 
 def main(argv=None) -> dict:
     args = get_args_parser().parse_args(argv)
-    layout, out = args.layout, args.out.resolve()
-    if args.ids < FEWEST_IDS[layout]:
-        raise utils.InputError(f"--ids {args.ids}: too few to split; {layout} needs at least {FEWEST_IDS[layout]}")
+    layout, out, ids = args.layout, args.out.resolve(), args.ids or 100
+    if args.like and (args.ids or args.images or layout != "sysu"):
+        raise utils.InputError(
+            f"--like {args.like}: fixes ids, images and layout; leave --ids, --images and --layout out"
+        )
+    if ids < FEWEST_IDS[layout]:
+        raise utils.InputError(f"--ids {ids}: too few to split; {layout} needs at least {FEWEST_IDS[layout]}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise utils.InputError(f"--out {args.out}: exists and is not an empty folder; name a new one or remove it")
     if args.sheet and not (args.sheet.suffix == ".png" and args.sheet.parent.is_dir()):
         raise utils.InputError(f"--sheet {args.sheet}: name a .png file in a folder that exists")
 
-    plan = {"sysu": plan_sysu, "regdb": plan_regdb}[layout]
-    folders, lists = plan(args.ids, args.images or IMAGES[layout], np.random.default_rng((args.seed, 0)))
+    if args.like:
+        folders, lists = plan_like(args.like)
+    else:
+        plan = {"sysu": plan_sysu, "regdb": plan_regdb, "llcm": plan_llcm}[layout]
+        folders, lists = plan(ids, args.images or IMAGES[layout], np.random.default_rng((args.seed, 0)))
     people = draw_people(sorted({folder.identity for folder in folders}), args.seed)
 
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.unfinished")  # takes its name once it is whole
@@ -640,17 +726,17 @@ def main(argv=None) -> dict:
         with multiprocessing.Pool(args.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
             done = utils.progress(pool.imap_unordered(render_folder, jobs), total=len(jobs), unit="folder")
             images = sum(done)
-        for name, text in lists.items():
+        for name, content in lists.items():
             (unfinished / name).parent.mkdir(exist_ok=True)
-            (unfinished / name).write_text(text + "\n")
+            (unfinished / name).write_bytes(content)
         if args.sheet:
             draw_sheet(unfinished, layout, folders).save(args.sheet, optimize=True)
         unfinished.rename(out)
     except BaseException:
         shutil.rmtree(unfinished)
         raise
-    print(f"{out}: {images:,} images of {args.ids} people")
-    return {"out": out, "ids": args.ids, "images": images}
+    print(f"{out}: {images:,} images of {len(people)} people")
+    return {"out": out, "ids": len(people), "images": images}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.io import loadmat, savemat
 
 import demo_data
 import utils
@@ -47,7 +48,7 @@ def regdb(tmp_path_factory):
     return make(tmp_path_factory.mktemp("demo") / "regdb", layout="regdb", ids=5, images=10)
 
 
-@pytest.mark.parametrize("layout", ["sysu", "regdb"])
+@pytest.mark.parametrize("layout", ["sysu", "regdb", "llcm"])
 def test_seed_fixes_every_byte(tmp_path, layout):
     first = digest(make(tmp_path / "a", layout=layout, workers=1))
     assert digest(make(tmp_path / "b", layout=layout, workers=3)) == first
@@ -62,7 +63,7 @@ def test_sysu_layout(sysu):
     assert set(everybody) <= set(range(1, 534))
     assert max(everybody) > 20  # with holes
 
-    expected, cameras = {f"exp/{name}_id.txt" for name in parts}, {}
+    expected, cameras = {f"exp/{name}_id.txt" for name in parts} | {"exp/rand_perm_cam.mat"}, {}
     for identity in everybody:
         cameras[identity] = {camera for camera in range(1, 7) if (sysu / f"cam{camera}/{identity:04d}").exists()}
         assert cameras[identity] & {1, 2, 4, 5}
@@ -74,6 +75,96 @@ def test_sysu_layout(sysu):
     assert set(files(sysu)) == expected
     assert {1, 2, 3} in cameras.values()
     assert {1, 2, 3, 4, 5, 6} in cameras.values()
+
+
+def test_sysu_permutations_fit_the_folders(sysu):
+    cells = loadmat(sysu / "exp/rand_perm_cam.mat")["rand_perm_cam"]
+    assert cells.shape == (6, 1)
+    counted = 0
+    for camera, people in enumerate(cells[:, 0], 1):
+        for identity, rows in enumerate(people[:, 0], 1):
+            count = len(list((sysu / f"cam{camera}/{identity:04d}").glob("*.jpg")))
+            assert rows.shape == (10, count)
+            assert (np.sort(rows, axis=1) == np.arange(1, count + 1)).all()
+            counted += count
+    assert counted == len(list(sysu.glob("cam*/*/*.jpg")))
+
+
+@pytest.fixture(scope="module")
+def like(tmp_path_factory):
+    """A tree like another one's rand_perm_cam.mat -> (folder of the .mat files, tree, counts of the file)."""
+    folder = tmp_path_factory.mktemp("like")
+    counts = {(1, 3): 3, (3, 3): 2, (2, 4): 1, (6, 4): 4, (5, 7): 2, (3, 7): 1, (4, 9): 2, (6, 12): 300, (1, 13): 1}
+    counts |= {(6, 13): 1}
+    cells = np.empty((6, 1), object)
+    for camera in range(1, 7):
+        cells[camera - 1, 0] = np.empty((20, 1), object)
+        for identity in range(1, 21):
+            count = counts.get((camera, identity), 0)
+            cells[camera - 1, 0][identity - 1, 0] = np.tile(np.arange(1, count + 1), (10, 1))
+    savemat(folder / "rand_perm_cam.mat", {"rand_perm_cam": cells})
+    savemat(folder / "train_id.mat", {"id": [[3]]})
+    savemat(folder / "test_id.mat", {"id": [[7, 4]]})
+    result = demo_data.main(["--out", str(folder / "tree"), "--like", str(folder / "rand_perm_cam.mat")])
+    assert (result["ids"], result["images"]) == (6, 317)
+    return folder, folder / "tree", counts
+
+
+def test_like_has_every_person_camera_count(like):
+    folder, tree, counts = like
+    names = {
+        f"cam{camera}/{identity:04d}/{number:04d}.jpg"
+        for (camera, identity), count in counts.items()
+        for number in range(1, count + 1)
+    }
+    lists = {"exp/rand_perm_cam.mat", "exp/train_id.txt", "exp/val_id.txt", "exp/test_id.txt"}
+    assert set(files(tree)) == names | lists
+    assert (tree / "exp/rand_perm_cam.mat").read_bytes() == (folder / "rand_perm_cam.mat").read_bytes()
+    # 9 is seen in visible light only and 12 in infrared only: in no list.
+    assert {part: read_ids(tree, part) for part in ("train", "val", "test")} == {
+        "train": [3],
+        "val": [13],
+        "test": [4, 7],
+    }
+
+
+def test_like_needs_the_files_beside_it_and_takes_no_sizes(like, tmp_path):
+    folder, _, _ = like
+    with pytest.raises(utils.InputError, match=r"--like .*leave --ids"):
+        demo_data.main(["--out", str(tmp_path / "out"), "--like", str(folder / "rand_perm_cam.mat"), "--ids", "9"])
+    (tmp_path / "rand_perm_cam.mat").write_bytes((folder / "rand_perm_cam.mat").read_bytes())
+    with pytest.raises(utils.InputError, match=r"train_id\.mat: no list of ids"):
+        demo_data.main(["--out", str(tmp_path / "out"), "--like", str(tmp_path / "rand_perm_cam.mat")])
+    with pytest.raises(utils.InputError, match=r"test_id\.mat: is no rand_perm_cam\.mat"):
+        demo_data.main(["--out", str(tmp_path / "out"), "--like", str(folder / "test_id.mat")])
+    assert files(tmp_path) == ["rand_perm_cam.mat"]
+
+
+def test_llcm_layout(tmp_path):
+    tree = make(tmp_path / "llcm", layout="llcm", ids=9)
+    test_ids = [int(word) for word in (tree / "idx/test_id.txt").read_text().split(",")]
+    assert len(test_ids) == 3
+    everything, owners = set(files(tree)) - {"idx/train_vis.txt", "idx/train_nir.txt", "idx/test_id.txt"}, {}
+    for kind in ("vis", "nir"):
+        lines = [line.split() for line in (tree / f"idx/train_{kind}.txt").read_text().splitlines()]
+        assert {path for path, _ in lines} == {name for name in everything if name.startswith(f"train_{kind}/")}
+        for path, label in lines:
+            owners.setdefault(int(label), set()).add(int(path.split("/")[2]))
+        tested = {name.split("/")[2] for name in everything if name.startswith(f"test_{kind}/")}
+        assert tested == {f"{identity:04d}" for identity in test_ids}
+        gray = Image.open(tree / next(name for name in everything if name.startswith(f"test_{kind}/")))
+        spread = np.ptp(np.asarray(gray).astype(int), axis=2).mean()
+        assert spread < 1 if kind == "nir" else spread > 5
+    assert sorted(owners) == list(range(6))
+    assert all(len(ids) == 1 for ids in owners.values())
+    assert not set.union(*owners.values()) & set(test_ids)
+    places = {tuple(name.split("/")[1:3]) for name in everything if name.startswith("test_vis/")}
+    assert places == {tuple(name.split("/")[1:3]) for name in everything if name.startswith("test_nir/")}
+    # The two spectra are two moments, not one pose twice.
+    visible, infrared = (
+        Image.open(tree / f"test_{kind}" / "/".join(sorted(places)[0]) / "0001.jpg").size for kind in ("vis", "nir")
+    )
+    assert visible != infrared
 
 
 def test_images_are_rgb_of_odd_sizes_and_infrared_is_gray(sysu):
@@ -144,7 +235,9 @@ def test_bad_flags_name_the_remedy(tmp_path, flags, words):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("flag", ["--ids=-4", "--ids=many", "--images=0", "--seed=-1", "--workers=0", "--layout=llcm"])
+@pytest.mark.parametrize(
+    "flag", ["--ids=-4", "--ids=many", "--images=0", "--seed=-1", "--workers=0", "--layout=market"]
+)
 def test_unparsable_flags_exit_with_2(tmp_path, flag, capsys):
     with pytest.raises(SystemExit) as stop:
         demo_data.main(["--out", str(tmp_path / "out"), flag])
