@@ -333,7 +333,7 @@ def print_results(results, by_trial):
         for row in rows:
             flip = {True: "yes", False: "no", None: "unknown"}[row["flip_averaging"]]
             labels = f"  {row['model']:17}{row['feature']:10}{flip:8}{row['reranking']:14}{row['selection'] or '-':11}"
-            print(labels + "".join(f"{mean:8.2f} ±{row['std'][metric]:4.1f}" for metric, mean in row["mean"].items()))
+            print(labels + "".join(f"{mean:7.2f} ±{row['std'][metric]:5.2f}" for metric, mean in row["mean"].items()))
 
 
 def describe(row):
