@@ -7,6 +7,7 @@ the sampler, the loader and the augmentation over them, without a network.
 """
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -81,14 +82,20 @@ def bench_data(args):
 
 
 def run_measured(*arguments):
-    """Run Python with these arguments in the repo -> (seconds, peak memory in bytes)."""
-    start = time.perf_counter()
+    """Run Python with these arguments in the repo -> (seconds, peak memory in bytes).
+
+    The peak is read from Linux's /proc while the command runs. (What `wait4` reports is at least the memory of the
+    process that started it.)
+    """
+    start, peak = time.perf_counter(), 0
     process = subprocess.Popen([sys.executable, *arguments], cwd=REPO)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    while process.poll() is None:
+        if high := re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text()):
+            peak = int(high[1]) * 1024
+        time.sleep(0.01)
     if process.returncode:
         raise InputError(f"{arguments[0]}: failed; what it says stands above")
-    return time.perf_counter() - start, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return time.perf_counter() - start, peak
 
 
 if __name__ == "__main__":

@@ -56,6 +56,8 @@ def process_gallery_sysu(data_path, mode="all", trial=0, protocol="seeded", shot
     1. A folder with another number of files than the row is refused.
     """
     _check_mode(mode)
+    if protocol not in SYSU_PROTOCOLS:
+        raise ValueError(f"protocol {protocol!r} is neither 'seeded' nor 'official'")
     permutations = read_permutations(data_path) if protocol == "official" else None
     cameras = SYSU_VISIBLE[mode]
     drawn = _draw(data_path, read_ids(data_path, split), cameras, trial, shots, permutations)

@@ -229,9 +229,9 @@ def load_features(path):
             for name in arrays.files:
                 modality, _, rest = name.partition("/")
                 if name == "origin":
-                    origin = json.loads(arrays[name].item())
+                    origin = dict(json.loads(arrays[name].item()))
                 elif rest == "paths":
-                    stored[modality]["paths"] = arrays[name].tolist()
+                    stored[modality]["paths"] = arrays[name].astype(str).ravel().tolist()
                 else:
                     model, feature = rest.split("/")
                     stored[modality][model, feature] = torch.from_numpy(arrays[name]).float()

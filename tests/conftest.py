@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from PIL import Image
+from torchvision.transforms import functional
 
 import demo_data
 import pre_process_sysu
+from model import GFMNet
 
 SIZE = (96, 48)  # height, width of the tests' images
 SMALL = ["--arch", "resnet18", "--weights", "none", "--gpu", "cpu", "--workers", "0"]
@@ -14,6 +17,24 @@ SMALL += ["--lr", "0.01"]
 
 def flags(tree, out, *more):
     return [*SMALL, "--data_path", str(tree), "--model_path", f"{out}/models/", "--log_path", f"{out}/log/", *more]
+
+
+def plain_embedding(checkpoint):
+    """The path of a checkpoint -> embed(image file, modality) -> FC feature [C], image by image, in plain steps."""
+    content = torch.load(checkpoint)
+    net = GFMNet(**content["options"])
+    net.load_state_dict(content["net"])
+    net.eval()
+
+    @torch.no_grad()
+    def embed(path, modality):
+        with Image.open(path) as image:
+            image = image.convert("RGB").resize(SIZE[::-1], Image.Resampling.LANCZOS)
+        image = functional.normalize(functional.to_tensor(image), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])[None]
+        mean = (net.embed(image, modality)[1] + net.embed(image.flip(3), modality)[1]) / 2
+        return (mean / mean.norm())[0].numpy()
+
+    return embed
 
 
 def pytest_addoption(parser):

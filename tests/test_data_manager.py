@@ -307,6 +307,8 @@ def test_sysu_errors_name_what_is_wrong(process, sysu, tmp_path):
         process(str(tmp_path))
     with pytest.raises(ValueError, match="outdoor"):
         process(str(sysu), mode="outdoor")
+    with pytest.raises(ValueError, match="offical"):
+        process_gallery_sysu(str(sysu), protocol="offical")
 
 
 @pytest.mark.parametrize("trial", [1, 2, 10])

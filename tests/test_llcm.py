@@ -2,17 +2,13 @@
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
-from torchvision.transforms import functional
 
 import data_loader
 import data_manager
 import testa
 import train_ext_test0
-from conftest import SIZE, flags
+from conftest import SIZE, flags, plain_embedding
 from eval_metrics import eval_llcm
-from model import GFMNet
 from test_eval_metrics import naive_metrics, random_problem
 
 
@@ -91,19 +87,7 @@ def test_both_directions_against_a_plain_loop_over_files(llcm_run, llcm_tree):
         row for row in rows if row["direction"] == "infrared to visible"
     ]
 
-    checkpoint = torch.load(llcm_run["last"])
-    net = GFMNet(**checkpoint["options"])
-    net.load_state_dict(checkpoint["net"])
-    net.eval()
-
-    @torch.no_grad()
-    def embed(path, modality):
-        with Image.open(path) as image:
-            image = image.convert("RGB").resize(SIZE[::-1], Image.Resampling.LANCZOS)
-        image = functional.normalize(functional.to_tensor(image), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])[None]
-        mean = (net.embed(image, modality)[1] + net.embed(image.flip(3), modality)[1]) / 2
-        return (mean / mean.norm())[0].numpy()
-
+    embed = plain_embedding(llcm_run["last"])
     for direction in ("visible to infrared", "infrared to visible"):
         asked, searched = direction.split(" to ")
         (row,) = [row for row in rows if row["direction"] == direction and row["feature"] == "FC"]

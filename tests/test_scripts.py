@@ -16,7 +16,7 @@ import re_rank
 import testa
 import train_ext_test0
 import utils
-from conftest import SIZE, flags
+from conftest import flags, plain_embedding
 from eval_metrics import eval_sysu
 from model import GFMNet
 from utils import InputError
@@ -167,9 +167,6 @@ def test_head_learns_at_the_full_rate_and_the_rest_at_a_tenth(optim):
 
 def test_table_is_what_a_plain_loop_over_files_gives(trained, sysu_tree, tmp_path, capsys):
     """The whole of testa against one image at a time, embedded and ranked in plain steps."""
-    from PIL import Image
-    from torchvision.transforms import functional
-
     result, _ = trained
     out = tmp_path / "results.json"
     common = ["--data_path", str(sysu_tree), "--gpu", "cpu", "--test_batch", "7"]
@@ -179,19 +176,7 @@ def test_table_is_what_a_plain_loop_over_files_gives(trained, sysu_tree, tmp_pat
     printed = capsys.readouterr().out
     assert "SYSU-MM01, indoor-search, infrared to visible, seeded protocol, 1-shot, 10 trials" in printed
 
-    checkpoint = torch.load(result["best"])
-    net = GFMNet(**checkpoint["options"])
-    net.load_state_dict(checkpoint["net"])
-    net.eval()
-
-    @torch.no_grad()
-    def embed(path, modality):
-        with Image.open(path) as image:
-            image = image.convert("RGB").resize(SIZE[::-1], Image.Resampling.LANCZOS)
-        image = functional.normalize(functional.to_tensor(image), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])[None]
-        mean = (net.embed(image, modality)[1] + net.embed(image.flip(3), modality)[1]) / 2
-        return (mean / mean.norm())[0].numpy()
-
+    embed = plain_embedding(result["best"])
     query, q_ids, q_cameras = data_manager.process_query_sysu(sysu_tree)
     queries = np.stack([embed(path, "infrared") for path in query])
     for trial in (0, 9):
