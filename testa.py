@@ -99,7 +99,7 @@ def main(argv=None):
             net, size = load_network(checkpoint, path)
             origin = {name: checkpoint.get("args", {}).get(name) for name in ("dataset", "trial")}
             origin |= {"checkpoint": str(path), "selection": checkpoint.get("selection"), "flipped": ["POOL", "FC"]}
-        trial = tested_trial(path, origin, args.dataset, trial)
+        origin["trial"] = trial = tested_trial(path, origin, args.dataset, trial)
         test = searches(args, data_path, trial)
         if args.from_features:
             features = select_features(path, stored, test.paths, data_path, device)
@@ -160,9 +160,10 @@ def sources(args):
     """(path, RegDB's trial or None) of each checkpoint or file of features: one, or one a trial if named {trial}."""
     name = args.resume or args.from_features
     trials = data_manager.REGDB_TRIALS if "{trial}" in name and not args.trial else [args.trial]
-    for trial in trials:
-        path = for_trial(name, trial)
-        yield (Path(path) if args.from_features else find_checkpoint(path, args.model_path)), trial
+    paths = [for_trial(name, trial) for trial in trials]
+    if args.resume:
+        paths = [find_checkpoint(path, args.model_path) for path in paths]
+    return list(zip(paths, trials, strict=True))
 
 
 def for_trial(name, trial):
