@@ -129,7 +129,7 @@ def main(argv=None):
                 rows.append({**search.setting, **labels, **where, "metrics": metrics})
 
     results = engine.summarise(rows)
-    print_results(results, by_trial=not args.all)
+    print_results(results, data_path, by_trial=not args.all)
     if args.json:
         run = {"flags": vars(args), "data_path": data_path, "torch": torch.__version__}
         save_json({**run, "results": results}, args.json)
@@ -315,7 +315,7 @@ def colour_histogram(images):
     return F.normalize(torch.zeros(len(images), 512).scatter_add_(1, colour, torch.ones_like(colour).float()))
 
 
-def print_results(results, by_trial):
+def print_results(results, data_path, by_trial):
     """A table of means and standard deviations, each protocol's rows under a line that names it; before it, the single
     trials if asked for."""
     for row in results if by_trial else []:
@@ -323,10 +323,8 @@ def print_results(results, by_trial):
             print(f"\n{describe(row)}; {row['model']} {row['feature']}, re-ranking {row['reranking']}: trial by trial")
             for trial in row["per_trial"]:
                 print(f"trial {trial['trial']:>2}" + "".join(f"  {k} {v:6.2f}" for k, v in trial["metrics"].items()))
-    print(
-        "\nMean ± standard deviation over the trials, in %, by cosine similarity. flip: features of the image and its"
-    )
-    print("mirror, averaged. chosen on: the images that the epoch was chosen by (none: a fixed epoch).")
+    print(f"\nData set: the one at {data_path}. Mean ± standard deviation over the trials, in %, by cosine similarity.")
+    print("flip: features of image and mirror, averaged; chosen on: the ids that chose the epoch (none: a fixed one).")
     header = f"  {'model':17}{'feature':10}{'flip':8}{'re-ranking':14}{'chosen on':11}"
     print(header + "".join(f"{metric:>14}" for metric in results[0]["mean"]))
     for title, rows in groupby(results, describe):
