@@ -22,31 +22,34 @@ def k_reciprocal(query, gallery, k1=20, k2=6, lambda_value=0.3):
     it. k1 + 1 and k2 are cut to the number of images.
     """
     features = torch.cat([torch.as_tensor(query), torch.as_tensor(gallery)]).float()
+    features = features - features.mean(dim=0)  # distances stay; what float32 would cancel below is gone
     queries, total = len(query), len(features)
     norms = features.square().sum(dim=1)
 
     def distances(rows):
         return (norms[rows, None] + norms - 2 * features[rows] @ features.T).clamp_min(0)
 
-    blocks = torch.arange(total, device=features.device).split(max(1, BLOCK // total))
+    def blocks(count, rows):
+        return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
+
     nearest, farthest = [], []
-    for rows in blocks:
+    for rows in blocks(total, max(1, BLOCK // total)):
         block = distances(rows)
-        nearest.append(block.topk(min(k1 + 1, total), largest=False).indices)
+        nearest.append(block.topk(min(max(k1 + 1, k2), total), largest=False).indices)
         farthest.append(block.amax(dim=1))
     nearest = torch.cat(nearest).cpu().numpy()
     farthest = torch.cat(farthest).clamp_min(torch.finfo(torch.float32).tiny)
 
-    neighbours, close = _reciprocal(nearest), _reciprocal(nearest[:, : round(k1 / 2) + 1])
+    neighbours, close = (_reciprocal(nearest[:, : k + 1]) for k in (k1, round(k1 / 2)))
     shared = (neighbours @ close.T).multiply(neighbours).tocsr()
     shared.data = (shared.data > 2 / 3 * close.sum(axis=1)[shared.indices]).astype(np.float32)
     shared.eliminate_zeros()
     described = (neighbours + shared @ close).tocsr()
     row = np.repeat(np.arange(total), np.diff(described.indptr))
-    for rows in blocks:
-        part = slice(described.indptr[rows[0]], described.indptr[rows[-1] + 1])
-        block = torch.exp(-distances(rows) / farthest[rows, None])
-        described.data[part] = block[row[part] - int(rows[0]), described.indices[part]].cpu().numpy()
+    for rows in blocks(total, max(1, BLOCK // total)):
+        part = slice(described.indptr[rows.start], described.indptr[rows.stop])
+        weights = torch.exp(-distances(rows) / farthest[rows, None]).cpu().numpy()
+        described.data[part] = weights[row[part] - rows.start, described.indices[part]]
     described.data /= described.sum(axis=1)[row]
     if k2 > 1:
         described = _indicator(nearest[:, :k2]) @ described / min(k2, total)
@@ -54,8 +57,8 @@ def k_reciprocal(query, gallery, k1=20, k2=6, lambda_value=0.3):
     result = torch.empty(queries, total - queries)
     asked, searched = described[:queries], described[queries:].tocsc()
     met = int((asked.astype(bool) @ np.diff(searched.indptr)).max())  # pairs of entries of the busiest query
-    for rows in torch.arange(queries).split(max(1, BLOCK // max(total, met))):
-        overlap = torch.from_numpy(_overlap(asked[int(rows[0]) : int(rows[-1]) + 1], searched))
+    for rows in blocks(queries, max(1, BLOCK // max(total, met))):
+        overlap = torch.from_numpy(_overlap(asked[rows], searched))
         jaccard = 1 - overlap / (2 - overlap)
         original = (distances(rows) / farthest[rows, None])[:, queries:].cpu()
         result[rows] = ((1 - lambda_value) * jaccard + lambda_value * original).float()

@@ -72,13 +72,21 @@ def test_k_reciprocal_golden(case):
 
 @pytest.mark.parametrize("block", [1, 100, 2**22])
 @pytest.mark.parametrize(
-    ("k1", "k2", "lambda_value"), [(20, 6, 0.3), (6, 3, 0.3), (5, 1, 0.0), (7, 2, 1.0), (1, 1, 0.5), (100, 80, 0.3)]
+    ("k1", "k2", "lambda_value"),
+    [(20, 6, 0.3), (6, 3, 0.3), (5, 1, 0.0), (7, 2, 0.3), (4, 2, 1.0), (1, 1, 0.5), (3, 6, 0.3), (100, 80, 0.3)],
 )
 def test_k_reciprocal_against_plain_loops(k1, k2, lambda_value, block, monkeypatch):
     monkeypatch.setattr(re_rank, "BLOCK", block)
     query, gallery = clusters(seed=k1)
     expected = plain_k_reciprocal(query, gallery, k1, k2, lambda_value)
     np.testing.assert_allclose(re_rank.k_reciprocal(query, gallery, k1, k2, lambda_value), expected, rtol=0, atol=3e-6)
+
+
+def test_k_reciprocal_of_features_with_a_common_offset():
+    """Features of a network point much the same way; what they share must not eat the digits of their distances."""
+    query, gallery = (x + 100 for x in clusters(seed=2))
+    expected = plain_k_reciprocal(query, gallery, 20, 6, 0.3)
+    np.testing.assert_allclose(re_rank.k_reciprocal(query, gallery), expected, rtol=0, atol=3e-6)
 
 
 def test_k_reciprocal_finds_the_chained_image():
@@ -100,8 +108,8 @@ def test_random_walk_golden(case):
 
 @pytest.mark.parametrize("alpha", [0.5, 0.95])
 def test_random_walk_is_the_sum_of_its_steps(alpha):
-    query, gallery = (x.astype(np.float64) for x in clusters(seed=3))
-    query, gallery = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (query, gallery))
+    given = clusters(seed=3)
+    query, gallery = (x / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True) for x in given)
     walk = gallery @ gallery.T
     np.fill_diagonal(walk, 0)
     walk = np.exp(walk) / np.exp(walk).sum(axis=1, keepdims=True)
@@ -109,7 +117,7 @@ def test_random_walk_is_the_sum_of_its_steps(alpha):
     for _ in range(1000):
         similarity = similarity + (1 - alpha) * step
         step = alpha * step @ walk.T
-    np.testing.assert_allclose(re_rank.random_walk(query, gallery, alpha), -similarity, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(re_rank.random_walk(*given, alpha), -similarity, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("measure", [re_rank.k_reciprocal, re_rank.random_walk])
@@ -126,8 +134,20 @@ def test_kind_in_is_kind_out_and_inputs_are_left_alone(measure):
     np.testing.assert_array_equal(gallery, before[1])
 
 
-@pytest.mark.parametrize("measure", [re_rank.k_reciprocal, re_rank.random_walk])
-def test_duplicates_and_tiny_galleries(measure):
+def test_duplicates_and_tiny_galleries():
     same = np.ones((3, 4), np.float32)
-    assert np.isfinite(measure(same, same)).all()
-    assert measure(same[:1], same[:1]).shape == (1, 1)
+    np.testing.assert_allclose(re_rank.k_reciprocal(same, same), 0, atol=1e-6)
+    np.testing.assert_allclose(re_rank.random_walk(same, same), -1, atol=1e-6)
+    # One image: it is all there is to walk to, and its weight of itself is the whole softmax.
+    one, other = np.array([[3.0, 4.0]], np.float32), np.array([[2.0, 0.0]], np.float32)
+    assert re_rank.random_walk(one, other)[0, 0] == pytest.approx(-0.6)
+    assert re_rank.k_reciprocal(one, other)[0, 0] == pytest.approx(plain_k_reciprocal(one, other, 20, 6, 0.3)[0, 0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("measure", [re_rank.k_reciprocal, re_rank.random_walk])
+def test_on_the_gpu(measure):
+    query, gallery = (torch.from_numpy(x) for x in clusters(seed=4))
+    there = measure(query.cuda(), gallery.cuda())
+    assert there.is_cuda
+    torch.testing.assert_close(there.cpu(), measure(query, gallery), rtol=0, atol=1e-5)
