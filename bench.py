@@ -26,7 +26,7 @@ REPO = Path(__file__).parent
 def get_args_parser():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    data = commands.add_parser("data", help="preparing, and one epoch of loading and augmenting")
+    data = commands.add_parser("data", help="prepare the data set's arrays anew; one epoch of loading and augmenting")
     data.add_argument("--data_path", default=DATA_PATHS["sysu"], help="folder of SYSU-MM01, or of demo data like it")
     data.add_argument("--img_h", type=number(int, 1), default=288, help="image height, pixels")
     data.add_argument("--img_w", type=number(int, 1), default=144, help="image width, pixels")
@@ -87,6 +87,8 @@ def run_measured(*arguments):
     The peak is read from Linux's /proc while the command runs. (What `wait4` reports is at least the memory of the
     process that started it.)
     """
+    if not Path("/proc/self/status").exists():
+        raise InputError(f"{sys.platform}: has no /proc to read the peak memory from; run this on Linux")
     start, peak = time.perf_counter(), 0
     process = subprocess.Popen([sys.executable, *arguments], cwd=REPO)
     while process.poll() is None:
@@ -94,7 +96,7 @@ def run_measured(*arguments):
             peak = int(high[1]) * 1024
         time.sleep(0.01)
     if process.returncode:
-        raise InputError(f"{arguments[0]}: failed; what it says stands above")
+        sys.exit(process.returncode)  # it has said why
     return time.perf_counter() - start, peak
 
 

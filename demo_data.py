@@ -558,7 +558,7 @@ def plan_like(path: Path) -> tuple:
     for part in ("train", "test"):
         file = path.with_name(f"{part}_id.mat")
         try:
-            parts[part] = sorted(loadmat(file)["id"].ravel().tolist())
+            parts[part] = sorted(loadmat(file)["id"].ravel().astype(int).tolist())
         except Exception as error:  # scipy's reader raises anything when a file is damaged
             raise utils.InputError(
                 f"{file}: no list of ids; it is published beside {path.name}: put it there"

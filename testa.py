@@ -8,7 +8,6 @@ an image and its mirror, averaged; POOL before and FC after the batch-norm bottl
 
 import json
 import os
-import zipfile
 from itertools import groupby
 from pathlib import Path
 
@@ -99,6 +98,7 @@ def main(argv=None):
             net, size = load_network(checkpoint, path)
             origin = {name: checkpoint.get("args", {}).get(name) for name in ("dataset", "trial")}
             origin |= {"checkpoint": str(path), "selection": checkpoint.get("selection"), "flipped": ["POOL", "FC"]}
+            origin["data_path"] = os.path.abspath(data_path)
         origin["trial"] = trial = tested_trial(path, origin, args.dataset, trial)
         test = searches(args, data_path, trial)
         if args.from_features:
@@ -124,44 +124,55 @@ def main(argv=None):
                     "flip_averaging": None if flipped is None else feature in flipped,
                     "reranking": reranking,
                     "selection": None if model in BASELINES else origin.get("selection") or "unknown",
+                    "images": origin.get("data_path") or "unknown",
                 }
                 where = {"checkpoint": origin.get("checkpoint") or str(path), **counts}
                 rows.append({**search.setting, **labels, **where, "metrics": metrics})
 
     results = engine.summarise(rows)
-    print_results(results, data_path, by_trial=not args.all)
+    print_results(results, by_trial=not args.all)
     if args.json:
-        run = {"flags": vars(args), "data_path": data_path, "torch": torch.__version__}
-        save_json({**run, "results": results}, args.json)
+        save_json({"flags": vars(args), "torch": torch.__version__, "results": results}, args.json)
     return results
 
 
 def check_flags(args):
     """Raise InputError for flags that do not go together, and for outputs that cannot be written."""
-    if args.dataset != "regdb" and (args.trial or "{trial}" in (args.resume or args.from_features)):
+    name = source_name(args)
+    files = [file for file in (name, args.features, args.json) if file is not None]
+    if args.dataset != "regdb" and (args.trial or any("{trial}" in file for file in files)):
         raise InputError(
             f"--trial and {{trial}} are RegDB's: --dataset {args.dataset} has ten trials for one checkpoint"
         )
     if args.dataset == "sysu" and args.tvsearch:
         raise InputError("--tvsearch is RegDB's and LLCM's: SYSU-MM01 is searched from infrared to visible only")
-    if args.dataset != "sysu" and (args.protocol, args.shots) != ("seeded", 1):
+    chosen = (args.mode, args.protocol, args.shots) != ("all", "seeded", 1)
+    if args.dataset != "sysu" and chosen:
         raise InputError(
-            f"--protocol and --shots are SYSU-MM01's: --dataset {args.dataset} has one protocol; leave them out"
+            f"--mode, --protocol and --shots are SYSU-MM01's: --dataset {args.dataset} has one protocol; leave them out"
         )
-    if args.from_features and (args.baselines or args.features):
+    if args.all and (chosen or args.tvsearch):
+        raise InputError("--all tests them all: leave --mode, --protocol, --shots and --tvsearch out, or --all")
+    if args.from_features is not None and (args.baselines or args.features):
         raise InputError("--baselines and --features need images: give them with --resume, not with --from_features")
-    if args.features and "{trial}" in args.resume and "{trial}" not in args.features:
+    if args.features and "{trial}" in name and not args.trial and "{trial}" not in args.features:
         raise InputError(f"--features {args.features}: would hold one trial of ten; put {{trial}} into the name")
+    if len({os.path.realpath(file) for file in files}) < len(files):
+        raise InputError(f"{', '.join(files)}: name the same file twice; what is read and written must differ")
     for output in filter(None, (args.features, args.json)):
         check_output(output)
 
 
+def source_name(args):
+    return args.resume if args.from_features is None else args.from_features
+
+
 def sources(args):
     """(path, RegDB's trial or None) of each checkpoint or file of features: one, or one a trial if named {trial}."""
-    name = args.resume or args.from_features
+    name = source_name(args)
     trials = data_manager.REGDB_TRIALS if "{trial}" in name and not args.trial else [args.trial]
     paths = [for_trial(name, trial) for trial in trials]
-    if args.resume:
+    if args.from_features is None:
         paths = [find_checkpoint(path, args.model_path) for path in paths]
     return list(zip(paths, trials, strict=True))
 
@@ -238,32 +249,56 @@ def load_features(path):
                     stored[modality][model, feature] = torch.from_numpy(arrays[name]).float()
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; save one with --features") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # the readers raise anything when a file is damaged
         raise InputError(
             f"{path}: is no file of features ({type(error).__name__}); it needs the arrays visible/paths, "
             "visible/MODEL/FEATURE, and the same of infrared, as --features writes them"
         ) from error
-    names = {modality: set(arrays) - {"paths"} for modality, arrays in stored.items()}
-    if not names["visible"] or names["visible"] != names["infrared"]:
-        raise InputError(
-            f"{path}: visible features {sorted(names['visible'])}, infrared {sorted(names['infrared'])}; give both"
-        )
+    widths = [
+        {name: list(values.shape[1:]) for name, values in arrays.items() if name != "paths"}
+        for arrays in stored.values()
+    ]
+    if not widths[0] or widths[0] != widths[1]:
+        raise InputError(f"{path}: visible features {widths[0]}, infrared {widths[1]}; give the same of both")
     for modality, arrays in stored.items():
-        for model, feature in names[modality]:
-            values, expected = arrays[model, feature], len(arrays.get("paths", []))
-            if values.ndim != 2 or len(values) != expected or not torch.isfinite(values).all():
+        paths = arrays.pop("paths", [])
+        row = arrays["row"] = {file: i for i, file in enumerate(paths)}
+        if len(row) < len(paths):
+            twice = next(file for i, file in enumerate(paths) if row[file] != i)
+            raise InputError(f"{path}: {modality}/paths has {twice} twice; give each image once")
+        for model, feature in widths[0]:
+            values = arrays[model, feature]
+            if values.ndim != 2 or len(values) != len(row) or not (values.numel() and torch.isfinite(values).all()):
                 raise InputError(
-                    f"{path}: {modality}/{model}/{feature} is {list(values.shape)}, not [{expected}, C] finite "
+                    f"{path}: {modality}/{model}/{feature} is {list(values.shape)}, not [{len(row)}, C] finite "
                     f"numbers, a row for each of {modality}/paths"
                 )
+            if not (model and feature and f"{model}{feature}".isprintable()):
+                raise InputError(f"{path}: {modality}/{model}/{feature}: give model and feature names that print")
+    check_origin(path, origin)
     return stored, origin
+
+
+def check_origin(path, origin):
+    """Raise InputError unless the origin of features has values that the table can show; all may be missing."""
+    wanted = {
+        "dataset": lambda value: value in tuple(data_manager.DATA_PATHS),
+        "trial": lambda value: type(value) is int and value in data_manager.REGDB_TRIALS,
+        "selection": lambda value: value in ("test", "val", "none"),
+        "flipped": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+        "checkpoint": lambda value: isinstance(value, str),
+        "data_path": lambda value: isinstance(value, str),
+    }
+    for name, value in origin.items():
+        if value is not None and not (name in wanted and wanted[name](value)):
+            raise InputError(f"{path}: the origin's {name!r} is {value!r}, which is none; --features shows how")
 
 
 def select_features(path, stored, paths, data_path, device):
     """The features of some images, in their order and of unit length: {modality: {(model, feature): [N, C]}}."""
     features = {}
     for modality, files in paths.items():
-        row = {file: i for i, file in enumerate(stored[modality]["paths"])}
+        row = stored[modality]["row"]
         relative = [Path(os.path.relpath(file, data_path)).as_posix() for file in files]
         if missing := [file for file in relative if file not in row]:
             raise InputError(
@@ -272,7 +307,7 @@ def select_features(path, stored, paths, data_path, device):
             )
         rows = torch.tensor([row[file] for file in relative])
         features[modality] = {
-            name: F.normalize(values[rows]).to(device) for name, values in stored[modality].items() if name != "paths"
+            name: F.normalize(values[rows]).to(device) for name, values in stored[modality].items() if name != "row"
         }
     return features
 
@@ -315,7 +350,7 @@ def colour_histogram(images):
     return F.normalize(torch.zeros(len(images), 512).scatter_add_(1, colour, torch.ones_like(colour).float()))
 
 
-def print_results(results, data_path, by_trial):
+def print_results(results, by_trial):
     """A table of means and standard deviations, each protocol's rows under a line that names it; before it, the single
     trials if asked for."""
     for row in results if by_trial else []:
@@ -323,15 +358,21 @@ def print_results(results, data_path, by_trial):
             print(f"\n{describe(row)}; {row['model']} {row['feature']}, re-ranking {row['reranking']}: trial by trial")
             for trial in row["per_trial"]:
                 print(f"trial {trial['trial']:>2}" + "".join(f"  {k} {v:6.2f}" for k, v in trial["metrics"].items()))
-    print(f"\nData set: the one at {data_path}. Mean ± standard deviation over the trials, in %, by cosine similarity.")
+    print(f"\nImages: {', '.join(dict.fromkeys(row['images'] for row in results))}")
+    print("Mean ± standard deviation over the trials, in %, by cosine similarity.")
     print("flip: features of image and mirror, averaged; chosen on: the ids that chose the epoch (none: a fixed one).")
-    header = f"  {'model':17}{'feature':10}{'flip':8}{'re-ranking':14}{'chosen on':11}"
-    print(header + "".join(f"{metric:>14}" for metric in results[0]["mean"]))
-    for title, rows in groupby(results, describe):
+    flips = {True: "yes", False: "no", None: "unknown"}
+    head = ["model", "feature", "flip", "re-ranking", "chosen on"]
+    cells = [
+        [row["model"], row["feature"], flips[row["flip_averaging"]], row["reranking"], row["selection"] or "-"]
+        for row in results
+    ]
+    widths = [max(map(len, column)) + 2 for column in zip(head, *cells, strict=True)]
+    lines = ["  " + "".join(map(str.ljust, labels, widths)) for labels in (head, *cells)]
+    print(lines[0] + "".join(f"{metric:>14}" for metric in results[0]["mean"]))
+    for title, rows in groupby(zip(results, lines[1:], strict=True), lambda row: describe(row[0])):
         print(title)
-        for row in rows:
-            flip = {True: "yes", False: "no", None: "unknown"}[row["flip_averaging"]]
-            labels = f"  {row['model']:17}{row['feature']:10}{flip:8}{row['reranking']:14}{row['selection'] or '-':11}"
+        for row, labels in rows:
             print(labels + "".join(f"{mean:7.2f} ±{row['std'][metric]:5.2f}" for metric, mean in row["mean"].items()))
 
 

@@ -254,8 +254,9 @@ def resume(path, args, net, optimizer):
     checkpoint = load_checkpoint(path)
     if "optimizer" not in checkpoint:
         raise InputError(f"{path}: holds no training state; resume from a ..._last.t")
+    flags = {"select": "test", **checkpoint["args"]}  # runs from before --select have no other
     for flag in sorted(set(vars(args)) - MAY_CHANGE):
-        if (there := checkpoint["args"].get(flag)) != getattr(args, flag):
+        if (there := flags.get(flag)) != getattr(args, flag):
             raise InputError(
                 f"{path}: is of a run with --{flag} {there}, not {getattr(args, flag)}; give the same flags"
             )

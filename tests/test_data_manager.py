@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.io import savemat
+from scipy.io import loadmat, savemat
 
 from data_manager import (
     llcm_test,
@@ -225,12 +225,23 @@ def test_other_files_are_no_permutations(tmp_path, content):
         process_gallery_sysu(str(tmp_path), protocol="official")
 
 
+@pytest.mark.parametrize("fault", ["nine trials", "a number twice"])
+def test_permutations_must_be_whole(tmp_path, fault):
+    build_sysu(tmp_path)
+    permute(tmp_path, np.random.default_rng(0), trials=9 if fault == "nine trials" else 10)
+    if fault == "a number twice":
+        cells = loadmat(tmp_path / "exp" / "rand_perm_cam.mat")["rand_perm_cam"]
+        rows = next(rows for people in cells[:, 0] for rows in people[:, 0] if rows.shape[1] > 1)
+        rows[4, 0] = rows[4, 1]
+        savemat(tmp_path / "exp" / "rand_perm_cam.mat", {"rand_perm_cam": cells})
+    with pytest.raises(ValueError, match=r"rand_perm_cam\.mat: holds no permutations of 1 \.\. N for 10 trials"):
+        process_gallery_sysu(str(tmp_path), protocol="official")
+
+
 def test_official_protocol_at_full_size(request, tmp_path):
     """Golden values of an independent evaluator, on features that are a formula of (id, camera, image). The draws are
     the data set's and not ours to ship: pytest tests/test_data_manager.py --rand_perm_cam FILE (test_id.mat beside it).
     """
-    from scipy.io import loadmat
-
     if not (file := request.config.getoption("--rand_perm_cam")):
         pytest.skip("needs --rand_perm_cam, the data set's own file")
     (tmp_path / "exp").mkdir()

@@ -103,7 +103,7 @@ def like(tmp_path_factory):
             count = counts.get((camera, identity), 0)
             cells[camera - 1, 0][identity - 1, 0] = np.tile(np.arange(1, count + 1), (10, 1))
     savemat(folder / "rand_perm_cam.mat", {"rand_perm_cam": cells})
-    savemat(folder / "train_id.mat", {"id": [[3]]})
+    savemat(folder / "train_id.mat", {"id": [[3.0]]})
     savemat(folder / "test_id.mat", {"id": [[7, 4]]})
     result = demo_data.main(["--out", str(folder / "tree"), "--like", str(folder / "rand_perm_cam.mat")])
     assert (result["ids"], result["images"]) == (6, 317)

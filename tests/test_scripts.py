@@ -1,5 +1,6 @@
 """The scripts from their flags to their files: training, resuming, testing, on the small demo trees."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -93,6 +94,17 @@ def test_resume_refuses_other_flags(trained, sysu_tree, tmp_path, other):
     result, _ = trained
     with pytest.raises(InputError, match=rf"_last\.t.*{other[0]} \S+, not {other[1]}"):
         train_ext_test0.main(flags(sysu_tree, tmp_path, "--resume", result["last"], *other))
+
+
+def test_run_from_before_the_selection_flag_is_resumed(trained, sysu_tree, tmp_path):
+    result, _ = trained
+    checkpoint = torch.load(result["last"])
+    del checkpoint["args"]["select"], checkpoint["selection"]
+    torch.save(checkpoint, tmp_path / "old_last.t")
+    more = ("--resume", str(tmp_path / "old_last.t"), "--epochs", "4")
+    assert torch.load(train_ext_test0.main(flags(sysu_tree, tmp_path, *more))["last"])["epoch"] == 3
+    rows = testa.main(["--data_path", str(sysu_tree), "--resume", str(tmp_path / "old_last.t"), "--gpu", "cpu"])
+    assert {row["selection"] for row in rows} == {"unknown"}
 
 
 def test_resume_refuses_a_best_checkpoint(trained, sysu_tree, tmp_path):
@@ -308,13 +320,54 @@ def test_features_of_another_project(sysu_tree, tmp_path):
     def not_finite(arrays):
         arrays["visible/mine/embedding"][3, 2] = np.inf
 
+    def an_image_twice(arrays):
+        arrays["visible/paths"][5] = arrays["visible/paths"][2]
+
+    def origin(**values):
+        return lambda arrays: arrays.update(origin=np.array(json.dumps(values)))
+
+    assert f"has {arrays['visible/paths'][2]} twice" in damaged(an_image_twice)
+    assert "[400]}, infrared {('mine', 'embedding'): [7]}" in damaged(
+        lambda arrays: arrays.update({"infrared/mine/embedding": arrays["infrared/mine/embedding"][:, :7]})
+    )
+    for name in ("visible", "infrared"):
+        arrays[f"{name}/mine/two\nlines"] = arrays[f"{name}/mine/embedding"]
+    np.savez(file, **arrays)
+    assert "names that print" in damaged(lambda arrays: None)
+    for name in ("visible", "infrared"):
+        del arrays[f"{name}/mine/two\nlines"]
+    np.savez(file, **arrays)
+    for wrong in ({"flipped": "FC"}, {"selection": 3}, {"trial": "1"}, {"dataset": "market"}, {"data_path": []}):
+        assert repr(next(iter(wrong))) in damaged(origin(**wrong))
+    assert "no file of features" in damaged(lambda arrays: arrays.update(origin=np.array("[1, 2]")))
     missing = arrays["infrared/paths"][0]
     assert f"no infrared features of {missing} (1 of" in damaged(last_image_gone)
     assert "not [" in damaged(not_finite)
-    assert "give both" in damaged(lambda arrays: arrays.pop("visible/mine/embedding"))
+    assert "give the same of both" in damaged(lambda arrays: arrays.pop("visible/mine/embedding"))
     assert "visible/mine/embedding is" in damaged(lambda arrays: arrays.pop("visible/paths"))
     assert "no file of features" in damaged(lambda arrays: arrays.update(weights=np.ones(3)))
     assert "no file of features" in damaged(lambda arrays: arrays.update({"visible/paths": np.array([None, {}])}))
+
+    np.savez(file, **arrays, origin=np.array(json.dumps({"flipped": ["embedding"], "selection": "val"})))
+    (row,) = testa.main(["--data_path", str(sysu_tree), "--from_features", str(file), "--gpu", "cpu"])
+    assert (row["flip_averaging"], row["selection"], row["images"]) == (True, "val", "unknown")
+
+
+def test_damaged_features_are_one_line(sysu_tree, tmp_path):
+    """Whatever byte of a compressed file is damaged: refused, or, where it does not matter, read."""
+    paths = np.array(["cam1/0001/0001.jpg"])
+    names = {
+        f"{m}/{name}": x for m in ("visible", "infrared") for name, x in (("paths", paths), ("a/b", np.ones((1, 5))))
+    }
+    np.savez_compressed(tmp_path / "whole.npz", **names)
+    whole = (tmp_path / "whole.npz").read_bytes()
+    read = 0
+    for position in range(len(whole)):
+        (tmp_path / "bad.npz").write_bytes(whole[:position] + bytes([whole[position] ^ 0x55]) + whole[position + 1 :])
+        with contextlib.suppress(InputError):
+            testa.load_features(tmp_path / "bad.npz")
+            read += 1
+    assert read < len(whole) / 2
 
 
 def test_epoch_chosen_by_the_validation_ids(sysu_tree, tmp_path):
@@ -437,6 +490,12 @@ def test_files_without_weights_are_refused(sysu_tree, tmp_path, content):
         ("testa.py", ["--resume", "x.t", "--dataset", "llcm", "--shots", "10"], ["--shots", "llcm"]),
         ("testa.py", ["--resume", "x_{trial}.t", "--dataset", "regdb", "--features", "f"], ["--features f", "{trial}"]),
         ("testa.py", ["--resume", "x.t", "--rerank", "magic"], ["--rerank", "magic"]),
+        ("testa.py", ["--resume", ""], ["no such file", "--model_path"]),
+        ("testa.py", ["--resume", "x.t", "--all", "--protocol", "official"], ["--all", "--protocol"]),
+        ("testa.py", ["--resume", "x.t", "--dataset", "regdb", "--mode", "indoor"], ["--mode", "regdb"]),
+        ("testa.py", ["--resume", "x.t", "--features", "f_{trial}.npz"], ["{trial}", "sysu"]),
+        ("testa.py", ["--resume", "x.t", "--features", "./x.t"], ["x.t, ./x.t", "twice"]),
+        ("testa.py", ["--resume", "x.t", "--features", "o", "--json", "o"], ["x.t, o, o", "twice"]),
         ("testa.py", ["--resume", "x.t", "--trial", "2"], ["--trial", "RegDB"]),
         (
             "train_ext_test0.py",
