@@ -30,6 +30,7 @@ SYSU_SHOTS = (1, 10)  # gallery images of an id and camera
 REGDB_TRIALS = range(1, 11)
 REGDB_CAMERAS = {"visible": 1, "thermal": 2}
 LLCM_CAMERAS = range(1, 10)
+DEMO_FILE = "demo.txt"  # in a folder that demo_data.py drew
 LLCM_NAMES = {"visible": "vis", "infrared": "nir"}  # in the names of its lists and folders
 
 
@@ -206,18 +207,19 @@ def _llcm_columns(data_path, modality, found):
 def read_ids(data_path, split, folder="exp"):
     """The ids of `{folder}/{split}_id.txt` (of SYSU-MM01: train, val or test): numbers separated by commas."""
     path = Path(data_path) / folder / f"{split}_id.txt"
-    text = _read(path, "the data set keeps its lists of ids there; check --dataset and --data_path")
+    text = _read(data_path, f"{folder}/{split}_id.txt")
     fields = [field.strip() for line in text.splitlines() for field in line.split(",") if field.strip()]
     wrong = [field for field in fields if not (field.isascii() and field.isdigit())]
     if wrong or not fields:
-        raise InputError(f"{path}: {wrong[0]!r} is no id" if wrong else f"{path}: holds no ids")
+        what = f"{wrong[0]!r} is no id" if wrong else "holds no ids"
+        raise InputError(f"{path}: {what}; list numbers, separated by commas")
     return [int(field) for field in fields]
 
 
 def read_list(data_path, name):
     """(paths, ids) of `idx/{name}.txt` (of RegDB and LLCM), whose lines are `path label`, in the order of the list."""
     listing = Path(data_path) / "idx" / f"{name}.txt"
-    text = _read(listing, "the data set keeps its lists of images there; check --dataset, --data_path and --trial")
+    text = _read(data_path, f"idx/{name}.txt")
     found = []
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
@@ -239,11 +241,22 @@ def relabel(ids):
     return np.unique(ids, return_inverse=True)[1]
 
 
-def _read(path, remedy):
+def _read(data_path, name):
+    """The text of a list of the data set."""
+    if not Path(data_path).is_dir():
+        raise InputError(f"{data_path}: no such folder; give the data set's with --data_path")
+    path = Path(data_path) / name
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({type(error).__name__}). {remedy}") from error
+        raise InputError(
+            f"{path}: cannot be read ({type(error).__name__}); the data set's list of ids or images belongs there"
+        ) from error
+
+
+def is_demo(data_path):
+    """Whether `demo_data.py` drew this folder: it leaves a file that says so."""
+    return (Path(data_path) / DEMO_FILE).is_file()
 
 
 def _columns(rows):
@@ -307,6 +320,14 @@ class Searches:
             "trial": trial,
         }
         self.searches.append(Search(setting, query, gallery))
+
+
+def describe(setting):
+    """What a search is, in words: "all-search, infrared to visible, seeded protocol, 1-shot"."""
+    parts = [f"{setting['mode']}-search"] if setting["mode"] else []
+    parts += [setting["direction"], f"{setting['protocol']} protocol"]
+    parts += [f"{setting['shots']}-shot"] if setting["shots"] else []
+    return ", ".join(parts)
 
 
 def sysu_test(data_path, modes=("all",), protocols=("seeded",), shots=(1,), trials=TRIALS, split="test"):

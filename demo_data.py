@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from scipy.io import loadmat, savemat
 
 import utils
-from data_manager import load_permutations
+from data_manager import DEMO_FILE, load_permutations
 
 SPECTRA = {  # layout -> camera -> what it sees
     "sysu": {1: "visible", 2: "visible", 3: "infrared", 4: "visible", 5: "visible", 6: "infrared"},
@@ -726,6 +726,7 @@ def main(argv=None) -> dict:
         with multiprocessing.Pool(args.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
             done = utils.progress(pool.imap_unordered(render_folder, jobs), total=len(jobs), unit="folder")
             images = sum(done)
+        lists[DEMO_FILE] = f"Drawn by demo_data.py, seed {args.seed}: no real people.\n".encode()
         for name, content in lists.items():
             (unfinished / name).parent.mkdir(exist_ok=True)
             (unfinished / name).write_bytes(content)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import re_rank
-from eval_metrics import eval_llcm, eval_regdb, eval_sysu
+from eval_metrics import CosineDistances, eval_llcm, eval_regdb, eval_sysu
 from utils import InputError, autocast, progress
 
 RANKS = (1, 5, 10, 20)
@@ -81,42 +81,47 @@ def extract(embed, loader, modality, desc):
 
 
 def run_search(features, search, reranking=()):
-    """One search -> {(feature name, re-ranking): {"Rank-1": ..., "mAP": ..., "mINP": ...}}, in percent.
+    """One search -> {(feature name, re-ranking): {"Rank-1": ..., "mAP": ..., "mINP": ...}}, in percent, and the number
+    of its queries that have a match, over which they are means.
 
     features: {"visible": {name: [N, C]}, "infrared": {name: [M, C]}}, of unit length, for the images of a `Searches`.
     Plain results, by cosine similarity, have the re-ranking "none"; those of `reranking`, any of "k_reciprocal" and
     "random_walk", stand beside them.
     """
-    scores = {}
+    distances = {}
     for name in features[search.query.modality]:
         query, gallery = (features[images.modality][name][images.rows] for images in (search.query, search.gallery))
-        scores[name, "none"] = _measure(-query @ gallery.T, search)
+        distances[name, "none"] = CosineDistances(query, gallery)
         if "k_reciprocal" in reranking:
-            scores[name, "k_reciprocal"] = _measure(re_rank.k_reciprocal(query, gallery), search)
+            distances[name, "k_reciprocal"] = re_rank.k_reciprocal(query, gallery)
         if "random_walk" in reranking:
-            scores[name, "random_walk"] = _measure(re_rank.random_walk(query, gallery), search)
-    return scores
+            distances[name, "random_walk"] = re_rank.random_walk(query, gallery)
+    measured = {name: _measure(values, search) for name, values in distances.items()}
+    (evaluated,) = {count for _, count in measured.values()}
+    return {name: scores for name, (scores, _) in measured.items()}, evaluated
 
 
 def _measure(distances, search):
-    """The data set's measure of distances [Q, G], in percent."""
+    """The data set's measure of distances [Q, G]: scores in percent, number of queries that have a match."""
     (_, _, q_ids, q_cameras), (_, _, g_ids, g_cameras) = search.query, search.gallery
     if search.setting["dataset"] == "regdb":
-        cmc, mean_ap, mean_inp = eval_regdb(distances, q_ids, g_ids)
+        cmc, mean_ap, mean_inp, count = eval_regdb(distances, q_ids, g_ids, return_count=True)
     else:
         evaluate = {"sysu": eval_sysu, "llcm": eval_llcm}[search.setting["dataset"]]
-        cmc, mean_ap, mean_inp = evaluate(distances, q_ids, g_ids, q_cameras, g_cameras)
-    return {f"Rank-{k}": 100 * float(cmc[k - 1]) for k in RANKS} | {"mAP": 100 * mean_ap, "mINP": 100 * mean_inp}
+        cmc, mean_ap, mean_inp, count = evaluate(distances, q_ids, g_ids, q_cameras, g_cameras, return_count=True)
+    scores = {f"Rank-{k}": 100 * float(cmc[k - 1]) for k in RANKS} | {"mAP": 100 * mean_ap, "mINP": 100 * mean_inp}
+    return scores, count
 
 
 def summarise(rows):
     """Rows of single searches -> one row for all trials of a setting: mean and standard deviation of each metric.
 
-    A row is a dict of labels, with "trial", "checkpoint", "queries", "gallery" and "metrics" {name: percent}; rows
-    whose other labels agree are trials of one setting. The deviation is the population's, as papers print it.
+    A row is a dict of labels, and of one trial "trial", "checkpoint", "network", "queries", "evaluated" (those that
+    have a match), "gallery" and "metrics" {name: percent}; rows whose other labels agree are trials of one setting. The
+    deviation is the population's, as papers print it; of a single trial there is none.
     """
     groups = {}
-    varying = ("trial", "checkpoint", "queries", "gallery", "metrics")
+    varying = ("trial", "checkpoint", "network", "queries", "evaluated", "gallery", "metrics")
     for row in rows:
         labels = {name: value for name, value in row.items() if name not in varying}
         groups.setdefault(tuple(labels.items()), []).append(row)
@@ -125,7 +130,9 @@ def summarise(rows):
             **dict(labels),
             "trials": [row["trial"] for row in group],
             "mean": {name: float(np.mean([row["metrics"][name] for row in group])) for name in group[0]["metrics"]},
-            "std": {name: float(np.std([row["metrics"][name] for row in group])) for name in group[0]["metrics"]},
+            "std": {name: float(np.std([row["metrics"][name] for row in group])) for name in group[0]["metrics"]}
+            if len(group) > 1
+            else None,
             "per_trial": [{name: row[name] for name in varying} for row in group],
         }
         for labels, group in groups.items()

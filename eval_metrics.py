@@ -3,85 +3,166 @@
 mAP: mean average precision (Zheng et al., "Scalable Person Re-identification", ICCV 2015). mINP: mean inverse
 negative penalty (Ye et al., "Deep Learning for Person Re-identification", TPAMI 2021): the number of correct matches
 over the rank of the last one.
+
+Only the ranks of the correct matches count, so no image is followed through a ranking: distances are sorted as bare
+numbers, and a match ranks where its distance stands among them.
 """
 
+import numpy as np
 import torch
 
 CHUNK = 2**22  # entries of the distance matrix that are ranked at a time: bounds the memory
 
 
-def eval_sysu(distmat, q_pids, g_pids, q_camids, g_camids, max_rank=20):
+class CosineDistances:
+    """Negative cosine similarities [Q, G] of features of unit length, query [Q, C] and gallery [G, C] (torch), computed
+    for the rows that are asked for: for the measures below, a distance matrix that takes no memory."""
+
+    def __init__(self, query, gallery):
+        self.query, self.gallery = query, gallery
+        self.shape, self.device = (len(query), len(gallery)), query.device
+
+    def __getitem__(self, rows):
+        return -self.query[rows] @ self.gallery.T
+
+
+def eval_sysu(distmat, q_pids, g_pids, q_camids, g_camids, max_rank=20, return_count=False):
     """SYSU-MM01's measure -> (cmc [max_rank], mAP, mINP), a float64 NumPy array and two floats, all from 0 to 1.
 
-    distmat [Q, G]: distances, finite, smaller is nearer; q_pids, q_camids [Q] and g_pids, g_camids [G]: identities and
-    cameras, integers. NumPy or torch; the ranking runs on distmat's device. Equal distances rank in gallery order.
-    A query of camera 3 does not see gallery images of camera 2, which stands in the same place. The CMC counts
-    identities: each is ranked by its nearest image. mAP and mINP count images. Queries without a match are skipped.
+    distmat [Q, G]: distances, finite, smaller is nearer; NumPy, torch or `CosineDistances`; they are ranked on their
+    device. q_pids, q_camids [Q] and g_pids, g_camids [G]: identities and cameras, integers. Equal distances rank in
+    gallery order. A query of camera 3 does not see gallery images of camera 2, which stands in the same place. The CMC
+    counts identities: each is ranked by its nearest image. mAP and mINP count images. Queries without a match are
+    skipped; with return_count, the number of the others comes as a fourth value.
 
     Raises ValueError for shapes that disagree, distances that are not finite, or no query with a match.
     """
-    q_camids, g_camids = torch.as_tensor(q_camids), torch.as_tensor(g_camids)
-    same_place = (q_camids[:, None] == 3) & (g_camids[None, :] == 2)
-    return _evaluate(distmat, q_pids, g_pids, same_place, max_rank, count_identities=True)
+
+    def hidden(q_pids, q_camids, g_pids, g_camids):
+        return (q_camids == 3) & (g_camids == 2)
+
+    return _evaluate(distmat, (q_pids, q_camids), (g_pids, g_camids), hidden, max_rank, True, return_count)
 
 
-def eval_regdb(distmat, q_pids, g_pids, max_rank=20):
+def eval_regdb(distmat, q_pids, g_pids, max_rank=20, return_count=False):
     """RegDB's measure; as `eval_sysu`, but every query sees the whole gallery, and the CMC counts images."""
-    return _evaluate(distmat, q_pids, g_pids, None, max_rank, count_identities=False)
+    return _evaluate(distmat, (q_pids,), (g_pids,), None, max_rank, False, return_count)
 
 
-def eval_llcm(distmat, q_pids, g_pids, q_camids, g_camids, max_rank=20):
+def eval_llcm(distmat, q_pids, g_pids, q_camids, g_camids, max_rank=20, return_count=False):
     """LLCM's measure; as `eval_sysu`, but what a query does not see are the images of its own identity and camera.
 
     Source: Zhang and Wang, "Diverse Embedding Expansion Network and Low-Light Cross-Modality Benchmark for
     Visible-Infrared Person Re-identification", CVPR 2023. Its cameras take both modalities.
     """
-    q_pids, g_pids, q_camids, g_camids = (torch.as_tensor(x).cpu() for x in (q_pids, g_pids, q_camids, g_camids))
-    same_shot = (q_pids[:, None] == g_pids[None, :]) & (q_camids[:, None] == g_camids[None, :])
-    return _evaluate(distmat, q_pids, g_pids, same_shot, max_rank, count_identities=True)
+
+    def hidden(q_pids, q_camids, g_pids, g_camids):
+        return (q_pids == g_pids) & (q_camids == g_camids)
+
+    return _evaluate(distmat, (q_pids, q_camids), (g_pids, g_camids), hidden, max_rank, True, return_count)
 
 
-def _evaluate(distmat, q_pids, g_pids, hidden, max_rank, count_identities):
-    distmat = torch.as_tensor(distmat)
+def _evaluate(distmat, query, gallery, hidden, max_rank, count_identities, return_count):
+    """query, gallery: (identities,) or (identities, cameras). hidden: of these, [B, 1] and [G], which are not seen."""
+    distmat = distmat if isinstance(distmat, CosineDistances) else torch.as_tensor(distmat)
     device = distmat.device
-    q_pids, g_pids = torch.as_tensor(q_pids, device=device), torch.as_tensor(g_pids, device=device)
-    shape = (len(q_pids), len(g_pids))
-    if distmat.shape != shape or (hidden is not None and hidden.shape != shape):
+    query, gallery = ([torch.as_tensor(x, device=device) for x in labels] for labels in (query, gallery))
+    if any(tuple(distmat.shape) != (len(q), len(g)) for q, g in zip(query, gallery, strict=True)):
         raise ValueError(
-            f"distances of shape {tuple(distmat.shape)} do not fit {shape[0]} queries and {shape[1]} images"
+            f"distances of shape {tuple(distmat.shape)} do not fit {len(query[0])} queries and {len(gallery[0])} images"
         )
-    if not distmat.numel():
+    images = distmat.shape[1]
+    if not (len(query[0]) and images):
         raise ValueError("no queries, or an empty gallery")
-    if not torch.isfinite(distmat).all():
-        raise ValueError("the distances are not all finite")
-    # Identities as 0 .. I-1 in both lists, so that they can index.
-    identities, g_ids = torch.unique(g_pids, return_inverse=True)
-    hidden = torch.zeros((), dtype=torch.bool, device=device) if hidden is None else hidden.to(device)
-    hidden = hidden.expand(distmat.shape)
+    grouped = _Grouped(gallery[0])
 
     found_at, precision, penalty = [], [], []
-    for rows in torch.arange(len(distmat), device=device).split(max(1, CHUNK // max(1, distmat.shape[1]))):
-        order = distmat[rows].sort(dim=1, stable=True).indices
-        keep = ~hidden[rows].gather(1, order)
-        match = keep & (g_pids[order] == q_pids[rows, None])
-        seen = match.any(dim=1)
-        order, keep, match = order[seen], keep[seen], match[seen]
-        position = keep.cumsum(dim=1)  # rank among the images that the query sees, from 1
+    for rows in torch.arange(len(query[0]), device=device).split(max(1, CHUNK // images)):
+        distances = distmat[rows]
+        distances = distances.to(torch.promote_types(distances.dtype, torch.float32))
+        if not torch.isfinite(torch.stack(torch.aminmax(distances))).all():
+            raise ValueError("the distances are not all finite")
+        if hidden is not None:
+            not_seen = hidden(*(q[rows, None] for q in query), *gallery)
+            distances = distances.masked_fill(not_seen, torch.inf)
+        index = grouped.matches(query[0][rows])
+        at = distances.gather(1, index.clamp_min(0)).masked_fill(index < 0, torch.inf)
+        seen = (at < torch.inf).any(dim=1)
+        if not seen.all():
+            distances, index, at = distances[seen], index[seen], at[seen]
+        if not len(at):
+            continue
+        position = _positions(distances, index, at).sort(dim=1).values
+        match = position <= images
         hits = match.cumsum(dim=1)
         relevant = hits[:, -1].double()
-        precision.append((match * hits / position.clamp_min(1).double()).sum(dim=1) / relevant)
+        precision.append((match * hits / position.double()).sum(dim=1) / relevant)
         penalty.append(relevant / (match * position).amax(dim=1))
-        own_first = position.masked_fill(~match, distmat.shape[1] + 1).amin(dim=1)
-        if count_identities:
-            first = position.new_full((len(order), len(identities)), distmat.shape[1] + 1)
-            position = position.masked_fill(~keep, distmat.shape[1] + 1)
-            first.scatter_reduce_(1, g_ids[order], position, "amin")
-            found_at.append((first < own_first[:, None]).sum(dim=1))
-        else:
-            found_at.append(own_first - 1)
-    found_at = torch.cat(found_at) if found_at else torch.empty(0)
-    if not len(found_at):
+        found_at.append(_identities_before(distances, grouped, index, at) if count_identities else position[:, 0] - 1)
+    if not found_at:
         raise ValueError("no query has a match in the gallery")
+    found_at = torch.cat(found_at)
     found = torch.bincount(found_at[found_at < max_rank], minlength=max_rank).cumsum(0)
     cmc = found.double() / len(found_at)
-    return cmc.cpu().numpy(), torch.cat(precision).mean().item(), torch.cat(penalty).mean().item()
+    results = cmc.cpu().numpy(), torch.cat(precision).mean().item(), torch.cat(penalty).mean().item()
+    return (*results, len(found_at)) if return_count else results
+
+
+class _Grouped:
+    """A gallery's images by identity: the sorted `identities` [I], `group` [G] of each image, and the images in the
+    `order` [G] of their groups, which `start` [I] there and have `size` [I]."""
+
+    def __init__(self, g_pids):
+        self.identities, self.group, self.size = torch.unique(g_pids, return_inverse=True, return_counts=True)
+        self.order = self.group.sort(stable=True).indices
+        self.start = self.size.cumsum(0) - self.size
+
+    def matches(self, q_pids):
+        """Images of each query's identity, in gallery order, then -1: [B, most images of any]."""
+        group = torch.searchsorted(self.identities, q_pids).clamp_max(len(self.identities) - 1)
+        size = self.size[group].masked_fill(self.identities[group] != q_pids, 0)
+        number = torch.arange(int(size.max()), device=size.device)
+        place = (self.start[group, None] + number).clamp_max(len(self.order) - 1)
+        return self.order[place].masked_fill(number >= size[:, None], -1)
+
+    def nearest(self, distances):
+        """Distance of each identity's nearest image: [B, G] -> [B, I]."""
+        if distances.device.type == "cpu":  # NumPy's is many times faster there
+            by_group = distances[:, self.order].numpy()
+            return torch.from_numpy(np.minimum.reduceat(by_group, self.start.numpy(), axis=1))
+        nearest = distances.new_full((len(distances), len(self.identities)), torch.inf)
+        return nearest.scatter_reduce_(1, self.group.expand_as(distances), distances, "amin")
+
+
+def _positions(distances, index, at):
+    """Ranks, from 1, of matches [B, M] at distances `at` (inf: none, which ranks behind all) among distances [B, G]."""
+    cpu = distances.device.type == "cpu"  # NumPy's sort of bare numbers is many times faster there
+    ranked = torch.from_numpy(np.sort(distances.numpy(), axis=1)) if cpu else distances.sort(dim=1).values
+    position = torch.searchsorted(ranked, at) + 1
+    tied = (torch.searchsorted(ranked, at, right=True) > position) & (at < torch.inf)
+    for entries in tied.nonzero().split(max(1, len(distances))):
+        row, column = entries.unbind(dim=1)
+        position[row, column] += _equal_before(distances[row], at[row, column], index[row, column]).sum(dim=1)
+    return position.masked_fill(at == torch.inf, distances.shape[1] + 1)
+
+
+def _identities_before(distances, grouped, index, at):
+    """Number of identities whose nearest image ranks before the nearest match: [B]."""
+    nearest, own = grouped.nearest(distances), at.amin(dim=1)
+    before = (nearest < own[:, None]).sum(dim=1)
+    tied = (nearest == own[:, None]).sum(dim=1) > 1
+    if tied.any():
+        images = distances.shape[1]
+        distances, nearest, own, index, at = (x[tied] for x in (distances, nearest, own, index, at))
+        first = index.masked_fill(at != own[:, None], images).amin(dim=1)
+        earlier = torch.zeros_like(nearest, dtype=torch.uint8)
+        equal = _equal_before(distances, own, first).byte()
+        earlier.scatter_reduce_(1, grouped.group.expand_as(distances), equal, "amax")
+        before[tied] += (earlier.bool() & (nearest == own[:, None])).sum(dim=1)
+    return before
+
+
+def _equal_before(distances, at, index):
+    """Images [B, G] as far away as `at` [B] that stand before `index` [B] in the gallery."""
+    earlier = torch.arange(distances.shape[1], device=distances.device) < index[:, None]
+    return (distances == at[:, None]) & earlier

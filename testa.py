@@ -6,12 +6,10 @@ Network and options come from the checkpoint: this repo's, or one of the publish
 an image and its mirror, averaged; POOL before and FC after the batch-norm bottleneck; cosine similarity.
 """
 
-import json
 import os
 from itertools import groupby
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -19,11 +17,11 @@ import data_manager
 import engine
 from ChannelAug import GRAY, normalise
 from data_loader import eval_loader
+from feature_store import load_features, save_features, select_features
 from model import GFMNet, load_network
 from utils import (
     ArgumentParser,
     InputError,
-    atomic,
     check_output,
     cli,
     find_checkpoint,
@@ -96,9 +94,7 @@ def main(argv=None):
         else:
             checkpoint = load_checkpoint(path)
             net, size = load_network(checkpoint, path)
-            origin = {name: checkpoint.get("args", {}).get(name) for name in ("dataset", "trial")}
-            origin |= {"checkpoint": str(path), "selection": checkpoint.get("selection"), "flipped": ["POOL", "FC"]}
-            origin["data_path"] = os.path.abspath(data_path)
+            origin = checkpoint_origin(path, checkpoint, net, size, data_path)
         origin["trial"] = trial = tested_trial(path, origin, args.dataset, trial)
         test = searches(args, data_path, trial)
         if args.from_features:
@@ -115,8 +111,9 @@ def main(argv=None):
                 save_features(for_trial(args.features, trial), features, test.paths, data_path, origin)
 
         for search in progress(test.searches, desc="searching", unit="search", leave=False):
-            counts = {"queries": len(search.query.rows), "gallery": len(search.gallery.rows)}
-            for ((model, feature), reranking), metrics in engine.run_search(features, search, args.rerank).items():
+            scores, evaluated = engine.run_search(features, search, args.rerank)
+            counts = {"queries": len(search.query.rows), "evaluated": evaluated, "gallery": len(search.gallery.rows)}
+            for ((model, feature), reranking), metrics in scores.items():
                 flipped = origin.get("flipped")
                 labels = {
                     "model": model,
@@ -125,14 +122,15 @@ def main(argv=None):
                     "reranking": reranking,
                     "selection": None if model in BASELINES else origin.get("selection") or "unknown",
                     "images": origin.get("data_path") or "unknown",
+                    "demo": origin.get("demo"),
                 }
-                where = {"checkpoint": origin.get("checkpoint") or str(path), **counts}
-                rows.append({**search.setting, **labels, **where, "metrics": metrics})
+                where = {"checkpoint": origin.get("checkpoint") or str(path), "network": origin.get("network")}
+                rows.append({**search.setting, **labels, **where, **counts, "metrics": metrics})
 
     results = engine.summarise(rows)
-    print_results(results, by_trial=not args.all)
     if args.json:
         save_json({"flags": vars(args), "torch": torch.__version__, "results": results}, args.json)
+    print_results(results, by_trial=not args.all)
     return results
 
 
@@ -170,15 +168,40 @@ def source_name(args):
 def sources(args):
     """(path, RegDB's trial or None) of each checkpoint or file of features: one, or one a trial if named {trial}."""
     name = source_name(args)
-    trials = data_manager.REGDB_TRIALS if "{trial}" in name and not args.trial else [args.trial]
-    paths = [for_trial(name, trial) for trial in trials]
-    if args.from_features is None:
-        paths = [find_checkpoint(path, args.model_path) for path in paths]
-    return list(zip(paths, trials, strict=True))
+    if "{trial}" not in name or args.trial:
+        names = {args.trial: for_trial(name, args.trial)}
+    else:
+        names = {trial: for_trial(name, trial) for trial in data_manager.REGDB_TRIALS}
+    folders = ["."] if args.from_features is not None else [".", args.model_path]
+    there = {t: file for t, file in names.items() if any((Path(folder) / file).is_file() for folder in folders)}
+    if 0 < len(there) < len(names):
+        missing = next(file for trial, file in names.items() if trial not in there)
+        raise InputError(
+            f"{missing}: no such file; of the ten there are those of trial {', '.join(map(str, there))}: "
+            "make the others, or test one with --trial"
+        )
+    find = Path if args.from_features is not None else lambda file: find_checkpoint(file, args.model_path)
+    return [(find(file), trial) for trial, file in names.items()]
 
 
 def for_trial(name, trial):
     return name.replace("{trial}", str(trial))
+
+
+def checkpoint_origin(path, checkpoint, net, size, data_path):
+    """What the rows of a table say of a checkpoint's features, and `--features` saves with them; None is unknown."""
+    flags = checkpoint.get("args", {})
+    return {
+        "dataset": flags.get("dataset"),
+        "trial": flags.get("trial"),
+        "selection": checkpoint.get("selection"),
+        "flipped": ["POOL", "FC"],
+        "checkpoint": str(path),
+        "network": f"{flags.get('method', 'published')}, {net.options['arch']}, {size[0]}x{size[1]}, "
+        f"epoch {checkpoint.get('epoch', 'unknown')}",
+        "data_path": os.path.abspath(data_path),
+        "demo": data_manager.is_demo(data_path),
+    }
 
 
 def tested_trial(path, origin, dataset, trial):
@@ -211,105 +234,11 @@ def searches(args, data_path, trial):
         return data_manager.sysu_test(data_path, [args.mode], [args.protocol], [args.shots])
     protocols = data_manager.SYSU_PROTOCOLS
     if not (file := data_manager.permutations_file(data_path)).is_file():
-        print(f"note: no {file}, so without the official protocol; --protocol official says where to find it")
+        print(
+            f"note: no {file}, so without the official protocol (its authors publish it: github.com/wuancong/SYSU-MM01)"
+        )
         protocols = ["seeded"]
     return data_manager.sysu_test(data_path, data_manager.SYSU_VISIBLE, protocols, data_manager.SYSU_SHOTS)
-
-
-def save_features(path, features, paths, data_path, origin):
-    """Write features {modality: {(model, feature): [N, C]}} and their images' paths {modality: [N]} to one .npz file.
-
-    Arrays: `{modality}/paths`, relative to the data path, and `{modality}/{model}/{feature}`, float32; `origin`, JSON.
-    """
-    arrays = {"origin": np.array(json.dumps(origin))}
-    for modality, named in features.items():
-        relative = [Path(os.path.relpath(file, data_path)).as_posix() for file in paths[modality]]
-        arrays[f"{modality}/paths"] = np.array(relative)
-        arrays |= {f"{modality}/{'/'.join(name)}": values.cpu().numpy() for name, values in named.items()}
-    with atomic(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)
-
-
-def load_features(path):
-    """A file of `save_features`, or another project's -> ({modality: {"paths": ..., (model, feature): ...}}, origin).
-
-    `origin` may be missing; nothing in the file is executed. Raises InputError for any other file.
-    """
-    stored, origin = {"visible": {}, "infrared": {}}, {}
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            for name in arrays.files:
-                modality, _, rest = name.partition("/")
-                if name == "origin":
-                    origin = dict(json.loads(arrays[name].item()))
-                elif rest == "paths":
-                    stored[modality]["paths"] = arrays[name].astype(str).ravel().tolist()
-                else:
-                    model, feature = rest.split("/")
-                    stored[modality][model, feature] = torch.from_numpy(arrays[name]).float()
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; save one with --features") from error
-    except Exception as error:  # the readers raise anything when a file is damaged
-        raise InputError(
-            f"{path}: is no file of features ({type(error).__name__}); it needs the arrays visible/paths, "
-            "visible/MODEL/FEATURE, and the same of infrared, as --features writes them"
-        ) from error
-    widths = [
-        {name: list(values.shape[1:]) for name, values in arrays.items() if name != "paths"}
-        for arrays in stored.values()
-    ]
-    if not widths[0] or widths[0] != widths[1]:
-        raise InputError(f"{path}: visible features {widths[0]}, infrared {widths[1]}; give the same of both")
-    for modality, arrays in stored.items():
-        paths = arrays.pop("paths", [])
-        row = arrays["row"] = {file: i for i, file in enumerate(paths)}
-        if len(row) < len(paths):
-            twice = next(file for i, file in enumerate(paths) if row[file] != i)
-            raise InputError(f"{path}: {modality}/paths has {twice} twice; give each image once")
-        for model, feature in widths[0]:
-            values = arrays[model, feature]
-            if values.ndim != 2 or len(values) != len(row) or not (values.numel() and torch.isfinite(values).all()):
-                raise InputError(
-                    f"{path}: {modality}/{model}/{feature} is {list(values.shape)}, not [{len(row)}, C] finite "
-                    f"numbers, a row for each of {modality}/paths"
-                )
-            if not (model and feature and f"{model}{feature}".isprintable()):
-                raise InputError(f"{path}: {modality}/{model}/{feature}: give model and feature names that print")
-    check_origin(path, origin)
-    return stored, origin
-
-
-def check_origin(path, origin):
-    """Raise InputError unless the origin of features has values that the table can show; all may be missing."""
-    wanted = {
-        "dataset": lambda value: value in tuple(data_manager.DATA_PATHS),
-        "trial": lambda value: type(value) is int and value in data_manager.REGDB_TRIALS,
-        "selection": lambda value: value in ("test", "val", "none"),
-        "flipped": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
-        "checkpoint": lambda value: isinstance(value, str),
-        "data_path": lambda value: isinstance(value, str),
-    }
-    for name, value in origin.items():
-        if value is not None and not (name in wanted and wanted[name](value)):
-            raise InputError(f"{path}: the origin's {name!r} is {value!r}, which is none; --features shows how")
-
-
-def select_features(path, stored, paths, data_path, device):
-    """The features of some images, in their order and of unit length: {modality: {(model, feature): [N, C]}}."""
-    features = {}
-    for modality, files in paths.items():
-        row = stored[modality]["row"]
-        relative = [Path(os.path.relpath(file, data_path)).as_posix() for file in files]
-        if missing := [file for file in relative if file not in row]:
-            raise InputError(
-                f"{path}: has no {modality} features of {missing[0]} ({len(missing)} of {len(files)} images are "
-                "missing); save them again with the same flags, or --all"
-            )
-        rows = torch.tensor([row[file] for file in relative])
-        features[modality] = {
-            name: F.normalize(values[rows]).to(device) for name, values in stored[modality].items() if name != "row"
-        }
-    return features
 
 
 def together(embeddings):
@@ -353,15 +282,22 @@ def colour_histogram(images):
 def print_results(results, by_trial):
     """A table of means and standard deviations, each protocol's rows under a line that names it; before it, the single
     trials if asked for."""
+
+    def origin(name):
+        return ", ".join(dict.fromkeys(str(trial[name]) for row in results for trial in row["per_trial"]))
+
+    flips = {True: "yes", False: "no", None: "unknown"}
     for row in results if by_trial else []:
         if row["model"] not in BASELINES:
-            print(f"\n{describe(row)}; {row['model']} {row['feature']}, re-ranking {row['reranking']}: trial by trial")
+            print(f"\n{describe(row)}")
+            labels = f"flip {flips[row['flip_averaging']]}, re-ranking {row['reranking']}, chosen on {row['selection']}"
+            print(f"{row['model']}, {row['feature']}, {labels}:")
             for trial in row["per_trial"]:
                 print(f"trial {trial['trial']:>2}" + "".join(f"  {k} {v:6.2f}" for k, v in trial["metrics"].items()))
     print(f"\nImages: {', '.join(dict.fromkeys(row['images'] for row in results))}")
+    print(f"Checkpoint: {origin('checkpoint')} ({origin('network')})")
     print("Mean ± standard deviation over the trials, in %, by cosine similarity.")
     print("flip: features of image and mirror, averaged; chosen on: the ids that chose the epoch (none: a fixed one).")
-    flips = {True: "yes", False: "no", None: "unknown"}
     head = ["model", "feature", "flip", "re-ranking", "chosen on"]
     cells = [
         [row["model"], row["feature"], flips[row["flip_averaging"]], row["reranking"], row["selection"] or "-"]
@@ -373,18 +309,25 @@ def print_results(results, by_trial):
     for title, rows in groupby(zip(results, lines[1:], strict=True), lambda row: describe(row[0])):
         print(title)
         for row, labels in rows:
-            print(labels + "".join(f"{mean:7.2f} ±{row['std'][metric]:5.2f}" for metric, mean in row["mean"].items()))
+            print(labels + "".join(cell(row, metric) for metric in row["mean"]))
+
+
+def cell(row, metric):
+    """One number of the table: without a deviation where there is one trial only."""
+    deviation = f" ±{row['std'][metric]:5.2f}" if row["std"] else 7 * " "
+    return f"{row['mean'][metric]:7.2f}{deviation}"
 
 
 def describe(row):
     """What was searched, in words: data set, mode, direction, protocol, shots, trials, sizes."""
     count, trials = row["per_trial"][0], row["trials"]
-    parts = [data_manager.DATA_NAMES[row["dataset"]]]
-    parts += [f"{row['mode']}-search"] if row["mode"] else []
-    parts += [row["direction"], f"{row['protocol']} protocol"]
-    parts += [f"{row['shots']}-shot"] if row["shots"] else []
-    parts += [f"trial {trials[0]}" if len(trials) == 1 else f"{len(trials)} trials"]
-    return ", ".join(parts) + f": {count['queries']} queries, gallery of {count['gallery']}"
+    name = data_manager.DATA_NAMES[row["dataset"]]
+    return (
+        f"{f'demo data like {name}' if row['demo'] else name}, {data_manager.describe(row)}, "
+        f"{f'trial {trials[0]}' if len(trials) == 1 else f'{len(trials)} trials'}: {count['queries']} queries"
+        + (f" ({count['evaluated']} with a match)" if count["evaluated"] < count["queries"] else "")
+        + f", gallery of {count['gallery']}"
+    )
 
 
 if __name__ == "__main__":

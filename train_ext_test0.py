@@ -26,6 +26,7 @@ from utils import (
     find_checkpoint,
     load_checkpoint,
     number,
+    read_json_lines,
     save_checkpoint,
     seed_everything,
     select_device,
@@ -112,8 +113,7 @@ def get_args_parser():
 def main(argv=None):
     """Returns {"best", "last", "log": paths; "metrics": the best epoch's}."""
     args = get_args_parser().parse_args(argv)
-    if args.select == "val" and args.dataset != "sysu":
-        raise InputError(f"--select val: --dataset {args.dataset} has no validation ids; use a fixed epoch, ..._last.t")
+    check_flags(args)
     device = select_device(args.gpu)
     seed_everything(args.seed)
     name = run_name(args)
@@ -123,7 +123,12 @@ def main(argv=None):
     if checkpoints["last"].exists() and not (resumed_path and checkpoints["last"].samefile(resumed_path)):
         raise InputError(
             f"{checkpoints['last']}: is there already; go on with --resume {checkpoints['last'].name}, "
-            "choose another --model_path, or remove it"
+            "choose another --model_path and --log_path, or remove it"
+        )
+    log_folder = Path(args.log_path) / f"{args.dataset}_log"
+    if not resumed_path and read_json_lines(log_folder / f"{name}.jsonl"):
+        raise InputError(
+            f"{log_folder / name}.jsonl: is the log of an earlier run; choose another --log_path, or remove it"
         )
     data_path = args.data_path or data_manager.DATA_PATHS[args.dataset]
     size = (args.img_h, args.img_w)
@@ -155,7 +160,7 @@ def main(argv=None):
     first_epoch, best = 0, {"Rank-1": -1.0}
     if resumed_path:
         first_epoch, best = resume(resumed_path, args, net, optimizer)
-    log = RunLog(Path(args.log_path) / f"{args.dataset}_log", name, resumed_epoch=first_epoch - 1)
+    log = RunLog(log_folder, name, resumed_epoch=first_epoch - 1)
     log.text(f"{name}\n{json.dumps(vars(args))}")
     log.text(
         f"{data.num_classes} identities, {data.num_images[0]} visible and {data.num_images[1]} infrared images, "
@@ -165,7 +170,7 @@ def main(argv=None):
         "test": f"trial {search.setting['trial']} of the TEST set, as published: an optimistic choice",
         "val": f"trial {search.setting['trial']} of the VALIDATION ids, which are not trained on",
     }[args.select]
-    log.text(f"The best epoch is chosen by Rank-1 (FC), {search.setting['direction']}, on {chosen_on}.")
+    log.text(f"The best epoch is chosen by Rank-1 (FC), {data_manager.describe(search.setting)}, on {chosen_on}.")
 
     for epoch in range(first_epoch, args.epochs):
         # Seeded anew each epoch (the plain seed was the network's), so that a resumed run draws as an unbroken one.
@@ -184,7 +189,8 @@ def main(argv=None):
         if epoch % args.eval_every == 0 or epoch == args.epochs - 1:
             embed = engine.network_embedding(net, device, normalise, args.amp)
             features = {m: engine.extract(embed, loader, m, f"test {m}") for m, loader in eval_loaders.items()}
-            scores = {feature: metrics for (feature, _), metrics in engine.run_search(features, search).items()}
+            scores, _ = engine.run_search(features, search)
+            scores = {feature: metrics for (feature, _), metrics in scores.items()}
             entry |= {f"{feature}/{metric}": value for feature, s in scores.items() for metric, value in s.items()}
             line += "".join(f"  {metric} {scores['FC'][metric]:.2f}" for metric in ("Rank-1", "mAP", "mINP"))
             improved = scores["FC"]["Rank-1"] > best["Rank-1"]
@@ -208,6 +214,16 @@ def main(argv=None):
         "log": str(log.json_path),
         "metrics": best,
     }
+
+
+def check_flags(args):
+    """Raise InputError for flags that the data set has no use for."""
+    if args.dataset != "sysu" and args.select == "val":
+        raise InputError(f"--select val: --dataset {args.dataset} has no validation ids; use a fixed epoch, ..._last.t")
+    if args.dataset != "sysu" and args.mode != "all":
+        raise InputError(f"--mode {args.mode}: is SYSU-MM01's; leave it out with --dataset {args.dataset}")
+    if args.dataset != "regdb" and args.trial != 1:
+        raise InputError(f"--trial {args.trial}: is RegDB's; leave it out with --dataset {args.dataset}")
 
 
 def build_optimizer(net, optim, lr):

@@ -24,8 +24,13 @@ class InputError(ValueError):
 
 def cli(main):
     """Run a script's `main`: an `InputError` becomes one line on stderr and exit status 2, without a traceback."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal without a letter for ± shows a question mark
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough; what Python writes when it ends goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except InputError as error:
         sys.exit(_one_line_exit(Path(sys.argv[0]).name, error))
     except KeyboardInterrupt:

@@ -63,7 +63,7 @@ def test_sysu_layout(sysu):
     assert set(everybody) <= set(range(1, 534))
     assert max(everybody) > 20  # with holes
 
-    expected, cameras = {f"exp/{name}_id.txt" for name in parts} | {"exp/rand_perm_cam.mat"}, {}
+    expected, cameras = {f"exp/{name}_id.txt" for name in parts} | {"exp/rand_perm_cam.mat", "demo.txt"}, {}
     for identity in everybody:
         cameras[identity] = {camera for camera in range(1, 7) if (sysu / f"cam{camera}/{identity:04d}").exists()}
         assert cameras[identity] & {1, 2, 4, 5}
@@ -117,7 +117,7 @@ def test_like_has_every_person_camera_count(like):
         for (camera, identity), count in counts.items()
         for number in range(1, count + 1)
     }
-    lists = {"exp/rand_perm_cam.mat", "exp/train_id.txt", "exp/val_id.txt", "exp/test_id.txt"}
+    lists = {"demo.txt", "exp/rand_perm_cam.mat", "exp/train_id.txt", "exp/val_id.txt", "exp/test_id.txt"}
     assert set(files(tree)) == names | lists
     assert (tree / "exp/rand_perm_cam.mat").read_bytes() == (folder / "rand_perm_cam.mat").read_bytes()
     # 9 is seen in visible light only and 12 in infrared only: in no list.
@@ -144,7 +144,10 @@ def test_llcm_layout(tmp_path):
     tree = make(tmp_path / "llcm", layout="llcm", ids=9)
     test_ids = [int(word) for word in (tree / "idx/test_id.txt").read_text().split(",")]
     assert len(test_ids) == 3
-    everything, owners = set(files(tree)) - {"idx/train_vis.txt", "idx/train_nir.txt", "idx/test_id.txt"}, {}
+    everything, owners = (
+        set(files(tree)) - {"demo.txt", "idx/train_vis.txt", "idx/train_nir.txt", "idx/test_id.txt"},
+        {},
+    )
     for kind in ("vis", "nir"):
         lines = [line.split() for line in (tree / f"idx/train_{kind}.txt").read_text().splitlines()]
         assert {path for path, _ in lines} == {name for name in everything if name.startswith(f"train_{kind}/")}
@@ -187,7 +190,7 @@ def test_regdb_layout(regdb):
         for spectrum in spectra for identity in range(1, 6) for number in range(1, 11)
     }  # fmt: skip
     lists = {f"idx/{part}_{kind}_{trial}.txt" for part in parts for kind in spectra for trial in trials}
-    assert set(files(regdb)) == images | lists
+    assert set(files(regdb)) == images | lists | {"demo.txt"}
     for name in sorted(images)[::17]:
         with Image.open(regdb / name) as image:
             assert (image.format, image.mode, image.size) == ("BMP", "RGB", (64, 128))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from eval_metrics import eval_regdb, eval_sysu
+import eval_metrics
+from eval_metrics import CosineDistances, eval_regdb, eval_sysu
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "metrics.npz")
 GOLDEN_CASES = sorted({key.split("/")[0] for key in GOLDEN.files})
@@ -248,3 +249,48 @@ def test_no_query_with_a_match(problem, evaluate, keys):
     problem["q_pids"] = problem["q_pids"] + 10_000
     with pytest.raises(ValueError, match=ANY_MESSAGE):
         evaluate(*(problem[key] for key in keys))
+
+
+@each_protocol
+def test_count_is_that_of_the_queries_with_a_match(evaluate, keys):
+    for seed in range(50):
+        problem = random_problem(seed)
+        visible = np.ones(problem["distmat"].shape, bool)
+        if "q_camids" in keys:
+            visible = ~((problem["q_camids"][:, None] == 3) & (problem["g_camids"] == 2))
+        expected = (visible & (problem["q_pids"][:, None] == problem["g_pids"])).any(axis=1).sum()
+        *results, count = evaluate(*(problem[key] for key in keys), return_count=True)
+        assert count == expected
+        for value, reference in zip(results, evaluate(*(problem[key] for key in keys)), strict=True):
+            np.testing.assert_array_equal(value, reference)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_chunks_change_nothing(chunk, monkeypatch):
+    problem = random_problem(8)
+    whole = evaluate_both(problem)
+    monkeypatch.setattr(eval_metrics, "CHUNK", chunk)
+    for value, reference in zip(evaluate_both(problem), whole, strict=True):
+        np.testing.assert_allclose(value, reference, rtol=1e-12)
+
+
+def test_straight_from_features():
+    rng = np.random.default_rng(0)
+    query, gallery = (torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=(n, 16)))) for n in (40, 90))
+    labels = rng.integers(0, 9, 40), rng.integers(0, 9, 90), rng.choice([3, 6], 40), rng.choice([1, 2, 4, 5], 90)
+    lazy = CosineDistances(query, gallery)
+    assert_metrics_close(eval_sysu(lazy, *labels), naive_metrics(-(query @ gallery.T).numpy(), *labels))
+    assert_metrics_close(eval_regdb(lazy, *labels[:2]), naive_metrics(-(query @ gallery.T).numpy(), *labels[:2]))
+    with pytest.raises(ValueError, match="do not fit"):
+        eval_regdb(lazy, labels[0][:-1], labels[1])
+
+
+@pytest.mark.gpu
+@each_protocol
+def test_on_the_gpu(evaluate, keys):
+    for seed in range(20):
+        problem = random_problem(seed)
+        expected = evaluate(*(problem[key] for key in keys))
+        problem["distmat"] = torch.from_numpy(problem["distmat"]).cuda()
+        for value, reference in zip(evaluate(*(problem[key] for key in keys)), expected, strict=True):
+            np.testing.assert_allclose(value, reference, rtol=1e-12)

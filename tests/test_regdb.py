@@ -30,7 +30,7 @@ def test_regdb_trains_and_tests_in_both_directions(regdb_runs, regdb_tree):
     common += ["--model_path", str(regdb_runs), "--resume", REGDB_NAME.format(trial=1)]
     both = testa.main([*common, "--all"])
     assert {row["direction"] for row in both} == {"visible to thermal", "thermal to visible"}
-    assert all(row["trials"] == [1] for row in both)
+    assert all(row["trials"] == [1] and row["std"] is None for row in both)
     for direction, flag in (("visible to thermal", []), ("thermal to visible", ["--tvsearch"])):
         alone = testa.main([*common, *flag])
         assert alone == [row for row in both if row["direction"] == direction]
@@ -69,7 +69,7 @@ def test_regdb_trial_must_be_the_checkpoint_s(regdb_runs, regdb_tree):
     common = ["--dataset", "regdb", "--data_path", str(regdb_tree), "--gpu", "cpu", "--model_path", str(regdb_runs)]
     with pytest.raises(InputError, match="trial 2"):
         testa.main([*common, "--resume", REGDB_NAME.format(trial=2), "--trial", "1"])
-    with pytest.raises(InputError, match=r"trial_3_best\.t"):
+    with pytest.raises(InputError, match=r"trial_3_best\.t: no such file; of the ten there are those of trial 1, 2"):
         testa.main([*common, "--resume", REGDB_NAME])
 
 

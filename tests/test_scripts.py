@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import data_manager
+import feature_store
 import re_rank
 import testa
 import train_ext_test0
@@ -119,6 +121,11 @@ def test_run_of_the_same_name_is_not_overwritten(trained, sysu_tree):
     for more in (["--alpha", "2"], ["--epochs", "1"]):
         with pytest.raises(InputError, match=r"_last\.t: is there already; go on with --resume"):
             train_ext_test0.main(flags(sysu_tree, out, *more))
+    log = (out / "log" / "sysu_log").glob("*.jsonl")
+    logged = {file: file.read_bytes() for file in log}
+    with pytest.raises(InputError, match=r"\.jsonl: is the log of an earlier run; choose another --log_path"):
+        train_ext_test0.main(flags(sysu_tree, out, "--model_path", str(out / "other")))
+    assert logged == {file: file.read_bytes() for file in logged}
     assert before == {file: file.read_bytes() for file in (out / "models").iterdir()}
 
 
@@ -186,7 +193,10 @@ def test_table_is_what_a_plain_loop_over_files_gives(trained, sysu_tree, tmp_pat
     assert json.loads(out.read_text())["results"] == rows
     assert [row["feature"] for row in rows] == ["POOL", "FC"]
     printed = capsys.readouterr().out
-    assert "SYSU-MM01, indoor-search, infrared to visible, seeded protocol, 1-shot, 10 trials" in printed
+    assert "demo data like SYSU-MM01, indoor-search, infrared to visible, seeded protocol, 1-shot, 10 trials" in printed
+    assert (
+        f"Checkpoint: {result['best']} (adp, resnet18, 96x48, epoch {torch.load(result['best'])['epoch']})" in printed
+    )
 
     embed = plain_embedding(result["best"])
     query, q_ids, q_cameras = data_manager.process_query_sysu(sysu_tree)
@@ -197,6 +207,8 @@ def test_table_is_what_a_plain_loop_over_files_gives(trained, sysu_tree, tmp_pat
         cmc, mean_ap, mean_inp = eval_sysu(distances, q_ids, g_ids, q_cameras, g_cameras)
         found = rows[1]["per_trial"][trial]
         assert (found["queries"], found["gallery"]) == distances.shape
+        seen = (q_ids[:, None] == g_ids) & ~((q_cameras[:, None] == 3) & (g_cameras == 2))
+        assert found["evaluated"] == seen.any(axis=1).sum()
         assert found["metrics"]["Rank-1"] == pytest.approx(100 * cmc[0], abs=1e-6)
         assert found["metrics"]["Rank-20"] == pytest.approx(100 * cmc[19], abs=1e-6)
         assert found["metrics"]["mAP"] == pytest.approx(100 * mean_ap, abs=1e-3)
@@ -235,6 +247,20 @@ def test_every_protocol_alone_gives_its_rows_of_the_whole_table(trained, sysu_tr
         title = f"SYSU-MM01, {mode}-search, infrared to visible, {protocol} protocol, {shots}-shot, 10 trials"
         assert title in capsys.readouterr().out
         assert title in whole
+
+
+def test_queries_without_a_match_are_not_counted_as_asked(trained, sysu_tree, tmp_path, capsys):
+    result, _ = trained
+    tree = tmp_path / "tree"
+    shutil.copytree(sysu_tree, tree)
+    _, ids, _ = data_manager.process_query_sysu(tree)
+    for camera in (1, 2):
+        shutil.rmtree(tree / f"cam{camera}" / f"{ids[0]:04d}", ignore_errors=True)
+    common = ["--data_path", str(tree), "--gpu", "cpu", "--resume", result["best"]]
+    (row, _) = testa.main([*common, "--mode", "indoor"])
+    answered = len(ids) - (ids == ids[0]).sum()
+    assert {(trial["queries"], trial["evaluated"]) for trial in row["per_trial"]} == {(len(ids), answered)}
+    assert f"{len(ids)} queries ({answered} with a match), gallery of" in capsys.readouterr().out
 
 
 def test_official_protocol_is_left_out_aloud(trained, sysu_tree, tmp_path, capsys):
@@ -327,26 +353,31 @@ def test_features_of_another_project(sysu_tree, tmp_path):
         return lambda arrays: arrays.update(origin=np.array(json.dumps(values)))
 
     assert f"has {arrays['visible/paths'][2]} twice" in damaged(an_image_twice)
-    assert "[400]}, infrared {('mine', 'embedding'): [7]}" in damaged(
+    assert "{'mine/embedding': 400}, of infrared {'mine/embedding': 7}" in damaged(
         lambda arrays: arrays.update({"infrared/mine/embedding": arrays["infrared/mine/embedding"][:, :7]})
     )
     for name in ("visible", "infrared"):
         arrays[f"{name}/mine/two\nlines"] = arrays[f"{name}/mine/embedding"]
     np.savez(file, **arrays)
-    assert "names that print" in damaged(lambda arrays: None)
+    assert "'visible/mine/two\\nlines' is no visible/MODEL/FEATURE" in damaged(lambda arrays: None)
     for name in ("visible", "infrared"):
         del arrays[f"{name}/mine/two\nlines"]
     np.savez(file, **arrays)
-    for wrong in ({"flipped": "FC"}, {"selection": 3}, {"trial": "1"}, {"dataset": "market"}, {"data_path": []}):
-        assert repr(next(iter(wrong))) in damaged(origin(**wrong))
-    assert "no file of features" in damaged(lambda arrays: arrays.update(origin=np.array("[1, 2]")))
+    wrong = [{"flipped": "FC"}, {"selection": 3}, {"trial": "1"}, {"dataset": "market"}, {"data_path": []}]
+    for said in (*wrong, {"selektion": "val"}):
+        assert repr(next(iter(said))) in damaged(origin(**said))
+    assert "origin is [1, 2]" in damaged(lambda arrays: arrays.update(origin=np.array("[1, 2]")))
     missing = arrays["infrared/paths"][0]
     assert f"no infrared features of {missing} (1 of" in damaged(last_image_gone)
-    assert "not [" in damaged(not_finite)
+    assert "row 3 of visible/mine/embedding is zero or not finite" in damaged(not_finite)
     assert "give the same of both" in damaged(lambda arrays: arrays.pop("visible/mine/embedding"))
-    assert "visible/mine/embedding is" in damaged(lambda arrays: arrays.pop("visible/paths"))
-    assert "no file of features" in damaged(lambda arrays: arrays.update(weights=np.ones(3)))
-    assert "no file of features" in damaged(lambda arrays: arrays.update({"visible/paths": np.array([None, {}])}))
+    assert "no array visible/paths" in damaged(lambda arrays: arrays.pop("visible/paths"))
+    assert "'weights' is no visible/MODEL/FEATURE" in damaged(lambda arrays: arrays.update(weights=np.ones(3)))
+    assert "without pickles" in damaged(lambda arrays: arrays.update({"visible/paths": np.array([None, {}])}))
+    for values in (arrays["visible/mine/embedding"][:-1], arrays["visible/mine/embedding"].astype(complex), np.ones(4)):
+        assert "not numbers [" in damaged(
+            lambda arrays, values=values: arrays.update({"visible/mine/embedding": values})
+        )
 
     np.savez(file, **arrays, origin=np.array(json.dumps({"flipped": ["embedding"], "selection": "val"})))
     (row,) = testa.main(["--data_path", str(sysu_tree), "--from_features", str(file), "--gpu", "cpu"])
@@ -365,7 +396,7 @@ def test_damaged_features_are_one_line(sysu_tree, tmp_path):
     for position in range(len(whole)):
         (tmp_path / "bad.npz").write_bytes(whole[:position] + bytes([whole[position] ^ 0x55]) + whole[position + 1 :])
         with contextlib.suppress(InputError):
-            testa.load_features(tmp_path / "bad.npz")
+            feature_store.load_features(tmp_path / "bad.npz")
             read += 1
     assert read < len(whole) / 2
 
@@ -495,6 +526,8 @@ def test_files_without_weights_are_refused(sysu_tree, tmp_path, content):
         ("testa.py", ["--resume", "x.t", "--dataset", "regdb", "--mode", "indoor"], ["--mode", "regdb"]),
         ("testa.py", ["--resume", "x.t", "--features", "f_{trial}.npz"], ["{trial}", "sysu"]),
         ("testa.py", ["--resume", "x.t", "--features", "./x.t"], ["x.t, ./x.t", "twice"]),
+        ("train_ext_test0.py", ["--dataset", "llcm", "--mode", "indoor"], ["--mode indoor", "SYSU-MM01"]),
+        ("train_ext_test0.py", ["--trial", "2"], ["--trial 2", "RegDB"]),
         ("testa.py", ["--resume", "x.t", "--features", "o", "--json", "o"], ["x.t, o, o", "twice"]),
         ("testa.py", ["--resume", "x.t", "--trial", "2"], ["--trial", "RegDB"]),
         (
@@ -502,9 +535,10 @@ def test_files_without_weights_are_refused(sysu_tree, tmp_path, content):
             ["--data_path", "nowhere"],
             ["nowhere/train_rgb_resized_img.npy", "pre_process_sysu.py"],
         ),
-        ("train_ext_test0.py", ["--dataset", "regdb", "--data_path", "nowhere"], ["nowhere/idx/train_visible_1.txt"]),
+        ("train_ext_test0.py", ["--dataset", "regdb", "--data_path", "nowhere"], ["nowhere: no such folder"]),
         ("train_ext_test0.py", ["--lr", "nan"], ["--lr", "nan"]),
-        ("pre_process_sysu.py", ["--data_path", "nowhere"], ["nowhere/exp/train_id.txt"]),
+        ("pre_process_sysu.py", ["--data_path", "nowhere"], ["nowhere: no such folder", "--data_path"]),
+        ("pre_process_sysu.py", ["--data_path", "."], ["exp/train_id.txt"]),
         ("demo_data.py", ["--out", ".", "--ids", "0"], ["--ids"]),
     ],
 )
@@ -514,6 +548,24 @@ def test_bad_input_is_one_line_and_status_2(script, arguments, words, tmp_path):
     assert result.stderr.count("\n") == 1
     assert all(word in result.stderr for word in words)
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+
+
+def test_table_can_be_cut_off_and_needs_no_unicode(trained, sysu_tree, tmp_path):
+    result, _ = trained
+    command = [sys.executable, REPO / "testa.py", "--data_path", sysu_tree, "--resume", result["best"], "--gpu", "cpu"]
+    env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": "1"}
+    whole = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert whole.returncode == 0
+    assert whole.stderr == ""
+    assert "Mean ? standard deviation" in whole.stdout
+
+    reader = subprocess.Popen(["head", "-c", "1"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    cut = subprocess.Popen(
+        [*command, "--json", tmp_path / "r.json"], stdout=reader.stdin, stderr=subprocess.PIPE, env=env
+    )
+    reader.stdin.close()
+    assert cut.communicate()[1] == b""
+    assert json.loads((tmp_path / "r.json").read_text())["results"]
 
 
 def test_weights_that_cannot_be_had_say_what_to_do(sysu_tree, tmp_path, monkeypatch):
