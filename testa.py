@@ -230,15 +230,20 @@ def searches(args, data_path, trial):
         return data_manager.regdb_test(data_path, trial, directions)
     if args.dataset == "llcm":
         return data_manager.llcm_test(data_path, directions)
-    if not args.all:
-        return data_manager.sysu_test(data_path, [args.mode], [args.protocol], [args.shots])
-    protocols = data_manager.SYSU_PROTOCOLS
-    if not (file := data_manager.permutations_file(data_path)).is_file():
+    modes, protocols, shots = [args.mode], [args.protocol], [args.shots]
+    if args.all:
+        modes, protocols, shots = data_manager.SYSU_VISIBLE, data_manager.SYSU_PROTOCOLS, data_manager.SYSU_SHOTS
+    if args.all and not (file := data_manager.permutations_file(data_path)).is_file():
         print(
             f"note: no {file}, so without the official protocol (its authors publish it: github.com/wuancong/SYSU-MM01)"
         )
         protocols = ["seeded"]
-    return data_manager.sysu_test(data_path, data_manager.SYSU_VISIBLE, protocols, data_manager.SYSU_SHOTS)
+    test = data_manager.sysu_test(data_path, modes, protocols, shots)
+    seen = {camera for search in test.searches for images in search[1:] for camera in images.cameras.tolist()}
+    wanted = {*data_manager.SYSU_INFRARED, *(camera for mode in modes for camera in data_manager.SYSU_VISIBLE[mode])}
+    if absent := sorted(wanted - seen):
+        print(f"warning: {data_path}: no test id has an image of camera {', '.join(map(str, absent))}")
+    return test
 
 
 def together(embeddings):

@@ -263,6 +263,15 @@ def test_queries_without_a_match_are_not_counted_as_asked(trained, sysu_tree, tm
     assert f"{len(ids)} queries ({answered} with a match), gallery of" in capsys.readouterr().out
 
 
+def test_a_camera_without_images_is_named(trained, sysu_tree, tmp_path, capsys):
+    result, _ = trained
+    tree = tmp_path / "tree"
+    shutil.copytree(sysu_tree, tree, ignore=shutil.ignore_patterns("cam6", "cam5"))
+    for mode, absent in (("all", "5, 6"), ("indoor", "6")):
+        testa.main(["--data_path", str(tree), "--gpu", "cpu", "--resume", result["best"], "--mode", mode])
+        assert f"no test id has an image of camera {absent}\n" in capsys.readouterr().out
+
+
 def test_official_protocol_is_left_out_aloud(trained, sysu_tree, tmp_path, capsys):
     result, _ = trained
     tree = tmp_path / "tree"
