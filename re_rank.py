@@ -26,15 +26,16 @@ def k_reciprocal(query, gallery, k1=20, k2=6, lambda_value=0.3):
     queries, total = len(query), len(features)
     norms = features.square().sum(dim=1)
 
-    def distances(rows):
-        return (norms[rows, None] + norms - 2 * features[rows] @ features.T).clamp_min(0)
+    def distances(rows, columns):
+        products = features[rows] @ features[columns].T
+        return products.mul_(-2).add_(norms[rows, None]).add_(norms[columns]).clamp_min_(0)
 
     def blocks(count, rows):
         return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
 
     nearest, farthest = [], []
     for rows in blocks(total, max(1, BLOCK // total)):
-        block = distances(rows)
+        block = distances(rows, slice(None))
         nearest.append(block.topk(min(max(k1 + 1, k2), total), largest=False).indices)
         farthest.append(block.amax(dim=1))
     nearest = torch.cat(nearest).cpu().numpy()
@@ -46,10 +47,11 @@ def k_reciprocal(query, gallery, k1=20, k2=6, lambda_value=0.3):
     shared.eliminate_zeros()
     described = (neighbours + shared @ close).tocsr()
     row = np.repeat(np.arange(total), np.diff(described.indptr))
-    for rows in blocks(total, max(1, BLOCK // total)):
+    for rows in blocks(total, 64):  # images in a row of the list tend to have the same neighbours
         part = slice(described.indptr[rows.start], described.indptr[rows.stop])
-        weights = torch.exp(-distances(rows) / farthest[rows, None]).cpu().numpy()
-        described.data[part] = weights[row[part] - rows.start, described.indices[part]]
+        columns, place = np.unique(described.indices[part], return_inverse=True)
+        block = distances(rows, torch.from_numpy(columns).to(features.device)) / farthest[rows, None]
+        described.data[part] = torch.exp(-block).cpu().numpy()[row[part] - rows.start, place]
     described.data /= described.sum(axis=1)[row]
     if k2 > 1:
         described = _indicator(nearest[:, :k2]) @ described / min(k2, total)
@@ -60,7 +62,7 @@ def k_reciprocal(query, gallery, k1=20, k2=6, lambda_value=0.3):
     for rows in blocks(queries, max(1, BLOCK // max(total, met))):
         overlap = torch.from_numpy(_overlap(asked[rows], searched))
         jaccard = 1 - overlap / (2 - overlap)
-        original = (distances(rows) / farthest[rows, None])[:, queries:].cpu()
+        original = (distances(rows, slice(queries, None)) / farthest[rows, None]).cpu()
         result[rows] = ((1 - lambda_value) * jaccard + lambda_value * original).float()
     return result.to(features.device) if torch.is_tensor(query) else result.numpy()
 
