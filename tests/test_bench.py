@@ -1,13 +1,18 @@
-"""bench.py counts what it says it counts."""
+"""bench.py counts what it says it counts, and its baselines compute what ours do."""
 
 import json
 import shutil
 
 import numpy as np
+import pytest
+import torch
 
 import bench
 import data_manager
 from conftest import SIZE
+from eval_metrics import eval_regdb, eval_sysu
+from loss import aligned_distance
+from test_eval_metrics import REGDB_KEYS, assert_metrics_close, random_problem
 
 
 def test_data(sysu_tree, tmp_path, capfd):
@@ -29,3 +34,27 @@ def test_data(sysu_tree, tmp_path, capfd):
     assert figures["epoch_inputs"] == figures["epoch_steps"] * 4 * 2 * 3
     assert 0 < figures["prepare_peak_above_imports_gib"] < figures["prepare_peak_gib"] < 4
     assert f"prepared {sum(images.values())} images" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("plain", [bench.plain_metrics, bench.lean_metrics])
+def test_plain_measures(plain):
+    for seed in range(50):
+        problem = random_problem(seed)
+        assert_metrics_close(plain(*problem.values()), eval_sysu(*problem.values()))
+        regdb = [problem[key] for key in REGDB_KEYS]
+        assert_metrics_close(plain(*regdb), eval_regdb(*regdb))
+
+
+def test_plain_walk():
+    x, y = torch.randn(2, 40, 5, 8)
+    plain = [bench.plain_aligned_distance(*pair) for pair in zip(x, y, strict=True)]
+    torch.testing.assert_close(torch.stack(plain), aligned_distance(x, y))
+
+
+@pytest.mark.parametrize(("command", "sizes"), [("loss", []), ("rerank", ["--queries", "90", "--gallery", "40"])])
+def test_comparisons(command, sizes, tmp_path, capsys):
+    file = tmp_path / "out.json"
+    figures = bench.main([command, *sizes, "--gpu", "cpu", "--repeats", "1", "--json", str(file)])
+    assert json.loads(file.read_text()) == figures
+    assert figures["ratio"] == pytest.approx(figures["baseline_seconds"] / figures["ours_seconds"])
+    assert f"{figures['ratio']:.1f} x" in capsys.readouterr().out
