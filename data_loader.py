@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data_manager import read_ids, read_list, relabel
-from utils import InputError, atomic, progress
+from utils import InputError, atomic, progress, rank, rank_by_rank, ranks
 
 PREPARE_BLOCK = 1024  # images decoded between two flushes of the memory map
 
@@ -137,12 +137,13 @@ def _cached_images(data_path, name, paths, size):
             raise InputError(f"{path}: no such image; check the idx lists and --data_path") from error
         digest.update(f"{Path(path).relative_to(data_path)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     file = folder / f"{name}_{digest.hexdigest()[:16]}.npy"
-    if not file.exists():
-        with atomic(file) as temporary:
-            write_images(paths, size, temporary, desc=f"decoding {name}")
-        for other in folder.glob(f"{name}_*.npy"):
-            if other != file:
-                other.unlink()
+    with rank_by_rank():
+        if not file.exists():
+            with atomic(file) as temporary:
+                write_images(paths, size, temporary, desc=f"decoding {name}")
+            for other in folder.glob(f"{name}_*.npy"):
+                if other != file:
+                    other.unlink()
     return np.load(file, mmap_mode="r", allow_pickle=False)
 
 
@@ -151,12 +152,16 @@ class IdentitySampler(Sampler):
 
     Yields (visible indices, infrared indices), two int64 arrays [batch_size * num_pos] whose labels agree position by
     position. A batch's identities differ. An epoch has max(visible, infrared) // (batch_size * num_pos) batches, as
-    published, and its draws depend on the seed and on `set_epoch` only.
+    published, and its draws depend on the seed and on `set_epoch` only. Of several ranks, all draw the same batches and
+    each yields the share of its own identities.
 
-    Raises InputError when fewer than `batch_size` identities have images of both modalities.
+    Raises InputError when fewer than `batch_size` identities have images of both modalities, or when the ranks cannot
+    share them evenly.
     """
 
     def __init__(self, data, batch_size, num_pos, seed):
+        if batch_size % ranks():
+            raise InputError(f"--batch_size {batch_size}: {ranks()} ranks cannot share it evenly; take a multiple")
         both = np.intersect1d(data.visible_labels, data.infrared_labels)
         both = both[both >= 0]
         if len(both) < batch_size:
@@ -180,7 +185,7 @@ class IdentitySampler(Sampler):
         for _ in range(self.steps):
             chosen = rng.choice(len(self.visible), self.batch_size, replace=False)
             yield tuple(
-                np.concatenate([rng.choice(images[i], self.num_pos) for i in chosen])
+                np.concatenate([rng.choice(images[i], self.num_pos) for i in chosen][rank() :: ranks()])
                 for images in (self.visible, self.infrared)
             )
 
@@ -230,8 +235,10 @@ def train_loader(data, sampler, workers):
 
 
 def eval_loader(paths, size, batch_size, workers):
-    """Batches uint8 [B, 3, H, W] of the files, in their order."""
-    return DataLoader(ImageFiles(paths, size), batch_size=batch_size, **_worker_options(workers))
+    """Batches uint8 [B, 3, H, W] of the files, in their order; the ranks take turns."""
+    batch_size = min(batch_size, -(-len(paths) // ranks()))  # a batch for each rank at least
+    batches = torch.arange(len(paths)).split(batch_size)[rank() :: ranks()]
+    return DataLoader(ImageFiles(paths, size), batch_sampler=[b.tolist() for b in batches], **_worker_options(workers))
 
 
 def _worker_options(workers):

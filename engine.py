@@ -8,14 +8,15 @@ import torch.nn.functional as F
 
 import re_rank
 from eval_metrics import CosineDistances, eval_llcm, eval_regdb, eval_sysu
-from utils import InputError, autocast, progress
+from utils import InputError, autocast, progress, ranks, sum_over_ranks
 
 RANKS = (1, 5, 10, 20)
 LOG_STEPS = 10  # steps between two readings of the losses: each reading waits for the device
 
 
 def train_epoch(net, criterion, optimizer, loader, augment, device, amp="off", desc="train"):
-    """One pass over `loader` -> the epoch's mean losses, `correct`, `seconds` and `images_per_second` (network inputs).
+    """One pass over `loader` -> the epoch's mean losses, `correct`, `seconds` and `images_per_second` (network inputs
+    of all ranks).
 
     augment: uint8 (visible, infrared) on the device -> the two inputs of `net`; criterion(output, labels) -> a named
     tuple of scalar tensors whose `total` is minimised.
@@ -39,11 +40,12 @@ def train_epoch(net, criterion, optimizer, loader, augment, device, amp="off", d
             if step % LOG_STEPS == 0:
                 means = dict(zip(losses._fields, (totals / step).tolist(), strict=True))
                 bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
+    totals = sum_over_ranks(totals) / ranks()
     means = dict(zip(losses._fields, (totals / step).tolist(), strict=True))
     if not np.isfinite(means["total"]):
         raise InputError(f"the loss is {means['total']} in '{desc}': lower --lr, or start from --weights imagenet")
     seconds = time.perf_counter() - start
-    return {**means, "seconds": round(seconds, 3), "images_per_second": round(images / seconds, 1)}
+    return {**means, "seconds": round(seconds, 3), "images_per_second": round(ranks() * images / seconds, 1)}
 
 
 def network_embedding(net, device, preprocess, amp="off"):
@@ -72,6 +74,12 @@ def extract(embed, loader, modality, desc):
     """
     batches = [embed(images, modality) for images in progress(loader, desc=desc, unit="batch", leave=False)]
     features = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    if ranks() > 1:  # each has some rows, and all get all
+        rows = [row for batch in loader.batch_sampler for row in batch]
+        for name, values in features.items():
+            features[name] = values.new_zeros(len(loader.dataset), values.shape[1])
+            features[name][rows] = values
+            sum_over_ranks(features[name])
     for name, values in features.items():
         if not torch.isfinite(values).all():
             raise InputError(

@@ -7,20 +7,33 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+
+from utils import full_precision
 
 EXPONENT_LIMIT = 44.0  # published: the squared triplet's exponent is clamped here
 
 
-def pairwise_distance(x):
-    """Euclidean distances [N, N] of features [N, C], in float32; squared distances below 1e-12 count as 1e-12.
+def euclidean(x, y):
+    """Euclidean distances [..., N, M] of x [..., N, C] and y [..., M, C], at least in float32; squared distances below
+    1e-12 count as 1e-12.
 
-    Differences are formed before they are squared: unlike |x|^2 + |y|^2 - 2xy this keeps its digits for near
-    features, and is not touched by TF32.
+    |x|^2 + |y|^2 - 2xy in float64: many times faster than forming all differences, and it keeps the digits of near
+    features, which float32 (and TF32 all the more) would cancel.
     """
-    x = x.float()
-    return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").clamp_min(1e-6)
+    wide = x.double()
+    other = wide if y is x else y.double()
+    norms = torch.linalg.vecdot(wide, wide)
+    others = norms if y is x else torch.linalg.vecdot(other, other)
+    squared = norms[..., :, None] + others[..., None, :] - 2 * (wide @ other.mT)
+    return squared.clamp_min(1e-12).sqrt().to(full_precision(x).dtype)
+
+
+def pairwise_distance(x):
+    """`euclidean` of features [N, C] among each other: [N, N]."""
+    return euclidean(x, x)
 
 
 def same_identity(labels):
@@ -144,32 +157,38 @@ def aligned_distance(x, y):
         raise ValueError(
             f"aligned_distance needs two [N, P, C] of one shape, not {tuple(x.shape)} and {tuple(y.shape)}"
         )
-    n, p, _ = x.shape
-    squared = (x.float()[:, :, None] - y.float()[:, None]).square().sum(dim=3)
-    local = (squared.clamp_min(1e-12).sqrt() / 2).tanh()
-    visits, jumps = _greedy_walk(local.detach())
-    return (local * visits).sum(dim=(1, 2)) / jumps
+    return _walked(euclidean(x, y))
+
+
+def _walked(distance):
+    """The walk of `aligned_distance` over the stripes' distances [N, P, P] -> [N]."""
+    local = (distance / 2).tanh().flatten(1)
+    visits = _greedy_walk(local.detach().view_as(distance))
+    return (local * visits).sum(dim=1) / (visits.sum(dim=1) - 1).clamp_min(1)
 
 
 def _greedy_walk(local):
-    """The walk of `aligned_distance` on D [N, P, P] -> (visited [N, P, P] as 0/1, jumps [N], at least 1)."""
+    """The entries of D [N, P, P] that the walk visits: [N, P P] as 0 or 1."""
     n, p, _ = local.shape
     index = torch.arange(p, device=local.device)
-    rows = torch.arange(n, device=local.device)
-    j = torch.zeros(n, dtype=torch.long, device=local.device)
-    k = torch.zeros_like(j)
-    visits = torch.zeros_like(local)
-    visits[:, 0, 0] = 1
+
+    def smallest_after(values):
+        """Of each entry: the smallest later one of its row, the first of equals, and where; past the end inf, stay."""
+        smallest, at = values.flip(2).cummin(dim=2)
+        smallest, at = smallest.flip(2)[:, :, 1:], (p - 1 - at).flip(2)[:, :, 1:]
+        return F.pad(smallest, (0, 1), value=math.inf), F.pad(at, (0, 1), value=p - 1)
+
+    right, right_at = smallest_after(local)
+    below, below_at = (x.mT for x in smallest_after(local.mT))
+    # Where the walk goes from each entry; from the last one it stays there.
+    onward = torch.where(right <= below, index[:, None] * p + right_at, below_at * p + index).flatten(1)
+    here = onward.new_zeros(n, 1)
+    visits = local.new_zeros(n, p * p)
+    visits[:, 0] = 1
     for _ in range(2 * (p - 1)):
-        right = local[rows, j].masked_fill(index <= k[:, None], math.inf)  # [N, P]
-        below = local[rows, :, k].masked_fill(index <= j[:, None], math.inf)
-        right_min, right_at = right.min(dim=1)
-        below_min, below_at = below.min(dim=1)
-        in_row = right_min <= below_min
-        done = (j == p - 1) & (k == p - 1)  # both minima are infinite there: stay
-        k, j = torch.where(in_row & ~done, right_at, k), torch.where(in_row | done, j, below_at)
-        visits[rows, j, k] = 1
-    return visits, (visits.sum(dim=(1, 2)) - 1).clamp_min(1)
+        here = onward.gather(1, here)
+        visits.scatter_(1, here, 1)
+    return visits
 
 
 class AlignedLocalLoss(nn.Module):
@@ -191,12 +210,32 @@ class AlignedLocalLoss(nn.Module):
             positive = distance.masked_fill(~same, -math.inf).argmax(dim=1)
             negative = distance.masked_fill(same, math.inf).argmin(dim=1)
         stripes = local.transpose(1, 2)
-        n = len(stripes)
-        # One call for both: half the steps of the walk.
-        hardest = torch.cat([positive, negative])
-        # index_select, not [hardest]: its gradient adds up in a fixed order on the CPU: runs repeat bit for bit.
-        both = aligned_distance(stripes.repeat(2, 1, 1), stripes.index_select(0, hardest))
-        return F.relu(self.margin + both[:n] - both[n:]).mean()
+        # One call for both: half the steps of the walk. index_select, not [hardest]: its gradient adds up in a fixed
+        # order on the CPU, so that runs repeat bit for bit.
+        hardest = stripes.index_select(0, torch.cat([positive, negative])).unflatten(0, (2, -1))
+        near, far = _walked(euclidean(stripes, hardest).flatten(0, 1)).chunk(2)
+        return F.relu(self.margin + near - far).mean()
+
+
+class _Gather(torch.autograd.Function):
+    """Every rank uses the rows of every rank: a row's gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, tensor)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather(tensor):
+    """Rows of all ranks, in the order of the ranks, with gradient: [N, ...] -> [ranks x N, ...]."""
+    return _Gather.apply(tensor.contiguous()) if dist.is_initialized() else tensor
 
 
 class Losses(NamedTuple):
@@ -213,7 +252,9 @@ class MethodLoss(nn.Module):
     """The loss of a `--method`: base, agw, caj or adp (GFMNet). forward(output of GFMNet, labels [N]) -> Losses.
 
     Cross-entropy of the logits + a triplet loss of the pooled features, + 0.5 x the aligned local loss for adp.
-    Everything is computed in float32, whatever precision the network ran in.
+    Everything is computed in float32, whatever precision the network ran in. Of several ranks, each takes the triplets
+    and local losses of the whole batch and the cross-entropy of its own rows: the mean gradient over the ranks, which
+    `DistributedDataParallel` takes, is then that of the whole batch.
     """
 
     LOCAL_WEIGHT = 0.5
@@ -230,10 +271,11 @@ class MethodLoss(nn.Module):
 
     def forward(self, output, labels):
         with torch.autocast(output.pooled.device.type, enabled=False):
-            identity = F.cross_entropy(output.logits.float(), labels)
-            triplet, correct = self.triplet(output.pooled, labels)
+            identity = F.cross_entropy(full_precision(output.logits), labels)
+            pooled, labels = gather(full_precision(output.pooled)), gather(labels)
+            triplet, correct = self.triplet(pooled, labels)
             local = torch.zeros_like(triplet)
             if self.local is not None:
-                local = self.local(output.pooled, labels, output.local)
+                local = self.local(pooled, labels, gather(full_precision(output.local)))
             total = identity + triplet + self.LOCAL_WEIGHT * local
             return Losses(total, identity, triplet, local, correct / len(labels))

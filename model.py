@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from utils import InputError, check_state, load_weights
+from utils import InputError, check_state, full_precision, load_weights
 
 ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101")
 NON_LOCAL_BLOCKS = {"layer2": 2, "layer3": 3}  # after that many of a stage's last blocks
@@ -115,7 +115,7 @@ class LocalBranch(nn.Module):
                 f"the local branch needs feature maps of {STRIPE_ROWS} rows, images of 48; not {x.shape[2]}"
             )
         x = F.max_pool2d(self.norm(x).relu(), (STRIPE_ROWS, x.shape[3]))
-        return F.normalize(self.conv(x).squeeze(3).float(), dim=1)
+        return F.normalize(full_precision(self.conv(x).squeeze(3)), dim=1)
 
 
 class GFMNet(nn.Module):
@@ -176,7 +176,7 @@ class GFMNet(nn.Module):
     def forward(self, visible, infrared):
         """visible [A, 3, H, W], infrared [B, 3, H, W], normalised -> Output of A + B rows, the visible first."""
         x = self._features(torch.cat([self.visible(visible), self.infrared(infrared)]))
-        pooled = self.pool(x.float())  # in float32 under mixed precision too: the triplets live on it
+        pooled = self.pool(full_precision(x))  # in float32 under mixed precision too: the triplets live on it
         logits = self.classifier(self.bottleneck(pooled))
         return Output(pooled, logits, None if self.local is None else self.local(x))
 
@@ -188,7 +188,7 @@ class GFMNet(nn.Module):
         if modality not in ("visible", "infrared"):
             raise ValueError(f"modality {modality!r}: neither 'visible' nor 'infrared'")
         stream = self.visible if modality == "visible" else self.infrared
-        pooled = self.pool(self._features(stream(images)).float())
+        pooled = self.pool(full_precision(self._features(stream(images))))
         return F.normalize(pooled), F.normalize(self.bottleneck(pooled))
 
     def _features(self, x):

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 import data_manager
 import engine
@@ -24,12 +25,16 @@ from utils import (
     check_output,
     cli,
     find_checkpoint,
+    leave_ranks,
     load_checkpoint,
     number,
+    rank,
+    ranks,
     read_json_lines,
     save_checkpoint,
     seed_everything,
-    select_device,
+    share_buffers,
+    start_ranks,
 )
 
 # Flags that a resumed run may give anew: where things are and how fast they go, not what is computed.
@@ -91,7 +96,10 @@ def get_args_parser():
     )
     fit.add_argument("--amp", choices=("off", "bf16"), default="off", help="mixed precision of the network")
     fit.add_argument("--seed", type=number(int, 0), default=0)
-    fit.add_argument("--gpu", default="0", help="number of the GPU, or cpu")
+    fit.add_argument("--gpu", default="0", help="number of the GPU, or cpu; under torchrun each process has its own")
+    fit.add_argument(
+        "--sync_bn", type=int, choices=(0, 1), default=1, help="batch norm over all ranks (several, on GPUs)"
+    )
     out = parser.add_argument_group("testing and output")
     out.add_argument(
         "--select",
@@ -111,10 +119,10 @@ def get_args_parser():
 
 
 def main(argv=None):
-    """Returns {"best", "last", "log": paths; "metrics": the best epoch's}."""
+    """Returns {"best", "last", "log": paths; "metrics": the best epoch's}. Under `torchrun`, all ranks run it."""
     args = get_args_parser().parse_args(argv)
     check_flags(args)
-    device = select_device(args.gpu)
+    device = start_ranks(args.gpu)
     seed_everything(args.seed)
     name = run_name(args)
     checkpoints = {kind: Path(args.model_path) / f"{name}_{kind}.t" for kind in ("best", "last")}
@@ -152,7 +160,10 @@ def main(argv=None):
     parts = method_options(args.method)
     weights = None if args.weights == "none" or resumed_path else args.weights
     net = GFMNet(data.num_classes, args.arch, args.share_net, **parts, weights=weights)
+    if args.sync_bn and ranks() > 1 and device.type == "cuda":
+        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
     net.to(device, memory_format=torch.channels_last)
+    model = DistributedDataParallel(net, [device] if device.type == "cuda" else None) if ranks() > 1 else net
     criterion = MethodLoss(args.method, args.margin, args.alpha, args.gamma, args.square, args.weighting)
     augment = TrainAugmentation(args.augc, args.rande)
     optimizer = build_optimizer(net, args.optim, args.lr)
@@ -164,7 +175,7 @@ def main(argv=None):
     log.text(f"{name}\n{json.dumps(vars(args))}")
     log.text(
         f"{data.num_classes} identities, {data.num_images[0]} visible and {data.num_images[1]} infrared images, "
-        f"{len(sampler)} steps an epoch, on {device} (PyTorch {torch.__version__})"
+        f"{len(sampler)} steps an epoch, on {device.type} x {ranks()} (PyTorch {torch.__version__})"
     )
     chosen_on = {
         "test": f"trial {search.setting['trial']} of the TEST set, as published: an optimistic choice",
@@ -174,19 +185,21 @@ def main(argv=None):
 
     for epoch in range(first_epoch, args.epochs):
         # Seeded anew each epoch (the plain seed was the network's), so that a resumed run draws as an unbroken one.
-        seed_everything(args.seed, epoch + 1)
+        # Each rank augments by draws of its own.
+        seed_everything(args.seed, epoch + 1, *([rank()] if rank() else []))
         sampler.set_epoch(epoch)
         lr = learning_rate(epoch, args.lr, args.warmup, args.milestones)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         desc = f"epoch {epoch}/{args.epochs - 1}"
         entry = {"epoch": epoch, "lr": lr, "select": args.select}
-        entry |= engine.train_epoch(net, criterion, optimizer, loader, augment, device, args.amp, desc)
+        entry |= engine.train_epoch(model, criterion, optimizer, loader, augment, device, args.amp, desc)
         line = f"{desc}  lr {lr:.4g}" + "".join(
             f"  {key} {entry[key]:.3f}" for key in ("total", "identity", "triplet", "local", "correct")
         )
         improved = False
         if epoch % args.eval_every == 0 or epoch == args.epochs - 1:
+            share_buffers(net)
             embed = engine.network_embedding(net, device, normalise, args.amp)
             features = {m: engine.extract(embed, loader, m, f"test {m}") for m, loader in eval_loaders.items()}
             scores, _ = engine.run_search(features, search)
@@ -208,6 +221,8 @@ def main(argv=None):
         save_checkpoint({**weights, "optimizer": optimizer.state_dict()}, checkpoints["last"])
     log.text(f"best: epoch {best['epoch']}, Rank-1 {best['Rank-1']:.2f}, mAP {best['mAP']:.2f}, {checkpoints['best']}")
     log.close()
+    del model
+    leave_ranks()
     return {
         "best": str(checkpoints["best"]),
         "last": str(checkpoints["last"]),
@@ -270,7 +285,7 @@ def resume(path, args, net, optimizer):
     checkpoint = load_checkpoint(path)
     if "optimizer" not in checkpoint:
         raise InputError(f"{path}: holds no training state; resume from a ..._last.t")
-    flags = {"select": "test", **checkpoint["args"]}  # runs from before --select have no other
+    flags = {"select": "test", "sync_bn": 1, **checkpoint["args"]}  # runs from before these flags
     for flag in sorted(set(vars(args)) - MAY_CHANGE):
         if (there := flags.get(flag)) != getattr(args, flag):
             raise InputError(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 
@@ -33,6 +34,12 @@ def cli(main):
         sys.exit(1)
     except InputError as error:
         sys.exit(_one_line_exit(Path(sys.argv[0]).name, error))
+    except RuntimeError as error:
+        if ranks() == 1 or not (isinstance(error, dist.DistBackendError) or "gloo" in str(error)):
+            raise
+        # Another rank has ended; why stands in its own lines.
+        line = str(error).strip().splitlines()[0]
+        sys.exit(_one_line_exit(f"{Path(sys.argv[0]).name}: rank {rank()}", f"the ranks lost each other: {line}"))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
@@ -90,6 +97,62 @@ def number(kind, low, high=math.inf, above=False):
     return parse
 
 
+def start_ranks(gpu):
+    """Join the other ranks if `torchrun` started this process -> torch.device: then, `--gpu` only chooses CUDA or cpu.
+
+    Rank r of a machine takes its CUDA device r, or the CPU. Everything here works for one process without any of it.
+    """
+    if not dist.is_torchelastic_launched():
+        return select_device(gpu)
+    local = os.environ["LOCAL_RANK"]
+    device = select_device("cpu" if gpu == "cpu" or not torch.cuda.is_available() else local)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
+    )
+    return device
+
+
+def leave_ranks():
+    """Part from the other ranks. Delete `DistributedDataParallel`s first: one that is left as the last owner of the
+    process group waits, in its destructor, for a thread that waits for it."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_ranks(tensor):
+    """The sum of a tensor over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def share_buffers(net):
+    """Give all ranks the first one's running statistics, so that they test the network that is saved."""
+    for buffer in net.buffers() if dist.is_initialized() else []:
+        dist.broadcast(buffer, 0)
+
+
+@contextlib.contextmanager
+def rank_by_rank():
+    """Rank 0 runs the block first, then the others: what it writes to disk, they find."""
+    if rank() > 0:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and rank() == 0:
+        dist.barrier()
+
+
 def select_device(gpu):
     """`--gpu` ("0", "1", ... or "cpu") -> torch.device. Without CUDA: the CPU, with a warning on stdout."""
     if gpu != "cpu" and not (gpu.isascii() and gpu.isdigit()):
@@ -119,9 +182,14 @@ def autocast(device, amp):
     return torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16")
 
 
+def full_precision(tensor):
+    """What mixed precision made bfloat16, in float32; float64 stays."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def progress(iterable=None, **kwargs):
-    """A tqdm bar; quiet where nobody watches (stderr is not a terminal)."""
-    return tqdm(iterable, dynamic_ncols=True, disable=None, **kwargs)
+    """A tqdm bar; quiet where nobody watches (stderr is not a terminal), and on all ranks but the first."""
+    return tqdm(iterable, dynamic_ncols=True, disable=True if rank() else None, **kwargs)
 
 
 # ---------------------------------------------------------------------------------------------------------- files
@@ -168,7 +236,10 @@ def save_json(value, path):
 
 
 def save_checkpoint(checkpoint, path):
-    """Write a checkpoint (dict of tensors, numbers, strings) so that `path` is always whole: the old one or the new."""
+    """Write a checkpoint (dict of tensors, numbers, strings) so that `path` is always whole: the old one or the new.
+    All ranks but the first write nothing."""
+    if rank() > 0:
+        return
     with atomic(path) as temporary:
         torch.save(checkpoint, temporary)
 
@@ -237,13 +308,16 @@ class RunLog:
 
     Files: `{folder}/{name}.txt`, `{folder}/{name}.jsonl`, `{folder}/{name}/events.*`. A run that is resumed after
     `resumed_epoch` drops what is past it from JSON lines and scalars, so that each epoch stands there once; a new run
-    starts anew.
+    starts anew. All ranks but the first write nothing.
     """
 
     def __init__(self, folder, name, resumed_epoch=-1):
         from torch.utils.tensorboard import SummaryWriter  # slow to import: only where a run is logged
 
         self.json_path = Path(folder) / f"{name}.jsonl"
+        self.writes = rank() == 0
+        if not self.writes:
+            return
         kept = [entry for entry in read_json_lines(self.json_path) if entry["epoch"] <= resumed_epoch]
         with atomic(self.json_path) as temporary:
             temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
@@ -256,10 +330,13 @@ class RunLog:
         self.board = SummaryWriter(Path(folder) / name, purge_step=resumed_epoch + 1)
 
     def text(self, line):
-        self.logger.info(line)
+        if self.writes:
+            self.logger.info(line)
 
     def epoch(self, entry):
         """Append one epoch's values, a flat dict with "epoch" in it, to the JSON lines and the TensorBoard scalars."""
+        if not self.writes:
+            return
         with self.json_path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
         for key, value in entry.items():
@@ -268,6 +345,8 @@ class RunLog:
         self.board.flush()
 
     def close(self):
+        if not self.writes:
+            return
         self.board.close()
         for handler in self.logger.handlers:
             handler.close()
@@ -278,6 +357,7 @@ class _TqdmHandler(logging.Handler):
 
     def emit(self, record):
         tqdm.write(self.format(record))
+        sys.stdout.flush()  # into a file or a pipe as soon as onto a terminal
 
 
 def read_json_lines(path):
