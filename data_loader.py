@@ -98,8 +98,8 @@ def sysu_train(data_path, size, select="test"):
         identities = np.union1d(train, read_ids(data_path, "val"))
         if max(visible_labels.max(), infrared_labels.max()) >= len(identities):
             raise InputError(f"{files[1]}: has labels past the {len(identities)} train and val ids; {prepare}")
-        rank = np.where(np.isin(identities, train), np.isin(identities, train).cumsum() - 1, -1)
-        visible_labels, infrared_labels = rank[visible_labels], rank[infrared_labels]
+        label = np.where(np.isin(identities, train), np.isin(identities, train).cumsum() - 1, -1)
+        visible_labels, infrared_labels = label[visible_labels], label[infrared_labels]
     return TrainData(visible, visible_labels, infrared, infrared_labels)
 
 
@@ -235,10 +235,12 @@ def train_loader(data, sampler, workers):
 
 
 def eval_loader(paths, size, batch_size, workers):
-    """Batches uint8 [B, 3, H, W] of the files, in their order; the ranks take turns."""
-    batch_size = min(batch_size, -(-len(paths) // ranks()))  # a batch for each rank at least
-    batches = torch.arange(len(paths)).split(batch_size)[rank() :: ranks()]
-    return DataLoader(ImageFiles(paths, size), batch_sampler=[b.tolist() for b in batches], **_worker_options(workers))
+    """Batches uint8 [B, 3, H, W] of the files, in their order. The ranks take turns, `loader.rows` being those of this
+    one; a rank that has none embeds the first image, for the sake of the features' shape."""
+    batches = [batch.tolist() for batch in torch.arange(len(paths)).split(batch_size)[rank() :: ranks()]]
+    loader = DataLoader(ImageFiles(paths, size), batch_sampler=batches or [[0]], **_worker_options(workers))
+    loader.rows = [row for batch in batches for row in batch]
+    return loader
 
 
 def _worker_options(workers):

@@ -75,10 +75,9 @@ def extract(embed, loader, modality, desc):
     batches = [embed(images, modality) for images in progress(loader, desc=desc, unit="batch", leave=False)]
     features = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     if ranks() > 1:  # each has some rows, and all get all
-        rows = [row for batch in loader.batch_sampler for row in batch]
         for name, values in features.items():
             features[name] = values.new_zeros(len(loader.dataset), values.shape[1])
-            features[name][rows] = values
+            features[name][loader.rows] = values[: len(loader.rows)]
             sum_over_ranks(features[name])
     for name, values in features.items():
         if not torch.isfinite(values).all():

@@ -213,6 +213,7 @@ def main(argv=None):
 
         weights = {"net": net.state_dict(), "options": net.options, "image_size": size}
         weights |= {"args": vars(args), "epoch": epoch, "best": best, "selection": "none"}
+        weights["ranks"] = ranks()
         if improved:
             save_checkpoint({**weights, "selection": args.select}, checkpoints["best"])
         if epoch > 0 and epoch % args.save_epoch == 0:
@@ -291,6 +292,8 @@ def resume(path, args, net, optimizer):
             raise InputError(
                 f"{path}: is of a run with --{flag} {there}, not {getattr(args, flag)}; give the same flags"
             )
+    if (there := checkpoint.get("ranks", 1)) != ranks():
+        raise InputError(f"{path}: is of a run on {there} ranks, not {ranks()}; go on with --nproc_per_node={there}")
     for option, value in net.options.items():
         if (there := checkpoint["options"].get(option)) != value:
             raise InputError(f"{path}: has {option} {there}, not {value}; it was trained on other data")

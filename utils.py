@@ -35,11 +35,11 @@ def cli(main):
     except InputError as error:
         sys.exit(_one_line_exit(Path(sys.argv[0]).name, error))
     except RuntimeError as error:
-        if ranks() == 1 or not (isinstance(error, dist.DistBackendError) or "gloo" in str(error)):
+        if ranks() == 1 or not re.search("Connection (closed|reset)|[Tt]imed out", str(error)):
             raise
-        # Another rank has ended; why stands in its own lines.
         line = str(error).strip().splitlines()[0]
-        sys.exit(_one_line_exit(f"{Path(sys.argv[0]).name}: rank {rank()}", f"the ranks lost each other: {line}"))
+        name = f"{Path(sys.argv[0]).name}: rank {rank()}"
+        sys.exit(_one_line_exit(name, f"another rank has ended; its own lines say why ({line})"))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
@@ -102,11 +102,14 @@ def start_ranks(gpu):
 
     Rank r of a machine takes its CUDA device r, or the CPU. Everything here works for one process without any of it.
     """
+    device = select_device(gpu)
     if not dist.is_torchelastic_launched():
-        return select_device(gpu)
-    local = os.environ["LOCAL_RANK"]
-    device = select_device("cpu" if gpu == "cpu" or not torch.cuda.is_available() else local)
+        return device
     if device.type == "cuda":
+        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= count:
+            raise InputError(f"rank {local} of this machine has no GPU of its {count}; give --nproc_per_node={count}")
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None

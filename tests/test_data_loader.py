@@ -255,3 +255,18 @@ def test_test_images_come_in_order(sysu_tree, workers):
     for i in (0, len(paths) - 1):
         expected = data_loader.read_image(paths[i], (20, 10))
         assert np.array_equal(images[i].permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.parametrize(("images", "ranks"), [(9, 4), (3, 4), (64, 9), (13, 2)])
+def test_ranks_share_the_test_batches_of_one_process(sysu_tree, monkeypatch, images, ranks):
+    paths = data_manager.process_query_sysu(sysu_tree)[0]
+    paths = (paths * 10)[:images]
+    whole = list(eval_loader(paths, (20, 10), 4, 0).batch_sampler)
+    monkeypatch.setattr(data_loader, "ranks", lambda: ranks)
+    shares = []
+    for rank in range(ranks):
+        monkeypatch.setattr(data_loader, "rank", lambda rank=rank: rank)
+        loader = eval_loader(paths, (20, 10), 4, 0)
+        shares.append(loader.rows)
+        assert list(loader.batch_sampler) == (whole[rank::ranks] or [[0]])
+    assert sorted(sum(shares, [])) == list(range(images))

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data_loader
 import testa
+import train_ext_test0
 import utils
 from conftest import flags
 from data_loader import IdentitySampler
@@ -104,6 +105,9 @@ def test_two_ranks_train_and_test_as_one_run(sysu_tree, tmp_path):
     assert "on cpu x 2" in text
     assert entries[1]["total"] < entries[0]["total"]
     (last,) = (tmp_path / "models").glob("*_last.t")
+
+    with pytest.raises(InputError, match="is of a run on 2 ranks, not 1"):
+        train_ext_test0.main(flags(sysu_tree, tmp_path, "--epochs", "3", "--eval_every", "1", "--resume", str(last)))
 
     # One process on the same images in the same batches: the same numbers, to the last digit.
     torch.set_num_threads(1)

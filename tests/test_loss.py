@@ -599,3 +599,10 @@ def test_gradient_of_the_local_loss_repeats_bit_for_bit():
         assert all(torch.equal(gradient(), first) for _ in range(30))
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.gpu
+def test_walk_breaks_ties_alike_on_the_gpu():
+    for p in (2, 6, 11):
+        local = torch.randint(0, 3, (200, p, p)).float()
+        torch.testing.assert_close(loss._greedy_walk(local.cuda()).cpu(), loss._greedy_walk(local))
