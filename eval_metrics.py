@@ -11,6 +11,8 @@ numbers, and a match ranks where its distance stands among them.
 import numpy as np
 import torch
 
+from utils import full_precision
+
 CHUNK = 2**22  # entries of the distance matrix that are ranked at a time: bounds the memory
 
 
@@ -79,7 +81,8 @@ def _evaluate(distmat, query, gallery, hidden, max_rank, count_identities, retur
     found_at, precision, penalty = [], [], []
     for rows in torch.arange(len(query[0]), device=device).split(max(1, CHUNK // images)):
         distances = distmat[rows]
-        distances = distances.to(torch.promote_types(distances.dtype, torch.float32))
+        # Infinity marks what is not seen, so integers become floats: of 64 bits, for 32 would round them together.
+        distances = full_precision(distances if distances.is_floating_point() else distances.double())
         if not torch.isfinite(torch.stack(torch.aminmax(distances))).all():
             raise ValueError("the distances are not all finite")
         if hidden is not None:

@@ -202,6 +202,13 @@ def test_float64_distances_are_not_rounded():
     assert eval_regdb(distances, np.array([1]), np.array([2, 1]), max_rank=1)[0][0] == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_large_integer_distances_are_not_rounded(dtype):
+    """Two integers that float32 takes for one, the match being the nearer and the later."""
+    distances = torch.tensor([[2**24 + 1, 2**24]], dtype=dtype)
+    assert eval_regdb(distances, np.array([1]), np.array([2, 1]), max_rank=1)[0][0] == 1
+
+
 def test_negative_distances_rank_first():
     """Cosine similarity is passed as its negative."""
     distances = np.array([[0.1, -0.9, -0.2]])
