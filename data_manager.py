@@ -4,6 +4,7 @@ Lists of test images come back as (paths, ids, cameras): a list of str and two i
 Errors are `InputError`s that name the file.
 """
 
+import itertools
 import os
 import random
 from pathlib import Path
@@ -30,8 +31,8 @@ SYSU_SHOTS = (1, 10)  # gallery images of an id and camera
 REGDB_TRIALS = range(1, 11)
 REGDB_CAMERAS = {"visible": 1, "thermal": 2}
 LLCM_CAMERAS = range(1, 10)
-DEMO_FILE = "demo.txt"  # in a folder that demo_data.py drew
 LLCM_NAMES = {"visible": "vis", "infrared": "nir"}  # in the names of its lists and folders
+DEMO_FILE = "demo.txt"  # in a folder that demo_data.py drew
 
 
 # --------------------------------------------------------------------------------------------------------- SYSU-MM01
@@ -59,22 +60,14 @@ def process_gallery_sysu(data_path, mode="all", trial=0, protocol="seeded", shot
     _check_mode(mode)
     if protocol not in SYSU_PROTOCOLS:
         raise ValueError(f"protocol {protocol!r} is neither 'seeded' nor 'official'")
+    listing = _listing(data_path, read_ids(data_path, split), SYSU_VISIBLE[mode])
     permutations = read_permutations(data_path) if protocol == "official" else None
-    cameras = SYSU_VISIBLE[mode]
-    drawn = _draw(data_path, read_ids(data_path, split), cameras, trial, shots, permutations)
-    if not drawn:
-        names = ", ".join(f"cam{camera}" for camera in cameras)
-        raise InputError(f"{data_path}: no {split} id has an image under {names}; check the folders")
-    return _columns(drawn)
+    return _columns(_draw(listing, trial, shots, permutations))
 
 
 def sysu_images(data_path, identities, cameras):
     """All images of some ids and cameras, by sorted id, then camera in the order given, then file name."""
-    found = _all(data_path, identities, cameras)
-    if not found:
-        names = ", ".join(f"cam{camera}" for camera in cameras)
-        raise InputError(f"{data_path}: none of the {len(identities)} listed ids has an image under {names}")
-    return _columns(found)
+    return _columns(_all(_listing(data_path, identities, cameras)))
 
 
 def permutations_file(data_path):
@@ -113,47 +106,44 @@ def load_permutations(path):
     return rows
 
 
-def _draw(root, identities, cameras, trial, shots=1, permutations=None):
-    """One gallery, as rows (path, id, camera)."""
-    generator, drawn = random.Random(trial), []
+def _listing(root, identities, cameras):
+    """{folder: (id, camera, its sorted files)} of every id and camera, by sorted id, then camera in the order given."""
+    listing = {}
     for identity in sorted(identities):
         for camera in cameras:
-            files = _files(root, camera, identity)
-            if permutations is not None:
-                draws = permutations.get((camera, identity), np.empty((trial + 1, 0), np.int64))
-                if draws.shape[1] != len(files):
-                    raise InputError(
-                        f"{_folder(root, camera, identity)}: {len(files)} images, but {permutations_file(root)} "
-                        f"permutes {draws.shape[1]}: take the images that it was made for, or --protocol seeded"
-                    )
-                chosen = [files[number - 1] for number in draws[trial, :shots]]
-            elif shots == 1:
-                chosen = [generator.choice(files)] if files else []
-            else:
-                chosen = generator.sample(files, min(shots, len(files)))
-            drawn += [(file, identity, camera) for file in chosen]
+            folder = os.path.join(Path(root), f"cam{camera}", f"{identity:04d}")
+            names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+            files = [os.path.join(folder, name) for name in names if not name.startswith(".")]
+            listing[folder] = identity, camera, files
+    if not any(files for _, _, files in listing.values()):
+        names = ", ".join(f"cam{camera}" for camera in cameras)
+        raise InputError(f"{root}: none of the {len(identities)} listed ids has an image under {names}")
+    return listing
+
+
+def _all(listing):
+    """All images of a listing, as rows (path, id, camera)."""
+    return [(file, identity, camera) for identity, camera, files in listing.values() for file in files]
+
+
+def _draw(listing, trial, shots=1, permutations=None):
+    """One gallery of a listing, as rows (path, id, camera): seeded, or by permutations."""
+    generator, drawn = random.Random(trial), []
+    for folder, (identity, camera, files) in listing.items():
+        if permutations is not None:
+            draws = permutations.get((camera, identity), np.empty((trial + 1, 0), np.int64))
+            if draws.shape[1] != len(files):
+                raise InputError(
+                    f"{folder}: {len(files)} images, but rand_perm_cam.mat permutes {draws.shape[1]}: take the images "
+                    "that it was made for, or --protocol seeded"
+                )
+            chosen = [files[number - 1] for number in draws[trial, :shots]]
+        elif shots == 1:
+            chosen = [generator.choice(files)] if files else []
+        else:
+            chosen = generator.sample(files, min(shots, len(files)))
+        drawn += [(file, identity, camera) for file in chosen]
     return drawn
-
-
-def _all(root, identities, cameras):
-    """All images of some ids and cameras, as rows (path, id, camera)."""
-    return [
-        (file, identity, camera)
-        for identity in sorted(identities)
-        for camera in cameras
-        for file in _files(root, camera, identity)
-    ]
-
-
-def _files(root, camera, identity):
-    folder = _folder(root, camera, identity)
-    if not os.path.isdir(folder):
-        return []
-    return [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if not name.startswith(".")]
-
-
-def _folder(root, camera, identity):
-    return os.path.join(Path(root), f"cam{camera}", f"{identity:04d}")
 
 
 def _check_mode(mode):
@@ -180,25 +170,18 @@ def process_test_regdb(data_path, trial=1, modal="visible"):
 
 def process_query_llcm(data_path, modality="visible"):
     """LLCM's queries: every test image of one modality, "visible" or "infrared", by id, then camera, then file name."""
-    return _llcm_columns(data_path, modality, _all(*_llcm_test(data_path, modality)))
+    return _columns(_all(_llcm_listing(data_path, modality)))
 
 
 def process_gallery_llcm(data_path, modality="infrared", trial=0):
     """LLCM's gallery of one trial, 0 to 9: of each test id and camera one image of that modality, drawn as SYSU-MM01's
     seeded single-shot galleries are."""
-    return _llcm_columns(data_path, modality, _draw(*_llcm_test(data_path, modality), trial))
+    return _columns(_draw(_llcm_listing(data_path, modality), trial))
 
 
-def _llcm_test(data_path, modality):
-    """(folder, ids, cameras) of the test images."""
-    return Path(data_path) / f"test_{LLCM_NAMES[modality]}", read_ids(data_path, "test", "idx"), LLCM_CAMERAS
-
-
-def _llcm_columns(data_path, modality, found):
-    if not found:
-        folder = Path(data_path) / f"test_{LLCM_NAMES[modality]}"
-        raise InputError(f"{folder}: no test id has an image under cam1 .. cam9; check the folders")
-    return _columns(found)
+def _llcm_listing(data_path, modality):
+    folder = Path(data_path) / f"test_{LLCM_NAMES[modality]}"
+    return _listing(folder, read_ids(data_path, "test", "idx"), LLCM_CAMERAS)
 
 
 # ------------------------------------------------------------------------------------------------------------- lists
@@ -331,16 +314,18 @@ def describe(setting):
 
 
 def sysu_test(data_path, modes=("all",), protocols=("seeded",), shots=(1,), trials=TRIALS, split="test"):
-    """SYSU-MM01's searches, one for each protocol, mode, number of shots and trial: all queries in that gallery."""
+    """SYSU-MM01's searches, one for each protocol, mode, number of shots and trial: all queries in that gallery.
+
+    As `process_query_sysu` and `process_gallery_sysu` give them, but folders and permutations are read once.
+    """
     test = Searches()
     query = test.images("infrared", process_query_sysu(data_path, split=split))
-    for protocol in protocols:
-        for mode in modes:
-            for number in shots:
-                for trial in trials:
-                    drawn = process_gallery_sysu(data_path, mode, trial, protocol, number, split)
-                    gallery = test.images("visible", drawn)
-                    test.add(query, gallery, "sysu", "infrared to visible", protocol, trial, mode, number, split)
+    listings = {mode: _listing(data_path, read_ids(data_path, split), SYSU_VISIBLE[mode]) for mode in modes}
+    permutations = {"seeded": None, "official": read_permutations(data_path) if "official" in protocols else None}
+    for protocol, mode, number, trial in itertools.product(protocols, modes, shots, trials):
+        drawn = _columns(_draw(listings[mode], trial, number, permutations[protocol]))
+        gallery = test.images("visible", drawn)
+        test.add(query, gallery, "sysu", "infrared to visible", protocol, trial, mode, number, split)
     return test
 
 
@@ -363,7 +348,8 @@ def llcm_test(data_path, directions=DIRECTIONS["llcm"][:1], trials=TRIALS):
     for direction in directions:
         asked, searched = direction.split(" to ")
         query = test.images(asked, process_query_llcm(data_path, asked))
+        listing = _llcm_listing(data_path, searched)
         for trial in trials:
-            gallery = test.images(searched, process_gallery_llcm(data_path, searched, trial))
+            gallery = test.images(searched, _columns(_draw(listing, trial)))
             test.add(query, gallery, "llcm", direction, "seeded", trial)
     return test

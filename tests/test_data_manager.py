@@ -300,6 +300,13 @@ def test_searches_hold_every_image_once_and_rows_point_at_them(sysu):
         np.testing.assert_array_equal(search.gallery.cameras, cameras)
 
 
+def test_folders_are_listed_once_for_all_searches(sysu, monkeypatch):
+    listed, listdir = [], os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: listed.append(path) or listdir(path))
+    sysu_test(sysu, ["all"], shots=(1, 10))
+    assert len(listed) == len(set(listed))
+
+
 def test_val_split_has_the_same_protocol(sysu, tmp_path):
     """The validation ids' lists are those of a tree whose test ids they are."""
     build_sysu(tmp_path)
@@ -408,7 +415,7 @@ def test_llcm_errors_name_what_is_wrong(llcm, tmp_path_factory):
     with pytest.raises(ValueError, match=r"idx/test_id\.txt"):
         process_query_llcm(tmp_path_factory.mktemp("empty"))
     (llcm / "idx" / "test_id.txt").write_text("5")
-    with pytest.raises(ValueError, match="test_vis: no test id"):
+    with pytest.raises(ValueError, match="test_vis: none of the 1 listed ids has an image under cam1, "):
         process_query_llcm(llcm)
-    with pytest.raises(ValueError, match="test_nir: no test id"):
+    with pytest.raises(ValueError, match="test_nir: none of the 1 listed ids has an image under cam1, "):
         process_gallery_llcm(llcm)
