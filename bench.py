@@ -42,18 +42,18 @@ def get_args_parser():
     data.add_argument("--data_path", default=DATA_PATHS["sysu"], help="folder of SYSU-MM01, or of demo data like it")
     data.add_argument("--img_h", type=number(int, 1), default=288, help="image height, pixels")
     data.add_argument("--img_w", type=number(int, 1), default=144, help="image width, pixels")
-    data.add_argument("--batch_size", type=number(int, 2), default=8, help="identities in a batch")
-    data.add_argument("--num_pos", type=number(int, 1), default=4, help="images of an identity and modality in a batch")
     data.add_argument("--workers", type=number(int, 0), default=4, help="loading processes, at most one a core")
     loss = commands.add_parser("loss", help="the aligned local loss against a walk sample by sample")
-    loss.add_argument("--batch_size", type=number(int, 2), default=8, help="identities in a batch")
-    loss.add_argument("--num_pos", type=number(int, 1), default=4, help="images of an identity and modality in a batch")
     metrics = commands.add_parser("metrics", help="the measures against Python lists query by query")
     metrics.add_argument("--queries", type=number(int, 1), default=20_000, help="of the search straight from features")
     metrics.add_argument("--gallery", type=number(int, 1), default=200_000, help="of the search straight from features")
     rerank = commands.add_parser("rerank", help="k-reciprocal re-ranking against plain loops over images")
     rerank.add_argument("--queries", type=number(int, 1), default=3803)
     rerank.add_argument("--gallery", type=number(int, 1), default=301)
+    images = "images of an identity and modality in a batch"
+    for command in (data, loss):
+        command.add_argument("--batch_size", type=number(int, 2), default=8, help="identities in a batch")
+        command.add_argument("--num_pos", type=number(int, 1), default=4, help=images)
     for command in (data, loss, metrics, rerank):
         command.add_argument("--gpu", default="0", help="number of the GPU, or cpu")
         command.add_argument("--json", metavar="FILE", help="write the figures to this file")
@@ -109,9 +109,13 @@ def print_head():
     print(f"{'':52}{'baseline':>15}{'ours':>15}{'ratio':>11}")
 
 
-def peak_memory():
-    """Most memory that this process has held since `reset_peak_memory`, in bytes."""
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+def peak_memory(process="self"):
+    """Most memory that a process has held since it started, or since `reset_peak_memory`, in bytes; 0 if it has ended.
+
+    From Linux's /proc: what `wait4` reports of a child is at least the memory of the process that started it.
+    """
+    high = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
+    return int(high[1]) * 1024 if high else 0
 
 
 def reset_peak_memory():
@@ -153,17 +157,12 @@ def bench_data(args, device):
 
 
 def run_measured(*arguments):
-    """Run Python with these arguments in the repo -> (seconds, peak memory in bytes).
-
-    The peak is read from Linux's /proc while the command runs. (What `wait4` reports is at least the memory of the
-    process that started it.)
-    """
+    """Run Python with these arguments in the repo -> (seconds, peak memory in bytes)."""
     need_proc()
     start, peak = time.perf_counter(), 0
     process = subprocess.Popen([sys.executable, *arguments], cwd=REPO)
     while process.poll() is None:
-        if high := re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text()):
-            peak = int(high[1]) * 1024
+        peak = max(peak, peak_memory(process.pid))
         time.sleep(0.01)
     if process.returncode:
         sys.exit(process.returncode)  # it has said why

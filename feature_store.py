@@ -20,8 +20,7 @@ def save_features(path, features, paths, data_path, origin):
     """Write features {modality: {(model, feature): [N, C]}} of images with these paths {modality: [N]}."""
     arrays = {"origin": np.array(json.dumps(origin))}
     for modality, named in features.items():
-        relative = [Path(os.path.relpath(file, data_path)).as_posix() for file in paths[modality]]
-        arrays[f"{modality}/paths"] = np.array(relative)
+        arrays[f"{modality}/paths"] = np.array(_relative(paths[modality], data_path))
         arrays |= {f"{modality}/{'/'.join(name)}": values.cpu().numpy() for name, values in named.items()}
     with atomic(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
@@ -36,8 +35,6 @@ def load_features(path):
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
             origin = json.loads(arrays.pop("origin", np.array("{}")).item())
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; save one with --features") from error
     except Exception as error:  # the readers raise anything when a file is damaged
         raise InputError(
             f"{path}: cannot be read ({type(error).__name__}); save it again: an .npz without pickles, its origin JSON"
@@ -64,11 +61,12 @@ def load_features(path):
                 f"{path}: {name} is {values.dtype} {list(values.shape)}, not numbers [{images}, C], one row for each "
                 f"of {modality}/paths"
             )
-        lengths = np.linalg.norm(values.astype(np.float32), axis=1)
-        if not (np.isfinite(lengths) & (lengths > 0)).all():
-            row = int(np.argmin(np.isfinite(lengths) & (lengths > 0)))
-            raise InputError(f"{path}: row {row} of {name} is zero or not finite; embed that image again")
-        stored[modality][tuple(labels)] = torch.from_numpy(values.astype(np.float32))
+        values = values.astype(np.float32)
+        lengths = np.linalg.norm(values, axis=1)
+        usable = np.isfinite(lengths) & (lengths > 0)
+        if not usable.all():
+            raise InputError(f"{path}: row {usable.argmin()} of {name} is zero or not finite; embed that image again")
+        stored[modality][tuple(labels)] = torch.from_numpy(values)
     widths = [
         {"/".join(name): values.shape[1] for name, values in named.items() if name != "row"}
         for named in stored.values()
@@ -104,7 +102,7 @@ def select_features(path, stored, paths, data_path, device):
     features = {}
     for modality, files in paths.items():
         row = stored[modality]["row"]
-        relative = [Path(os.path.relpath(file, data_path)).as_posix() for file in files]
+        relative = _relative(files, data_path)
         if missing := [file for file in relative if file not in row]:
             raise InputError(
                 f"{path}: has no {modality} features of {missing[0]} ({len(missing)} of {len(files)} images are "
@@ -115,3 +113,7 @@ def select_features(path, stored, paths, data_path, device):
             name: F.normalize(values[rows]).to(device) for name, values in stored[modality].items() if name != "row"
         }
     return features
+
+
+def _relative(files, data_path):
+    return [Path(os.path.relpath(file, data_path)).as_posix() for file in files]

@@ -8,7 +8,6 @@ an image and its mirror, averaged; POOL before and FC after the batch-norm bottl
 
 import os
 from itertools import groupby
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +23,8 @@ from utils import (
     InputError,
     check_output,
     cli,
-    find_checkpoint,
     load_checkpoint,
+    locate,
     number,
     progress,
     save_json,
@@ -110,11 +109,11 @@ def main(argv=None):
             if args.features:
                 save_features(for_trial(args.features, trial), features, test.paths, data_path, origin)
 
+        flipped = origin.get("flipped")
         for search in progress(test.searches, desc="searching", unit="search", leave=False):
             scores, evaluated = engine.run_search(features, search, args.rerank)
             counts = {"queries": len(search.query.rows), "evaluated": evaluated, "gallery": len(search.gallery.rows)}
             for ((model, feature), reranking), metrics in scores.items():
-                flipped = origin.get("flipped")
                 labels = {
                     "model": model,
                     "feature": feature,
@@ -167,21 +166,19 @@ def source_name(args):
 
 def sources(args):
     """(path, RegDB's trial or None) of each checkpoint or file of features: one, or one a trial if named {trial}."""
-    name = source_name(args)
-    if "{trial}" not in name or args.trial:
-        names = {args.trial: for_trial(name, args.trial)}
-    else:
-        names = {trial: for_trial(name, trial) for trial in data_manager.REGDB_TRIALS}
-    folders = ["."] if args.from_features is not None else [".", args.model_path]
-    there = {t: file for t, file in names.items() if any((Path(folder) / file).is_file() for folder in folders)}
-    if 0 < len(there) < len(names):
-        missing = next(file for trial, file in names.items() if trial not in there)
-        raise InputError(
-            f"{missing}: no such file; of the ten there are those of trial {', '.join(map(str, there))}: "
-            "make the others, or test one with --trial"
-        )
-    find = Path if args.from_features is not None else lambda file: find_checkpoint(file, args.model_path)
-    return [(find(file), trial) for trial, file in names.items()]
+    name, own = source_name(args), args.from_features is None
+    trials = data_manager.REGDB_TRIALS if "{trial}" in name and not args.trial else [args.trial]
+    found = {trial: locate(for_trial(name, trial), args.model_path if own else "") for trial in trials}
+    if missing := [trial for trial, path in found.items() if not path]:
+        there = ", ".join(str(trial) for trial in found if trial not in missing)
+        if there:
+            remedy = f"of the ten there are those of trial {there}: make the others, or test one with --trial"
+        elif own:
+            remedy = f"nor one of that name under --model_path {args.model_path}; train first, or name another"
+        else:
+            remedy = "save one with --features"
+        raise InputError(f"{for_trial(name, missing[0])}: no such file; {remedy}")
+    return [(path, trial) for trial, path in found.items()]
 
 
 def for_trial(name, trial):

@@ -186,7 +186,7 @@ def main(argv=None):
     for epoch in range(first_epoch, args.epochs):
         # Seeded anew each epoch (the plain seed was the network's), so that a resumed run draws as an unbroken one.
         # Each rank augments by draws of its own.
-        seed_everything(args.seed, epoch + 1, *([rank()] if rank() else []))
+        seed_everything(args.seed, epoch + 1, rank())
         sampler.set_epoch(epoch)
         lr = learning_rate(epoch, args.lr, args.warmup, args.milestones)
         for group in optimizer.param_groups:
@@ -212,8 +212,7 @@ def main(argv=None):
         log.epoch(entry)
 
         weights = {"net": net.state_dict(), "options": net.options, "image_size": size}
-        weights |= {"args": vars(args), "epoch": epoch, "best": best, "selection": "none"}
-        weights["ranks"] = ranks()
+        weights |= {"args": vars(args), "ranks": ranks(), "epoch": epoch, "best": best, "selection": "none"}
         if improved:
             save_checkpoint({**weights, "selection": args.select}, checkpoints["best"])
         if epoch > 0 and epoch % args.save_epoch == 0:

@@ -105,15 +105,15 @@ def start_ranks(gpu):
     device = select_device(gpu)
     if not dist.is_torchelastic_launched():
         return device
-    if device.type == "cuda":
-        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= count:
-            raise InputError(f"rank {local} of this machine has no GPU of its {count}; give --nproc_per_node={count}")
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
-    )
+    if device.type == "cpu":
+        dist.init_process_group("gloo")
+        return device
+    local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local >= count:
+        raise InputError(f"rank {local} of this machine has no GPU of its {count}; give --nproc_per_node={count}")
+    device = torch.device("cuda", local)
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
     return device
 
 
@@ -289,11 +289,15 @@ def load_weights(path):
     return content
 
 
+def locate(name, folder=""):
+    """A file by its path, or by its name in a folder; a path that exists wins. None if there is neither."""
+    return next((path for path in (Path(name), Path(folder) / name) if path.is_file()), None)
+
+
 def find_checkpoint(resume, model_path):
-    """`--resume` is a path, or the name of a file under `--model_path`; a path that exists wins."""
-    for path in (Path(resume), Path(model_path) / resume):
-        if path.is_file():
-            return path
+    """`--resume` is a path, or the name of a file under `--model_path`."""
+    if path := locate(resume, model_path):
+        return path
     raise InputError(f"{resume}: no such file, here or under --model_path {model_path}; train first, or name another")
 
 
