@@ -264,7 +264,11 @@ def bench_metrics(args, device):
 
 
 def plain_metrics(distances, q_pids, g_pids, q_camids=None, g_camids=None, max_rank=20):
-    """Query by query, on Python lists of the whole ranked gallery, as the published code goes about it."""
+    """Query by query, on Python lists of the whole ranked gallery, as the published code goes about it.
+
+    With cameras SYSU-MM01's measure, without them RegDB's. They differ in two ways: SYSU-MM01 hides camera 2
+    from queries of camera 3, and its CMC counts identities, of which only the first image takes a rank.
+    """
     curves, precisions, penalties = [], [], []
     for q, order in enumerate(np.argsort(distances, axis=1, kind="stable")):
         if q_camids is not None:

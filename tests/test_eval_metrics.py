@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import eval_metrics
+from bench import plain_metrics
 from eval_metrics import CosineDistances, eval_regdb, eval_sysu
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "metrics.npz")
@@ -16,32 +17,6 @@ REGDB_KEYS = SYSU_KEYS[:3]
 ANY_MESSAGE = r"\w"
 PROTOCOLS = {"sysu": (eval_sysu, SYSU_KEYS), "regdb": (eval_regdb, REGDB_KEYS)}
 each_protocol = pytest.mark.parametrize(("evaluate", "keys"), PROTOCOLS.values(), ids=PROTOCOLS.keys())
-
-
-def naive_metrics(distances, q_pids, g_pids, q_camids=None, g_camids=None, max_rank=20):
-    """One query at a time, on Python lists. With cameras: the SYSU-MM01 protocol, without: RegDB's.
-
-    The protocols differ in two ways. SYSU-MM01 hides camera 2 from queries of camera 3 and its CMC counts identities
-    (only the first image of an identity takes a rank); RegDB's CMC counts images. The golden values of RegDB leave no
-    doubt: counting identities would be off by up to 0.1.
-    """
-    curves, precisions, penalties = [], [], []
-    for q, row in enumerate(distances):
-        order = sorted(range(len(row)), key=lambda g: row[g])  # sorted() is stable: gallery order breaks ties
-        if q_camids is not None:
-            order = [g for g in order if not (q_camids[q] == 3 and g_camids[g] == 2)]
-        ranked = [g_pids[g] for g in order]
-        if q_pids[q] not in ranked:
-            continue
-
-        candidates = ranked if q_camids is None else list(dict.fromkeys(ranked))
-        hit = candidates.index(q_pids[q])
-        curves.append([float(rank >= hit) for rank in range(max_rank)])
-
-        positions = [position for position, pid in enumerate(ranked, start=1) if pid == q_pids[q]]
-        precisions.append(sum(found / position for found, position in enumerate(positions, start=1)) / len(positions))
-        penalties.append(len(positions) / positions[-1])
-    return np.mean(curves, axis=0), np.mean(precisions), np.mean(penalties)
 
 
 def assert_metrics_close(actual, expected):
@@ -87,7 +62,7 @@ def test_matches_loop_on_random_problems(evaluate, keys, max_rank):
         arguments = [problem[key] for key in keys]
         actual = evaluate(*arguments, max_rank=max_rank)
         assert np.shape(actual[0]) == (max_rank,)
-        assert_metrics_close(actual, naive_metrics(*(a.tolist() for a in arguments), max_rank=max_rank))
+        assert_metrics_close(actual, plain_metrics(*(a.tolist() for a in arguments), max_rank=max_rank))
         skipped += not np.isin(problem["q_pids"], problem["g_pids"]).all()
         tied += len(np.unique(problem["distmat"][0])) < problem["distmat"].shape[1]
     # The problems are the awkward ones they are meant to be.
@@ -142,7 +117,7 @@ def test_ties_are_stable_in_a_large_gallery():
     rng = np.random.default_rng(0)
     distances = rng.integers(0, 3, (5, 3000)).astype(np.float32)
     q_pids, g_pids = np.arange(5), rng.integers(0, 300, 3000)
-    assert_metrics_close(eval_regdb(distances, q_pids, g_pids), naive_metrics(distances, q_pids, g_pids))
+    assert_metrics_close(eval_regdb(distances, q_pids, g_pids), plain_metrics(distances, q_pids, g_pids))
 
 
 def test_camera_3_does_not_see_camera_2():
@@ -286,8 +261,8 @@ def test_straight_from_features():
     query, gallery = (torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=(n, 16)))) for n in (40, 90))
     labels = rng.integers(0, 9, 40), rng.integers(0, 9, 90), rng.choice([3, 6], 40), rng.choice([1, 2, 4, 5], 90)
     lazy = CosineDistances(query, gallery)
-    assert_metrics_close(eval_sysu(lazy, *labels), naive_metrics(-(query @ gallery.T).numpy(), *labels))
-    assert_metrics_close(eval_regdb(lazy, *labels[:2]), naive_metrics(-(query @ gallery.T).numpy(), *labels[:2]))
+    assert_metrics_close(eval_sysu(lazy, *labels), plain_metrics(-(query @ gallery.T).numpy(), *labels))
+    assert_metrics_close(eval_regdb(lazy, *labels[:2]), plain_metrics(-(query @ gallery.T).numpy(), *labels[:2]))
     with pytest.raises(ValueError, match="do not fit"):
         eval_regdb(lazy, labels[0][:-1], labels[1])
 

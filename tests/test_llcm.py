@@ -7,9 +7,10 @@ import data_loader
 import data_manager
 import testa
 import train_ext_test0
+from bench import plain_metrics
 from conftest import SIZE, flags, plain_embedding
 from eval_metrics import eval_llcm
-from test_eval_metrics import naive_metrics, random_problem
+from test_eval_metrics import random_problem
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def naive_llcm(distances, q_pids, g_pids, q_camids, g_camids):
         seen = [g for g in range(len(g_pids)) if not (g_pids[g] == pid and g_camids[g] == q_camids[q])]
         if pid in g_pids[seen]:
             cameras = [6], [1] * len(seen)  # nothing is hidden among these
-            results.append(naive_metrics(distances[q : q + 1, seen], [pid], g_pids[seen].tolist(), *cameras))
+            results.append(plain_metrics(distances[q : q + 1, seen], [pid], g_pids[seen].tolist(), *cameras))
     return [np.mean(metric, axis=0) for metric in zip(*results, strict=True)]
 
 
