@@ -4,6 +4,8 @@ Images are [N, 3, H, W]. Every function returns new images and leaves its input 
 PyTorch's global generator of the images' device, independently for each image.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -16,9 +18,14 @@ PADDING = 10  # pixels of black around an image before it is cropped
 
 def normalise(images):
     """uint8 images -> float32 with ImageNet's mean and deviation taken out."""
-    scale = images.new_tensor(STD, dtype=torch.float32).view(3, 1, 1) * 255
-    shift = images.new_tensor(MEAN, dtype=torch.float32).view(3, 1, 1) * 255
-    return (images - shift) / scale
+    return (images - _constant(MEAN, images.device) * 255) / (_constant(STD, images.device) * 255)
+
+
+@functools.cache
+def _constant(values, device):
+    """[3, 1, 1] on the device, copied there once: a copy for each batch would wait for the device."""
+    with torch.inference_mode(False):  # it may be testing that asks first
+        return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 def random_crop(images, padding=PADDING):
@@ -65,7 +72,7 @@ def random_erasing(images, probability=0.5, area=(0.02, 0.4), aspect=(0.3, 10 / 
     in_rows = (row >= top) & (row < top + h) & erase[:, None]
     in_columns = (column >= left) & (column < left + w)
     inside = (in_rows[:, :, None] & in_columns[:, None, :])[:, None]
-    return torch.where(inside, images.new_tensor(ERASE_FILL).view(3, 1, 1), images)
+    return torch.where(inside, _constant(ERASE_FILL, images.device), images)
 
 
 def channel_exchange(images):
@@ -80,7 +87,7 @@ def channel_or_gray(images):
     """
     draw = torch.rand(len(images), device=images.device) * 8
     repeated = _repeat_channel(images, (draw / 2).long().clamp_max(2))
-    gray = (images * images.new_tensor(GRAY).view(3, 1, 1)).sum(dim=1, keepdim=True).expand_as(images)
+    gray = (images * _constant(GRAY, images.device)).sum(dim=1, keepdim=True).expand_as(images)
     case = draw[:, None, None, None]
     return torch.where(case < 6, repeated, torch.where(case < 7, gray, images))
 

@@ -3,46 +3,71 @@
     python bench.py metrics
 
 data     preparing SYSU-MM01's arrays (time, peak memory), then one epoch of sampler, loader and augmentation
+step     training steps against the published recipe run plainly; where a step's time goes
 loss     the aligned local loss, forward and backward, against a walk sample by sample
 metrics  Rank-k, mAP and mINP against Python lists query by query; memory of a search straight from features
+test     SYSU-MM01's test from image files to the measures, both modes, against a pass over the files for each gallery
 rerank   k-reciprocal re-ranking against plain loops over images
+gpu      everything that is to be known of a GPU, tests first, into one file
 
 Each comparison warms up, repeats, takes turns with its baseline, and gives medians. The baselines live here only.
 """
 
+import json
 import os
 import platform
+import random
 import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
 
+import engine
 import re_rank
-from ChannelAug import TrainAugmentation
-from data_loader import IdentitySampler, sysu_train, train_loader
-from data_manager import DATA_PATHS
+from ChannelAug import ERASE_FILL, GRAY, MEAN, STD, TrainAugmentation, normalise
+from data_loader import CACHES, CachedBatches, IdentitySampler, TrainData, eval_loader, sysu_train, train_loader
+from data_manager import DATA_PATHS, SYSU_VISIBLE, sysu_test
 from eval_metrics import CosineDistances, eval_regdb, eval_sysu
-from loss import AlignedLocalLoss
-from utils import ArgumentParser, InputError, check_output, cli, number, progress, save_json, select_device
+from loss import AlignedLocalLoss, MethodLoss, SquaredTripletLoss
+from model import ARCHS, GFMNet
+from utils import (
+    ArgumentParser,
+    InputError,
+    autocast,
+    check_output,
+    cli,
+    number,
+    progress,
+    save_json,
+    seed_everything,
+    select_device,
+)
 
 REPO = Path(__file__).parent
+GPU_STAGES = ("tests", "step", "loss", "metrics", "rerank", "data", "train")
 
 
 def get_args_parser():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     data = commands.add_parser("data", help="prepare the data set's arrays anew; one epoch of loading and augmenting")
-    data.add_argument("--data_path", default=DATA_PATHS["sysu"], help="folder of SYSU-MM01, or of demo data like it")
-    data.add_argument("--img_h", type=number(int, 1), default=288, help="image height, pixels")
-    data.add_argument("--img_w", type=number(int, 1), default=144, help="image width, pixels")
-    data.add_argument("--workers", type=number(int, 0), default=4, help="loading processes, at most one a core")
+    step = commands.add_parser("step", help="training steps, on random images, against the plain recipe")
+    step.add_argument("--cache", choices=CACHES, default="auto", help="where the images are kept, as in training")
+    step.add_argument("--compile", action="store_true", help="compile the network's steps with torch.compile")
+    step.add_argument("--steps", type=number(int, 1), default=10, help="steps of a turn")
+    test = commands.add_parser("test", help="from image files to the measures, against ten extractions of a gallery")
     loss = commands.add_parser("loss", help="the aligned local loss against a walk sample by sample")
     metrics = commands.add_parser("metrics", help="the measures against Python lists query by query")
     metrics.add_argument("--queries", type=number(int, 1), default=20_000, help="of the search straight from features")
@@ -50,11 +75,25 @@ def get_args_parser():
     rerank = commands.add_parser("rerank", help="k-reciprocal re-ranking against plain loops over images")
     rerank.add_argument("--queries", type=number(int, 1), default=3803)
     rerank.add_argument("--gallery", type=number(int, 1), default=301)
+    gpu = commands.add_parser("gpu", help="the GPU tests, then every measurement on the GPU, each as a process")
+    gpu.add_argument("--out", required=True, metavar="FILE", help="write all figures to this file, after each stage")
+    gpu.add_argument("--only", nargs="+", choices=GPU_STAGES, default=GPU_STAGES, help="these stages only")
+    gpu.add_argument("--like", metavar="FILE", help="test at the full size of SYSU-MM01, by its rand_perm_cam.mat")
+    gpu.add_argument("--gpu", default="0", help="number of the GPU")
+    for command in (data, test):
+        command.add_argument("--data_path", default=DATA_PATHS["sysu"], help="folder of SYSU-MM01, or of demo data")
+    for command in (step, test):
+        command.add_argument("--arch", choices=ARCHS, default="resnet50")
+        command.add_argument("--amp", choices=("off", "bf16"), default="off", help="mixed precision of the network")
+    for command in (data, step, test):
+        command.add_argument("--img_h", type=number(int, 48), default=288, help="image height, pixels")
+        command.add_argument("--img_w", type=number(int, 16), default=144, help="image width, pixels")
+        command.add_argument("--workers", type=number(int, 0), default=4, help="loading processes, at most one a core")
     images = "images of an identity and modality in a batch"
-    for command in (data, loss):
+    for command in (data, step, loss):
         command.add_argument("--batch_size", type=number(int, 2), default=8, help="identities in a batch")
         command.add_argument("--num_pos", type=number(int, 1), default=4, help=images)
-    for command in (data, loss, metrics, rerank):
+    for command in (data, step, loss, metrics, test, rerank):
         command.add_argument("--gpu", default="0", help="number of the GPU, or cpu")
         command.add_argument("--json", metavar="FILE", help="write the figures to this file")
         if command is not data:
@@ -65,11 +104,19 @@ def get_args_parser():
 def main(argv=None):
     """Returns the figures, a dict."""
     args = get_args_parser().parse_args(argv)
+    if args.command == "gpu":
+        return bench_gpu(args)
     if args.json:
         check_output(args.json)
     device = select_device(args.gpu)
-    bench = {"data": bench_data, "loss": bench_loss, "metrics": bench_metrics, "rerank": bench_rerank}[args.command]
-    figures = bench(args, device)
+    figures = {
+        "data": bench_data,
+        "step": bench_step,
+        "loss": bench_loss,
+        "metrics": bench_metrics,
+        "test": bench_test,
+        "rerank": bench_rerank,
+    }[args.command](args, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     machine = {"device": name, "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
     figures |= {"flags": vars(args), **machine}
@@ -81,26 +128,37 @@ def main(argv=None):
 # ----------------------------------------------------------------------------------------------------------- measuring
 
 
-def compare(name, ours, baseline, repeats, device):
+def median_seconds(function, device, repeats=5):
+    """Of single calls, after two to warm up."""
+    return statistics.median([seconds(function, 1, device) for _ in range(repeats + 2)][2:])
+
+
+def seconds(function, calls, device):
+    """Seconds of one of several calls in a row."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / calls
+
+
+def compare(name, ours, baseline, repeats, device, per=1):
     """Time both by turns -> {"name", "ours_seconds", "baseline_seconds", "ratio"}, medians; prints them.
 
-    A turn is as many calls in a row as fill 50 ms, after two to warm up.
-    """
+    per: what one call does so many times; the seconds are of one.
 
-    def seconds(function, calls):
-        start = time.perf_counter()
-        for _ in range(calls):
-            function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return (time.perf_counter() - start) / calls
+    A turn is as many calls in a row as fill 50 ms, after two to warm up (one, if that takes a second).
+    """
 
     runs = []
     for function in (ours, baseline):
-        seconds(function, 1)
-        runs.append((function, max(1, int(0.05 / seconds(function, 1)))))
+        calls = 1
+        if seconds(function, 1, device) < 1:
+            calls = max(1, int(0.05 / seconds(function, 1, device)))
+        runs.append((function, calls, device))
     turns = [[seconds(*run) for run in runs] for _ in progress(range(repeats), desc=name, unit="turn", leave=False)]
-    mine, plain = (statistics.median(times) for times in zip(*turns, strict=True))
+    mine, plain = (statistics.median(times) / per for times in zip(*turns, strict=True))
     print(f"{name:52}{1000 * plain:12.1f} ms{1000 * mine:12.2f} ms{plain / mine:9.1f} x")
     return {"name": name, "ours_seconds": mine, "baseline_seconds": plain, "ratio": plain / mine}
 
@@ -167,6 +225,217 @@ def run_measured(*arguments):
     if process.returncode:
         sys.exit(process.returncode)  # it has said why
     return time.perf_counter() - start, peak
+
+
+# ---------------------------------------------------------------------------------------------------------------- step
+
+
+def bench_step(args, device):
+    size, people = (args.img_h, args.img_w), max(64, args.batch_size)
+    rng = np.random.default_rng(0)
+    visible, infrared = (rng.integers(0, 256, (8 * people, *size, 3), np.uint8) for _ in range(2))
+    labels = np.arange(people).repeat(8)
+    data = TrainData(visible, labels, infrared, labels)
+    sampler = IdentitySampler(data, args.batch_size, args.num_pos, seed=0)
+    seed_everything(0)
+    net, plain_net = (GFMNet(people, args.arch).to(device) for _ in range(2))
+    # Rates so low that random images do not make the networks diverge.
+    sgd = partial(torch.optim.SGD, lr=1e-6, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+    loader = train_loader(data, sampler, args.workers, device, args.cache)
+    batches = endless(loader)
+    net.to(memory_format=torch.channels_last)
+    model = torch.compile(net) if args.compile else net
+    criterion, augment = MethodLoss("adp"), TrainAugmentation(1, 0.5)
+    optimizer = sgd(net.parameters(), fused=device.type == "cuda")
+
+    def train(model=model, criterion=criterion, augment=augment):
+        steps = islice(batches, args.steps)
+        engine.train_epoch(model, criterion, optimizer, steps, augment, device, args.amp)
+
+    plain_batches = endless(
+        DataLoader(
+            PlainPairs(data, sampler, size),
+            args.batch_size * args.num_pos,
+            num_workers=min(args.workers, os.cpu_count()),
+            persistent_workers=args.workers > 0,
+            pin_memory=device.type == "cuda",
+        )
+    )
+    plain_optimizer = sgd(plain_net.parameters())
+
+    def train_plainly():
+        for batch in islice(plain_batches, args.steps):
+            plain_step(plain_net, plain_optimizer, batch, device)
+
+    visible, infrared, labels = (x.to(device) for x in next(batches))
+    output = net(*augment(visible, infrared))
+    torch.testing.assert_close(plain_loss(output, labels), criterion(output, labels).total, rtol=1e-4, atol=0)
+    print_head()
+    inputs = 3 * args.batch_size * args.num_pos
+    name = f"a step: {args.arch}, {inputs} images {size[0]}x{size[1]}, {args.amp}{', compiled' * args.compile}"
+    figures = compare(name, train, train_plainly, args.repeats, device, per=args.steps)
+    figures["images_per_second"] = inputs / figures["ours_seconds"]
+    if device.type == "cuda":
+        del plain_net, plain_optimizer, output
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        train()
+        cached = sum(x.nbytes for x in loader.images) if isinstance(loader, CachedBatches) else 0
+        figures["peak_gib_without_cache"] = (torch.cuda.max_memory_allocated(device) - cached) / 2**30
+        print(f"peak memory without the cached images: {figures['peak_gib_without_cache']:.1f} GiB")
+    budget = step_budget(train, model, criterion, augment, optimizer, device)
+    floors = step_floors(net, criterion, augment(visible, infrared), labels, args.amp)
+    if device.type == "cuda":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            train()
+        busy = sum(event.self_device_time_total for event in profile.key_averages()) / 1e6 / args.steps
+        budget["gaps, the device waiting (part of the above)"] = figures["ours_seconds"] - busy
+    print("where a step's time goes, and how fast it could be:")
+    for part, seconds in (budget | floors["seconds"]).items():
+        print(f"  {part:60}{1000 * seconds:10.2f} ms{seconds / figures['ours_seconds']:8.1%}")
+    return figures | {"budget_seconds": budget, "floors": floors}
+
+
+def endless(loader):
+    while True:
+        yield from loader
+
+
+class PlainPairs(Dataset):
+    """The sampler's images pair by pair, each augmented on its own, by torchvision."""
+
+    def __init__(self, data, sampler, size):
+        self.data, self.pairs = data, np.concatenate([np.stack(batch, axis=1) for batch in sampler])
+        self.augment = transforms.Compose(
+            [
+                transforms.ToPILImage(),
+                transforms.Pad(10),
+                transforms.RandomCrop(size),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(MEAN, STD),
+                transforms.RandomErasing(0.5, (0.02, 0.4), (0.3, 10 / 3), ERASE_FILL),
+            ]
+        )
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        visible, infrared = self.pairs[index]
+        plain, second = (self.augment(self.data.visible[visible]) for _ in range(2))
+        other = self.augment(self.data.infrared[infrared])
+        case = random.randrange(8)
+        if case < 6:
+            other = other[[case // 2] * 3]
+        elif case == 6:
+            other = (other * torch.tensor(GRAY).view(3, 1, 1)).sum(dim=0).expand(3, -1, -1)
+        return plain, second[[random.randrange(3)] * 3], other, self.data.visible_labels[visible]
+
+
+def plain_step(net, optimizer, batch, device):
+    plain, second, infrared, labels = (x.to(device) for x in batch)
+    loss = plain_loss(net(torch.cat([plain, second]), infrared), labels.repeat(3))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def plain_loss(output, labels):
+    """GFMNet's whole loss, the local part of it anchor by anchor."""
+    triplet, _ = SquaredTripletLoss()(output.pooled, labels)
+    local = plain_aligned_loss(output.pooled, labels, output.local)
+    return F.cross_entropy(output.logits, labels) + triplet + 0.5 * local
+
+
+class Timed(torch.nn.Module):
+    """Marks the time before and after each call."""
+
+    def __init__(self, inner, mark):
+        super().__init__()
+        self.inner, self.mark = inner, mark
+
+    def forward(self, *inputs):
+        self.mark()
+        result = self.inner(*inputs)
+        self.mark()
+        return result
+
+
+def step_budget(train, model, criterion, augment, optimizer, device):
+    """Median seconds of each part of the steps that `train(model, criterion, augment)` makes.
+
+    On a GPU, on its own clock: a part ends when the device has done it. Copying batches there is part of the loading.
+    """
+    marks = []
+
+    def mark(*_):
+        if device.type == "cuda":
+            marks.append(torch.cuda.Event(enable_timing=True))
+            marks[-1].record()
+        else:
+            marks.append(time.perf_counter())
+
+    hooks = optimizer.register_step_pre_hook(mark), optimizer.register_step_post_hook(mark)
+    train(*(Timed(inner, mark) for inner in (model, criterion, augment)))
+    for hook in hooks:
+        hook.remove()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        spans = [a.elapsed_time(b) / 1000 for a, b in pairwise(marks)]
+    else:
+        spans = [b - a for a, b in pairwise(marks)]
+    # Eight marks a step, and so eight spans, of which the last reaches to the next step.
+    parts = [statistics.median(spans[i::8]) for i in range(8) if spans[i::8]]
+    augmentation, _, forward, _, loss, backward, step, *loading = parts
+    return {
+        "loading": sum(loading),
+        "augmentation": augmentation,
+        "forward": forward,
+        "loss": loss,
+        "backward": backward,
+        "optimiser": step,
+    }
+
+
+def step_floors(net, criterion, views, labels, amp):
+    """What a step computes and moves, and the seconds that this takes at the rates measured on the same device.
+
+    Floating-point operations of convolutions and products, by PyTorch's counter. Moved: each layer reads its input and
+    writes its output once, and its backward twice as much; fused layers can do with less.
+    """
+    device = labels.device
+    dtype, moved = torch.bfloat16 if amp == "bf16" else torch.float32, []
+    layers = [module for module in net.modules() if not [*module.children()]]
+    hooks = [
+        layer.register_forward_hook(lambda _, inputs, output: moved.append(inputs[0].numel() + output.numel()))
+        for layer in layers
+    ]
+    with FlopCounterMode(display=False) as counter, autocast(device, amp):
+        criterion(net(*views), labels).total.backward()
+    for hook in hooks:
+        hook.remove()
+    net.zero_grad()
+    flop, size = counter.get_total_flops(), 3 * sum(moved) * dtype.itemsize
+
+    side = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    flop_rate = 2 * side**3 / median_seconds(lambda: a @ a, device)
+    copy = torch.empty_like(a)
+    byte_rate = 2 * a.nbytes / median_seconds(lambda: copy.copy_(a), device)
+    return {
+        "flop": flop,
+        "gflop_per_image": flop / len(labels) / 1e9,
+        "flop_per_second": flop_rate,
+        "bytes": size,
+        "bytes_per_second": byte_rate,
+        "seconds": {
+            f"floor: {flop / 1e12:.2f} TFLOP at {flop_rate / 1e12:.1f} TFLOP/s": flop / flop_rate,
+            f"floor: {size / 1e9:.1f} GB moved at {byte_rate / 1e9:.0f} GB/s": size / byte_rate,
+        },
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------- loss
@@ -304,6 +573,65 @@ def lean_metrics(distances, q_pids, g_pids, q_camids=None, g_camids=None, max_ra
     return curve / len(precisions), np.mean(precisions), np.mean(penalties)
 
 
+# ---------------------------------------------------------------------------------------------------------------- test
+
+
+def bench_test(args, device):
+    size = (args.img_h, args.img_w)
+    seed_everything(0)
+    net, plain_net = (GFMNet(395, args.arch).to(device).eval() for _ in range(2))
+    plain_net.load_state_dict(net.state_dict())
+    net.to(memory_format=torch.channels_last)
+    embed = engine.network_embedding(net, device, normalise, args.amp)
+
+    def ours():
+        test = sysu_test(args.data_path, SYSU_VISIBLE)
+        loaders = {m: eval_loader(paths, size, 64, args.workers) for m, paths in test.paths.items()}
+        features = {m: engine.extract(embed, loader, m, f"embedding {m}") for m, loader in loaders.items()}
+        return test, features, [engine.run_search(features, search)[0]["FC", "none"] for search in test.searches]
+
+    def baseline():
+        return plain_test(plain_net, sysu_test(args.data_path, SYSU_VISIBLE), size, args.workers, device)
+
+    test, features, scores = ours()
+    images = {modality: len(paths) for modality, paths in test.paths.items()}
+    first = eval_loader(test.paths["infrared"][:64], size, 64, 0)
+    expected = plain_extract(plain_net, "infrared", first, device)
+    if args.amp == "off":
+        np.testing.assert_allclose(features["infrared"]["FC"][:64].cpu().numpy(), expected, rtol=0, atol=1e-3)
+    name = f"test: {images['infrared']} queries, {images['visible']} images in {len(scores)} galleries, {args.amp}"
+    print_head()
+    figures = compare(name, ours, baseline, args.repeats, device)
+    return figures | {"images": images, "images_per_second": sum(images.values()) / figures["ours_seconds"]}
+
+
+def plain_test(net, test, size, workers, device):
+    """Queries once a mode, the gallery anew for each trial, both from the files; then query by query."""
+    mode, query, results = None, None, []
+    for search in test.searches:
+        if search.setting["mode"] != mode:
+            mode, query = search.setting["mode"], plain_features(net, test, search.query, size, workers, device)
+        gallery = plain_features(net, test, search.gallery, size, workers, device)
+        (_, _, q_ids, q_cameras), (_, _, g_ids, g_cameras) = search.query, search.gallery
+        results.append(plain_metrics(-query @ gallery.T, q_ids, g_ids, q_cameras, g_cameras))
+    return results
+
+
+def plain_features(net, test, images, size, workers, device):
+    paths = [test.paths[images.modality][row] for row in images.rows]
+    return plain_extract(net, images.modality, eval_loader(paths, size, 64, workers), device)
+
+
+@torch.no_grad()
+def plain_extract(net, modality, loader, device):
+    features = []
+    for images in loader:
+        images = normalise(images.to(device)).contiguous()
+        views = [net.embed(view, modality)[1] for view in (images, images.flip(3))]
+        features.append(F.normalize(views[0] + views[1]).cpu())
+    return torch.cat(features).numpy()
+
+
 # -------------------------------------------------------------------------------------------------------------- rerank
 
 
@@ -362,6 +690,90 @@ def plain_k_reciprocal(query, gallery, k1=20, k2=6, lambda_value=0.3):
             least[having[n]] += np.minimum(codes[i, n], codes[having[n], n])
         result[i] = 1 - (least / (2 - least))[queries:]
     return (1 - lambda_value) * result + lambda_value * distances[:queries, queries:]
+
+
+# ----------------------------------------------------------------------------------------------------------------- gpu
+
+
+def bench_gpu(args):
+    """Each stage as processes of their own, so that one which fails leaves the others. `--out` keeps the stages of
+    earlier calls: several calls of a few stages make one file."""
+    out = Path(args.out)
+    check_output(out)
+    if not torch.cuda.is_available():
+        raise InputError("bench.py gpu: PyTorch sees no CUDA device here; run it where there is one")
+    results = json.loads(out.read_text()) if out.is_file() else {}
+    with tempfile.TemporaryDirectory() as work:
+        for name, commands, files in gpu_runs(args, work):
+            runs = []
+            for command in commands:
+                start = time.perf_counter()
+                done = subprocess.run([sys.executable, *command], cwd=REPO, capture_output=True, text=True)
+                seconds = round(time.perf_counter() - start, 1)
+                runs.append({"command": command, "seconds": seconds, "status": done.returncode})
+                runs[-1]["output"] = f"{done.stdout}\n{done.stderr}".strip()[-3000:]
+                print(f"{name}: status {done.returncode} after {seconds} s\n{runs[-1]['output'][-600:]}", flush=True)
+            lines = {pattern: [file.read_text() for file in sorted(Path(work).glob(pattern))] for pattern in files}
+            results[name] = {"runs": runs, "files": lines}
+            save_json(results, out)
+    return results
+
+
+def gpu_runs(args, work):
+    """(name, commands, files in `work` to keep) of the stages that are asked for."""
+    tree, large, gpu = f"{work}/demo", f"{work}/large", ["--gpu", args.gpu]
+    demo = ["demo_data.py", "--out", tree, "--layout", "sysu", "--ids", "100", "--images", "4"]
+    small = ["--img_h", "96", "--img_w", "48"]
+    runs = {
+        "tests": [("tests", [["-m", "pytest", "-q", "-m", "gpu"]], [])],
+        "step": [
+            (name, [["bench.py", "step", *flags, *gpu, "--json", f"{work}/{name}.json"]], [f"{name}.json"])
+            for name, flags in {
+                "step float32": ["--amp", "off"],
+                "step bf16": ["--amp", "bf16"],
+                "step bf16 from files' workers": ["--amp", "bf16", "--cache", "disk", "--workers", "16"],
+                "step bf16 compiled": ["--amp", "bf16", "--compile"],
+            }.items()
+        ],
+        "data": [
+            (
+                "data",
+                [
+                    ["demo_data.py", "--out", large, *(["--like", args.like] if args.like else demo[3:])],
+                    ["bench.py", "data", "--data_path", large, *gpu, "--json", f"{work}/data.json"],
+                ],
+                ["data.json"],
+            ),
+            (
+                "test",
+                [
+                    ["bench.py", "test", "--data_path", large, "--amp", "bf16", "--workers", "16", "--repeats", "1"]
+                    + [*gpu, "--json", f"{work}/test.json"]
+                ],
+                ["test.json"],
+            ),
+        ],
+        "train": [("demo data", [demo, ["pre_process_sysu.py", "--data_path", tree, *small]], [])]
+        + [
+            (
+                f"train {amp} seed {seed}",
+                [
+                    ["train_ext_test0.py", "--data_path", tree, "--arch", "resnet18", "--weights", "none", *small, *gpu]
+                    + ["--square", "0", "--rande", "0.2", "--optim", "adam", "--lr", "0.01", "--epochs", "11"]
+                    + ["--warmup", "1", "--milestones", "8", "--eval_every", "5", "--amp", amp, "--seed", str(seed)]
+                    + ["--model_path", f"{work}/{amp}{seed}", "--log_path", f"{work}/{amp}{seed}"]
+                ],
+                [f"{amp}{seed}/sysu_log/*.jsonl"],
+            )
+            for seed in range(3)
+            for amp in ("off", "bf16")
+        ],
+    }
+    runs |= {
+        stage: [(stage, [["bench.py", stage, *gpu, "--json", f"{work}/{stage}.json"]], [f"{stage}.json"])]
+        for stage in ("loss", "metrics", "rerank")
+    }
+    return [run for stage in args.only for run in runs[stage]]
 
 
 def need_proc():

@@ -218,8 +218,58 @@ class ImageFiles(Dataset):
         return _channels_first(read_image(self.paths[index], self.size))
 
 
-def train_loader(data, sampler, workers):
-    """Batches of an epoch, in the sampler's order. The loading processes stay from epoch to epoch."""
+class CachedBatches:
+    """The batches of `TrainBatches`, in the sampler's order, from arrays that lie on a device as uint8."""
+
+    def __init__(self, data, sampler, device):
+        self.sampler, self.device = sampler, device
+        self.images = [_on_device(array, device) for array in (data.visible, data.infrared)]
+        self.labels = [torch.from_numpy(labels).to(device) for labels in (data.visible_labels, data.infrared_labels)]
+
+    def __len__(self):
+        return len(self.sampler)
+
+    def __iter__(self):
+        # The whole epoch's draws in one copy: one for each batch would wait for the device.
+        draws = torch.from_numpy(np.array([*self.sampler])).to(self.device)
+        for indices in draws:
+            visible, infrared = (images[i].movedim(-1, -3) for images, i in zip(self.images, indices, strict=True))
+            labels, infrared_labels = (labels[i] for labels, i in zip(self.labels, indices, strict=True))
+            yield visible, infrared, torch.cat([labels, labels, infrared_labels])
+
+
+def _on_device(array, device):
+    """A memory-mapped array on a device, copied in blocks: not all of it is in the host's memory at once."""
+    there = torch.empty(array.shape, dtype=torch.uint8, device=device)
+    for start in progress(range(0, len(array), PREPARE_BLOCK), desc=f"images to {device}", leave=False):
+        block = slice(start, start + PREPARE_BLOCK)
+        there[block] = torch.from_numpy(np.array(array[block])).to(device)
+    return there
+
+
+CACHES = ("auto", "gpu", "ram", "disk")
+
+
+def train_loader(data, sampler, workers, device="cpu", cache="disk"):
+    """Batches of an epoch, in the sampler's order; iterate over it once an epoch.
+
+    cache: where the images are kept. "disk": in their files, memory-mapped; "ram": in memory. From both, `workers`
+    loading processes, which stay from epoch to epoch, make the batches. "gpu": on the device, without processes.
+    "auto": "gpu" if the device is a CUDA device and they take at most half of its free memory, else "disk".
+
+    Raises InputError when they are to be kept on a GPU that is none or has not enough memory.
+    """
+    device, size = torch.device(device), data.visible.nbytes + data.infrared.nbytes
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    if cache == "gpu" and size > free:
+        raise InputError(
+            f"--cache gpu: the training images take {size / 2**30:.1f} GiB, and {free / 2**30:.1f} are free on "
+            f"{device}; use --cache disk or ram"
+        )
+    if cache == "gpu" or (cache == "auto" and size <= free / 2):
+        return CachedBatches(data, sampler, device)
+    if cache == "ram":
+        data = data._replace(visible=np.array(data.visible), infrared=np.array(data.infrared))
     options = _worker_options(workers)
     # batch_size=None: the sampler's items are whole batches already.
     return DataLoader(

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data_manager
 import engine
 from ChannelAug import TrainAugmentation, normalise
-from data_loader import IdentitySampler, eval_loader, llcm_train, regdb_train, sysu_train, train_loader
+from data_loader import CACHES, IdentitySampler, eval_loader, llcm_train, regdb_train, sysu_train, train_loader
 from loss import MethodLoss
 from model import ARCHS, GFMNet, method_options
 from utils import (
@@ -40,7 +40,9 @@ from utils import (
 # Flags that a resumed run may give anew: where things are and how fast they go, not what is computed.
 MAY_CHANGE = {
     "workers",
+    "cache",
     "gpu",
+    "compile",
     "epochs",
     "eval_every",
     "test_batch",
@@ -62,6 +64,12 @@ def get_args_parser():
     data.add_argument("--img_h", type=number(int, 48), default=288, help="image height, pixels")
     data.add_argument("--img_w", type=number(int, 16), default=144, help="image width, pixels")
     data.add_argument("--workers", type=number(int, 0), default=4, help="loading processes, at most one a core")
+    data.add_argument(
+        "--cache",
+        choices=CACHES,
+        default="auto",
+        help="keep the training images on the GPU, in memory, or in their files (auto: gpu if they fit, else disk)",
+    )
     net = parser.add_argument_group("network and loss")
     net.add_argument("--method", choices=("base", "agw", "caj", "adp"), default="adp", help="adp is GFMNet")
     net.add_argument("--arch", choices=ARCHS, default="resnet50")
@@ -95,6 +103,7 @@ def get_args_parser():
         help="epochs from which on the rate is a tenth of the one before",
     )
     fit.add_argument("--amp", choices=("off", "bf16"), default="off", help="mixed precision of the network")
+    fit.add_argument("--compile", action="store_true", help="compile the network's steps with torch.compile")
     fit.add_argument("--seed", type=number(int, 0), default=0)
     fit.add_argument("--gpu", default="0", help="number of the GPU, or cpu; under torchrun each process has its own")
     fit.add_argument(
@@ -152,7 +161,7 @@ def main(argv=None):
         test = data_manager.llcm_test(data_path, trials=[0])
     (search,) = test.searches
     sampler = IdentitySampler(data, args.batch_size, args.num_pos, args.seed)
-    loader = train_loader(data, sampler, args.workers)
+    loader = train_loader(data, sampler, args.workers, device, args.cache)
     eval_loaders = {
         modality: eval_loader(paths, size, args.test_batch, args.workers) for modality, paths in test.paths.items()
     }
@@ -164,6 +173,8 @@ def main(argv=None):
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
     net.to(device, memory_format=torch.channels_last)
     model = DistributedDataParallel(net, [device] if device.type == "cuda" else None) if ranks() > 1 else net
+    if args.compile:
+        model = torch.compile(model)
     criterion = MethodLoss(args.method, args.margin, args.alpha, args.gamma, args.square, args.weighting)
     augment = TrainAugmentation(args.augc, args.rande)
     optimizer = build_optimizer(net, args.optim, args.lr)
@@ -247,9 +258,10 @@ def build_optimizer(net, optim, lr):
     in_head = {id(p) for p in head}
     rest = [p for p in net.parameters() if id(p) not in in_head and p.requires_grad]
     groups = [{"params": rest, "lr_scale": 0.1}, {"params": head, "lr_scale": 1.0}]
+    options = {"lr": lr, "weight_decay": 5e-4, "fused": head[0].is_cuda}
     if optim == "adam":
-        return torch.optim.Adam(groups, lr, weight_decay=5e-4)
-    return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+        return torch.optim.Adam(groups, **options)
+    return torch.optim.SGD(groups, momentum=0.9, nesterov=True, **options)
 
 
 def learning_rate(epoch, lr, warmup, milestones):

@@ -35,6 +35,11 @@ def cli(main):
     except InputError as error:
         sys.exit(_one_line_exit(Path(sys.argv[0]).name, error))
     except RuntimeError as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = str(error).strip().splitlines()[0]
+            sys.exit(
+                _one_line_exit(Path(sys.argv[0]).name, f"--compile: torch.compile failed ({reason}); leave it out")
+            )
         if ranks() == 1 or not re.search("Connection (closed|reset)|[Tt]imed out", str(error)):
             raise
         line = str(error).strip().splitlines()[0]
@@ -169,6 +174,9 @@ def select_device(gpu):
     if int(gpu) >= count:
         has = "one GPU: use --gpu 0" if count == 1 else f"{count} GPUs: use --gpu 0 to {count - 1}"
         raise InputError(f"--gpu {gpu}: this machine has {has}")
+    # Images keep their size, so the search for the fastest convolutions pays. Precision stays PyTorch's: convolutions
+    # in TF32 where mixed precision is off, products of features, and so distances, in float32.
+    torch.backends.cudnn.benchmark = True
     return torch.device("cuda", int(gpu))
 
 

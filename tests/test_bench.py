@@ -9,10 +9,15 @@ import torch
 
 import bench
 import data_manager
+import engine
+from ChannelAug import normalise
 from conftest import SIZE
+from data_loader import eval_loader
 from eval_metrics import eval_regdb, eval_sysu
-from loss import aligned_distance
+from loss import Losses, aligned_distance
+from model import GFMNet
 from test_eval_metrics import REGDB_KEYS, assert_metrics_close, random_problem
+from utils import InputError
 
 
 def test_data(sysu_tree, tmp_path, capfd):
@@ -57,3 +62,82 @@ def test_comparisons(command, sizes, tmp_path, capsys):
     assert json.loads(file.read_text()) == figures
     assert figures["ratio"] == pytest.approx(figures["baseline_seconds"] / figures["ours_seconds"])
     assert f"{figures['ratio']:.1f} x" in capsys.readouterr().out
+
+
+SMALL_STEP = [
+    "--gpu",
+    "cpu",
+    "--arch",
+    "resnet18",
+    "--img_h",
+    "96",
+    "--img_w",
+    "48",
+    "--workers",
+    "0",
+    "--repeats",
+    "1",
+]
+
+
+def test_step(capsys):
+    more = ["--batch_size", "2", "--num_pos", "2", "--steps", "3"]
+    figures = bench.main(["step", *SMALL_STEP, *more])
+    assert figures["images_per_second"] == pytest.approx(12 / figures["ours_seconds"])
+    budget = figures["budget_seconds"]
+    assert list(budget) == ["loading", "augmentation", "forward", "loss", "backward", "optimiser"]
+    assert min(budget.values()) > 0
+    assert budget["forward"] + budget["backward"] > budget["augmentation"] + budget["loss"]
+    assert "where a step's time goes" in capsys.readouterr().out
+
+
+def test_floors_count_what_a_layer_computes():
+    """A convolution and a linear layer by hand: 2 operations a multiplication, backward twice as much as forward but
+    for the gradient of the images, which nobody needs."""
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.linear = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Linear(8, 5)
+
+        def forward(self, visible, infrared):
+            return self.linear(self.conv(torch.cat([visible, infrared])).mean(dim=(2, 3)))
+
+    def criterion(output, labels):
+        return Losses(*[torch.nn.functional.cross_entropy(output, labels)] * 5)
+
+    images, labels = torch.rand(2, 3, 10, 6), torch.tensor([0, 1, 2, 3])
+    floors = bench.step_floors(Net(), criterion, (images, images), labels, "off")
+    conv, linear = 4 * 10 * 6 * 8 * 3 * 9, 4 * 8 * 5
+    assert floors["flop"] == 2 * (2 * conv + 3 * linear)
+    assert floors["bytes"] == 3 * 4 * (4 * 60 * (3 + 8) + 4 * (8 + 5))
+
+
+def test_test(sysu_tree, capsys):
+    """What is timed is right: the baseline's measures, from ten galleries a mode, are those of one pass."""
+    test = data_manager.sysu_test(sysu_tree, data_manager.SYSU_VISIBLE)
+    net = GFMNet(5, "resnet18").eval()
+    plain = bench.plain_test(net, test, SIZE, 0, torch.device("cpu"))
+    embed = engine.network_embedding(net, torch.device("cpu"), normalise)
+    features = {m: engine.extract(embed, eval_loader(p, SIZE, 64, 0), m, "") for m, p in test.paths.items()}
+    for search, (_, mean_ap, mean_inp) in zip(test.searches, plain, strict=True):
+        scores = engine.run_search(features, search)[0]["FC", "none"]
+        assert (scores["mAP"], scores["mINP"]) == pytest.approx((100 * mean_ap, 100 * mean_inp), abs=1e-6)
+
+    figures = bench.main(["test", *SMALL_STEP, "--data_path", str(sysu_tree)])
+    assert figures["images"] == {m: len(paths) for m, paths in test.paths.items()}
+    assert f"{figures['ratio']:.1f} x" in capsys.readouterr().out
+
+
+def test_gpu_keeps_each_stage_and_goes_on_after_one_that_fails(tmp_path, monkeypatch):
+    out = tmp_path / "gpu.json"
+    with pytest.raises(InputError, match="sees no CUDA device"):
+        bench.main(["gpu", "--out", str(out)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert set(bench.main(["gpu", "--out", str(out), "--only", "loss"])) == {"loss"}
+    monkeypatch.setattr(bench, "REPO", tmp_path)  # no bench.py there
+    results = bench.main(["gpu", "--out", str(out), "--only", "metrics", "rerank"])
+    assert json.loads(out.read_text()) == results
+    assert [results[stage]["runs"][0]["status"] for stage in ("loss", "metrics", "rerank")] == [0, 2, 2]
+    assert json.loads(results["loss"]["files"]["loss.json"][0])["ratio"] > 1
+    assert "can't open file" in results["rerank"]["runs"][0]["output"]

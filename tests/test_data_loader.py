@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -232,11 +233,16 @@ def test_identities_seen_in_one_modality_only_are_not_drawn():
         IdentitySampler(data, 4, 1, 0)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_train_batches_carry_the_sampler_s_images_and_the_labels_of_three_views(workers):
+@pytest.mark.parametrize(("workers", "cache"), [(0, "auto"), (2, "disk"), (0, "ram"), (0, "gpu")])
+def test_train_batches_carry_the_sampler_s_images_and_the_labels_of_three_views(workers, cache, monkeypatch):
     data = toy_data()
     sampler = IdentitySampler(data, 3, 2, 0)
-    loader = train_loader(data, sampler, workers)
+    if cache == "gpu":  # the same steps on any device
+        monkeypatch.setattr(data_loader, "PREPARE_BLOCK", 3)
+        loader = data_loader.CachedBatches(data, sampler, "cpu")
+    else:
+        loader = train_loader(data, sampler, workers, cache=cache)
+    assert len(loader) == len(sampler)
     for epoch in range(2):
         sampler.set_epoch(epoch)
         for (visible, infrared, labels), (rows, heat_rows) in zip(loader, list(sampler), strict=True):
@@ -245,6 +251,28 @@ def test_train_batches_carry_the_sampler_s_images_and_the_labels_of_three_views(
             assert visible[:, 1, 0, 0].tolist() == rows.tolist()
             assert infrared[:, 1, 3, 1].tolist() == heat_rows.tolist()
             assert labels.tolist() == [*visible[:, 0, 0, 0], *visible[:, 0, 0, 0], *infrared[:, 0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("cache", "free", "kept"),
+    [("auto", 1200, "CachedBatches"), ("auto", 1199, "DataLoader"), ("gpu", 600, "CachedBatches"), ("gpu", 599, None)],
+)
+def test_images_are_kept_on_the_gpu_if_they_fit(monkeypatch, cache, free, kept):
+    data = toy_data((5, 7, 2, 1), (3, 3, 3, 1))  # 25 images of 24 bytes
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10 * free))
+    monkeypatch.setattr(data_loader, "CachedBatches", type("CachedBatches", (), {"__init__": lambda self, *_: None}))
+    make = partial(train_loader, data, IdentitySampler(data, 3, 2, 0), 0, "cuda", cache)
+    if kept:
+        assert type(make()).__name__ == kept
+    else:
+        with pytest.raises(InputError, match="--cache gpu: .* GiB, and .* are free on cuda; use --cache disk"):
+            make()
+
+
+def test_no_gpu_no_images_on_it():
+    data = toy_data()
+    with pytest.raises(InputError, match="--cache gpu: .* 0.0 are free on cpu; use --cache disk"):
+        train_loader(data, IdentitySampler(data, 3, 2, 0), 0, cache="gpu")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

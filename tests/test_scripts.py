@@ -7,20 +7,25 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import data_loader
 import data_manager
+import engine
 import feature_store
 import re_rank
 import testa
 import train_ext_test0
 import utils
-from conftest import flags, plain_embedding
+from ChannelAug import TrainAugmentation
+from conftest import SIZE, flags, plain_embedding
 from eval_metrics import eval_sysu
+from loss import MethodLoss
 from model import GFMNet
 from utils import InputError
 
@@ -597,9 +602,81 @@ def test_weights_that_cannot_be_had_say_what_to_do(sysu_tree, tmp_path, monkeypa
         )
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a compiler")
+def test_compiled_run_computes_the_same(trained, sysu_tree, tmp_path):
+    plain, _ = trained
+    more = ["--epochs", "1", "--compile", "--eval_every", "2"]
+    compiled = train_ext_test0.main(flags(sysu_tree, tmp_path, *more))
+    losses = [json.loads(Path(run["log"]).read_text().splitlines()[0]) for run in (plain, compiled)]
+    for name in ("total", "identity", "triplet", "local"):
+        assert losses[1][name] == pytest.approx(losses[0][name], rel=0.02)
+    state = torch.load(compiled["last"])["net"]
+    assert state.keys() == torch.load(plain["last"])["net"].keys()
+
+
+def test_compiler_that_fails_is_one_line(sysu_tree, tmp_path):
+    command = [sys.executable, REPO / "train_ext_test0.py", *flags(sysu_tree, tmp_path), "--compile"]
+    environment = {**os.environ, "CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()[-1:]
+    assert line.startswith("train_ext_test0.py: error: --compile: torch.compile failed (")
+
+
+def test_optimiser_of_a_gpu_goes_on_without_one():
+    """A GPU's optimiser is fused, a CPU's is not; the state of either loads into the other."""
+    states = []
+    for fused in (True, False):
+        net = GFMNet(5, "resnet18")
+        optimizer = train_ext_test0.build_optimizer(net, "adam", 0.1)
+        for group in optimizer.param_groups:
+            group["fused"] = fused
+        sum(parameter.sum() for parameter in net.parameters()).backward()
+        optimizer.step()
+        states.append(optimizer.state_dict())
+    for state in states:
+        net = GFMNet(5, "resnet18")
+        optimizer = train_ext_test0.build_optimizer(net, "adam", 0.1)
+        optimizer.load_state_dict(state)
+        sum(parameter.sum() for parameter in net.parameters()).backward()
+        before = net.classifier.weight.detach().clone()
+        optimizer.step()
+        torch.testing.assert_close(before - net.classifier.weight, torch.full_like(before, 0.1), rtol=0.05, atol=0)
+
+
 @pytest.mark.gpu
-def test_training_on_the_gpu_under_bf16(sysu_tree, tmp_path):
-    more = ["--gpu", "0", "--amp", "bf16", "--epochs", "2"]
+@pytest.mark.parametrize("more", [["--cache", "gpu"], ["--cache", "disk", "--workers", "2"], ["--compile"]])
+def test_training_on_the_gpu_under_bf16(sysu_tree, tmp_path, more):
+    more = ["--gpu", "0", "--amp", "bf16", "--epochs", "2", *more]
     result = train_ext_test0.main([*flags(sysu_tree, tmp_path), *more])
     rows = testa.main(["--data_path", str(sysu_tree), "--resume", result["best"], "--gpu", "0"])
     assert all(math.isfinite(value) for row in rows for value in row["mean"].values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_steps_do_not_wait_for_the_gpu(sysu_tree, monkeypatch, amp):
+    """From the second epoch on, and but for the reading of the losses, no step waits for the device."""
+    device = torch.device("cuda")
+    data = data_loader.sysu_train(sysu_tree, SIZE)
+    sampler = data_loader.IdentitySampler(data, 4, 2, 0)
+    net = GFMNet(data.num_classes, "resnet18").to(device, memory_format=torch.channels_last)
+    optimizer = train_ext_test0.build_optimizer(net, "sgd", 1e-6)
+    loader = data_loader.train_loader(data, sampler, 0, device, "gpu")
+    run = partial(engine.train_epoch, net, MethodLoss(), optimizer, loader, TrainAugmentation(), device, amp)
+    run()
+
+    def loader_that_forbids():
+        batches = iter(loader)
+        first = next(batches)  # the epoch's draws go to the device before it
+        torch.cuda.set_sync_debug_mode("error")
+        yield first
+        yield from batches
+        torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(engine, "LOG_STEPS", 10**9)
+    try:
+        engine.train_epoch(net, MethodLoss(), optimizer, loader_that_forbids(), TrainAugmentation(), device, amp)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
