@@ -247,9 +247,9 @@ def bench_step(args, device):
     net.to(memory_format=torch.channels_last)
     model = torch.compile(net) if args.compile else net
     criterion, augment = MethodLoss("adp"), TrainAugmentation(1, 0.5)
-    optimizer = sgd(net.parameters(), fused=device.type == "cuda")
+    optimizer = sgd(net.parameters(), fused=True)
 
-    def train(model=model, criterion=criterion, augment=augment):
+    def train(model=model, augment=augment):
         steps = islice(batches, args.steps)
         engine.train_epoch(model, criterion, optimizer, steps, augment, device, args.amp)
 
@@ -365,7 +365,7 @@ class Timed(torch.nn.Module):
 
 
 def step_budget(train, model, criterion, augment, optimizer, device):
-    """Median seconds of each part of the steps that `train(model, criterion, augment)` makes.
+    """Median seconds of each part of the steps that `train(model, augment)` makes.
 
     On a GPU, on its own clock: a part ends when the device has done it. Copying batches there is part of the loading.
     """
@@ -378,8 +378,9 @@ def step_budget(train, model, criterion, augment, optimizer, device):
         else:
             marks.append(time.perf_counter())
 
-    hooks = optimizer.register_step_pre_hook(mark), optimizer.register_step_post_hook(mark)
-    train(*(Timed(inner, mark) for inner in (model, criterion, augment)))
+    hooks = [criterion.register_forward_pre_hook(mark), criterion.register_forward_hook(mark)]
+    hooks += [optimizer.register_step_pre_hook(mark), optimizer.register_step_post_hook(mark)]
+    train(Timed(model, mark), Timed(augment, mark))
     for hook in hooks:
         hook.remove()
     if device.type == "cuda":

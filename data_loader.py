@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
@@ -57,6 +58,8 @@ def write_images(paths, size, out, desc, workers=None):
     """
     with ThreadPool(workers) as pool, progress(total=len(paths), desc=desc, unit="img") as bar:
         np.lib.format.open_memmap(out, "w+", np.uint8, (len(paths), *size, 3))
+        with open(out, "r+b") as file:  # takes the room now: a map that finds the disk full later kills the process
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
         for start in range(0, len(paths), PREPARE_BLOCK):
             # Mapped anew for each block: unmapping is what gives the written pages back.
             array = np.load(out, mmap_mode="r+")
@@ -171,23 +174,26 @@ class IdentitySampler(Sampler):
             )
         self.visible = [np.flatnonzero(data.visible_labels == label) for label in both]
         self.infrared = [np.flatnonzero(data.infrared_labels == label) for label in both]
-        self.batch_size, self.num_pos, self.seed, self.epoch = batch_size, num_pos, seed, 0
+        self.batch_size, self.num_pos, self.seed, self.epoch, self.start = batch_size, num_pos, seed, 0, 0
         self.steps = max(1, max(data.num_images) // (batch_size * num_pos))
 
-    def set_epoch(self, epoch):
-        self.epoch = epoch
+    def set_epoch(self, epoch, start=0):
+        """start: steps of the epoch that are done already."""
+        self.epoch, self.start = epoch, start
 
     def __len__(self):
-        return self.steps
+        return self.steps - self.start
 
     def __iter__(self):
         rng = np.random.default_rng([self.seed, self.epoch])
-        for _ in range(self.steps):
+        for step in range(self.steps):
             chosen = rng.choice(len(self.visible), self.batch_size, replace=False)
-            yield tuple(
+            batch = tuple(
                 np.concatenate([rng.choice(images[i], self.num_pos) for i in chosen][rank() :: ranks()])
                 for images in (self.visible, self.infrared)
             )
+            if step >= self.start:
+                yield batch
 
 
 class TrainBatches(Dataset):
@@ -231,8 +237,7 @@ class CachedBatches:
 
     def __iter__(self):
         # The whole epoch's draws in one copy: one for each batch would wait for the device.
-        draws = torch.from_numpy(np.array([*self.sampler])).to(self.device)
-        for indices in draws:
+        for indices in torch.from_numpy(np.array([*self.sampler])).to(self.device):
             visible, infrared = (images[i].movedim(-1, -3) for images, i in zip(self.images, indices, strict=True))
             labels, infrared_labels = (labels[i] for labels, i in zip(self.labels, indices, strict=True))
             yield visible, infrared, torch.cat([labels, labels, infrared_labels])
@@ -295,7 +300,15 @@ def eval_loader(paths, size, batch_size, workers):
 
 def _worker_options(workers):
     workers = min(workers, os.cpu_count())  # more than cores only get in each other's way
-    return {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
+    options = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
+    return options | {"worker_init_fn": _leave_signals_to_the_main_process}
+
+
+def _leave_signals_to_the_main_process(_):
+    """A terminal's Ctrl-C goes to all processes, but the main one has a step to finish. It stops the others itself, and
+    they stop on their own when it is gone."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _channels_first(array):

@@ -1,32 +1,87 @@
 """The loops: one epoch of training, embedding a set of images, and the searches of a protocol."""
 
 import time
+from itertools import islice
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import get_total_norm
 
 import re_rank
 from eval_metrics import CosineDistances, eval_llcm, eval_regdb, eval_sysu
 from utils import InputError, autocast, progress, ranks, sum_over_ranks
 
 RANKS = (1, 5, 10, 20)
-LOG_STEPS = 10  # steps between two readings of the losses: each reading waits for the device
+LOG_STEPS = 10  # steps between two readings of losses and health: each waits for the device
+BAD_STEPS = 3  # steps in a row that are skipped before the run gives up
 
 
-def train_epoch(net, criterion, optimizer, loader, augment, device, amp="off", desc="train"):
-    """One pass over `loader` -> the epoch's mean losses, `correct`, `seconds` and `images_per_second` (network inputs
-    of all ranks).
+class Epoch:
+    """The sums of an epoch of training up to some step. They stay on the device: only reading them waits for it.
+
+    `vars(epoch)`, a dict of tensors and plain values, is what a checkpoint within the epoch keeps of it.
+    """
+
+    def __init__(self, device, kept=None):
+        self.step, self.seconds, self.images = 0, 0.0, 0
+        self.names, self.losses = [], torch.zeros((), device=device)
+        self.health_names, self.health, self.readings = [], torch.zeros((), device=device), 0
+        self.skipped, self.in_a_row, self.failed_at = torch.zeros(3, device=device).unbind()
+        for name, value in (kept or {}).items():
+            setattr(self, name, value.to(device) if isinstance(value, torch.Tensor) else value)
+
+    def add(self, losses, bad):
+        """Count a step: its losses, a named tuple of scalars, unless it is `bad` (1 or 0) and so skipped."""
+        self.step += 1
+        self.names = list(losses._fields)
+        good = torch.stack([loss.detach() for loss in losses]).masked_fill(bad > 0, 0)
+        self.losses = self.losses + good
+        self.skipped = self.skipped + bad
+        self.in_a_row = (self.in_a_row + 1) * bad
+        self.failed_at = torch.where((self.in_a_row >= BAD_STEPS) & (self.failed_at == 0), self.step, self.failed_at)
+
+    def read(self, health):
+        """Count a reading of the features' health, a named tuple of scalars."""
+        self.health_names, self.health = list(health._fields), self.health + torch.stack(health)
+        self.readings += 1
+
+    def means(self):
+        """{name: mean} of the losses over the steps that counted, and "skipped", the number of the others."""
+        steps = self.step - int(self.skipped)
+        losses = (self.losses / steps).tolist() if steps else [float("nan")] * len(self.names)
+        return {**dict(zip(self.names, losses, strict=True)), "skipped": int(self.skipped)}
+
+    def over_ranks(self):
+        """The epoch with the mean losses of all ranks."""
+        whole = Epoch(self.losses.device, vars(self))
+        whole.losses = sum_over_ranks(self.losses.clone()) / ranks()
+        return whole
+
+    def summary(self):
+        """The epoch's entry in the log: means, health, `seconds`, and `images_per_second` (inputs of all ranks)."""
+        health = dict(zip(self.health_names, (self.health / max(self.readings, 1)).tolist(), strict=True))
+        seconds = max(self.seconds, 1e-9)
+        speed = {"seconds": round(seconds, 3), "images_per_second": round(ranks() * self.images / seconds, 1)}
+        return {**self.means(), **health, **speed}
+
+
+def train_epoch(net, criterion, optimizer, loader, augment, device, amp="off", desc="train", epoch=None, pause=None):
+    """One pass over `loader`, or the rest of it -> `Epoch`, whose `step` counts the whole epoch's.
 
     augment: uint8 (visible, infrared) on the device -> the two inputs of `net`; criterion(output, labels) -> a named
-    tuple of scalar tensors whose `total` is minimised.
+    tuple of scalar tensors whose `total` is minimised, criterion.health(output, labels) -> another. optimizer: fused.
+    epoch: what came before `loader`'s first batch. pause(step): after each step, whether to return already.
 
-    Raises InputError when the mean loss of the epoch is not finite.
+    A step whose loss or gradient is not finite changes no weight and is counted.
+
+    Raises InputError, with the batch's images, when this happens three times in a row, or to all steps.
     """
     net.train()
-    totals, images, start = 0, 0, time.perf_counter()
+    epoch, start = epoch or Epoch(device), time.perf_counter()
+    before, first = epoch.seconds, epoch.step
     with progress(loader, desc=desc, unit="step", leave=False) as bar:
-        for step, (visible, infrared, labels) in enumerate(bar, 1):
+        for visible, infrared, labels in bar:
             visible, infrared, labels = (t.to(device, non_blocking=True) for t in (visible, infrared, labels))
             visible, infrared = augment(visible, infrared)
             with autocast(device, amp):
@@ -34,18 +89,42 @@ def train_epoch(net, criterion, optimizer, loader, augment, device, amp="off", d
             losses = criterion(output, labels)
             optimizer.zero_grad(set_to_none=True)
             losses.total.backward()
+            bad = _not_finite(losses.total, optimizer)
+            # Fused optimisers leave everything as it is where this is 1: a step is skipped without waiting to know.
+            optimizer.found_inf = bad
             optimizer.step()
-            totals = totals + torch.stack([loss.detach() for loss in losses])
-            images += len(labels)
-            if step % LOG_STEPS == 0:
-                means = dict(zip(losses._fields, (totals / step).tolist(), strict=True))
-                bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
-    totals = sum_over_ranks(totals) / ranks()
-    means = dict(zip(losses._fields, (totals / step).tolist(), strict=True))
-    if not np.isfinite(means["total"]):
-        raise InputError(f"the loss is {means['total']} in '{desc}': lower --lr, or start from --weights imagenet")
-    seconds = time.perf_counter() - start
-    return {**means, "seconds": round(seconds, 3), "images_per_second": round(ranks() * images / seconds, 1)}
+            epoch.add(losses, bad)
+            epoch.images += len(labels)
+            if epoch.step % LOG_STEPS == 0 or epoch.step == 1:
+                epoch.read(criterion.health(output, labels))
+                bar.set_postfix({name: f"{value:.3f}" for name, value in epoch.means().items()})
+                _check(epoch, loader, first, desc)
+            if pause is not None and pause(epoch.step):
+                break
+    _check(epoch, loader, first, desc)
+    epoch.seconds = before + time.perf_counter() - start
+    return epoch
+
+
+def _not_finite(total, optimizer):
+    """1 if a loss or its gradient is not finite on any rank, else 0: a tensor [] on their device."""
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    finite = torch.isfinite(total.detach()) & torch.isfinite(get_total_norm(grads))
+    return sum_over_ranks((~finite).float()).clamp_max(1)
+
+
+def _check(epoch, loader, first, desc):
+    """Raise InputError if too many steps of the epoch had to be skipped. loader: its batches after step `first`."""
+    failed_at = int(epoch.failed_at)
+    if failed_at == 0 and int(epoch.skipped) < epoch.step:
+        return
+    step = failed_at or epoch.step
+    visible, infrared = next(islice(loader.sampler, step - first - 1, None))
+    images = f"visible images {', '.join(map(str, visible))}, infrared {', '.join(map(str, infrared))}"
+    raise InputError(
+        f"the loss or its gradient is not finite, {int(epoch.in_a_row)} times in a row by step {step} of '{desc}': "
+        f"lower --lr, or start from --weights imagenet (that batch: {images} of the training arrays)"
+    )
 
 
 def network_embedding(net, device, preprocess, amp="off"):

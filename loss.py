@@ -133,6 +133,12 @@ class SquaredTripletLoss(nn.Module):
             exponent = self._signed_square(delta)
         return F.softplus(exponent).mean(), (negative >= positive).sum()
 
+    def beyond_clamp(self, features, labels):
+        """Boolean [N]: wrong anchors whose squared difference the published clamp leaves without a gradient."""
+        positive, negative = _weighted_triplet(features, labels, self.alpha, self.weighting)
+        delta = positive - negative
+        return (delta > 0) & (self.gamma * delta**2 > EXPONENT_LIMIT)
+
     def _signed_square(self, delta):
         # delta of exactly 0 counts as right (published: s = +1 only where d+ > d-).
         sign = torch.where(delta > 0, 1.0, -1.0)
@@ -249,6 +255,23 @@ class Losses(NamedTuple):
     correct: torch.Tensor
 
 
+class Health(NamedTuple):
+    """What tells a triplet loss that trains from one that is stuck; each a scalar tensor, of the whole batch.
+
+    beyond_clamp: share of anchors whose squared difference is wrong and beyond EXPONENT_LIMIT, where the published loss
+    has no gradient; distance_within, distance_across: mean distance of two images of one person, and of two people;
+    coincident: share of images within COINCIDENT of an image of another person.
+    """
+
+    beyond_clamp: torch.Tensor
+    distance_within: torch.Tensor
+    distance_across: torch.Tensor
+    coincident: torch.Tensor
+
+
+COINCIDENT = 1e-3
+
+
 class MethodLoss(nn.Module):
     """The loss of a `--method`: base, agw, caj or adp (GFMNet). forward(output of GFMNet, labels [N]) -> Losses.
 
@@ -280,3 +303,16 @@ class MethodLoss(nn.Module):
                 local = self.local(pooled, labels, gather(full_precision(output.local)))
             total = identity + triplet + self.LOCAL_WEIGHT * local
             return Losses(total, identity, triplet, local, correct / len(labels))
+
+    @torch.no_grad()
+    def health(self, output, labels):
+        """Health of the features that `forward` takes the triplets of."""
+        features, labels = gather(full_precision(output.pooled)), gather(labels)
+        distance, same = pairwise_distance(features), same_identity(labels)
+        other = same & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
+        beyond = torch.zeros_like(distance[0])
+        if isinstance(self.triplet, SquaredTripletLoss) and self.triplet.square:
+            beyond = self.triplet.beyond_clamp(features, labels).float()
+        near = distance.masked_fill(same, math.inf).amin(dim=1) < COINCIDENT
+        within, across = ((distance * mask).sum() / mask.sum().clamp_min(1) for mask in (other, ~same))
+        return Health(beyond.mean(), within, across, near.float().mean())

@@ -187,15 +187,16 @@ def for_trial(name, trial):
 
 def checkpoint_origin(path, checkpoint, net, size, data_path):
     """What the rows of a table say of a checkpoint's features, and `--features` saves with them; None is unknown."""
-    flags = checkpoint.get("args", {})
+    flags, epoch = checkpoint.get("args", {}), checkpoint.get("epoch", "unknown")
+    if "within" in checkpoint:
+        epoch = f"{epoch + 1}, {checkpoint['within']['sums']['step']} steps of it"
     return {
         "dataset": flags.get("dataset"),
         "trial": flags.get("trial"),
         "selection": checkpoint.get("selection"),
         "flipped": ["POOL", "FC"],
         "checkpoint": str(path),
-        "network": f"{flags.get('method', 'published')}, {net.options['arch']}, {size[0]}x{size[1]}, "
-        f"epoch {checkpoint.get('epoch', 'unknown')}",
+        "network": f"{flags.get('method', 'published')}, {net.options['arch']}, {size[0]}x{size[1]}, epoch {epoch}",
         "data_path": os.path.abspath(data_path),
         "demo": data_manager.is_demo(data_path),
     }

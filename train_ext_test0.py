@@ -21,10 +21,14 @@ from model import ARCHS, GFMNet, method_options
 from utils import (
     ArgumentParser,
     InputError,
+    Pauses,
     RunLog,
+    Stopped,
     check_output,
+    claim,
     cli,
     find_checkpoint,
+    generator_states,
     leave_ranks,
     load_checkpoint,
     number,
@@ -33,6 +37,7 @@ from utils import (
     read_json_lines,
     save_checkpoint,
     seed_everything,
+    set_generators,
     share_buffers,
     start_ranks,
 )
@@ -47,6 +52,7 @@ MAY_CHANGE = {
     "eval_every",
     "test_batch",
     "save_epoch",
+    "save_minutes",
     "model_path",
     "log_path",
     "resume",
@@ -122,8 +128,13 @@ def get_args_parser():
     out.add_argument(
         "--save_epoch", type=number(int, 1), default=20, help="epochs between two checkpoints kept for good"
     )
+    out.add_argument(
+        "--save_minutes", type=number(float, 0, above=True), default=15, help="minutes between two saves in an epoch"
+    )
     out.add_argument("--log_path", default="log/", help="folder of the logs")
-    out.add_argument("--resume", help="go on from a ..._last.t: a path, or a name under --model_path")
+    out.add_argument(
+        "--resume", help="go on from a ..._last.t: a path, a name under --model_path, or auto: this run's, if any"
+    )
     return parser
 
 
@@ -136,14 +147,15 @@ def main(argv=None):
     name = run_name(args)
     checkpoints = {kind: Path(args.model_path) / f"{name}_{kind}.t" for kind in ("best", "last")}
     check_output(checkpoints["last"])
-    resumed_path = find_checkpoint(args.resume, args.model_path) if args.resume else None
-    if checkpoints["last"].exists() and not (resumed_path and checkpoints["last"].samefile(resumed_path)):
-        raise InputError(
-            f"{checkpoints['last']}: is there already; go on with --resume {checkpoints['last'].name}, "
-            "choose another --model_path and --log_path, or remove it"
-        )
+    with claim(checkpoints["last"]), Pauses(args.save_minutes, device) as pauses:
+        return train(args, device, pauses, name, checkpoints)
+
+
+def train(args, device, pauses, name, checkpoints):
+    """`main`, once nobody else writes these checkpoints and signals wait for a step to end."""
+    resumed_path = resumed_checkpoint(args, checkpoints["last"])
     log_folder = Path(args.log_path) / f"{args.dataset}_log"
-    if not resumed_path and read_json_lines(log_folder / f"{name}.jsonl"):
+    if not args.resume and read_json_lines(log_folder / f"{name}.jsonl"):
         raise InputError(
             f"{log_folder / name}.jsonl: is the log of an earlier run; choose another --log_path, or remove it"
         )
@@ -179,9 +191,9 @@ def main(argv=None):
     augment = TrainAugmentation(args.augc, args.rande)
     optimizer = build_optimizer(net, args.optim, args.lr)
 
-    first_epoch, best = 0, {"Rank-1": -1.0}
+    first_epoch, best, within = 0, {"Rank-1": -1.0}, {}
     if resumed_path:
-        first_epoch, best = resume(resumed_path, args, net, optimizer)
+        first_epoch, best, within = resume(resumed_path, args, net, optimizer)
     log = RunLog(log_folder, name, resumed_epoch=first_epoch - 1)
     log.text(f"{name}\n{json.dumps(vars(args))}")
     log.text(
@@ -194,42 +206,64 @@ def main(argv=None):
     }[args.select]
     log.text(f"The best epoch is chosen by Rank-1 (FC), {data_manager.describe(search.setting)}, on {chosen_on}.")
 
+    def checkpoint(epoch, **more):
+        weights = {"net": net.state_dict(), "options": net.options, "image_size": size, "args": vars(args)}
+        return weights | {"ranks": ranks(), "epoch": epoch, "best": best, "selection": "none"} | more
+
+    def save_within(epoch, sums):
+        """Save within an epoch, of which `sums` are done; end the run if a signal asked for it."""
+        kept = {"sums": vars(sums.over_ranks()), "generators": generator_states(device)}
+        save_checkpoint(checkpoint(epoch - 1, optimizer=optimizer.state_dict(), within=kept), checkpoints["last"])
+        if pauses.stop:
+            log.close()
+            where = f"in epoch {epoch}, after step {sums.step} of {sampler.steps}"
+            raise Stopped(pauses.stop, f" {where}; {checkpoints['last']} is saved: go on with --resume auto")
+
+    pauses.hold = True
     for epoch in range(first_epoch, args.epochs):
         # Seeded anew each epoch (the plain seed was the network's), so that a resumed run draws as an unbroken one.
         # Each rank augments by draws of its own.
         seed_everything(args.seed, epoch + 1, rank())
-        sampler.set_epoch(epoch)
         lr = learning_rate(epoch, args.lr, args.warmup, args.milestones)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         desc = f"epoch {epoch}/{args.epochs - 1}"
-        entry = {"epoch": epoch, "lr": lr, "select": args.select}
-        entry |= engine.train_epoch(model, criterion, optimizer, loader, augment, device, args.amp, desc)
+        sums = engine.Epoch(device, within.get("sums"))
+        if within:
+            set_generators(within["generators"], device)
+            within = {}
+        while sums.step < sampler.steps:
+            sampler.set_epoch(epoch, sums.step)
+            engine.train_epoch(model, criterion, optimizer, loader, augment, device, args.amp, desc, sums, pauses.due)
+            if sums.step < sampler.steps or pauses.stop:
+                save_within(epoch, sums)
+        entry = {"epoch": epoch, "lr": lr, "select": args.select, **sums.over_ranks().summary()}
         line = f"{desc}  lr {lr:.4g}" + "".join(
             f"  {key} {entry[key]:.3f}" for key in ("total", "identity", "triplet", "local", "correct")
         )
         improved = False
         if epoch % args.eval_every == 0 or epoch == args.epochs - 1:
-            share_buffers(net)
-            embed = engine.network_embedding(net, device, normalise, args.amp)
-            features = {m: engine.extract(embed, loader, m, f"test {m}") for m, loader in eval_loaders.items()}
-            scores, _ = engine.run_search(features, search)
-            scores = {feature: metrics for (feature, _), metrics in scores.items()}
+            try:
+                with pauses.at_once():
+                    scores = test_epoch(net, eval_loaders, search, device, args.amp)
+            except Stopped as stopped:
+                pauses.stop = stopped.number
+                save_within(epoch, sums)
             entry |= {f"{feature}/{metric}": value for feature, s in scores.items() for metric, value in s.items()}
             line += "".join(f"  {metric} {scores['FC'][metric]:.2f}" for metric in ("Rank-1", "mAP", "mINP"))
             improved = scores["FC"]["Rank-1"] > best["Rank-1"]
             best = {"epoch": epoch, **scores["FC"]} if improved else best
         log.text(f"{line}  {entry['images_per_second']:.0f} img/s")
+        for warning in warnings(entry, args):
+            log.text(warning)
         log.epoch(entry)
 
-        weights = {"net": net.state_dict(), "options": net.options, "image_size": size}
-        weights |= {"args": vars(args), "ranks": ranks(), "epoch": epoch, "best": best, "selection": "none"}
         if improved:
-            save_checkpoint({**weights, "selection": args.select}, checkpoints["best"])
+            save_checkpoint(checkpoint(epoch, selection=args.select), checkpoints["best"])
         if epoch > 0 and epoch % args.save_epoch == 0:
-            save_checkpoint(weights, Path(args.model_path) / f"{name}_epoch_{epoch}.t")
+            save_checkpoint(checkpoint(epoch), Path(args.model_path) / f"{name}_epoch_{epoch}.t")
         # Last, so that a run which is killed before this line repeats the epoch, and so the files above.
-        save_checkpoint({**weights, "optimizer": optimizer.state_dict()}, checkpoints["last"])
+        save_checkpoint(checkpoint(epoch, optimizer=optimizer.state_dict()), checkpoints["last"])
     log.text(f"best: epoch {best['epoch']}, Rank-1 {best['Rank-1']:.2f}, mAP {best['mAP']:.2f}, {checkpoints['best']}")
     log.close()
     del model
@@ -240,6 +274,32 @@ def main(argv=None):
         "log": str(log.json_path),
         "metrics": best,
     }
+
+
+def test_epoch(net, eval_loaders, search, device, amp):
+    """{feature: {metric: percent}} of one search."""
+    share_buffers(net)
+    embed = engine.network_embedding(net, device, normalise, amp)
+    features = {m: engine.extract(embed, loader, m, f"test {m}") for m, loader in eval_loaders.items()}
+    scores, _ = engine.run_search(features, search)
+    return {feature: metrics for (feature, _), metrics in scores.items()}
+
+
+def warnings(entry, args):
+    """What an epoch's entry of the log shows to be wrong, each with the flag that helps."""
+    if entry["beyond_clamp"] > 0.5 and args.weighting == "published":
+        yield (
+            f"warning: {entry['beyond_clamp']:.0%} of the anchors are beyond the triplet's clamp and get no gradient "
+            f"(distances within identities {entry['distance_within']:.3g}, across {entry['distance_across']:.3g}): "
+            "use --weighting exact"
+        )
+    if entry["coincident"] > 0.5:
+        yield (
+            f"warning: {entry['coincident']:.0%} of the images have the features of another person's: they have "
+            "collapsed into a point; use --square 0, whose gradient does not vanish there, or a lower --lr"
+        )
+    if entry["skipped"]:
+        yield f"warning: {entry['skipped']} steps were skipped, their loss or gradient not finite: use a lower --lr"
 
 
 def check_flags(args):
@@ -258,10 +318,13 @@ def build_optimizer(net, optim, lr):
     in_head = {id(p) for p in head}
     rest = [p for p in net.parameters() if id(p) not in in_head and p.requires_grad]
     groups = [{"params": rest, "lr_scale": 0.1}, {"params": head, "lr_scale": 1.0}]
-    options = {"lr": lr, "weight_decay": 5e-4, "fused": head[0].is_cuda}
     if optim == "adam":
-        return torch.optim.Adam(groups, **options)
-    return torch.optim.SGD(groups, momentum=0.9, nesterov=True, **options)
+        return torch.optim.Adam(groups, lr, weight_decay=5e-4, fused=True)
+    optimizer = torch.optim.SGD(groups, lr, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
+    # What the first step would set up. If that one is skipped (`engine.train_epoch`), nothing would be set.
+    for parameter in rest + head:
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def learning_rate(epoch, lr, warmup, milestones):
@@ -292,8 +355,21 @@ def run_name(args):
     return name
 
 
+def resumed_checkpoint(args, last):
+    """The checkpoint that `--resume` names, or None. `last` is where this run's own lies or will lie."""
+    if args.resume == "auto":
+        return last if last.exists() else None
+    path = find_checkpoint(args.resume, args.model_path) if args.resume else None
+    if last.exists() and not (path and last.samefile(path)):
+        raise InputError(
+            f"{last}: is there already; go on with --resume auto, choose another --model_path and --log_path, or "
+            "remove it"
+        )
+    return path
+
+
 def resume(path, args, net, optimizer):
-    """Load a `..._last.t` of the same run into net and optimizer -> (next epoch, best so far)."""
+    """Load a `..._last.t` of the same run into net and optimizer -> (next epoch, best so far, what was within it)."""
     checkpoint = load_checkpoint(path)
     if "optimizer" not in checkpoint:
         raise InputError(f"{path}: holds no training state; resume from a ..._last.t")
@@ -309,8 +385,10 @@ def resume(path, args, net, optimizer):
         if (there := checkpoint["options"].get(option)) != value:
             raise InputError(f"{path}: has {option} {there}, not {value}; it was trained on other data")
     net.load_state_dict(checkpoint["net"])
+    for group in checkpoint["optimizer"]["param_groups"]:
+        group["fused"] = True  # not so in runs from before steps could be skipped
     optimizer.load_state_dict(checkpoint["optimizer"])
-    return checkpoint["epoch"] + 1, checkpoint["best"]
+    return checkpoint["epoch"] + 1, checkpoint["best"], checkpoint.get("within", {})
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 import argparse
 import contextlib
+import errno
+import fcntl
+import glob
 import json
 import logging
 import math
@@ -9,14 +12,19 @@ import os
 import pickle
 import random
 import re
+import signal
+import socket
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+
+RANKS_AGREE = 10  # steps between two times that ranks agree on whether to pause
 
 
 class InputError(ValueError):
@@ -26,6 +34,7 @@ class InputError(ValueError):
 def cli(main):
     """Run a script's `main`: an `InputError` becomes one line on stderr and exit status 2, without a traceback."""
     sys.stdout.reconfigure(errors="replace")  # a terminal without a letter for ± shows a question mark
+    signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C: half-written files are removed
     try:
         main()
         sys.stdout.flush()
@@ -45,9 +54,73 @@ def cli(main):
         line = str(error).strip().splitlines()[0]
         name = f"{Path(sys.argv[0]).name}: rank {rank()}"
         sys.exit(_one_line_exit(name, f"another rank has ended; its own lines say why ({line})"))
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+    except (KeyboardInterrupt, Stopped) as stop:
+        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+        print(f"\n{Path(sys.argv[0]).name}: stopped by {number.name}{stop}", file=sys.stderr)
+        sys.exit(128 + number)
+
+
+class Stopped(BaseException):
+    """A signal has stopped the program; the message, if any, says where."""
+
+    def __init__(self, number, where=""):
+        super().__init__(where)
+        self.number = signal.Signals(number)
+
+
+def _stop(number, _):
+    raise Stopped(number)
+
+
+class Pauses:
+    """When a loop of training is left, to save: every `minutes`, and when a signal asks it to stop.
+
+    Within the context, SIGTERM and Ctrl-C raise `Stopped`; while `hold` is set, they wait for `due`, which is asked after
+    each step: `stop` is then the signal's number, and a second signal ends the process at once.
+    """
+
+    def __init__(self, minutes, device):
+        self.seconds, self.device, self.hold, self.stop, self._received = 60 * minutes, device, False, 0, 0
+        self._next = time.monotonic() + self.seconds
+
+    def __enter__(self):
+        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number, _):
+        if self._received:
+            os._exit(128 + number)
+        self._received = number
+        if not self.hold:
+            raise Stopped(number)
+
+    def due(self, step):
+        """Whether to leave the loop after this step. Ranks agree on it, every few steps."""
+        wanted = [self._received, int(time.monotonic() > self._next)]
+        if ranks() > 1:
+            if step % RANKS_AGREE:
+                return False
+            agreed = torch.tensor(wanted, device=self.device)
+            dist.all_reduce(agreed, dist.ReduceOp.MAX)
+            wanted = agreed.tolist()
+        self.stop, time_is_up = wanted
+        if time_is_up:
+            self._next = time.monotonic() + self.seconds
+        return bool(self.stop or time_is_up)
+
+    @contextlib.contextmanager
+    def at_once(self):
+        """A block that changes nothing worth saving, within held ones: a signal, also one that waits, raises `Stopped`.
+        (Of several ranks, all finish it.)"""
+        if self._received and ranks() == 1:
+            raise Stopped(self._received)
+        self.hold = ranks() > 1
+        yield
+        self.hold = True
 
 
 def _one_line_exit(program, message):
@@ -188,6 +261,24 @@ def seed_everything(*seed):
     torch.manual_seed(state)
 
 
+def generator_states(device):
+    """States of PyTorch's generators, of the CPU and of the device, on each rank: what augmentation draws from."""
+    mine = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+    states = [mine]
+    if ranks() > 1:
+        states = [None] * ranks()
+        dist.all_gather_object(states, mine)
+    return states
+
+
+def set_generators(states, device):
+    """Go on drawing where `generator_states` were read."""
+    cpu, *cuda = states[rank()]
+    torch.set_rng_state(cpu)
+    for state in cuda if device.type == "cuda" else []:
+        torch.cuda.set_rng_state(state, device)
+
+
 def autocast(device, amp):
     """Mixed precision: a context that runs matrix products in bfloat16 (`amp="bf16"`) or changes nothing ("off")."""
     return torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16")
@@ -208,18 +299,51 @@ def progress(iterable=None, **kwargs):
 
 @contextlib.contextmanager
 def atomic(path):
-    """Give a temporary path beside `path`; move it there when the block ends, remove it if the block fails."""
+    """Give a temporary path beside `path`; move it there when the block ends, remove it if the block fails.
+
+    What a process that was killed has left there is removed, too. Raises InputError when the disk is full.
+    """
     path = Path(path)
     check_output(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    mine = f".{path.name}.{socket.gethostname()}."
+    for other in path.parent.glob(f"{glob.escape(mine)}*"):
+        if not _is_alive(other.name.removeprefix(mine).split(".")[0]):
+            other.unlink(missing_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{mine}{os.getpid()}.")
     os.close(handle)
     os.chmod(name, 0o666 & ~_umask())
     try:
-        yield Path(name)
-        os.replace(name, path)
+        with writing(path):
+            yield Path(name)
+            with open(name, "rb") as file:
+                os.fsync(file)  # or a power failure could leave the new name with nothing in it
+            os.replace(name, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
+
+
+def _is_alive(process):
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def writing(path):
+    """A block that writes `path`: raises InputError when the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror}); make room there, and go on; what was there before is whole"
+        ) from error
 
 
 def check_output(path):
@@ -233,6 +357,35 @@ def check_output(path):
         raise InputError(f"{path}: cannot write there ({error.strerror}); choose another folder") from error
     if path.is_dir():
         raise InputError(f"{path}: is a folder; name a file")
+
+
+@contextlib.contextmanager
+def claim(path):
+    """Keep other processes from claiming the same path, through a hidden file beside it, for as long as the block runs
+    or the process lives. All ranks but the first need no claim. Raises InputError when another process has it."""
+    if rank() > 0:
+        yield
+        return
+    path = Path(path)
+    name = path.parent / f".{path.name}.lock"
+    while True:
+        file = name.open("w")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            raise InputError(
+                f"{path}: another run is writing it now; wait for that one, or choose another --model_path"
+            ) from error
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), name.stat()):
+                break
+        file.close()  # it was removed, at the end of another run, before it could be locked
+    try:
+        yield
+    finally:
+        name.unlink(missing_ok=True)
+        file.close()
 
 
 def _umask():
@@ -251,8 +404,8 @@ def save_checkpoint(checkpoint, path):
     All ranks but the first write nothing."""
     if rank() > 0:
         return
-    with atomic(path) as temporary:
-        torch.save(checkpoint, temporary)
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        torch.save(checkpoint, file)
 
 
 # Published checkpoints hold their metrics as NumPy scalars and arrays, pickled by NumPy 1: exactly these names load.
@@ -338,9 +491,7 @@ class RunLog:
             temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         self.logger = logging.Logger(name)
         self.logger.addHandler(_TqdmHandler())
-        self.logger.addHandler(
-            logging.FileHandler(Path(folder) / f"{name}.txt", mode="w" if resumed_epoch < 0 else "a")
-        )
+        self.logger.addHandler(_FileHandler(Path(folder) / f"{name}.txt", mode="w" if resumed_epoch < 0 else "a"))
         # Purging makes TensorBoard forget the steps of an earlier run of this name.
         self.board = SummaryWriter(Path(folder) / name, purge_step=resumed_epoch + 1)
 
@@ -352,7 +503,7 @@ class RunLog:
         """Append one epoch's values, a flat dict with "epoch" in it, to the JSON lines and the TensorBoard scalars."""
         if not self.writes:
             return
-        with self.json_path.open("a") as file:
+        with writing(self.json_path), self.json_path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
         for key, value in entry.items():
             if isinstance(value, int | float) and key != "epoch":
@@ -365,6 +516,14 @@ class RunLog:
         self.board.close()
         for handler in self.logger.handlers:
             handler.close()
+
+
+class _FileHandler(logging.FileHandler):
+    """Fails when it cannot write, as the other files do."""
+
+    def handleError(self, record):
+        with writing(self.baseFilename):
+            raise  # the error that is being handled
 
 
 class _TqdmHandler(logging.Handler):
