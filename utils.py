@@ -75,8 +75,8 @@ def _stop(number, _):
 class Pauses:
     """When a loop of training is left, to save: every `minutes`, and when a signal asks it to stop.
 
-    Within the context, SIGTERM and Ctrl-C raise `Stopped`; while `hold` is set, they wait for `due`, which is asked after
-    each step: `stop` is then the signal's number, and a second signal ends the process at once.
+    Within the context, SIGTERM and Ctrl-C raise `Stopped`. While `hold` is set, they wait for `due`, which is asked
+    after each step: `stop` is then the signal's number. A second signal ends the process at once.
     """
 
     def __init__(self, minutes, device):
@@ -338,11 +338,12 @@ def writing(path):
     """A block that writes `path`: raises InputError when the disk is full."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save fails again, over the OSError
+        if getattr(cause, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise InputError(
-            f"{path}: cannot be written ({error.strerror}); make room there, and go on; what was there before is whole"
+            f"{path}: cannot be written ({cause.strerror}); make room there, and go on; what was there before is whole"
         ) from error
 
 

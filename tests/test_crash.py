@@ -1,0 +1,295 @@
+"""Runs that are killed, stopped, started twice, or find the disk full: the next start works, and nothing is lost."""
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import feature_store
+import pre_process_sysu
+import testa
+import train_ext_test0
+import utils
+from ChannelAug import TrainAugmentation
+from conftest import SIZE, flags
+from data_loader import IdentitySampler, sysu_train, sysu_train_files
+
+REPO = Path(utils.__file__).parent
+PROCESSES = multiprocessing.get_context("forkserver")  # forked from a process that has imported everything
+PROCESSES.set_forkserver_preload(["train_ext_test0", "pre_process_sysu", "testa", "torch.utils.tensorboard"])
+
+
+def start(script, arguments, errors=os.devnull, file_size=resource.RLIM_INFINITY):
+    """A script in a process of its own. errors: file for its stderr; file_size: most bytes of any file it writes."""
+    process = PROCESSES.Process(target=_run, args=(script.__name__, [*map(str, arguments)], str(errors), file_size))
+    process.start()
+    return process
+
+
+def _run(name, arguments, errors, file_size):
+    for stream, file in ((sys.stdout, os.devnull), (sys.stderr, errors)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, resource.RLIM_INFINITY))
+    torch.set_num_threads(1)
+    sys.argv = [f"{name}.py", *arguments]
+    utils.cli({"train_ext_test0": train_ext_test0, "pre_process_sysu": pre_process_sysu, "testa": testa}[name].main)
+
+
+def finish(script, arguments, **options):
+    """Run a script to its end -> its exit status."""
+    process = start(script, arguments, **options)
+    process.join()
+    return process.exitcode
+
+
+def kill_after(seconds, script, arguments):
+    process = start(script, arguments)
+    process.join(seconds)
+    process.kill()
+    process.join()
+    return process.exitcode
+
+
+def assert_same_runs(folders):
+    """Two runs ended alike, bit for bit: checkpoints, optimiser, JSON lines but for the times."""
+    names, logs = [], []
+    for folder in folders:
+        files = sorted((folder / "models").iterdir())
+        names.append([file.name for file in files])
+        (log,) = (folder / "log" / "sysu_log").glob("*.jsonl")
+        logs.append([json.loads(line) for line in log.read_text().splitlines()])
+        for entry in logs[-1]:
+            del entry["seconds"], entry["images_per_second"]
+    assert names[0] == names[1]
+    assert logs[0] == logs[1]
+    for name in names[0]:
+        one, other = (torch.load(folder / "models" / name) for folder in folders)
+        for state in (one, other):
+            for flag in ("model_path", "log_path", "resume", "save_minutes", "workers"):
+                del state["args"][flag]
+        assert_equal(one, other)
+
+
+def assert_equal(one, other):
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_equal(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for pair in zip(one, other, strict=True):
+            assert_equal(*pair)
+    else:
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+MORE = ["--epochs", "3", "--eval_every", "2", "--save_epoch", "1"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(sysu_tree, tmp_path_factory):
+    """Folder of a run of three epochs that nothing disturbs."""
+    out = tmp_path_factory.mktemp("unbroken")
+    assert finish(train_ext_test0, flags(sysu_tree, out, *MORE)) == 0
+    return out
+
+
+@pytest.mark.slow
+def test_killed_trainings_lose_nothing(unbroken, sysu_tree, tmp_path):
+    """Killed at random moments, many of them within or around a save, and begun again by the same command."""
+    rng = random.Random(0)
+    command = flags(sysu_tree, tmp_path, *MORE, "--resume", "auto", "--save_minutes", "0.005")
+    came_to = (0, 0)
+    for _ in range(14):
+        if kill_after(rng.uniform(0.3, 3), train_ext_test0, command) == 0:
+            shutil.rmtree(tmp_path / "models")  # it had come to its end: from the start once more
+            shutil.rmtree(tmp_path / "log")
+            came_to = (0, 0)
+            continue
+        for file in (tmp_path / "models").glob("*.t"):
+            checkpoint = utils.load_checkpoint(file)  # whole
+            if file.name.endswith("_last.t"):
+                steps = checkpoint["within"]["sums"]["step"] if "within" in checkpoint else 0
+                assert (checkpoint["epoch"] + 1, steps) >= came_to
+                came_to = (checkpoint["epoch"] + 1, steps)
+    assert finish(train_ext_test0, command) == 0
+    assert_same_runs([unbroken, tmp_path])
+
+
+@pytest.mark.slow
+def test_killed_preparing_leaves_whole_arrays(sysu_tree, tmp_path):
+    rng = random.Random(0)
+    tree = tmp_path / "sysu"
+    shutil.copytree(sysu_tree, tree)
+    expected = [np.load(file) for file in sysu_train_files(tree)]
+    command = ["--data_path", tree, "--img_h", SIZE[0], "--img_w", SIZE[1]]
+    begin = time.monotonic()
+    assert finish(pre_process_sysu, command) == 0
+    whole = time.monotonic() - begin
+    for _ in range(10):
+        kill_after(rng.uniform(0, whole), pre_process_sysu, command)
+        for file, array in zip(sysu_train_files(tree), expected, strict=True):
+            assert not file.exists() or np.array_equal(np.load(file), array)
+    assert finish(pre_process_sysu, command) == 0
+    assert [file.name for file in tree.glob(".*")] == []
+    for file, array in zip(sysu_train_files(tree), expected, strict=True):
+        assert np.array_equal(np.load(file), array)
+
+
+@pytest.mark.slow
+def test_killed_tests_leave_whole_files(unbroken, sysu_tree, tmp_path):
+    rng = random.Random(0)
+    (best,) = (unbroken / "models").glob("*_best.t")
+    table, features = tmp_path / "table.json", tmp_path / "features.npz"
+    command = ["--data_path", sysu_tree, "--resume", best, "--gpu", "cpu", "--workers", "0", "--json", table]
+    command += ["--features", features]
+    begin = time.monotonic()
+    assert finish(testa, command) == 0
+    whole = time.monotonic() - begin
+    expected = json.loads(table.read_text())
+    for _ in range(8):
+        kill_after(rng.uniform(0, whole), testa, command)
+        assert json.loads(table.read_text()) == expected
+        feature_store.load_features(features)
+    assert finish(testa, command) == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["features.npz", "table.json"]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_stopped_training_goes_on_where_it_was(unbroken, sysu_tree, tmp_path, number, status):
+    """Stopped in the middle of the second epoch; what that epoch has drawn and summed so far comes back."""
+    command = flags(sysu_tree, tmp_path, *MORE, "--resume", "auto")
+    errors = tmp_path / "stderr.txt"
+    process = start(train_ext_test0, command, errors)
+    while not list(tmp_path.glob("models/*_last.t")):
+        time.sleep(0.01)
+    time.sleep(0.2)
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == status
+    line = errors.read_text().strip()
+    assert line.startswith(f"train_ext_test0.py: stopped by {number.name} in epoch 1, after step ")
+    assert line.endswith("_last.t is saved: go on with --resume auto")
+    (last,) = tmp_path.glob("models/*_last.t")
+    assert torch.load(last)["within"]["sums"]["step"] > 0
+    assert finish(train_ext_test0, command) == 0
+    assert_same_runs([unbroken, tmp_path])
+
+
+def test_training_stopped_while_it_tests_repeats_no_step(unbroken, sysu_tree, tmp_path, monkeypatch):
+    command = flags(sysu_tree, tmp_path, *MORE, "--resume", "auto")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_ext_test0.engine, "run_search", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(utils.Stopped, match="in epoch 0, after step (.*) of .*go on with --resume auto"):
+            train_ext_test0.main(command)
+    augment, steps = TrainAugmentation.__call__, []
+    monkeypatch.setattr(TrainAugmentation, "__call__", lambda self, *batch: steps.append(1) or augment(self, *batch))
+    train_ext_test0.main(command)
+    sampler = IdentitySampler(sysu_train(sysu_tree, SIZE), 4, 2, 0)
+    assert len(steps) == 2 * len(sampler)  # those of epochs 1 and 2
+    lines = [json.loads(line) for line in next(tmp_path.glob("log/sysu_log/*.jsonl")).read_text().splitlines()]
+    assert [entry["epoch"] for entry in lines] == [0, 1, 2]
+    assert_same_runs([unbroken, tmp_path])
+
+
+def test_a_second_signal_ends_the_process_at_once(monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with utils.Pauses(1, torch.device("cpu")) as pauses:
+        pauses.hold = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert pauses.due(1)
+        assert (pauses.stop, ended) == (signal.SIGTERM, [])
+        os.kill(os.getpid(), signal.SIGINT)
+        assert ended == [130]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_time_is_up_every_so_many_minutes(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(utils.time, "monotonic", lambda: now[0])
+    pauses = utils.Pauses(2, torch.device("cpu"))
+    due = []
+    for now[0] in (219, 221, 222, 340, 342):
+        due.append(pauses.due(1))
+    assert due == [False, True, False, False, True]
+    assert pauses.stop == 0
+
+
+def test_ctrl_c_leaves_no_process_behind(sysu_tree, tmp_path):
+    command = flags(sysu_tree, tmp_path, "--epochs", "50", "--eval_every", "99", "--workers", "2")
+    process = subprocess.Popen(
+        [sys.executable, REPO / "train_ext_test0.py", *command],
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+    )
+    while not list(tmp_path.glob("models/*_last.t")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes of the group
+    assert process.wait(60) == 130
+    assert process.stderr.read().decode().strip().count("\n") == 0
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
+def test_full_disk_keeps_the_last_checkpoint(unbroken, sysu_tree, tmp_path):
+    shutil.copytree(unbroken / "models", tmp_path / "models")
+    shutil.copytree(unbroken / "log", tmp_path / "log")
+    (last,) = tmp_path.glob("models/*_last.t")
+    before = last.read_bytes()
+    more = [*MORE, "--epochs", "5", "--resume", "auto"]
+    errors = tmp_path / "stderr.txt"
+    status = finish(train_ext_test0, flags(sysu_tree, tmp_path, *more), errors=errors, file_size=len(before) // 2)
+    assert status == 2
+    (line,) = errors.read_text().splitlines()
+    assert "_last.t: cannot be written (File too large); make room" in line
+    assert last.read_bytes() == before
+    assert not list((tmp_path / "models").glob(".*"))
+    assert finish(train_ext_test0, flags(sysu_tree, tmp_path, *more)) == 0
+
+
+def test_full_disk_while_preparing(sysu_tree, tmp_path):
+    tree = tmp_path / "sysu"
+    shutil.copytree(sysu_tree, tree)
+    before = [file.read_bytes() for file in sysu_train_files(tree)]
+    errors = tmp_path / "stderr.txt"
+    command = ["--data_path", tree, "--img_h", "288", "--img_w", "144"]
+    assert finish(pre_process_sysu, command, errors=errors, file_size=2**20) == 2
+    (line,) = errors.read_text().splitlines()
+    assert "train_rgb_resized_img.npy: cannot be written (File too large); make room" in line
+    assert [file.read_bytes() for file in sysu_train_files(tree)] == before
+    assert not list(tree.glob(".*"))
+
+
+def test_two_runs_of_one_name(sysu_tree, tmp_path):
+    command = flags(sysu_tree, tmp_path, "--epochs", "50", "--resume", "auto")
+    first = start(train_ext_test0, command)
+    while not list(tmp_path.glob("models/*_last.t")):
+        time.sleep(0.01)
+    errors = tmp_path / "stderr.txt"
+    assert finish(train_ext_test0, command, errors=errors) == 2
+    assert "_last.t: another run is writing it now; wait" in errors.read_text()
+    first.kill()
+    first.join()
+    assert list(tmp_path.glob("models/.*.lock"))
+    second = start(train_ext_test0, command)
+    second.join(2)
+    assert second.exitcode is None  # the lock of a run that is gone is no lock
+    second.terminate()
+    second.join()
+    assert second.exitcode == 143
+    assert not list(tmp_path.glob("models/.*"))
