@@ -111,7 +111,8 @@ class TrainAugmentation:
     def __call__(self, visible, infrared):
         views = torch.cat([visible, visible, infrared])
         views = random_erasing(normalise(random_flip(random_crop(views))), self.rande)
-        plain, second, infrared = views.split([len(visible), len(visible), len(infrared)])
-        if self.augc:
-            second, infrared = channel_exchange(second), channel_or_gray(infrared)
-        return torch.cat([plain, second]), infrared
+        count = len(visible)
+        if self.augc:  # in place: joined anew, the views would lose their memory order
+            views[count : 2 * count] = channel_exchange(views[count : 2 * count])
+            views[2 * count :] = channel_or_gray(views[2 * count :])
+        return views[: 2 * count], views[2 * count :]

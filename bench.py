@@ -40,7 +40,7 @@ from ChannelAug import ERASE_FILL, GRAY, MEAN, STD, TrainAugmentation, normalise
 from data_loader import CACHES, CachedBatches, IdentitySampler, TrainData, eval_loader, sysu_train, train_loader
 from data_manager import DATA_PATHS, SYSU_VISIBLE, sysu_test
 from eval_metrics import CosineDistances, eval_regdb, eval_sysu
-from loss import AlignedLocalLoss, MethodLoss, SquaredTripletLoss
+from loss import AlignedLocalLoss, Losses, MethodLoss, SquaredTripletLoss
 from model import ARCHS, GFMNet
 from utils import (
     ArgumentParser,
@@ -64,7 +64,6 @@ def get_args_parser():
     commands = parser.add_subparsers(dest="command", required=True)
     data = commands.add_parser("data", help="prepare the data set's arrays anew; one epoch of loading and augmenting")
     step = commands.add_parser("step", help="training steps, on random images, against the plain recipe")
-    step.add_argument("--cache", choices=CACHES, default="auto", help="where the images are kept, as in training")
     step.add_argument("--compile", action="store_true", help="compile the network's steps with torch.compile")
     step.add_argument("--steps", type=number(int, 1), default=10, help="steps of a turn")
     test = commands.add_parser("test", help="from image files to the measures, against ten extractions of a gallery")
@@ -79,7 +78,12 @@ def get_args_parser():
     gpu.add_argument("--out", required=True, metavar="FILE", help="write all figures to this file, after each stage")
     gpu.add_argument("--only", nargs="+", choices=GPU_STAGES, default=GPU_STAGES, help="these stages only")
     gpu.add_argument("--like", metavar="FILE", help="test at the full size of SYSU-MM01, by its rand_perm_cam.mat")
+    gpu.add_argument("--timeout", type=number(int, 1), default=540, help="seconds after which a process is given up")
     gpu.add_argument("--gpu", default="0", help="number of the GPU")
+    for command in (data, step):
+        command.add_argument(
+            "--cache", choices=CACHES, default="auto", help="where the images are kept, as in training"
+        )
     for command in (data, test):
         command.add_argument("--data_path", default=DATA_PATHS["sysu"], help="folder of SYSU-MM01, or of demo data")
     for command in (step, test):
@@ -128,9 +132,9 @@ def main(argv=None):
 # ----------------------------------------------------------------------------------------------------------- measuring
 
 
-def median_seconds(function, device, repeats=5):
-    """Of single calls, after two to warm up."""
-    return statistics.median([seconds(function, 1, device) for _ in range(repeats + 2)][2:])
+def median_seconds(function, device, calls, repeats=5):
+    """Of one of `calls` in a row, after two such rows to warm up."""
+    return statistics.median([seconds(function, calls, device) for _ in range(repeats + 2)][2:])
 
 
 def seconds(function, calls, device):
@@ -143,10 +147,10 @@ def seconds(function, calls, device):
     return (time.perf_counter() - start) / calls
 
 
-def compare(name, ours, baseline, repeats, device, per=1):
+def compare(name, ours, baseline, repeats, device, per=1, before=lambda: None):
     """Time both by turns -> {"name", "ours_seconds", "baseline_seconds", "ratio"}, medians; prints them.
 
-    per: what one call does so many times; the seconds are of one.
+    per: what one call does so many times; the seconds are of one. before: called, untimed, before each turn.
 
     A turn is as many calls in a row as fill 50 ms, after two to warm up (one, if that takes a second).
     """
@@ -157,7 +161,12 @@ def compare(name, ours, baseline, repeats, device, per=1):
         if seconds(function, 1, device) < 1:
             calls = max(1, int(0.05 / seconds(function, 1, device)))
         runs.append((function, calls, device))
-    turns = [[seconds(*run) for run in runs] for _ in progress(range(repeats), desc=name, unit="turn", leave=False)]
+
+    def turn(run):
+        before()
+        return seconds(*run)
+
+    turns = [[turn(run) for run in runs] for _ in progress(range(repeats), desc=name, unit="turn", leave=False)]
     mine, plain = (statistics.median(times) / per for times in zip(*turns, strict=True))
     print(f"{name:52}{1000 * plain:12.1f} ms{1000 * mine:12.2f} ms{plain / mine:9.1f} x")
     return {"name": name, "ours_seconds": mine, "baseline_seconds": plain, "ratio": plain / mine}
@@ -167,18 +176,29 @@ def print_head():
     print(f"{'':52}{'baseline':>15}{'ours':>15}{'ratio':>11}")
 
 
-def peak_memory(process="self"):
+CPU = torch.device("cpu")
+
+
+def peak_memory(process="self", device=CPU):
     """Most memory that a process has held since it started, or since `reset_peak_memory`, in bytes; 0 if it has ended.
+    Of a GPU: what PyTorch's tensors took there.
 
     From Linux's /proc: what `wait4` reports of a child is at least the memory of the process that started it.
     """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     high = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
     return int(high[1]) * 1024 if high else 0
 
 
-def reset_peak_memory():
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak_memory()
+def reset_peak_memory(device=CPU):
+    """-> the memory that is held now."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory(device=device)
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -204,8 +224,10 @@ def bench_data(args, device):
 
     sampler = IdentitySampler(data, args.batch_size, args.num_pos, seed=0)
     augment = TrainAugmentation(1, 0.5)
+    loader = train_loader(data, sampler, args.workers, device, args.cache)
+    next(iter(loader))  # starts the loading processes
     loaded, start = 0, time.perf_counter()
-    for visible, infrared, _ in progress(train_loader(data, sampler, args.workers), desc="epoch", unit="step"):
+    for visible, infrared, _ in progress(loader, desc="epoch", unit="step"):
         views = augment(visible.to(device, non_blocking=True), infrared.to(device, non_blocking=True))
         loaded += sum(len(view) for view in views)
     float(views[0].sum())  # waits for the device
@@ -264,33 +286,41 @@ def bench_step(args, device):
     )
     plain_optimizer = sgd(plain_net.parameters())
 
-    def train_plainly():
+    def train_plainly(criterion=plain_loss):
         for batch in islice(plain_batches, args.steps):
-            plain_step(plain_net, plain_optimizer, batch, device)
+            plain_step(plain_net, criterion, plain_optimizer, batch, device)
+
+    def use_up_queues():
+        """Loading processes work ahead while the other side has its turn."""
+        for waiting in (batches, plain_batches):
+            for _ in islice(waiting, 2 * args.workers):
+                pass
 
     visible, infrared, labels = (x.to(device) for x in next(batches))
     output = net(*augment(visible, infrared))
-    torch.testing.assert_close(plain_loss(output, labels), criterion(output, labels).total, rtol=1e-4, atol=0)
+    for plain, mine in zip(plain_loss(output, labels), criterion(output, labels), strict=True):
+        torch.testing.assert_close(plain, mine, rtol=1e-4, atol=1e-6)
     print_head()
     inputs = 3 * args.batch_size * args.num_pos
-    name = f"a step: {args.arch}, {inputs} images {size[0]}x{size[1]}, {args.amp}{', compiled' * args.compile}"
-    figures = compare(name, train, train_plainly, args.repeats, device, per=args.steps)
+    name = f"{args.arch}, {inputs} images {size[0]}x{size[1]}, {args.amp}{', compiled' * args.compile}"
+    turns = {"repeats": args.repeats, "device": device, "per": args.steps, "before": use_up_queues}
+    figures = compare(f"step: {name}", train, train_plainly, **turns)
     figures["images_per_second"] = inputs / figures["ours_seconds"]
+    figures["with_our_loss"] = compare(
+        "against the plain step with our loss", train, partial(train_plainly, criterion), **turns
+    )
     if device.type == "cuda":
         del plain_net, plain_optimizer, output
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+        reset_peak_memory(device)
         train()
         cached = sum(x.nbytes for x in loader.images) if isinstance(loader, CachedBatches) else 0
-        figures["peak_gib_without_cache"] = (torch.cuda.max_memory_allocated(device) - cached) / 2**30
+        figures["peak_gib_without_cache"] = (peak_memory(device=device) - cached) / 2**30
         print(f"peak memory without the cached images: {figures['peak_gib_without_cache']:.1f} GiB")
     budget = step_budget(train, model, criterion, augment, optimizer, device)
     floors = step_floors(net, criterion, augment(visible, infrared), labels, args.amp)
     if device.type == "cuda":
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            train()
-        busy = sum(event.self_device_time_total for event in profile.key_averages()) / 1e6 / args.steps
-        budget["gaps, the device waiting (part of the above)"] = figures["ours_seconds"] - busy
+        budget["gaps, the device waiting (part of the above)"] = device_gaps(train) / args.steps
     print("where a step's time goes, and how fast it could be:")
     for part, seconds in (budget | floors["seconds"]).items():
         print(f"  {part:60}{1000 * seconds:10.2f} ms{seconds / figures['ours_seconds']:8.1%}")
@@ -334,9 +364,10 @@ class PlainPairs(Dataset):
         return plain, second[[random.randrange(3)] * 3], other, self.data.visible_labels[visible]
 
 
-def plain_step(net, optimizer, batch, device):
+def plain_step(net, criterion, optimizer, batch, device):
+    """In float32 (on a GPU, PyTorch runs its convolutions in TF32), reading the loss as published."""
     plain, second, infrared, labels = (x.to(device) for x in batch)
-    loss = plain_loss(net(torch.cat([plain, second]), infrared), labels.repeat(3))
+    loss = criterion(net(torch.cat([plain, second]), infrared), labels.repeat(3)).total
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -345,9 +376,10 @@ def plain_step(net, optimizer, batch, device):
 
 def plain_loss(output, labels):
     """GFMNet's whole loss, the local part of it anchor by anchor."""
-    triplet, _ = SquaredTripletLoss()(output.pooled, labels)
+    identity = F.cross_entropy(output.logits, labels)
+    triplet, correct = SquaredTripletLoss()(output.pooled, labels)
     local = plain_aligned_loss(output.pooled, labels, output.local)
-    return F.cross_entropy(output.logits, labels) + triplet + 0.5 * local
+    return Losses(identity + triplet + 0.5 * local, identity, triplet, local, correct / len(labels))
 
 
 class Timed(torch.nn.Module):
@@ -401,11 +433,28 @@ def step_budget(train, model, criterion, augment, optimizer, device):
     }
 
 
+def device_gaps(function):
+    """Seconds during which the GPU does nothing, between the first and the last thing that a function has it do."""
+    function()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+    )
+    idle, busy_until = 0, spans[0][1]
+    for begin, end in spans:
+        idle += max(0, begin - busy_until)
+        busy_until = max(busy_until, end)
+    return idle / 1e6
+
+
 def step_floors(net, criterion, views, labels, amp):
     """What a step computes and moves, and the seconds that this takes at the rates measured on the same device.
 
     Floating-point operations of convolutions and products, by PyTorch's counter. Moved: each layer reads its input and
-    writes its output once, and its backward twice as much; fused layers can do with less.
+    writes its output once, and its backward twice as much; where layers are fused, it is less.
     """
     device = labels.device
     dtype, moved = torch.bfloat16 if amp == "bf16" else torch.float32, []
@@ -421,11 +470,15 @@ def step_floors(net, criterion, views, labels, amp):
     net.zero_grad()
     flop, size = counter.get_total_flops(), 3 * sum(moved) * dtype.itemsize
 
-    side = 8192 if device.type == "cuda" else 2048
+    side, calls = (8192, 20) if device.type == "cuda" else (2048, 2)
     a = torch.randn(side, side, device=device, dtype=dtype)
-    flop_rate = 2 * side**3 / median_seconds(lambda: a @ a, device)
-    copy = torch.empty_like(a)
-    byte_rate = 2 * a.nbytes / median_seconds(lambda: copy.copy_(a), device)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # as the convolutions
+    flop_rate = 2 * side**3 / median_seconds(lambda: a @ a, device, calls)
+    torch.backends.cuda.matmul.allow_tf32 = before
+    copy = a.repeat(4, 1)
+    other = torch.empty_like(copy)
+    byte_rate = 2 * copy.nbytes / median_seconds(lambda: other.copy_(copy), device, calls)
     return {
         "flop": flop,
         "gflop_per_image": flop / len(labels) / 1e9,
@@ -433,8 +486,8 @@ def step_floors(net, criterion, views, labels, amp):
         "bytes": size,
         "bytes_per_second": byte_rate,
         "seconds": {
-            f"floor: {flop / 1e12:.2f} TFLOP at {flop_rate / 1e12:.1f} TFLOP/s": flop / flop_rate,
-            f"floor: {size / 1e9:.1f} GB moved at {byte_rate / 1e9:.0f} GB/s": size / byte_rate,
+            f"arithmetic alone: {flop / 1e12:.2f} TFLOP at {flop_rate / 1e12:.1f} TFLOP/s": flop / flop_rate,
+            f"memory alone, unfused: {size / 1e9:.1f} GB at {byte_rate / 1e9:.0f} GB/s": size / byte_rate,
         },
     }
 
@@ -498,7 +551,8 @@ def plain_aligned_distance(x, y):
 
 
 def bench_metrics(args, device):
-    need_proc()
+    if device.type == "cpu":
+        need_proc()
     print_head()
     rows = []
     for queries, images, people, evaluate in (
@@ -526,11 +580,11 @@ def bench_metrics(args, device):
     draw = np.random.default_rng(0)
     ids = [draw.integers(0, args.gallery // 100 + 1, n) for n in (args.queries, args.gallery)]
     cameras = draw.choice([3, 6], args.queries), draw.choice([1, 2, 4, 5], args.gallery)
-    before, start = reset_peak_memory(), time.perf_counter()
+    before, start = reset_peak_memory(device), time.perf_counter()
     eval_sysu(CosineDistances(query, gallery), *ids, *cameras)
-    seconds, above = time.perf_counter() - start, (peak_memory() - before) / 2**30
-    print(f"straight from features, {args.queries} x {args.gallery} x 512: {seconds:.1f} s, {above:.2f} GiB above them")
-    return {"comparisons": rows, "from_features_seconds": seconds, "from_features_gib_above_inputs": above}
+    taken, above = time.perf_counter() - start, (peak_memory(device=device) - before) / 2**30
+    print(f"straight from features, {args.queries} x {args.gallery} x 512: {taken:.1f} s, {above:.2f} GiB above them")
+    return {"comparisons": rows, "from_features_seconds": taken, "from_features_gib_above_inputs": above}
 
 
 def plain_metrics(distances, q_pids, g_pids, q_camids=None, g_camids=None, max_rank=20):
@@ -697,27 +751,48 @@ def plain_k_reciprocal(query, gallery, k1=20, k2=6, lambda_value=0.3):
 
 
 def bench_gpu(args):
-    """Each stage as processes of their own, so that one which fails leaves the others. `--out` keeps the stages of
-    earlier calls: several calls of a few stages make one file."""
+    """Each measurement as a process of its own, so that one which fails leaves the others.
+
+    `--out` keeps the stages of earlier calls: several calls with `--only` make one file where time is short. Ends with
+    status 1 if anything failed.
+    """
     out = Path(args.out)
     check_output(out)
     if not torch.cuda.is_available():
         raise InputError("bench.py gpu: PyTorch sees no CUDA device here; run it where there is one")
+    if args.like and not Path(args.like).is_file():
+        raise InputError(f"--like {args.like}: no such file; give SYSU-MM01's rand_perm_cam.mat, or leave it out")
     results = json.loads(out.read_text()) if out.is_file() else {}
     with tempfile.TemporaryDirectory() as work:
         for name, commands, files in gpu_runs(args, work):
-            runs = []
+            results[name] = {"runs": []}
             for command in commands:
-                start = time.perf_counter()
-                done = subprocess.run([sys.executable, *command], cwd=REPO, capture_output=True, text=True)
-                seconds = round(time.perf_counter() - start, 1)
-                runs.append({"command": command, "seconds": seconds, "status": done.returncode})
-                runs[-1]["output"] = f"{done.stdout}\n{done.stderr}".strip()[-3000:]
-                print(f"{name}: status {done.returncode} after {seconds} s\n{runs[-1]['output'][-600:]}", flush=True)
-            lines = {pattern: [file.read_text() for file in sorted(Path(work).glob(pattern))] for pattern in files}
-            results[name] = {"runs": runs, "files": lines}
-            save_json(results, out)
+                results[name]["runs"].append(run_recorded(command, args.timeout))
+                kept = {pattern: [file.read_text() for file in sorted(Path(work).glob(pattern))] for pattern in files}
+                results[name]["files"] = kept
+                save_json(results, out)
+    if any(run["status"] for result in results.values() for run in result["runs"]):
+        sys.exit(1)
     return results
+
+
+def run_recorded(command, timeout):
+    """Run Python with these arguments in the repo -> {"command", "seconds", "status", "stdout", "stderr"}."""
+    start = time.perf_counter()
+    try:
+        done = subprocess.run([sys.executable, *command], cwd=REPO, capture_output=True, text=True, timeout=timeout)
+        status, stdout, stderr = done.returncode, done.stdout, done.stderr
+    except subprocess.TimeoutExpired as late:
+        status, (stdout, stderr) = "timeout", ((text or b"").decode() for text in (late.stdout, late.stderr))
+    taken = round(time.perf_counter() - start, 1)
+    print(f"{' '.join(command)}: status {status} after {taken} s\n{stdout[-800:]}{stderr[-800:]}", flush=True)
+    return {
+        "command": command,
+        "seconds": taken,
+        "status": status,
+        "stdout": stdout[-30000:],
+        "stderr": stderr[-30000:],
+    }
 
 
 def gpu_runs(args, work):
@@ -732,7 +807,7 @@ def gpu_runs(args, work):
             for name, flags in {
                 "step float32": ["--amp", "off"],
                 "step bf16": ["--amp", "bf16"],
-                "step bf16 from files' workers": ["--amp", "bf16", "--cache", "disk", "--workers", "16"],
+                "step bf16 from loading processes": ["--amp", "bf16", "--cache", "disk", "--workers", "16"],
                 "step bf16 compiled": ["--amp", "bf16", "--compile"],
             }.items()
         ],
@@ -740,7 +815,12 @@ def gpu_runs(args, work):
             (
                 "data",
                 [
-                    ["demo_data.py", "--out", large, *(["--like", args.like] if args.like else demo[3:])],
+                    [
+                        "demo_data.py",
+                        "--out",
+                        large,
+                        *(["--like", os.path.abspath(args.like)] if args.like else demo[3:]),
+                    ],
                     ["bench.py", "data", "--data_path", large, *gpu, "--json", f"{work}/data.json"],
                 ],
                 ["data.json"],
@@ -778,8 +858,11 @@ def gpu_runs(args, work):
 
 
 def need_proc():
-    if not Path("/proc/self/status").exists():
-        raise InputError(f"{sys.platform}: has no /proc to read the peak memory from; run this on Linux")
+    """Raise InputError, before the work, where the peak memory cannot be read."""
+    try:
+        reset_peak_memory()
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot read the peak memory from there; run this on Linux") from error
 
 
 if __name__ == "__main__":

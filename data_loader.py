@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data_manager import read_ids, read_list, relabel
+from data_manager import llcm_test, read_ids, read_list, regdb_test, relabel
 from utils import InputError, atomic, progress, rank, rank_by_rank, ranks
 
 PREPARE_BLOCK = 1024  # images decoded between two flushes of the memory map
@@ -40,22 +40,46 @@ class TrainData(NamedTuple):
 
 
 def read_image(path, size):
-    """An image file -> uint8 [H, W, 3], resized to size = (height, width) with Lanczos, as published."""
+    """An image file -> uint8 [H, W, 3], resized to size = (height, width) with Lanczos, as published.
+
+    Of images that are no RGB: gray is repeated, of 16 bits the upper 8 are taken, transparency is dropped. Raises
+    InputError, which names the file, when it is missing or cannot be read.
+    """
     try:
         with Image.open(path) as image:
-            return np.array(image.convert("RGB").resize((size[1], size[0]), Image.Resampling.LANCZOS))
+            return np.array(_rgb(image).resize((size[1], size[0]), Image.Resampling.LANCZOS))
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such image; check the lists and --data_path") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # the readers raise anything when a file is damaged
         raise InputError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
 
 
+def _rgb(image):
+    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would cut them off at 255
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() >= 2**16:
+            raise ValueError("more than 16 bits")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point values, whose range is unknown")
+    return image.convert("RGB")
+
+
 def write_images(paths, size, out, desc, workers=None):
-    """Decode images into one array file uint8 [N, H, W, 3], through a memory map, on all cores.
+    """Decode images into one array file uint8 [N, H, W, 3], through a memory map, on all cores ->
+    {index: InputError} of those that cannot be read; their places stay black.
 
     Memory stays that of a block of images, however many there are. Not atomic: `out` is a temporary of `utils.atomic`.
     workers: threads (decoding and resizing release the interpreter's lock), by default one a core.
     """
+
+    def attempt(path):
+        try:
+            return read_image(path, size)
+        except InputError as error:
+            return error
+
+    unreadable = {}
     with ThreadPool(workers) as pool, progress(total=len(paths), desc=desc, unit="img") as bar:
         np.lib.format.open_memmap(out, "w+", np.uint8, (len(paths), *size, 3))
         with open(out, "r+b") as file:  # takes the room now: a map that finds the disk full later kills the process
@@ -64,10 +88,24 @@ def write_images(paths, size, out, desc, workers=None):
             # Mapped anew for each block: unmapping is what gives the written pages back.
             array = np.load(out, mmap_mode="r+")
             block = paths[start : start + PREPARE_BLOCK]
-            for i, image in enumerate(pool.imap(lambda path: read_image(path, size), block, chunksize=8), start):
-                array[i] = image
+            for i, image in enumerate(pool.imap(attempt, block, chunksize=8), start):
+                if isinstance(image, InputError):
+                    unreadable[i] = image
+                else:
+                    array[i] = image
                 bar.update()
             array.flush()
+    return unreadable
+
+
+def check_readable(unreadable, total, remedy="replace or remove them"):
+    """Raise InputError for images that could not be read, a list of InputErrors, after printing all."""
+    for error in unreadable:
+        print(f"unreadable: {error}")
+    if len(unreadable) == 1:
+        raise unreadable[0]
+    if unreadable:
+        raise InputError(f"{len(unreadable)} of {total} images cannot be read, {unreadable[0]}, ...; {remedy}")
 
 
 def sysu_train_files(data_path):
@@ -90,11 +128,16 @@ def sysu_train(data_path, size, select="test"):
     for (file, images), labels in zip(zip(files[::2], arrays[::2], strict=True), arrays[1::2], strict=True):
         if images.shape[1:] != (*size, 3) or images.dtype != np.uint8:
             raise InputError(f"{file}: holds {images.dtype} {images.shape[1:]}, not uint8 {(*size, 3)}; {prepare}")
-        if labels.shape != images.shape[:1]:
+        if labels.shape != images.shape[:1] or not len(images):
             raise InputError(f"{file}: {len(images)} images, but {labels.size} labels beside it; {prepare}")
+        if not np.issubdtype(labels.dtype, np.integer):
+            raise InputError(f"{file}: the labels beside it are {labels.dtype}, no integers; {prepare}")
     visible, visible_labels, infrared, infrared_labels = arrays
     # The published script stores labels of other integer types.
     visible_labels, infrared_labels = visible_labels.astype(np.int64), infrared_labels.astype(np.int64)
+    there = np.union1d(visible_labels, infrared_labels)
+    if absent := set(range(min(there[-1], len(there)) + 1)).symmetric_difference(there.tolist()):
+        raise InputError(f"{files[1]}: label {min(absent)} breaks the row 0, 1, 2, ... of labels; {prepare}")
     if select == "val":
         # Labels are ranks among train and val ids. Rank the train ids among themselves.
         train = read_ids(data_path, "train")
@@ -109,17 +152,21 @@ def sysu_train(data_path, size, select="test"):
 def regdb_train(data_path, trial, size):
     """RegDB's training images of one trial, decoded once and kept in `{data_path}/cache/`."""
     names = [f"train_{modal}_{trial}" for modal in ("visible", "thermal")]
-    return _listed_train(data_path, names, size)
+    return _listed_train(data_path, names, size, regdb_test(data_path, trial))
 
 
 def llcm_train(data_path, size):
     """LLCM's training images, decoded once and kept in `{data_path}/cache/`."""
-    return _listed_train(data_path, ["train_vis", "train_nir"], size)
+    return _listed_train(data_path, ["train_vis", "train_nir"], size, llcm_test(data_path))
 
 
-def _listed_train(data_path, names, size):
-    """names: of the visible and the infrared list."""
+def _listed_train(data_path, names, size, test):
+    """names: of the visible and the infrared list; test: the `Searches` that must have none of their images."""
     lists = [read_list(data_path, name) for name in names]
+    tested = {path for paths in test.paths.values() for path in paths}
+    for name, (paths, _) in zip(names, lists, strict=True):
+        if both := tested.intersection(paths):
+            raise InputError(f"{data_path}: {min(both)} is in idx/{name}.txt and a test image; remove it from one")
     visible, infrared = (
         _cached_images(data_path, name, paths, size) for name, (paths, _) in zip(names, lists, strict=True)
     )
@@ -143,7 +190,8 @@ def _cached_images(data_path, name, paths, size):
     with rank_by_rank():
         if not file.exists():
             with atomic(file) as temporary:
-                write_images(paths, size, temporary, desc=f"decoding {name}")
+                unreadable = write_images(paths, size, temporary, desc=f"decoding {name}")
+                check_readable([*unreadable.values()], len(paths))
             for other in folder.glob(f"{name}_*.npy"):
                 if other != file:
                     other.unlink()
@@ -260,7 +308,7 @@ def train_loader(data, sampler, workers, device="cpu", cache="disk"):
 
     cache: where the images are kept. "disk": in their files, memory-mapped; "ram": in memory. From both, `workers`
     loading processes, which stay from epoch to epoch, make the batches. "gpu": on the device, without processes.
-    "auto": "gpu" if the device is a CUDA device and they take at most half of its free memory, else "disk".
+    "auto": "gpu" if the device is a CUDA device and they take at most a quarter of its free memory, else "disk".
 
     Raises InputError when they are to be kept on a GPU that is none or has not enough memory.
     """
@@ -271,7 +319,7 @@ def train_loader(data, sampler, workers, device="cpu", cache="disk"):
             f"--cache gpu: the training images take {size / 2**30:.1f} GiB, and {free / 2**30:.1f} are free on "
             f"{device}; use --cache disk or ram"
         )
-    if cache == "gpu" or (cache == "auto" and size <= free / 2):
+    if cache == "gpu" or (cache == "auto" and size <= free / 4):
         return CachedBatches(data, sampler, device)
     if cache == "ram":
         data = data._replace(visible=np.array(data.visible), infrared=np.array(data.infrared))

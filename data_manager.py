@@ -7,6 +7,7 @@ Errors are `InputError`s that name the file.
 import itertools
 import os
 import random
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ REGDB_TRIALS = range(1, 11)
 REGDB_CAMERAS = {"visible": 1, "thermal": 2}
 LLCM_CAMERAS = range(1, 10)
 LLCM_NAMES = {"visible": "vis", "infrared": "nir"}  # in the names of its lists and folders
+NUMBER = "[0-9]{1,9}"  # an id or label
 DEMO_FILE = "demo.txt"  # in a folder that demo_data.py drew
 
 
@@ -191,30 +193,39 @@ def read_ids(data_path, split, folder="exp"):
     """The ids of `{folder}/{split}_id.txt` (of SYSU-MM01: train, val or test): numbers separated by commas."""
     path = Path(data_path) / folder / f"{split}_id.txt"
     text = _read(data_path, f"{folder}/{split}_id.txt")
-    fields = [field.strip() for line in text.splitlines() for field in line.split(",") if field.strip()]
-    wrong = [field for field in fields if not (field.isascii() and field.isdigit())]
+    fields = [field.strip() for line in text.split("\n") for field in line.split(",") if field.strip()]
+    wrong = [field for field in fields if not re.fullmatch(NUMBER, field)]
     if wrong or not fields:
         what = f"{wrong[0]!r} is no id" if wrong else "holds no ids"
         raise InputError(f"{path}: {what}; list numbers, separated by commas")
-    return [int(field) for field in fields]
+    ids = [int(field) for field in fields]
+    if len(set(ids)) < len(ids):
+        twice = next(identity for identity in ids if ids.count(identity) > 1)
+        raise InputError(f"{path}: id {twice} stands there twice; remove one")
+    return ids
 
 
 def read_list(data_path, name):
-    """(paths, ids) of `idx/{name}.txt` (of RegDB and LLCM), whose lines are `path label`, in the order of the list."""
+    """(paths, ids) of `idx/{name}.txt` (of RegDB and LLCM), whose lines are `path label`, in the order of the list.
+
+    A path may hold spaces. Raises InputError for one that leads out of the data set's folder, also through links.
+    """
     listing = Path(data_path) / "idx" / f"{name}.txt"
     text = _read(data_path, f"idx/{name}.txt")
-    found = []
-    for number, line in enumerate(text.splitlines(), 1):
+    root, found = os.path.realpath(data_path), []
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        file, _, label = line.strip().rpartition(" ")
-        if not (file and label.isascii() and label.isdigit()):
-            raise InputError(f"{listing}, line {number}: {line!r} is not 'path label'")
-        if Path(file).is_absolute() or ".." in Path(file).parts:
+        match = re.fullmatch(rf"(\S.*?)\s+({NUMBER})", line.strip())
+        if not match or not match[1].isprintable():
+            raise InputError(f"{listing}, line {number}: {line!r} is not 'path label'; write one image's there")
+        file = match[1]
+        outside = Path(file).is_absolute() or ".." in Path(file).parts
+        if outside or not os.path.realpath(Path(data_path) / file).startswith(root + os.sep):
             raise InputError(f"{listing}, line {number}: {file} lies outside of {data_path}; list paths within it")
-        found.append((str(Path(data_path) / file.strip()), int(label)))
+        found.append((str(Path(data_path) / file), int(match[2])))
     if not found:
-        raise InputError(f"{listing}: lists no images")
+        raise InputError(f"{listing}: lists no images; write lines 'path label'")
     paths, ids = zip(*found, strict=True)
     return list(paths), np.array(ids)
 

@@ -176,8 +176,9 @@ class GFMNet(nn.Module):
     def forward(self, visible, infrared):
         """visible [A, 3, H, W], infrared [B, 3, H, W], normalised -> Output of A + B rows, the visible first."""
         x = self._features(torch.cat([self.visible(visible), self.infrared(infrared)]))
-        pooled = self.pool(full_precision(x))  # in float32 under mixed precision too: the triplets live on it
-        logits = self.classifier(self.bottleneck(pooled))
+        with torch.autocast(x.device.type, enabled=False):  # in float32 from here: the losses live on it
+            pooled = self.pool(full_precision(x))
+            logits = self.classifier(self.bottleneck(pooled))
         return Output(pooled, logits, None if self.local is None else self.local(x))
 
     def embed(self, images, modality):

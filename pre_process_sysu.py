@@ -12,7 +12,7 @@ from itertools import combinations
 
 import numpy as np
 
-from data_loader import sysu_train_files, write_images
+from data_loader import check_readable, sysu_train_files, write_images
 from data_manager import DATA_PATHS, SYSU_INFRARED, SYSU_VISIBLE, read_ids, sysu_images
 from utils import ArgumentParser, InputError, atomic, cli, number
 
@@ -20,8 +20,9 @@ from utils import ArgumentParser, InputError, atomic, cli, number
 def get_args_parser():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_path", default=DATA_PATHS["sysu"], help="folder with cam1 .. cam6 and exp")
-    parser.add_argument("--img_h", type=number(int, 1), default=288, help="height of the arrays' images, pixels")
-    parser.add_argument("--img_w", type=number(int, 1), default=144, help="width of the arrays' images, pixels")
+    parser.add_argument("--img_h", type=number(int, 1, 4096), default=288, help="height of the arrays' images, pixels")
+    parser.add_argument("--img_w", type=number(int, 1, 4096), default=144, help="width of the arrays' images, pixels")
+    parser.add_argument("--skip_bad", action="store_true", help="go on without the images that cannot be read")
     return parser
 
 
@@ -37,33 +38,52 @@ def main(argv=None):
             )
     del splits["test"]
     identities = sorted(splits["train"] | splits["val"])
-    visible_paths, visible_ids, visible_cameras = sysu_images(args.data_path, identities, SYSU_VISIBLE["all"])
-    infrared_paths, infrared_ids, infrared_cameras = sysu_images(args.data_path, identities, SYSU_INFRARED)
+    kinds = {"visible": SYSU_VISIBLE["all"], "infrared": SYSU_INFRARED}
+    images = {kind: sysu_images(args.data_path, identities, cameras) for kind, cameras in kinds.items()}
+    check_identities(args.data_path, identities, images)
 
     size = (args.img_h, args.img_w)
     files = sysu_train_files(args.data_path)
     with ExitStack() as stack:
-        visible, visible_labels, infrared, infrared_labels = (stack.enter_context(atomic(file)) for file in files)
-        for out, ids in ((visible_labels, visible_ids), (infrared_labels, infrared_ids)):
-            with out.open("wb") as file:
+        temporary = [stack.enter_context(atomic(file)) for file in files]
+        out = dict(zip(kinds, zip(temporary[::2], temporary[1::2], strict=True), strict=True))
+        bad = {kind: write_images(paths, size, out[kind][0], desc=kind) for kind, (paths, _, _) in images.items()}
+        if not args.skip_bad:
+            unreadable = [error for errors in bad.values() for error in errors.values()]
+            total = sum(len(paths) for paths, _, _ in images.values())
+            check_readable(unreadable, total, "replace or remove them, or go on without them: --skip_bad")
+        for kind, errors in bad.items():
+            for error in errors.values():
+                print(f"left out: {error}")
+            if errors:
+                paths, ids, cameras = (np.delete(column, [*errors]) for column in images[kind])
+                images[kind] = paths.tolist(), ids, cameras
+                write_images(images[kind][0], size, out[kind][0], desc=f"{kind}, without {len(errors)}")
+        check_identities(args.data_path, identities, images)
+        for kind, (_, ids, _) in images.items():
+            with out[kind][1].open("wb") as file:
                 np.save(file, np.searchsorted(identities, ids))
-        write_images(visible_paths, size, visible, desc="visible")
-        write_images(infrared_paths, size, infrared, desc="infrared")
         # All four are whole. The old ones go first, so that a crash among the renames cannot leave a mixed set.
         for file in files:
             file.unlink(missing_ok=True)
 
     counts = {split: Counter() for split in splits}
-    for ids, cameras in ((visible_ids, visible_cameras), (infrared_ids, infrared_cameras)):
+    for _, ids, cameras in images.values():
         for identity, camera in zip(ids.tolist(), cameras.tolist(), strict=True):
             counts["train" if identity in splits["train"] else "val"][camera] += 1
     print(f"{'split':8}{'ids':>6}" + "".join(f"{f'cam{camera}':>8}" for camera in range(1, 7)) + f"{'images':>9}")
     for split, count in counts.items():
         cells = "".join(f"{count[camera]:8}" for camera in range(1, 7))
         print(f"{split:8}{len(splits[split]):6}{cells}{count.total():9}")
-    total = f"{len(visible_paths)} visible and {len(infrared_paths)} infrared images of {len(identities)} ids"
-    print(f"{total}, {size[0]}x{size[1]}")
+    visible, infrared = (len(paths) for paths, _, _ in images.values())
+    print(f"{visible} visible and {infrared} infrared images of {len(identities)} ids, {size[0]}x{size[1]}")
     return counts
+
+
+def check_identities(data_path, identities, images):
+    """Raise InputError for an id without images: its label would be missing. images: {kind: (paths, ids, cameras)}."""
+    if without := set(identities).difference(*(ids.tolist() for _, ids, _ in images.values())):
+        raise InputError(f"{data_path}: id {min(without)} of exp/train_id.txt or val_id.txt has no image; take it out")
 
 
 if __name__ == "__main__":

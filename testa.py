@@ -71,8 +71,8 @@ def get_args_parser():
         help="add rows with re-ranked distances",
     )
     parser.add_argument("--baselines", action="store_true", help="add gray pixels, colours, the untrained net")
-    parser.add_argument("--test_batch", type=number(int, 1), default=64, help="images in a batch")
-    parser.add_argument("--workers", type=number(int, 0), default=4, help="loading processes, at most one a core")
+    parser.add_argument("--test_batch", type=number(int, 1, 65536), default=64, help="images in a batch")
+    parser.add_argument("--workers", type=number(int, 0, 1024), default=4, help="loading processes, at most one a core")
     parser.add_argument("--amp", choices=("off", "bf16"), default="off", help="mixed precision of the network")
     parser.add_argument("--gpu", default="0", help="number of the GPU, or cpu")
     parser.add_argument("--json", metavar="FILE", help="write all results to this file")

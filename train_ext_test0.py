@@ -67,14 +67,15 @@ def get_args_parser():
     data.add_argument("--data_path", help="folder of the data set (default: by --dataset)")
     data.add_argument("--trial", type=number(int, 1, 10), default=1, help="RegDB's trial to train on, 1 to 10")
     data.add_argument("--mode", choices=("all", "indoor"), default="all", help="SYSU-MM01's search to test with")
-    data.add_argument("--img_h", type=number(int, 48), default=288, help="image height, pixels")
-    data.add_argument("--img_w", type=number(int, 16), default=144, help="image width, pixels")
-    data.add_argument("--workers", type=number(int, 0), default=4, help="loading processes, at most one a core")
+    data.add_argument("--img_h", type=number(int, 48, 4096), default=288, help="image height, pixels")
+    data.add_argument("--img_w", type=number(int, 16, 4096), default=144, help="image width, pixels")
+    data.add_argument("--workers", type=number(int, 0, 1024), default=4, help="loading processes, at most one a core")
     data.add_argument(
         "--cache",
         choices=CACHES,
         default="auto",
-        help="keep the training images on the GPU, in memory, or in their files (auto: gpu if they fit, else disk)",
+        help="keep the training images on the GPU, in memory, or in their files (auto: gpu if a quarter of what is "
+        "free there is enough; else disk)",
     )
     net = parser.add_argument_group("network and loss")
     net.add_argument("--method", choices=("base", "agw", "caj", "adp"), default="adp", help="adp is GFMNet")
@@ -85,32 +86,42 @@ def get_args_parser():
     net.add_argument(
         "--share_net", type=number(int, 1, 5), default=2, help="stem and share_net - 1 stages per modality"
     )
-    net.add_argument("--margin", type=number(float, 0), default=0.3, help="of the batch-hard and the local triplets")
-    net.add_argument("--alpha", type=number(float, 0, above=True), default=1, help="sharpness of the triplet's weights")
-    net.add_argument("--gamma", type=number(float, 0, above=True), default=1, help="scale of the triplet's exponent")
+    net.add_argument(
+        "--margin", type=number(float, 0, 1e6), default=0.3, help="of the batch-hard and the local triplets"
+    )
+    net.add_argument(
+        "--alpha", type=number(float, 0, 1e6, above=True), default=1, help="sharpness of the triplet's weights"
+    )
+    net.add_argument(
+        "--gamma", type=number(float, 0, 1e6, above=True), default=1, help="scale of the triplet's exponent"
+    )
     net.add_argument("--square", type=int, choices=(0, 1), default=1, help="square the triplet's difference (caj, adp)")
     net.add_argument(
         "--weighting", choices=("exact", "published"), default="exact", help="softmax of the triplet's weights"
     )
     fit = parser.add_argument_group("training")
     fit.add_argument("--optim", choices=("sgd", "adam"), default="sgd")
-    fit.add_argument("--lr", type=number(float, 0, above=True), default=0.1, help="rate of the head; a tenth elsewhere")
-    fit.add_argument("--batch_size", type=number(int, 2), default=8, help="identities in a batch")
-    fit.add_argument("--num_pos", type=number(int, 1), default=4, help="images of an identity and modality in a batch")
+    fit.add_argument(
+        "--lr", type=number(float, 0, 1e6, above=True), default=0.1, help="rate of the head; a tenth elsewhere"
+    )
+    fit.add_argument("--batch_size", type=number(int, 2, 4096), default=8, help="identities in a batch")
+    fit.add_argument(
+        "--num_pos", type=number(int, 1, 1024), default=4, help="images of an identity and modality in a batch"
+    )
     fit.add_argument("--augc", type=int, choices=(0, 1), default=1, help="channel augmentation")
     fit.add_argument("--rande", type=number(float, 0, 1), default=0.5, help="probability of random erasing")
-    fit.add_argument("--epochs", type=number(int, 1), default=101)
-    fit.add_argument("--warmup", type=number(int, 0), default=10, help="epochs of linear warm-up")
+    fit.add_argument("--epochs", type=number(int, 1, 10**6), default=101)
+    fit.add_argument("--warmup", type=number(int, 0, 10**6), default=10, help="epochs of linear warm-up")
     fit.add_argument(
         "--milestones",
-        type=number(int, 1),
+        type=number(int, 1, 10**6),
         nargs="*",
         default=[20, 50],
         help="epochs from which on the rate is a tenth of the one before",
     )
     fit.add_argument("--amp", choices=("off", "bf16"), default="off", help="mixed precision of the network")
     fit.add_argument("--compile", action="store_true", help="compile the network's steps with torch.compile")
-    fit.add_argument("--seed", type=number(int, 0), default=0)
+    fit.add_argument("--seed", type=number(int, 0, 2**63), default=0)
     fit.add_argument("--gpu", default="0", help="number of the GPU, or cpu; under torchrun each process has its own")
     fit.add_argument(
         "--sync_bn", type=int, choices=(0, 1), default=1, help="batch norm over all ranks (several, on GPUs)"
@@ -122,14 +133,17 @@ def get_args_parser():
         default="test",
         help="the epoch is chosen by the test set, as published, or by SYSU-MM01's val ids, left out of training",
     )
-    out.add_argument("--eval_every", type=number(int, 1), default=2, help="epochs between two tests")
-    out.add_argument("--test_batch", type=number(int, 1), default=64, help="images in a batch of testing")
+    out.add_argument("--eval_every", type=number(int, 1, 10**6), default=2, help="epochs between two tests")
+    out.add_argument("--test_batch", type=number(int, 1, 65536), default=64, help="images in a batch of testing")
     out.add_argument("--model_path", default="save_model/", help="folder of the checkpoints")
     out.add_argument(
-        "--save_epoch", type=number(int, 1), default=20, help="epochs between two checkpoints kept for good"
+        "--save_epoch", type=number(int, 1, 10**6), default=20, help="epochs between two checkpoints kept for good"
     )
     out.add_argument(
-        "--save_minutes", type=number(float, 0, above=True), default=15, help="minutes between two saves in an epoch"
+        "--save_minutes",
+        type=number(float, 0, 1e6, above=True),
+        default=15,
+        help="minutes between two saves in an epoch",
     )
     out.add_argument("--log_path", default="log/", help="folder of the logs")
     out.add_argument(

@@ -250,6 +250,7 @@ def select_device(gpu):
     # Images keep their size, so the search for the fastest convolutions pays. Precision stays PyTorch's: convolutions
     # in TF32 where mixed precision is off, products of features, and so distances, in float32.
     torch.backends.cudnn.benchmark = True
+    torch.cuda.set_device(int(gpu))
     return torch.device("cuda", int(gpu))
 
 

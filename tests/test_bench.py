@@ -131,13 +131,18 @@ def test_test(sysu_tree, capsys):
 
 def test_gpu_keeps_each_stage_and_goes_on_after_one_that_fails(tmp_path, monkeypatch):
     out = tmp_path / "gpu.json"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="sees no CUDA device"):
         bench.main(["gpu", "--out", str(out)])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert set(bench.main(["gpu", "--out", str(out), "--only", "loss"])) == {"loss"}
+    assert set(bench.main(["gpu", "--out", str(out), "--only", "loss", "--gpu", "cpu"])) == {"loss"}
     monkeypatch.setattr(bench, "REPO", tmp_path)  # no bench.py there
-    results = bench.main(["gpu", "--out", str(out), "--only", "metrics", "rerank"])
-    assert json.loads(out.read_text()) == results
+    with pytest.raises(SystemExit, match="1"):
+        bench.main(["gpu", "--out", str(out), "--only", "metrics", "rerank", "--gpu", "cpu"])
+    results = json.loads(out.read_text())
     assert [results[stage]["runs"][0]["status"] for stage in ("loss", "metrics", "rerank")] == [0, 2, 2]
     assert json.loads(results["loss"]["files"]["loss.json"][0])["ratio"] > 1
-    assert "can't open file" in results["rerank"]["runs"][0]["output"]
+    assert "can't open file" in results["rerank"]["runs"][0]["stderr"]
+    assert (
+        bench.run_recorded(["-c", "print('begun', flush=True); import time; time.sleep(60)"], 1)["status"] == "timeout"
+    )

@@ -255,7 +255,7 @@ def test_train_batches_carry_the_sampler_s_images_and_the_labels_of_three_views(
 
 @pytest.mark.parametrize(
     ("cache", "free", "kept"),
-    [("auto", 1200, "CachedBatches"), ("auto", 1199, "DataLoader"), ("gpu", 600, "CachedBatches"), ("gpu", 599, None)],
+    [("auto", 2400, "CachedBatches"), ("auto", 2399, "DataLoader"), ("gpu", 600, "CachedBatches"), ("gpu", 599, None)],
 )
 def test_images_are_kept_on_the_gpu_if_they_fit(monkeypatch, cache, free, kept):
     data = toy_data((5, 7, 2, 1), (3, 3, 3, 1))  # 25 images of 24 bytes
