@@ -13,6 +13,7 @@ gpu      everything that is to be known of a GPU, tests first, into one file
 Each comparison warms up, repeats, takes turns with its baseline, and gives medians. The baselines live here only.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -179,26 +180,31 @@ def print_head():
 CPU = torch.device("cpu")
 
 
-def peak_memory(process="self", device=CPU):
-    """Most memory that a process has held since it started, or since `reset_peak_memory`, in bytes; 0 if it has ended.
-    Of a GPU: what PyTorch's tensors took there.
-
-    From Linux's /proc: what `wait4` reports of a child is at least the memory of the process that started it.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    high = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
-    return int(high[1]) * 1024 if high else 0
-
-
 def reset_peak_memory(device=CPU):
-    """-> the memory that is held now."""
+    """-> the memory that is held now, in bytes: by this process, or on a GPU by PyTorch's tensors."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
     else:
         Path("/proc/self/clear_refs").write_text("5")
-    return peak_memory(device=device)
+    return peak_memory(device)
+
+
+def peak_memory(device=CPU):
+    """The most memory that was held since `reset_peak_memory`, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def tree_memory(process):
+    """What a process and those that it started hold now, in bytes; pages that some share count once among them."""
+    folder, total = Path(f"/proc/{process}"), 0
+    with contextlib.suppress(OSError):  # it may end while it is looked at
+        total = 1024 * int(re.search(r"Pss:\s+(\d+) kB", (folder / "smaps_rollup").read_text())[1])
+        children = " ".join(file.read_text() for file in folder.glob("task/*/children"))
+        total += sum(tree_memory(child) for child in children.split())
+    return total
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -237,13 +243,13 @@ def bench_data(args, device):
 
 
 def run_measured(*arguments):
-    """Run Python with these arguments in the repo -> (seconds, peak memory in bytes)."""
+    """Run Python with these arguments in the repo -> (seconds, peak memory in bytes, of all its processes)."""
     need_proc()
     start, peak = time.perf_counter(), 0
     process = subprocess.Popen([sys.executable, *arguments], cwd=REPO)
     while process.poll() is None:
-        peak = max(peak, peak_memory(process.pid))
-        time.sleep(0.01)
+        peak = max(peak, tree_memory(process.pid))
+        time.sleep(0.05)
     if process.returncode:
         sys.exit(process.returncode)  # it has said why
     return time.perf_counter() - start, peak
@@ -315,7 +321,7 @@ def bench_step(args, device):
         reset_peak_memory(device)
         train()
         cached = sum(x.nbytes for x in loader.images) if isinstance(loader, CachedBatches) else 0
-        figures["peak_gib_without_cache"] = (peak_memory(device=device) - cached) / 2**30
+        figures["peak_gib_without_cache"] = (peak_memory(device) - cached) / 2**30
         print(f"peak memory without the cached images: {figures['peak_gib_without_cache']:.1f} GiB")
     budget = step_budget(train, model, criterion, augment, optimizer, device)
     floors = step_floors(net, criterion, augment(visible, infrared), labels, args.amp)
@@ -582,7 +588,7 @@ def bench_metrics(args, device):
     cameras = draw.choice([3, 6], args.queries), draw.choice([1, 2, 4, 5], args.gallery)
     before, start = reset_peak_memory(device), time.perf_counter()
     eval_sysu(CosineDistances(query, gallery), *ids, *cameras)
-    taken, above = time.perf_counter() - start, (peak_memory(device=device) - before) / 2**30
+    taken, above = time.perf_counter() - start, (peak_memory(device) - before) / 2**30
     print(f"straight from features, {args.queries} x {args.gallery} x 512: {taken:.1f} s, {above:.2f} GiB above them")
     return {"comparisons": rows, "from_features_seconds": taken, "from_features_gib_above_inputs": above}
 
@@ -861,6 +867,7 @@ def need_proc():
     """Raise InputError, before the work, where the peak memory cannot be read."""
     try:
         reset_peak_memory()
+        Path("/proc/self/smaps_rollup").read_text()
     except OSError as error:
         raise InputError(f"{error.filename}: cannot read the peak memory from there; run this on Linux") from error
 

@@ -1,9 +1,10 @@
 """From image files to batches: prepared arrays, the identity sampler, and the loaders of training and testing."""
 
 import hashlib
+import multiprocessing
 import os
 import signal
-from multiprocessing.pool import ThreadPool
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from data_manager import llcm_test, read_ids, read_list, regdb_test, relabel
 from utils import InputError, atomic, progress, rank, rank_by_rank, ranks
 
-PREPARE_BLOCK = 1024  # images decoded between two flushes of the memory map
+PREPARE_CHUNK = 32  # images that a process decodes at a time
+UPLOAD_BLOCK = 1024  # images that are copied to a device at a time
 
 
 class TrainData(NamedTuple):
@@ -69,33 +71,40 @@ def write_images(paths, size, out, desc, workers=None):
     """Decode images into one array file uint8 [N, H, W, 3], through a memory map, on all cores ->
     {index: InputError} of those that cannot be read; their places stay black.
 
-    Memory stays that of a block of images, however many there are. Not atomic: `out` is a temporary of `utils.atomic`.
-    workers: threads (decoding and resizing release the interpreter's lock), by default one a core.
+    Memory stays that of some images a process, however many there are. Not atomic: `out` is a temporary of
+    `utils.atomic`. workers: processes (threads would wait for each other), by default one a core.
     """
-
-    def attempt(path):
-        try:
-            return read_image(path, size)
-        except InputError as error:
-            return error
-
+    np.lib.format.open_memmap(out, "w+", np.uint8, (len(paths), *size, 3))
+    with open(out, "r+b") as file:  # takes the room now: a map that finds the disk full later kills the process
+        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    chunks = [(start, paths[start : start + PREPARE_CHUNK]) for start in range(0, len(paths), PREPARE_CHUNK)]
     unreadable = {}
-    with ThreadPool(workers) as pool, progress(total=len(paths), desc=desc, unit="img") as bar:
-        np.lib.format.open_memmap(out, "w+", np.uint8, (len(paths), *size, 3))
-        with open(out, "r+b") as file:  # takes the room now: a map that finds the disk full later kills the process
-            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-        for start in range(0, len(paths), PREPARE_BLOCK):
-            # Mapped anew for each block: unmapping is what gives the written pages back.
-            array = np.load(out, mmap_mode="r+")
-            block = paths[start : start + PREPARE_BLOCK]
-            for i, image in enumerate(pool.imap(attempt, block, chunksize=8), start):
-                if isinstance(image, InputError):
-                    unreadable[i] = image
-                else:
-                    array[i] = image
-                bar.update()
-            array.flush()
-    return unreadable
+    with (
+        multiprocessing.Pool(workers, _end_with_the_main_process) as pool,
+        progress(total=len(paths), desc=desc, unit="img") as bar,
+    ):
+        for count, failed in pool.imap_unordered(partial(_write_chunk, out, size), chunks):
+            unreadable |= failed
+            bar.update(count)
+    return dict(sorted(unreadable.items()))
+
+
+def _write_chunk(out, size, chunk):
+    start, paths = chunk
+    array = np.load(out, mmap_mode="r+")  # mapped anew for each chunk: unmapping gives the written pages back
+    unreadable = {}
+    for i, path in enumerate(paths, start):
+        try:
+            array[i] = read_image(path, size)
+        except InputError as error:
+            unreadable[i] = error
+    return len(paths), unreadable
+
+
+def _end_with_the_main_process():
+    """A terminal's Ctrl-C goes to all processes; the main one ends the others, by SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def check_readable(unreadable, total, remedy="replace or remove them"):
@@ -294,8 +303,8 @@ class CachedBatches:
 def _on_device(array, device):
     """A memory-mapped array on a device, copied in blocks: not all of it is in the host's memory at once."""
     there = torch.empty(array.shape, dtype=torch.uint8, device=device)
-    for start in progress(range(0, len(array), PREPARE_BLOCK), desc=f"images to {device}", leave=False):
-        block = slice(start, start + PREPARE_BLOCK)
+    for start in progress(range(0, len(array), UPLOAD_BLOCK), desc=f"images to {device}", leave=False):
+        block = slice(start, start + UPLOAD_BLOCK)
         there[block] = torch.from_numpy(np.array(array[block])).to(device)
     return there
 

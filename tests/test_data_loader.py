@@ -61,12 +61,12 @@ def test_preparing_counts_each_split_and_camera(sysu_tree, capsys):
     assert str(sum(counts["train"].values())) in capsys.readouterr().out
 
 
-def test_blocks_and_threads_do_not_change_the_array(sysu_tree, tmp_path, monkeypatch):
+def test_chunks_and_processes_do_not_change_the_array(sysu_tree, tmp_path, monkeypatch):
     paths, _, _ = data_manager.process_query_sysu(sysu_tree)
     write_images(paths, (16, 8), tmp_path / "whole.npy", "whole", workers=1)
-    monkeypatch.setattr(data_loader, "PREPARE_BLOCK", 7)
-    write_images(paths, (16, 8), tmp_path / "blocks.npy", "blocks", workers=3)
-    assert (tmp_path / "whole.npy").read_bytes() == (tmp_path / "blocks.npy").read_bytes()
+    monkeypatch.setattr(data_loader, "PREPARE_CHUNK", 7)
+    write_images(paths, (16, 8), tmp_path / "chunks.npy", "chunks", workers=3)
+    assert (tmp_path / "whole.npy").read_bytes() == (tmp_path / "chunks.npy").read_bytes()
 
 
 def prepare_tree(sysu_tree, tmp_path):
@@ -238,7 +238,7 @@ def test_train_batches_carry_the_sampler_s_images_and_the_labels_of_three_views(
     data = toy_data()
     sampler = IdentitySampler(data, 3, 2, 0)
     if cache == "gpu":  # the same steps on any device
-        monkeypatch.setattr(data_loader, "PREPARE_BLOCK", 3)
+        monkeypatch.setattr(data_loader, "UPLOAD_BLOCK", 3)
         loader = data_loader.CachedBatches(data, sampler, "cpu")
     else:
         loader = train_loader(data, sampler, workers, cache=cache)
