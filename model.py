@@ -323,7 +323,7 @@ def load_network(checkpoint, path):
             options, size, state = published_options(state), PUBLISHED_IMAGE_SIZE, convert_published_state(state)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
-    elif "options" in checkpoint:
+    elif "options" in checkpoint and "image_size" in checkpoint:
         options, size = checkpoint["options"], tuple(checkpoint["image_size"])
     else:
         raise InputError(
@@ -331,7 +331,10 @@ def load_network(checkpoint, path):
         )
     if bad := [name for name, value in state.items() if not torch.isfinite(value).all()]:
         raise InputError(f"{path}: {bad[0]} holds values that are not finite; use an earlier checkpoint")
-    net = GFMNet(**options)
+    try:
+        net = GFMNet(**options)
+    except TypeError as error:
+        raise InputError(f"{path}: its options are not those of this GFMNet ({error}); train again") from error
     try:
         net.load_state_dict(state)
     except RuntimeError as error:

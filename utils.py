@@ -156,20 +156,19 @@ class ArgumentParser(argparse.ArgumentParser):
         sys.exit(_one_line_exit(self.prog, f"{message} (--help lists the flags)"))
 
 
-def number(kind, low, high=math.inf, above=False):
-    """An argparse type: a finite int or float of at least `low` (strictly more, with `above`) and at most `high`."""
+def number(kind, low, high=10**9, above=False):
+    """An argparse type: an int or float of at least `low` (strictly more, with `above`) and at most `high`."""
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and (value > low if above else value >= low) and value <= high):
-            bounds = f"{'above' if above else 'of at least'} {low}" + (
-                f" and at most {high}" if high < math.inf else ""
-            )
+        if not ((value > low if above else value >= low) and value <= high):  # NaN is neither
             noun = {int: "a whole number", float: "a number"}[kind]
-            raise argparse.ArgumentTypeError(f"{text!r} is not {noun} {bounds}")
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not {noun} {'above' if above else 'of at least'} {low} and at most {high}"
+            )
         return value
 
     return parse

@@ -96,6 +96,7 @@ def test_device_without_cuda_warns_and_is_the_cpu(monkeypatch, capsys):
 def test_device_that_is_not_there_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
     assert utils.select_device("0") == torch.device("cuda", 0)
     with pytest.raises(InputError, match="--gpu 1: this machine has one GPU: use --gpu 0"):
         utils.select_device("1")

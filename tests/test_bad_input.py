@@ -1,0 +1,518 @@
+"""Bad input of every kind: one line that names the file or flag, the value and the remedy, status 2, and nothing that
+existed is changed. And odd input that is good."""
+
+import io
+import os
+import re
+import shutil
+import signal
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data_loader
+import data_manager
+import demo_data
+import pre_process_sysu
+import testa
+import train_ext_test0
+import utils
+from conftest import SIZE, SMALL, flags
+from data_loader import read_image, sysu_train_files
+from model import GFMNet
+
+SCRIPTS = {
+    "prepare": (pre_process_sysu, ["--data_path", "sysu", "--img_h", str(SIZE[0]), "--img_w", str(SIZE[1])]),
+    "train": (train_ext_test0, flags("sysu", "out", "--epochs", "1")),
+    "regdb": (train_ext_test0, flags("regdb", "out", "--dataset", "regdb", "--epochs", "1")),
+    "llcm": (train_ext_test0, flags("llcm", "out", "--dataset", "llcm", "--epochs", "1")),
+    "test": (testa, ["--data_path", "sysu", "--resume", "good.t", "--gpu", "cpu", "--workers", "0"]),
+}
+
+
+class Crafted:
+    """Unpickling this makes a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+def write(name, content=b""):
+    """Put a file into the copy of the trees. (It must go first: the copies are links to the originals.)"""
+    Path(name).unlink(missing_ok=True)
+    Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def change(name, edit):
+    write(name, edit(Path(name).read_text()))
+
+
+def save_array(name, array):
+    with io.BytesIO() as file:
+        np.save(file, array)
+        write(name, file.getvalue())
+
+
+def save(name, content):
+    with io.BytesIO() as file:
+        torch.save(content, file)
+        write(name, file.getvalue())
+
+
+def load(number):
+    return np.load(sysu_train_files("sysu")[number])
+
+
+def edit_array(number, edit):
+    save_array(sysu_train_files("sysu")[number], edit(load(number)))
+
+
+def good_checkpoint(**more):
+    net = GFMNet(10, "resnet18")
+    return {"net": net.state_dict(), "options": net.options, "image_size": SIZE, "args": {"dataset": "sysu"}} | more
+
+
+def jpeg():
+    return sorted(Path("sysu").glob("cam1/*/*.jpg"))[0]
+
+
+def bomb():
+    """A PNG that says it has 50,000 x 50,000 pixels."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+def float_image():
+    with io.BytesIO() as file:
+        Image.fromarray(np.zeros((9, 5), np.float32)).save(file, "TIFF")
+        return file.getvalue()
+
+
+def weights_with(edit):
+    state = good_checkpoint()["net"]
+    edit(state)
+    return state
+
+
+def first_image(trees, edit):
+    """Damage the first image; edit: bytes -> bytes."""
+    file = sorted(file for file in Path(trees).rglob("*") if file.suffix in (".jpg", ".bmp", ".png"))[0]
+    write(file, edit(file.read_bytes()))
+
+
+def damage_query(edit):
+    file = data_manager.process_query_sysu("sysu")[0][3]
+    write(file, edit(Path(file).read_bytes()))
+
+
+def training_images(cameras):
+    identities = data_manager.read_ids("sysu", "train") + data_manager.read_ids("sysu", "val")
+    return data_manager.sysu_images("sysu", identities, cameras)[0]
+
+
+IDX = "regdb/idx/train_visible_1.txt"
+EXP = "sysu/exp/train_id.txt"
+# name: (script, what to do to the trees, further arguments, words of the line)
+CASES = {
+    # images
+    "truncated image": ("prepare", lambda: write(jpeg(), jpeg().read_bytes()[:300]), [], ["cam1/", "remove it"]),
+    "empty image": ("prepare", lambda: write(jpeg()), [], ["cam1/", "cannot be read"]),
+    "text as image": ("prepare", lambda: write(jpeg(), "no image"), [], ["cam1/", "cannot be read"]),
+    "broken png as jpg": ("prepare", lambda: write(jpeg(), bomb()[:20]), [], ["cam1/", "cannot be read"]),
+    "decompression bomb": ("prepare", lambda: write(jpeg(), bomb()), [], ["cam1/", "decompression bomb"]),
+    "image of floats": ("prepare", lambda: write(jpeg(), float_image()), [], ["cam1/", "floating-point"]),
+    "two bad images": (
+        "prepare",
+        lambda: [write(training_images(cameras)[0], "x") for cameras in ((1, 2, 4, 5), (3, 6))],
+        [],
+        ["2 of 94 images cannot be read", "--skip_bad"],
+    ),
+    "bad query image": ("test", lambda: damage_query(lambda data: data[:200]), [], ["sysu/cam", "remove it"]),
+    "bad listed image": ("regdb", lambda: first_image("regdb", lambda data: data[:50]), [], ["regdb/", "remove it"]),
+    # lists of ids
+    "no list of ids": ("prepare", lambda: os.unlink(EXP), [], [EXP, "belongs there"]),
+    "empty list of ids": ("prepare", lambda: write(EXP), [], [EXP, "holds no ids", "separated by commas"]),
+    "words for ids": ("prepare", lambda: write(EXP, "1,two"), [], [EXP, "'two' is no id"]),
+    "negative id": ("prepare", lambda: write(EXP, "1,-2"), [], [EXP, "'-2' is no id"]),
+    "id that climbs": ("prepare", lambda: write(EXP, "1,../2"), [], [EXP, "'../2' is no id"]),
+    "huge id": ("prepare", lambda: write(EXP, "1," + 30 * "9"), [], [EXP, "is no id"]),
+    "id twice": ("prepare", lambda: change(EXP, lambda text: f"{text.strip()},{text}"), [], [EXP, "twice", "remove"]),
+    "binary list": ("prepare", lambda: write(EXP, b"\xff\xfe\x00"), [], [EXP, "UnicodeDecodeError"]),
+    "folder for a list": ("prepare", lambda: [os.unlink(EXP), os.mkdir(EXP)], [], [EXP, "IsADirectoryError"]),
+    "train id is a test id": (
+        "prepare",
+        lambda: change(EXP, lambda text: f"{text.strip()},{Path('sysu/exp/test_id.txt').read_text()}"),
+        [],
+        ["train_id.txt", "test_id.txt", "remove it"],
+    ),
+    "val id is a train id": (
+        "prepare",
+        lambda: write("sysu/exp/val_id.txt", Path(EXP).read_text()),
+        [],
+        ["train_id.txt", "val_id.txt", "remove it"],
+    ),
+    "id without images": ("prepare", lambda: change(EXP, lambda text: f"{text.strip()},999"), [], ["id 999", "take"]),
+    "no visible cameras": (
+        "prepare",
+        lambda: [shutil.rmtree(f"sysu/cam{camera}") for camera in (1, 2, 4, 5)],
+        [],
+        ["sysu: none of the", "cam1, cam2, cam4, cam5"],
+    ),
+    "empty folders": (
+        "prepare",
+        lambda: [file.unlink() for camera in (3, 6) for file in Path(f"sysu/cam{camera}").rglob("*.jpg")],
+        [],
+        ["sysu: none of the", "cam3, cam6"],
+    ),
+    "data path is a file": ("prepare", lambda: write("file"), ["--data_path", "file"], ["file: no such folder"]),
+    "no data path": ("prepare", lambda: None, ["--data_path", "nowhere"], ["nowhere: no such folder", "--data_path"]),
+    "folder for an array": (
+        "prepare",
+        lambda: [os.unlink(sysu_train_files("sysu")[0]), os.mkdir(sysu_train_files("sysu")[0])],
+        [],
+        ["train_rgb_resized_img.npy: is a folder"],
+    ),
+    # arrays
+    "not prepared": ("train", lambda: os.unlink(sysu_train_files("sysu")[2]), [], ["train_ir", "pre_process_sysu.py"]),
+    "cut array": (
+        "train",
+        lambda: write(sysu_train_files("sysu")[0], sysu_train_files("sysu")[0].read_bytes()[:5000]),
+        [],
+        ["train_rgb_resized_img.npy", "pre_process_sysu.py"],
+    ),
+    "pickled array": (
+        "train",
+        lambda: save_array(sysu_train_files("sysu")[1], np.array([Crafted()], dtype=object)),
+        [],
+        ["train_rgb_resized_label.npy", "pre_process_sysu.py"],
+    ),
+    "text as array": ("train", lambda: write(sysu_train_files("sysu")[0], "x"), [], ["_img.npy", "pre_process"]),
+    "images of floats": ("train", lambda: edit_array(0, lambda a: a.astype(np.float32)), [], ["float32", "uint8"]),
+    "images of another size": ("train", lambda: edit_array(0, lambda a: a[:, 1:]), [], ["(95, 48, 3)", "--img_h 96"]),
+    "gray arrays": ("train", lambda: edit_array(2, lambda a: a[..., 0]), [], ["_img.npy", "pre_process_sysu.py"]),
+    "fewer labels": ("train", lambda: edit_array(1, lambda a: a[1:]), [], ["62 images, but 61 labels"]),
+    "labels in columns": ("train", lambda: edit_array(1, lambda a: a[:, None]), [], ["labels", "pre_process_sysu.py"]),
+    "labels of floats": ("train", lambda: edit_array(3, lambda a: a + 0.5), [], ["float64, no integers"]),
+    "negative labels": ("train", lambda: edit_array(1, lambda a: a - 1), [], ["label -1 breaks the row"]),
+    "labels with a gap": (
+        "train",
+        lambda: [edit_array(number, lambda a: a + (a > 4)) for number in (1, 3)],
+        [],
+        ["label 5 breaks the row", "pre_process_sysu.py"],
+    ),
+    "no images": ("train", lambda: [edit_array(n, lambda a: a[:0]) for n in (0, 1)], [], ["0 images"]),
+    # idx files
+    "no idx file": ("regdb", lambda: os.unlink(IDX), [], [IDX, "belongs there"]),
+    "blank idx file": ("regdb", lambda: write(IDX, "\n \n"), [], [IDX, "lists no images"]),
+    "no label": ("regdb", lambda: write(IDX, "a.bmp\n"), [], [IDX, "line 1", "'a.bmp' is not 'path label'"]),
+    "no number for a label": ("regdb", lambda: write(IDX, "a.bmp x\n"), [], [IDX, "line 1", "'a.bmp x'"]),
+    "negative label": ("regdb", lambda: write(IDX, "a.bmp -1\n"), [], [IDX, "line 1", "'a.bmp -1'"]),
+    "huge label": ("regdb", lambda: write(IDX, f"a.bmp {9:030}\n"), [], [IDX, "line 1"]),
+    "nul in a name": ("regdb", lambda: write(IDX, "a\0.bmp 1\n"), [], [IDX, "line 1"]),
+    "name that climbs": ("regdb", lambda: write(IDX, "../a.bmp 1\n"), [], [IDX, "../a.bmp lies outside of regdb"]),
+    "absolute name": ("regdb", lambda: write(IDX, "/etc/passwd 1\n"), [], [IDX, "/etc/passwd lies outside of regdb"]),
+    "link that leads out": (
+        "regdb",
+        lambda: [os.symlink(os.path.abspath("sysu"), "regdb/out"), write(IDX, f"out/{jpeg().relative_to('sysu')} 1")],
+        [],
+        [IDX, "line 1", "lies outside of regdb"],
+    ),
+    "image that is not there": ("regdb", lambda: write(IDX, "a.bmp 1\n"), [], ["regdb/a.bmp: no such image", "idx"]),
+    "training image is a test image": (
+        "regdb",
+        lambda: change(IDX, lambda text: text + Path("regdb/idx/test_visible_1.txt").read_text()),
+        [],
+        ["idx/train_visible_1.txt and a test image; remove"],
+    ),
+    "LLCM's test ids without images": ("llcm", lambda: write("llcm/idx/test_id.txt", "998"), [], ["none of the 1"]),
+    "no LLCM test ids": ("llcm", lambda: os.unlink("llcm/idx/test_id.txt"), [], ["llcm/idx/test_id.txt", "belongs"]),
+    # flags of training
+    "more identities than there are": ("train", lambda: None, ["--batch_size", "11"], ["--batch_size 11", "only 10"]),
+    "unknown gpu": ("train", lambda: None, ["--gpu", "one"], ["--gpu one", "cpu"]),
+    "negative gpu": ("train", lambda: None, ["--gpu", "-1"], ["--gpu -1", "cpu"]),
+    "images on no gpu": ("train", lambda: None, ["--cache", "gpu"], ["--cache gpu", "use --cache disk"]),
+    "file for model_path": (
+        "train",
+        lambda: write("f"),
+        ["--model_path", "f"],
+        ["f/sysu_adp", "choose another folder"],
+    ),
+    "file for log_path": ("train", lambda: write("f"), ["--log_path", "f"], ["f/sysu_log", "choose another folder"]),
+    "no weights": ("train", lambda: None, ["--weights", "none.pth"], ["none.pth: no such file"]),
+    "weights that run code": (
+        "train",
+        lambda: save("w.pth", {"conv1.weight": Crafted()}),
+        ["--weights", "w.pth"],
+        ["w.pth: cannot be loaded safely"],
+    ),
+    "weights of another network": (
+        "train",
+        lambda: save("w.pth", {"conv1.weight": torch.zeros(64, 3, 7, 7)}),
+        ["--weights", "w.pth"],
+        ["w.pth", "resnet18"],
+    ),
+    "resume from nothing": ("train", lambda: None, ["--resume", "none_last.t"], ["none_last.t", "train first"]),
+    "resume without an optimiser": ("train", lambda: None, ["--resume", "good.t"], ["good.t", "..._last.t"]),
+    "resume another run": (
+        "train",
+        lambda: save("l.t", good_checkpoint(optimizer={}, args={"dataset": "llcm"})),
+        ["--resume", "l.t"],
+        ["l.t", "--", "give the same flags"],
+    ),
+    "resume another number of classes": (
+        "train",
+        lambda: save("l.t", resumable(9)),
+        ["--resume", "l.t"],
+        ["l.t: has num_classes 9, not 10"],
+    ),
+    # checkpoints
+    "cut checkpoint": ("test", lambda: write("c.t", Path("good.t").read_bytes()[:9999]), ["--resume", "c.t"], ["c.t"]),
+    "text as checkpoint": ("test", lambda: write("c.t", "x"), ["--resume", "c.t"], ["c.t: cannot be loaded safely"]),
+    "folder as checkpoint": ("test", lambda: None, ["--resume", "sysu"], ["sysu: no such file"]),
+    "checkpoint that runs code": (
+        "test",
+        lambda: save("c.t", {"net": Crafted()}),
+        ["--resume", "c.t"],
+        ["c.t: cannot be loaded safely"],
+    ),
+    "checkpoint of another architecture": (
+        "test",
+        lambda: save("c.t", good_checkpoint(options=GFMNet(10, "resnet34").options)),
+        ["--resume", "c.t"],
+        ["c.t"],
+    ),
+    "checkpoint of another number of classes": (
+        "test",
+        lambda: save("c.t", good_checkpoint(options=GFMNet(11, "resnet18").options)),
+        ["--resume", "c.t"],
+        ["c.t"],
+    ),
+    "checkpoint with unknown options": (
+        "test",
+        lambda: save("c.t", good_checkpoint(options={"num_classes": 10, "depth": 18})),
+        ["--resume", "c.t"],
+        ["c.t", "options"],
+    ),
+    "checkpoint of NaNs": (
+        "test",
+        lambda: save("c.t", good_checkpoint(net=weights_with(lambda s: s["classifier.weight"].fill_(np.nan)))),
+        ["--resume", "c.t"],
+        ["c.t", "not finite"],
+    ),
+    "checkpoint without a layer": (
+        "test",
+        lambda: save("c.t", good_checkpoint(net=weights_with(lambda s: s.pop("local.conv.bias")))),
+        ["--resume", "c.t"],
+        ["c.t"],
+    ),
+    "checkpoint of another data set": (
+        "test",
+        lambda: save("c.t", good_checkpoint(args={"dataset": "llcm"})),
+        ["--resume", "c.t"],
+        ["c.t: was trained on llcm", "--dataset llcm"],
+    ),
+    # other files of testing
+    "features that run code": (
+        "test",
+        lambda: np.savez("f.npz", np.array([Crafted()], dtype=object)),
+        ["--from_features", "f.npz"],
+        ["f.npz", "save it again"],
+    ),
+    "folder for results": ("test", lambda: None, ["--json", "sysu"], ["sysu: is a folder"]),
+    "file for a folder": ("test", lambda: write("f"), ["--json", "f/r.json"], ["f/r.json", "choose another folder"]),
+    "no permutations": (
+        "test",
+        lambda: Path("sysu/exp/rand_perm_cam.mat").unlink(),
+        ["--protocol", "official"],
+        ["rand_perm_cam.mat: no such file", "--protocol seeded"],
+    ),
+    "damaged permutations": (
+        "test",
+        lambda: write("sysu/exp/rand_perm_cam.mat", "x"),
+        ["--protocol", "official"],
+        ["rand_perm_cam.mat", "fetch it again"],
+    ),
+}
+
+
+def resumable(classes):
+    args = vars(train_ext_test0.get_args_parser().parse_args(SCRIPTS["train"][1]))
+    net = GFMNet(classes, "resnet18")
+    return good_checkpoint(net=net.state_dict(), options=net.options, optimizer={}, args=args)
+
+
+@pytest.fixture
+def trees(sysu_tree, regdb_tree, llcm_tree, tmp_path, monkeypatch):
+    """The demo trees, linked file by file, in the working directory, with a checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    for tree in (sysu_tree, regdb_tree, llcm_tree):
+        shutil.copytree(tree, tree.name, copy_function=os.link, ignore=shutil.ignore_patterns("cache"))
+    save("good.t", good_checkpoint())
+
+
+def run(script, arguments, monkeypatch):
+    """A script's `main` as its command line would run it -> exit status."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "argv", [Path(script.__file__).name, *arguments])
+    try:
+        utils.cli(script.main)
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+def contents():
+    return {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()}
+
+
+@pytest.mark.usefixtures("trees")
+@pytest.mark.parametrize("case", CASES)
+def test_one_line_and_nothing_lost(case, monkeypatch, capsys):
+    name, damage, more, words = CASES[case]
+    script, arguments = SCRIPTS[name]
+    if "--from_features" in more:
+        arguments = ["--data_path", "sysu", "--gpu", "cpu"]
+    damage()
+    before = contents()
+    assert run(script, [*arguments, *more], monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert error.startswith(f"{Path(script.__file__).name}: error: ")
+    for word in words:
+        assert word in error
+    after = contents()
+    assert {file: after.get(file) for file in before} == before
+    assert all("cache" in file.parts for file in set(after) - set(before))  # whole arrays of the other images
+    assert not Path("pwned").exists()
+
+
+MAY_BE_ZERO = {"--workers", "--margin", "--warmup", "--seed", "--rande"}
+NUMBERS = [
+    (script, action.option_strings[0], value)
+    for script in (train_ext_test0, testa, pre_process_sysu, demo_data)
+    for action in script.get_args_parser()._actions
+    if getattr(action.type, "__qualname__", "").startswith("number.")
+    for value in ("-1", "0", "nan", "inf", "1e400", 40 * "9", "-inf", "0x10", "")
+    if not (value == "0" and action.option_strings[0] in MAY_BE_ZERO)
+]
+
+
+@pytest.mark.parametrize(
+    ("script", "flag", "value"), NUMBERS, ids=[f"{script.__name__} {flag} {value}" for script, flag, value in NUMBERS]
+)
+def test_every_number_has_bounds(script, flag, value, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.get_args_parser().parse_args([f"{flag}={value}"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert flag in error
+    assert re.search(r"is not a (whole )?number", error)
+
+
+def as_list(name, text):
+    write(f"tree/idx/{name}.txt", text)
+    return data_manager.read_list("tree", name)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a/1.jpg 1\nb c/2.jpg 2\n",
+        "a/1.jpg 1\r\nb c/2.jpg 2\r\n",
+        "\ufeffa/1.jpg 1\nb c/2.jpg 2",
+        "\n\na/1.jpg\t1\n\n  b c/2.jpg  \t 2  \n \n",
+    ],
+)
+def test_lists_of_other_editors(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("tree/idx").mkdir(parents=True)
+    paths, ids = as_list("l", text)
+    assert paths == ["tree/a/1.jpg", "tree/b c/2.jpg"]
+    assert ids.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("text", ["1,2,30", "1, 2,\t30\r\n", "\ufeff0001,2,\n30,", "1,\n\n2,30\n"])
+def test_ids_of_other_editors(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("tree/exp").mkdir(parents=True)
+    write("tree/exp/train_id.txt", text)
+    assert data_manager.read_ids("tree", "train") == [1, 2, 30]
+
+
+RNG = np.random.default_rng(0)
+COLOURS = RNG.integers(0, 256, (12, 7, 3), np.uint8)
+GRAYS = RNG.integers(0, 256, (12, 7), np.uint8)
+DEEP = RNG.integers(0, 2**16, (12, 7), np.uint16)
+
+
+def palette():
+    image = Image.fromarray(GRAYS, "P")
+    image.putpalette(COLOURS.ravel().tolist() + 516 * [0])
+    table = np.array(image.getpalette(), np.uint8).reshape(-1, 3)
+    return image, table[GRAYS]
+
+
+@pytest.mark.parametrize(
+    ("image", "kind", "expected"),
+    [
+        (Image.fromarray(COLOURS), "PNG", COLOURS),
+        (Image.fromarray(GRAYS), "PNG", GRAYS[..., None].repeat(3, axis=2)),
+        (Image.fromarray(GRAYS > 99), "PNG", 255 * (GRAYS > 99)[..., None].repeat(3, axis=2).astype(np.uint8)),
+        (Image.fromarray(np.dstack([COLOURS, GRAYS])), "PNG", COLOURS),
+        (Image.fromarray(np.dstack([GRAYS, GRAYS])), "PNG", GRAYS[..., None].repeat(3, axis=2)),
+        (*palette()[:1], "PNG", palette()[1]),
+        (Image.fromarray(DEEP), "PNG", (DEEP // 256).astype(np.uint8)[..., None].repeat(3, axis=2)),
+        (Image.fromarray(DEEP), "TIFF", (DEEP // 256).astype(np.uint8)[..., None].repeat(3, axis=2)),
+        (Image.fromarray(DEEP.astype(np.int32)), "TIFF", (DEEP // 256).astype(np.uint8)[..., None].repeat(3, axis=2)),
+        (
+            Image.fromarray(np.dstack([255 - COLOURS, 0 * GRAYS]), "CMYK"),
+            "TIFF",
+            COLOURS,
+        ),
+    ],
+    ids=["RGB", "gray", "1 bit", "RGBA", "gray and alpha", "palette", "16 bits", "16-bit TIFF", "32-bit TIFF", "CMYK"],
+)
+def test_every_kind_of_image(image, kind, expected, tmp_path):
+    file = tmp_path / "image.jpg"  # whatever the name says
+    image.save(file, kind)
+    assert np.array_equal(read_image(file, (12, 7)), expected)
+
+
+@pytest.mark.usefixtures("trees")
+def test_bad_images_are_left_out_if_asked(monkeypatch, capsys):
+    expected = [np.load(file) for file in sysu_train_files("sysu")]
+    visible, infrared = training_images((1, 2, 4, 5)), training_images((3, 6))
+    for file in (visible[3], infrared[5]):
+        write(file, "x")
+    script, arguments = SCRIPTS["prepare"]
+    assert run(script, arguments, monkeypatch) == 2
+    printed = capsys.readouterr()
+    assert [line.split(": ")[:2] for line in printed.out.splitlines()] == [
+        ["unreadable", visible[3]],
+        ["unreadable", infrared[5]],
+    ]
+    assert run(script, [*arguments, "--skip_bad"], monkeypatch) == 0
+    out = capsys.readouterr().out
+    assert f"left out: {visible[3]}: cannot be read" in out
+    assert f"left out: {infrared[5]}: cannot be read" in out
+    for number, row in enumerate((3, 3, 5, 5)):
+        assert np.array_equal(load(number), np.delete(expected[number], row, axis=0))
+    assert len(data_loader.sysu_train("sysu", SIZE).visible) == len(expected[0]) - 1
+
+
+def test_one_image_of_an_identity_and_modality_is_enough(sysu_tree, tmp_path):
+    result = train_ext_test0.main([*SMALL, *flags(sysu_tree, tmp_path, "--num_pos", "1", "--epochs", "1")])
+    assert torch.load(result["last"])["epoch"] == 0
