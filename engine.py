@@ -98,10 +98,12 @@ def train_epoch(net, criterion, optimizer, loader, augment, device, amp="off", d
             if epoch.step % LOG_STEPS == 0 or epoch.step == 1:
                 epoch.read(criterion.health(output, labels))
                 bar.set_postfix({name: f"{value:.3f}" for name, value in epoch.means().items()})
-                _check(epoch, loader, first, desc)
+                _check(epoch, int(epoch.failed_at), loader, first, desc)
             if pause is not None and pause(epoch.step):
                 break
-    _check(epoch, loader, first, desc)
+        else:
+            none_counted = int(epoch.skipped) == epoch.step
+            _check(epoch, epoch.step if none_counted else int(epoch.failed_at), loader, first, desc)
     epoch.seconds = before + time.perf_counter() - start
     return epoch
 
@@ -113,17 +115,15 @@ def _not_finite(total, optimizer):
     return sum_over_ranks((~finite).float()).clamp_max(1)
 
 
-def _check(epoch, loader, first, desc):
-    """Raise InputError if too many steps of the epoch had to be skipped. loader: its batches after step `first`."""
-    failed_at = int(epoch.failed_at)
-    if failed_at == 0 and int(epoch.skipped) < epoch.step:
+def _check(epoch, failed_at, loader, first, desc):
+    """Raise InputError if the epoch failed at a step (0: it did not). loader: its batches after step `first`."""
+    if not failed_at:
         return
-    step = failed_at or epoch.step
-    visible, infrared = next(islice(loader.sampler, step - first - 1, None))
+    visible, infrared = next(islice(loader.sampler, failed_at - first - 1, None))
     images = f"visible images {', '.join(map(str, visible))}, infrared {', '.join(map(str, infrared))}"
     raise InputError(
-        f"the loss or its gradient is not finite, {int(epoch.in_a_row)} times in a row by step {step} of '{desc}': "
-        f"lower --lr, or start from --weights imagenet (that batch: {images} of the training arrays)"
+        f"the loss or its gradient is not finite, {min(BAD_STEPS, failed_at)} times in a row by step {failed_at} of "
+        f"'{desc}': lower --lr, or start from --weights imagenet (that batch: {images} of the training arrays)"
     )
 
 

@@ -536,9 +536,10 @@ class _TqdmHandler(logging.Handler):
 
 
 def read_json_lines(path):
-    """The entries of a JSON-lines file that may not exist; a line cut off by a crash is left out."""
+    """The entries of a log, dicts with an "epoch", from a file that may not exist; anything else in it, such as a line
+    cut off by a crash, is left out."""
     entries = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):
+    for line in path.read_text(errors="replace").split("\n") if path.is_file() else []:
+        with contextlib.suppress(ValueError, RecursionError):
             entries.append(json.loads(line))
-    return entries
+    return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("epoch"), int)]

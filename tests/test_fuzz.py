@@ -1,0 +1,203 @@
+"""Random input: parsers either read it or name the file, and the measures are those of plain loops."""
+
+import itertools
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import data_manager
+import feature_store
+import utils
+from bench import plain_aligned_distance, plain_metrics
+from eval_metrics import eval_regdb, eval_sysu
+from loss import aligned_distance
+from utils import InputError
+
+many = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+LINES = st.lists(
+    st.one_of(
+        st.text(max_size=20),
+        st.tuples(st.text(max_size=12), st.integers(-5, 10**12)).map(lambda pair: f"{pair[0]} {pair[1]}"),
+        st.sampled_from(["a/b.jpg 1", "a b.jpg\t2", "", " ", "../x 1", "/x 1", "a/../../x 3", "x", "1,2,3", "4, 5,"]),
+    ),
+    max_size=6,
+)
+TEXTS = st.one_of(
+    st.binary(max_size=60),
+    st.tuples(LINES, st.sampled_from(["\n", "\r\n", ",", "\r"])).map(
+        lambda x: x[1].join(x[0]).encode(errors="replace")
+    ),
+)
+
+
+def check_line(error, name):
+    assert name in str(error)
+    assert "\n" not in str(error)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    tree = tmp_path_factory.mktemp("tree")
+    (tree / "exp").mkdir()
+    (tree / "idx").mkdir()
+    return tree
+
+
+@many
+@given(TEXTS)
+def test_ids(tree, content):
+    (tree / "exp" / "train_id.txt").write_bytes(content)
+    try:
+        ids = data_manager.read_ids(tree, "train")
+    except InputError as error:
+        check_line(error, "train_id.txt: ")
+        return
+    assert ids
+    assert len(set(ids)) == len(ids)
+    assert sorted(ids) == sorted(
+        int(field) for field in content.decode("utf-8-sig").replace("\n", ",").split(",") if field.strip()
+    )
+
+
+@many
+@given(TEXTS)
+def test_lists(tree, content):
+    (tree / "idx" / "l.txt").write_bytes(content)
+    try:
+        paths, ids = data_manager.read_list(tree, "l")
+    except InputError as error:
+        check_line(error, "idx/l.txt")
+        return
+    assert len(paths) == len(ids) > 0
+    assert ids.dtype == np.int64
+    for path in paths:
+        assert os.path.realpath(path).startswith(os.path.realpath(tree) + os.sep)
+        os.path.exists(path)  # a name that the system takes
+
+
+NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=20)
+
+
+@many
+@given(st.sets(NAMES.filter(lambda name: len(name.encode()) < 200 and name not in (".", "..")), max_size=5))
+def test_names_of_images(names):
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root) / "cam1" / "0007"
+        folder.mkdir(parents=True)
+        for name in names:
+            (folder / name).touch()
+        expected = [str(folder / name) for name in sorted(names) if not name.startswith(".")]
+        if expected:
+            assert data_manager.sysu_images(root, [7], [1])[0] == expected
+        else:
+            with pytest.raises(InputError, match="none of the 1 listed ids"):
+                data_manager.sysu_images(root, [7], [1])
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["epoch", "total", "trial"]), inner),
+    max_leaves=5,
+)
+
+
+@many
+@given(st.lists(JSON.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=30), max_size=5))
+def test_logs(tree, lines):
+    (tree / "log.jsonl").write_bytes(b"\n".join(lines))
+    for entry in utils.read_json_lines(tree / "log.jsonl"):
+        assert isinstance(entry["epoch"], int)
+    log = utils.RunLog(tree, "log", resumed_epoch=1)  # which drops what it cannot read, and goes on
+    log.epoch({"epoch": 2, "total": 1.0})
+    log.close()
+    entries = utils.read_json_lines(tree / "log.jsonl")
+    assert entries[-1] == {"epoch": 2, "total": 1.0}
+    assert all(entry["epoch"] <= 1 for entry in entries[:-1])
+
+
+@many
+@given(JSON | st.text(max_size=20))
+def test_origins_of_features(tree, origin):
+    arrays = {f"{m}/{name}": value for m in ("visible", "infrared") for name, value in FEATURES.items()}
+    text = origin if isinstance(origin, str) else json.dumps(origin)
+    np.savez(tree / "f.npz", **arrays, origin=np.array(text))
+    try:
+        _, known = feature_store.load_features(tree / "f.npz")
+    except InputError as error:
+        check_line(error, "f.npz: ")
+        return
+    assert isinstance(known, dict)
+
+
+FEATURES = {"paths": np.array(["a.jpg"]), "mine/FC": np.ones((1, 2), np.float32)}
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, np.int64, np.int32, np.uint8])
+def test_measures_of_random_problems_with_ties(dtype):
+    rng = np.random.default_rng(np.dtype(dtype).num)
+    found = 0
+    for _ in range(700):
+        queries, images, people = rng.integers(1, 7), rng.integers(1, 14), rng.integers(1, 6)
+        distances = rng.integers(0, rng.integers(1, 9), (queries, images))
+        distances = (distances / 8 if np.issubdtype(dtype, np.floating) else distances).astype(dtype)
+        ids = [rng.integers(0, people, n) for n in (queries, images)]
+        cameras = [rng.choice([3, 6], queries), rng.choice([1, 2, 4, 5], images)]
+        for evaluate, labels in ((eval_sysu, [*ids, *cameras]), (eval_regdb, ids)):
+            matches = any(
+                q == g and not (len(labels) > 2 and labels[2][i] == 3 and labels[3][j] == 2)
+                for (i, q), (j, g) in itertools.product(enumerate(ids[0]), enumerate(ids[1]))
+            )
+            if not matches:
+                with pytest.raises(ValueError, match="no query has a match"):
+                    evaluate(distances, *labels)
+                continue
+            found += 1
+            for mine, plain in zip(evaluate(distances, *labels), plain_metrics(distances, *labels), strict=True):
+                np.testing.assert_allclose(mine, plain, rtol=0, atol=1e-12)
+    assert found > 500
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
+def test_distances_that_are_no_numbers_are_refused(bad, dtype):
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        distances = rng.normal(size=(3, 5)).astype(dtype)
+        distances[rng.integers(3), rng.integers(5)] = bad
+        with pytest.raises(ValueError, match="not all finite"):
+            eval_regdb(distances, [1, 2, 3], [1, 2, 3, 1, 2])
+
+
+@pytest.mark.parametrize("stripes", range(1, 13))
+def test_walks_do_not_depend_on_their_neighbours(stripes):
+    torch.manual_seed(stripes)
+    x, y = torch.randn(2, 9, stripes, 4, dtype=torch.float64)
+    distances, order = aligned_distance(x, y), torch.randperm(9)
+    assert torch.equal(aligned_distance(x[order], y[order]), distances[order])
+    assert torch.equal(torch.cat([aligned_distance(x[i : i + 1], y[i : i + 1]) for i in range(9)]), distances)
+    if stripes > 1:
+        plain = torch.stack([plain_aligned_distance(*pair) for pair in zip(x, y, strict=True)])
+        torch.testing.assert_close(distances, plain)
+
+
+def test_walks_of_ties():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        x, y = torch.from_numpy(rng.integers(0, 2, (2, 4, rng.integers(2, 7), 2)).astype(np.float64))
+        plain = torch.stack([plain_aligned_distance(*pair) for pair in zip(x, y, strict=True)])
+        torch.testing.assert_close(aligned_distance(x, y), plain)
+
+
+@pytest.mark.parametrize(
+    "shapes", [((3, 4, 5), (3, 6, 5)), ((3, 4, 5), (2, 4, 5)), ((3, 4), (3, 4)), ((3, 4, 5), (3, 4, 6))]
+)
+def test_stripes_that_do_not_pair_up_are_refused(shapes):
+    with pytest.raises(ValueError, match="aligned_distance needs two"):
+        aligned_distance(*(torch.zeros(shape) for shape in shapes))
