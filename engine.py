@@ -71,7 +71,7 @@ def train_epoch(net, criterion, optimizer, loader, augment, device, amp="off", d
 
     augment: uint8 (visible, infrared) on the device -> the two inputs of `net`; criterion(output, labels) -> a named
     tuple of scalar tensors whose `total` is minimised, criterion.health(output, labels) -> another. optimizer: fused.
-    epoch: what came before `loader`'s first batch. pause(step): after each step, whether to return already.
+    epoch: what came before `loader`'s first batch. pause(): after each step, whether to return already.
 
     A step whose loss or gradient is not finite changes no weight and is counted.
 
@@ -99,7 +99,7 @@ def train_epoch(net, criterion, optimizer, loader, augment, device, amp="off", d
                 epoch.read(criterion.health(output, labels))
                 bar.set_postfix({name: f"{value:.3f}" for name, value in epoch.means().items()})
                 _check(epoch, int(epoch.failed_at), loader, first, desc)
-            if pause is not None and pause(epoch.step):
+            if pause is not None and pause():
                 break
         else:
             none_counted = int(epoch.skipped) == epoch.step

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-RANKS_AGREE = 10  # steps between two times that ranks agree on whether to pause
+RANKS_AGREE = 10  # steps between two times that the ranks agree on whether to pause: it waits for the device
 
 
 class InputError(ValueError):
@@ -81,7 +81,7 @@ class Pauses:
 
     def __init__(self, minutes, device):
         self.seconds, self.device, self.hold, self.stop, self._received = 60 * minutes, device, False, 0, 0
-        self._next = time.monotonic() + self.seconds
+        self._asked, self._next = 0, time.monotonic() + self.seconds
 
     def __enter__(self):
         self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -98,11 +98,12 @@ class Pauses:
         if not self.hold:
             raise Stopped(number)
 
-    def due(self, step):
-        """Whether to leave the loop after this step. Ranks agree on it, every few steps."""
+    def due(self):
+        """Whether to leave the loop now. Ranks agree on it, every few times that they ask."""
         wanted = [self._received, int(time.monotonic() > self._next)]
+        self._asked += 1
         if ranks() > 1:
-            if step % RANKS_AGREE:
+            if self._asked % RANKS_AGREE:
                 return False
             agreed = torch.tensor(wanted, device=self.device)
             dist.all_reduce(agreed, dist.ReduceOp.MAX)

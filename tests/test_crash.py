@@ -210,7 +210,7 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch):
     with utils.Pauses(1, torch.device("cpu")) as pauses:
         pauses.hold = True
         os.kill(os.getpid(), signal.SIGTERM)
-        assert pauses.due(1)
+        assert pauses.due()
         assert (pauses.stop, ended) == (signal.SIGTERM, [])
         os.kill(os.getpid(), signal.SIGINT)
         assert ended == [130]
@@ -223,7 +223,7 @@ def test_time_is_up_every_so_many_minutes(monkeypatch):
     pauses = utils.Pauses(2, torch.device("cpu"))
     due = []
     for now[0] in (219, 221, 222, 340, 342):
-        due.append(pauses.due(1))
+        due.append(pauses.due())
     assert due == [False, True, False, False, True]
     assert pauses.stop == 0
 

@@ -119,6 +119,31 @@ def test_two_ranks_train_and_test_as_one_run(sysu_tree, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_ranks_that_are_stopped_go_on_where_they_were(sysu_tree, tmp_path):
+    """Both ranks leave an epoch after the same step, and the weights end as those of ranks that nothing stopped."""
+    states = []
+    for folder, stopped in ((tmp_path / "whole", False), (tmp_path / "stopped", True)):
+        more = ["--epochs", "4", "--eval_every", "9", "--resume", "auto"]
+        run = launch(sysu_tree, folder, *more)
+        if stopped:
+            for line in run.stdout:
+                if line.startswith("epoch 0/"):
+                    break
+            run.terminate()
+            assert "stopped by SIGTERM in epoch" in run.stdout.read()
+            assert run.wait(timeout=120) != 0
+            (last,) = (folder / "models").glob("*_last.t")
+            assert torch.load(last)["within"]["sums"]["step"] > 0
+            assert len(torch.load(last)["within"]["generators"]) == 2
+            run = launch(sysu_tree, folder, *more)
+        text, _ = run.communicate(timeout=300)
+        assert run.returncode == 0, text
+        (last,) = (folder / "models").glob("*_last.t")
+        states.append(torch.load(last)["net"])
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_run(sysu_tree, tmp_path):
     run = launch(sysu_tree, tmp_path, "--epochs", "1000", start_new_session=True)
     try:
