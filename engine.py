@@ -20,14 +20,15 @@ BAD_STEPS = 3  # steps in a row that are skipped before the run gives up
 class Epoch:
     """The sums of an epoch of training up to some step. They stay on the device: only reading them waits for it.
 
-    `vars(epoch)`, a dict of tensors and plain values, is what a checkpoint within the epoch keeps of it.
+    `vars(epoch)`, a dict of tensors and plain values, is what a checkpoint within the epoch keeps of it. A new epoch
+    keeps `in_a_row` of the one before.
     """
 
     def __init__(self, device, kept=None):
         self.step, self.seconds, self.images = 0, 0.0, 0
         self.names, self.losses = [], torch.zeros((), device=device)
-        self.health_names, self.health, self.readings = [], torch.zeros((), device=device), 0
-        self.skipped, self.in_a_row, self.failed_at = torch.zeros(3, device=device).unbind()
+        self.health_names, self.health = [], torch.zeros((), device=device)
+        self.readings, self.skipped, self.in_a_row, self.failed_at = torch.zeros(4, device=device).unbind()
         for name, value in (kept or {}).items():
             setattr(self, name, value.to(device) if isinstance(value, torch.Tensor) else value)
 
@@ -35,21 +36,20 @@ class Epoch:
         """Count a step: its losses, a named tuple of scalars, unless it is `bad` (1 or 0) and so skipped."""
         self.step += 1
         self.names = list(losses._fields)
-        good = torch.stack([loss.detach() for loss in losses]).masked_fill(bad > 0, 0)
-        self.losses = self.losses + good
+        self.losses = self.losses + torch.stack([loss.detach() for loss in losses]).masked_fill(bad > 0, 0)
         self.skipped = self.skipped + bad
         self.in_a_row = (self.in_a_row + 1) * bad
         self.failed_at = torch.where((self.in_a_row >= BAD_STEPS) & (self.failed_at == 0), self.step, self.failed_at)
 
-    def read(self, health):
-        """Count a reading of the features' health, a named tuple of scalars."""
-        self.health_names, self.health = list(health._fields), self.health + torch.stack(health)
-        self.readings += 1
+    def read(self, health, bad):
+        """Count a reading of the features' health, a named tuple of scalars, unless the step is `bad`."""
+        self.health_names = list(health._fields)
+        self.health = self.health + torch.stack(health).masked_fill(bad > 0, 0)
+        self.readings = self.readings + (1 - bad)
 
     def means(self):
         """{name: mean} of the losses over the steps that counted, and "skipped", the number of the others."""
-        steps = self.step - int(self.skipped)
-        losses = (self.losses / steps).tolist() if steps else [float("nan")] * len(self.names)
+        losses = (self.losses / (self.step - self.skipped)).tolist()
         return {**dict(zip(self.names, losses, strict=True)), "skipped": int(self.skipped)}
 
     def over_ranks(self):
@@ -59,8 +59,13 @@ class Epoch:
         return whole
 
     def summary(self):
-        """The epoch's entry in the log: means, health, `seconds`, and `images_per_second` (inputs of all ranks)."""
-        health = dict(zip(self.health_names, (self.health / max(self.readings, 1)).tolist(), strict=True))
+        """The epoch's entry in the log: means, health, `seconds`, and `images_per_second` (inputs of all ranks).
+
+        Raises InputError when no step counted.
+        """
+        if int(self.skipped) == self.step:
+            raise InputError("no step of the epoch has a finite loss and gradient: lower --lr")
+        health = dict(zip(self.health_names, (self.health / self.readings.clamp_min(1)).tolist(), strict=True))
         seconds = max(self.seconds, 1e-9)
         speed = {"seconds": round(seconds, 3), "images_per_second": round(ranks() * self.images / seconds, 1)}
         return {**self.means(), **health, **speed}
@@ -73,17 +78,18 @@ def train_epoch(net, criterion, optimizer, loader, augment, device, amp="off", d
     tuple of scalar tensors whose `total` is minimised, criterion.health(output, labels) -> another. optimizer: fused.
     epoch: what came before `loader`'s first batch. pause(): after each step, whether to return already.
 
-    A step whose loss or gradient is not finite changes no weight and is counted.
+    A step whose loss or gradient is not finite changes nothing and is counted.
 
-    Raises InputError, with the batch's images, when this happens three times in a row, or to all steps.
+    Raises InputError, with the batch's images, when this happens three times in a row.
     """
     net.train()
-    epoch, start = epoch or Epoch(device), time.perf_counter()
-    before, first = epoch.seconds, epoch.step
+    epoch, start, statistics = epoch or Epoch(device), time.perf_counter(), Statistics(net)
+    before = epoch.seconds
     with progress(loader, desc=desc, unit="step", leave=False) as bar:
         for visible, infrared, labels in bar:
             visible, infrared, labels = (t.to(device, non_blocking=True) for t in (visible, infrared, labels))
             visible, infrared = augment(visible, infrared)
+            statistics.keep()
             with autocast(device, amp):
                 output = net(visible, infrared)
             losses = criterion(output, labels)
@@ -93,19 +99,42 @@ def train_epoch(net, criterion, optimizer, loader, augment, device, amp="off", d
             # Fused optimisers leave everything as it is where this is 1: a step is skipped without waiting to know.
             optimizer.found_inf = bad
             optimizer.step()
+            statistics.undo(bad)
             epoch.add(losses, bad)
             epoch.images += len(labels)
             if epoch.step % LOG_STEPS == 0 or epoch.step == 1:
-                epoch.read(criterion.health(output, labels))
+                epoch.read(criterion.health(output, labels), bad)
                 bar.set_postfix({name: f"{value:.3f}" for name, value in epoch.means().items()})
-                _check(epoch, int(epoch.failed_at), loader, first, desc)
+                _check(epoch, loader, desc)
             if pause is not None and pause():
                 break
-        else:
-            none_counted = int(epoch.skipped) == epoch.step
-            _check(epoch, epoch.step if none_counted else int(epoch.failed_at), loader, first, desc)
+    _check(epoch, loader, desc)
     epoch.seconds = before + time.perf_counter() - start
     return epoch
+
+
+class Statistics:
+    """The buffers of a network, such as batch norm's running means: `undo` takes back what changed since `keep`."""
+
+    def __init__(self, net):
+        self.floats = [buffer for buffer in net.buffers() if buffer.is_floating_point()]
+        self.counts = [buffer for buffer in net.buffers() if not buffer.is_floating_point()]
+
+    def keep(self):
+        self.before = [self._joined(buffers) for buffers in (self.floats, self.counts)]
+
+    @torch.no_grad()
+    def undo(self, bad):
+        """Where `bad` is 1; where it is 0, nothing happens. Without waiting for the device."""
+        for buffers, before in zip((self.floats, self.counts), self.before, strict=True):
+            if buffers:
+                joined = torch.where(bad > 0, before, self._joined(buffers))
+                parts = joined.split([buffer.numel() for buffer in buffers])
+                torch._foreach_copy_(buffers, [part.view_as(b) for part, b in zip(parts, buffers, strict=True)])
+
+    @staticmethod
+    def _joined(buffers):
+        return torch.cat([buffer.flatten() for buffer in buffers]) if buffers else None
 
 
 def _not_finite(total, optimizer):
@@ -115,15 +144,16 @@ def _not_finite(total, optimizer):
     return sum_over_ranks((~finite).float()).clamp_max(1)
 
 
-def _check(epoch, failed_at, loader, first, desc):
-    """Raise InputError if the epoch failed at a step (0: it did not). loader: its batches after step `first`."""
-    if not failed_at:
+def _check(epoch, loader, desc):
+    """Raise InputError if too many steps in a row had to be skipped."""
+    if not (step := int(epoch.failed_at)):
         return
-    visible, infrared = next(islice(loader.sampler, failed_at - first - 1, None))
+    loader.sampler.set_epoch(loader.sampler.epoch)  # `loader` may have begun later
+    visible, infrared = next(islice(loader.sampler, step - 1, None))
     images = f"visible images {', '.join(map(str, visible))}, infrared {', '.join(map(str, infrared))}"
     raise InputError(
-        f"the loss or its gradient is not finite, {min(BAD_STEPS, failed_at)} times in a row by step {failed_at} of "
-        f"'{desc}': lower --lr, or start from --weights imagenet (that batch: {images} of the training arrays)"
+        f"the loss or its gradient is not finite, {BAD_STEPS} times in a row by step {step} of '{desc}': "
+        f"lower --lr, or start from --weights imagenet (that batch: {images} of the training arrays)"
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from data_loader import check_readable, sysu_train_files, write_images
 from data_manager import DATA_PATHS, SYSU_INFRARED, SYSU_VISIBLE, read_ids, sysu_images
-from utils import ArgumentParser, InputError, atomic, cli, number
+from utils import ArgumentParser, InputError, atomic, cli, flush, number, writing
 
 
 def get_args_parser():
@@ -47,7 +47,10 @@ def main(argv=None):
     with ExitStack() as stack:
         temporary = [stack.enter_context(atomic(file)) for file in files]
         out = dict(zip(kinds, zip(temporary[::2], temporary[1::2], strict=True), strict=True))
-        bad = {kind: write_images(paths, size, out[kind][0], desc=kind) for kind, (paths, _, _) in images.items()}
+        bad = {}
+        for (kind, (paths, _, _)), file in zip(images.items(), files[::2], strict=True):
+            with writing(file):
+                bad[kind] = write_images(paths, size, out[kind][0], desc=kind)
         if not args.skip_bad:
             unreadable = [error for errors in bad.values() for error in errors.values()]
             total = sum(len(paths) for paths, _, _ in images.values())
@@ -63,6 +66,8 @@ def main(argv=None):
         for kind, (_, ids, _) in images.items():
             with out[kind][1].open("wb") as file:
                 np.save(file, np.searchsorted(identities, ids))
+        for file in temporary:
+            flush(file)
         # All four are whole. The old ones go first, so that a crash among the renames cannot leave a mixed set.
         for file in files:
             file.unlink(missing_ok=True)

@@ -189,7 +189,7 @@ def checkpoint_origin(path, checkpoint, net, size, data_path):
     """What the rows of a table say of a checkpoint's features, and `--features` saves with them; None is unknown."""
     flags, epoch = checkpoint.get("args", {}), checkpoint.get("epoch", "unknown")
     if "within" in checkpoint:
-        epoch = f"{epoch + 1}, {checkpoint['within']['sums']['step']} steps of it"
+        epoch = f"{epoch + 1}, {checkpoint['sums']['step']} steps of it"
     return {
         "dataset": flags.get("dataset"),
         "trial": flags.get("trial"),

@@ -24,7 +24,6 @@ from utils import (
     Pauses,
     RunLog,
     Stopped,
-    check_output,
     claim,
     cli,
     find_checkpoint,
@@ -40,6 +39,7 @@ from utils import (
     set_generators,
     share_buffers,
     start_ranks,
+    wait_for_ranks,
 )
 
 # Flags that a resumed run may give anew: where things are and how fast they go, not what is computed.
@@ -152,16 +152,21 @@ def main(argv=None):
     seed_everything(args.seed)
     name = run_name(args)
     checkpoints = {kind: Path(args.model_path) / f"{name}_{kind}.t" for kind in ("best", "last")}
-    check_output(checkpoints["last"])
-    with claim(checkpoints["last"]), Pauses(args.save_minutes, device) as pauses:
-        return train(args, device, pauses, name, checkpoints)
-
-
-def train(args, device, pauses, name, checkpoints):
-    """`main`, once nobody else writes these checkpoints and signals wait for a step to end."""
-    resumed_path = resumed_checkpoint(args, checkpoints["last"])
     log_folder = Path(args.log_path) / f"{args.dataset}_log"
-    if not args.resume and read_json_lines(log_folder / f"{name}.jsonl"):
+    with (
+        claim(Path(args.model_path) / name),
+        claim(log_folder / name),
+        Pauses(args.save_minutes, device) as pauses,
+    ):
+        return train(args, device, pauses, name, checkpoints, log_folder)
+
+
+def train(args, device, pauses, name, checkpoints, log_folder):
+    """`main`, once nobody else writes these files and signals wait for a step to end."""
+    resumed_path = resumed_checkpoint(args, checkpoints["last"])
+    logged = read_json_lines(log_folder / f"{name}.jsonl")
+    killed_before_its_first_save = args.resume == "auto" and len(logged) == 1
+    if logged and not resumed_path and not killed_before_its_first_save:
         raise InputError(
             f"{log_folder / name}.jsonl: is the log of an earlier run; choose another --log_path, or remove it"
         )
@@ -197,9 +202,9 @@ def train(args, device, pauses, name, checkpoints):
     augment = TrainAugmentation(args.augc, args.rande)
     optimizer = build_optimizer(net, args.optim, args.lr)
 
-    first_epoch, best, within = 0, {"Rank-1": -1.0}, {}
+    first_epoch, best, sums, within = 0, {"Rank-1": -1.0}, {}, {}
     if resumed_path:
-        first_epoch, best, within = resume(resumed_path, args, net, optimizer)
+        first_epoch, best, sums, within = resume(resumed_path, args, net, optimizer, data.num_images)
     log = RunLog(log_folder, name, resumed_epoch=first_epoch - 1)
     log.text(f"{name}\n{json.dumps(vars(args))}")
     log.text(
@@ -214,14 +219,16 @@ def train(args, device, pauses, name, checkpoints):
 
     def checkpoint(epoch, **more):
         weights = {"net": net.state_dict(), "options": net.options, "image_size": size, "args": vars(args)}
-        return weights | {"ranks": ranks(), "epoch": epoch, "best": best, "selection": "none"} | more
+        weights |= {"ranks": ranks(), "epoch": epoch, "best": best, "selection": "none"}
+        return weights | {"num_images": list(data.num_images), **more}
 
     def save_within(epoch, sums):
         """Save within an epoch, of which `sums` are done; end the run if a signal asked for it."""
-        kept = {"sums": vars(sums.over_ranks()), "generators": generator_states(device)}
-        save_checkpoint(checkpoint(epoch - 1, optimizer=optimizer.state_dict(), within=kept), checkpoints["last"])
+        kept = {"sums": vars(sums.over_ranks()), "within": {"generators": generator_states(device)}}
+        save_checkpoint(checkpoint(epoch - 1, optimizer=optimizer.state_dict(), **kept), checkpoints["last"])
         if pauses.stop:
             log.close()
+            wait_for_ranks()
             where = f"in epoch {epoch}, after step {sums.step} of {sampler.steps}"
             raise Stopped(pauses.stop, f" {where}; {checkpoints['last']} is saved: go on with --resume auto")
 
@@ -234,7 +241,7 @@ def train(args, device, pauses, name, checkpoints):
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         desc = f"epoch {epoch}/{args.epochs - 1}"
-        sums = engine.Epoch(device, within.get("sums"))
+        sums = engine.Epoch(device, sums)
         if within:
             set_generators(within["generators"], device)
             within = {}
@@ -269,7 +276,8 @@ def train(args, device, pauses, name, checkpoints):
         if epoch > 0 and epoch % args.save_epoch == 0:
             save_checkpoint(checkpoint(epoch), Path(args.model_path) / f"{name}_epoch_{epoch}.t")
         # Last, so that a run which is killed before this line repeats the epoch, and so the files above.
-        save_checkpoint(checkpoint(epoch, optimizer=optimizer.state_dict()), checkpoints["last"])
+        sums = {"in_a_row": sums.in_a_row}
+        save_checkpoint(checkpoint(epoch, optimizer=optimizer.state_dict(), sums=sums), checkpoints["last"])
     log.text(f"best: epoch {best['epoch']}, Rank-1 {best['Rank-1']:.2f}, mAP {best['mAP']:.2f}, {checkpoints['best']}")
     log.close()
     del model
@@ -374,27 +382,37 @@ def resumed_checkpoint(args, last):
     return path
 
 
-def resume(path, args, net, optimizer):
-    """Load a `..._last.t` of the same run into net and optimizer -> (next epoch, best so far, what was within it)."""
+def resume(path, args, net, optimizer, num_images):
+    """Load a `..._last.t` of the same run into net and optimizer -> (next epoch, best so far, sums for that epoch,
+    and if it has begun, the state within it)."""
     checkpoint = load_checkpoint(path)
     if "optimizer" not in checkpoint:
         raise InputError(f"{path}: holds no training state; resume from a ..._last.t")
-    flags = {"select": "test", "sync_bn": 1, **checkpoint["args"]}  # runs from before these flags
-    for flag in sorted(set(vars(args)) - MAY_CHANGE):
-        if (there := flags.get(flag)) != getattr(args, flag):
+    try:
+        flags = {"select": "test", "sync_bn": 1, **checkpoint["args"]}  # runs from before these flags
+        for flag in sorted(set(vars(args)) - MAY_CHANGE):
+            if (there := flags.get(flag)) != getattr(args, flag):
+                raise InputError(
+                    f"{path}: is of a run with --{flag} {there}, not {getattr(args, flag)}; give the same flags"
+                )
+        if (there := checkpoint.get("ranks", 1)) != ranks():
             raise InputError(
-                f"{path}: is of a run with --{flag} {there}, not {getattr(args, flag)}; give the same flags"
+                f"{path}: is of a run on {there} ranks, not {ranks()}; go on with --nproc_per_node={there}"
             )
-    if (there := checkpoint.get("ranks", 1)) != ranks():
-        raise InputError(f"{path}: is of a run on {there} ranks, not {ranks()}; go on with --nproc_per_node={there}")
-    for option, value in net.options.items():
-        if (there := checkpoint["options"].get(option)) != value:
-            raise InputError(f"{path}: has {option} {there}, not {value}; it was trained on other data")
-    net.load_state_dict(checkpoint["net"])
-    for group in checkpoint["optimizer"]["param_groups"]:
-        group["fused"] = True  # not so in runs from before steps could be skipped
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    return checkpoint["epoch"] + 1, checkpoint["best"], checkpoint.get("within", {})
+        for option, value in net.options.items():
+            if (there := checkpoint["options"].get(option)) != value:
+                raise InputError(f"{path}: has {option} {there}, not {value}; it was trained on other data")
+        if (there := checkpoint.get("num_images", [*num_images])) != [*num_images]:
+            raise InputError(f"{path}: was trained on {there} images, not {[*num_images]}; prepare the same ones")
+        net.load_state_dict(checkpoint["net"])
+        for group in checkpoint["optimizer"]["param_groups"]:
+            group["fused"] = True  # not so in runs from before steps could be skipped
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        return checkpoint["epoch"] + 1, checkpoint["best"], checkpoint.get("sums", {}), checkpoint.get("within", {})
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise InputError(f"{path}: is no whole ..._last.t ({type(error).__name__}); resume from another") from error
 
 
 if __name__ == "__main__":

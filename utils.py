@@ -76,7 +76,8 @@ class Pauses:
     """When a loop of training is left, to save: every `minutes`, and when a signal asks it to stop.
 
     Within the context, SIGTERM and Ctrl-C raise `Stopped`. While `hold` is set, they wait for `due`, which is asked
-    after each step: `stop` is then the signal's number. A second signal ends the process at once.
+    after each step: `stop` is then the signal's number. A second signal ends the process at once, if it comes a second
+    later or more (some launchers send each signal twice).
     """
 
     def __init__(self, minutes, device):
@@ -92,18 +93,21 @@ class Pauses:
             signal.signal(number, handler)
 
     def _receive(self, number, _):
+        now = time.monotonic()
+        if self._received and now - self._when < 1:
+            return
         if self._received:
             os._exit(128 + number)
-        self._received = number
+        self._received, self._when = number, now
         if not self.hold:
             raise Stopped(number)
 
     def due(self):
-        """Whether to leave the loop now. Ranks agree on it, every few times that they ask."""
+        """Whether to leave the loop now. Ranks agree on it; on GPUs, every few times that they ask."""
         wanted = [self._received, int(time.monotonic() > self._next)]
         self._asked += 1
         if ranks() > 1:
-            if self._asked % RANKS_AGREE:
+            if self.device.type == "cuda" and self._asked % RANKS_AGREE:
                 return False
             agreed = torch.tensor(wanted, device=self.device)
             dist.all_reduce(agreed, dist.ReduceOp.MAX)
@@ -198,9 +202,14 @@ def start_ranks(gpu):
 def leave_ranks():
     """Part from the other ranks. Delete `DistributedDataParallel`s first: one that is left as the last owner of the
     process group waits, in its destructor, for a thread that waits for it."""
+    wait_for_ranks()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wait_for_ranks():
     if dist.is_initialized():
         dist.barrier()
-        dist.destroy_process_group()
 
 
 def rank():
@@ -316,22 +325,28 @@ def atomic(path):
     try:
         with writing(path):
             yield Path(name)
-            with open(name, "rb") as file:
-                os.fsync(file)  # or a power failure could leave the new name with nothing in it
+            flush(name)
             os.replace(name, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
 
 
+def flush(path):
+    """Have the disk hold what was written: or a power failure could leave a new name with nothing in it."""
+    with writing(path), open(path, "rb") as file:
+        os.fsync(file)
+
+
 def _is_alive(process):
+    """Whether another process of this number lives."""
     try:
         os.kill(int(process), 0)
     except (ValueError, ProcessLookupError):
         return False
     except PermissionError:
         return True
-    return True
+    return int(process) != os.getpid()
 
 
 @contextlib.contextmanager
@@ -350,6 +365,13 @@ def writing(path):
 
 def check_output(path):
     """Make the folder of `path`, and raise InputError if no file can be written there: before the work, not after."""
+    check_folder(path)
+    if Path(path).is_dir():
+        raise InputError(f"{path}: is a folder; name a file")
+
+
+def check_folder(path):
+    """Make the folder of `path`, and raise InputError if nothing can be written there."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -357,36 +379,41 @@ def check_output(path):
             pass
     except OSError as error:
         raise InputError(f"{path}: cannot write there ({error.strerror}); choose another folder") from error
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; name a file")
 
 
 @contextlib.contextmanager
 def claim(path):
-    """Keep other processes from claiming the same path, through a hidden file beside it, for as long as the block runs
-    or the process lives. All ranks but the first need no claim. Raises InputError when another process has it."""
+    """Keep other processes from claiming the same path, the beginning of the names of some files, through a hidden file
+    beside them, for as long as the block runs or the process lives; and remove what killed processes left of the files.
+    All ranks but the first need no claim. Raises InputError when another process has it."""
+    path = Path(path)
+    check_folder(path)
     if rank() > 0:
         yield
         return
-    path = Path(path)
-    name = path.parent / f".{path.name}.lock"
+    lock = path.parent / f".{path.name}.lock"
     while True:
-        file = name.open("w")
         try:
+            file = lock.open("w")
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            file.close()
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                print(f"warning: {lock}: cannot be locked ({error.strerror}); do not start a second run of this name")
+                break
             raise InputError(
-                f"{path}: another run is writing it now; wait for that one, or choose another --model_path"
+                f"{path}: another run of this name is writing now; wait for it, or write elsewhere"
             ) from error
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), name.stat()):
+            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
                 break
         file.close()  # it was removed, at the end of another run, before it could be locked
+    for other in path.parent.glob(f".{glob.escape(path.name)}[._]*"):
+        if other != lock:
+            other.unlink(missing_ok=True)
     try:
         yield
     finally:
-        name.unlink(missing_ok=True)
+        lock.unlink(missing_ok=True)
         file.close()
 
 

@@ -37,7 +37,11 @@ def main(argv=None):
         raise InputError(f"--out {args.out}: name a .png, .svg or .pdf")
     if args.labels and len(args.labels) != len(args.logs):
         raise InputError(f"--labels {' '.join(args.labels)}: give one for each of the {len(args.logs)} logs")
-    runs = dict(zip(args.labels or [Path(log).stem for log in args.logs], map(read_log, args.logs), strict=True))
+    names = [Path(log).stem for log in args.logs]
+    labels = args.labels or (names if len(set(names)) == len(names) else args.logs)
+    if len(set(labels)) < len(labels):
+        raise InputError(f"{' '.join(labels)}: two runs of one name; tell them apart with --labels")
+    runs = dict(zip(labels, map(read_log, args.logs), strict=True))
     for value in args.values:
         if not any(value in entry for entries in runs.values() for entry in entries):
             known = sorted({key for entries in runs.values() for entry in entries for key in entry})
@@ -75,7 +79,8 @@ def draw_curves(runs, values):
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(runs), frameon=False)
+    drawn = {line.get_label(): line for panel in panels for line in panel.lines}
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=len(runs), frameon=False)
     return figure
 
 

@@ -269,6 +269,18 @@ CASES = {
         ["--resume", "l.t"],
         ["l.t", "--", "give the same flags"],
     ),
+    "resume a checkpoint that lacks something": (
+        "train",
+        lambda: save("l.t", {"net": {}, "optimizer": {}}),
+        ["--resume", "l.t"],
+        ["l.t: is no whole ..._last.t (KeyError)"],
+    ),
+    "resume on other images": (
+        "train",
+        lambda: save("l.t", resumable(10) | {"num_images": [9, 9]}),
+        ["--resume", "l.t"],
+        ["l.t: was trained on [9, 9] images, not [62, 32]"],
+    ),
     "resume another number of classes": (
         "train",
         lambda: save("l.t", resumable(9)),

@@ -133,7 +133,7 @@ def test_two_ranks_that_are_stopped_go_on_where_they_were(sysu_tree, tmp_path):
             assert "stopped by SIGTERM in epoch" in run.stdout.read()
             assert run.wait(timeout=120) != 0
             (last,) = (folder / "models").glob("*_last.t")
-            assert torch.load(last)["within"]["sums"]["step"] > 0
+            assert torch.load(last)["sums"]["step"] > 0
             assert len(torch.load(last)["within"]["generators"]) == 2
             run = launch(sysu_tree, folder, *more)
         text, _ = run.communicate(timeout=300)

@@ -19,20 +19,21 @@ from ChannelAug import TrainAugmentation
 from conftest import SIZE, flags
 from data_loader import CachedBatches, IdentitySampler, TrainData, sysu_train
 from loss import Losses, MethodLoss, SquaredTripletLoss
-from model import Output
+from model import GFMNet, Output
 
 CPU = torch.device("cpu")
 
 
-class Net(torch.nn.Linear):
-    """A network of three numbers, so that steps can be followed by hand."""
+class Net(torch.nn.Module):
+    """A network small enough to follow, with batch norm, whose statistics a step changes too."""
 
     def __init__(self):
-        super().__init__(3, 1, bias=False)
-        torch.nn.init.ones_(self.weight)
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.linear = torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1, bias=False)
 
     def forward(self, visible, infrared):
-        return super().forward(torch.cat([visible, infrared]).float().mean(dim=(2, 3)))
+        return self.linear(self.norm(torch.cat([visible, infrared]).float().mean(dim=(2, 3))) + 1)
 
 
 class Criterion:
@@ -75,17 +76,18 @@ def test_bad_steps_are_skipped_and_counted(optim, bad):
     def optimizer(net):
         kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[optim]
         built = kind(net.parameters(), 0.1, fused=True, **({"momentum": 0.9} if optim == "sgd" else {}))
-        if optim == "sgd":  # as in `build_optimizer`
-            built.state[net.weight]["momentum_buffer"] = torch.zeros_like(net.weight)
+        for parameter in net.parameters() if optim == "sgd" else ():  # as in `build_optimizer`
+            built.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return built
 
     loader, net = batches(7), Net()
-    epoch = engine.train_epoch(net, Criterion(**bad), optimizer(net), loader, plain, CPU)
+    mine = optimizer(net)
+    epoch = engine.train_epoch(net, Criterion(**bad), mine, loader, plain, CPU)
     skipped = sum(bad.values(), [])
     assert epoch.means()["skipped"] == len(skipped)
     assert epoch.step == 7
 
-    expected, ours = Net(), []
+    expected, losses = Net(), []
     reference = optimizer(expected)
     for step, (visible, infrared, _) in enumerate(loader, 1):
         if step not in skipped:
@@ -93,24 +95,82 @@ def test_bad_steps_are_skipped_and_counted(optim, bad):
             loss = expected(*plain(visible, infrared)).mean()
             loss.backward()
             reference.step()
-            ours.append(loss.item())
-    assert torch.equal(net.weight, expected.weight)
-    assert epoch.means()["total"] == pytest.approx(np.mean(ours), rel=1e-5)
+            losses.append(loss.item())
+    assert epoch.means()["total"] == pytest.approx(np.mean(losses), rel=1e-5)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(net.state_dict()[name], value), name
+    for number, state in reference.state_dict()["state"].items():
+        for name, value in state.items():
+            assert torch.equal(mine.state_dict()["state"][number][name], value), name
+
+
+def test_infinite_inputs_leave_the_statistics_alone():
+    """Activations that are not finite, in one step, with the whole network and loss."""
+    images = iter([0, 1, 0])
+    net, loader = GFMNet(4, "resnet18"), batches(3)
+
+    def augment(visible, infrared):
+        views = torch.rand(len(visible) * 2, 3, 96, 48), torch.rand(len(infrared), 3, 96, 48)
+        views[0][0, 0, 0, 0] = math.inf if next(images) else 0
+        return views
+
+    optimizer = train_ext_test0.build_optimizer(net, "sgd", 1e-4)
+    summary = engine.train_epoch(net, MethodLoss(), optimizer, loader, augment, CPU).summary()
+    assert summary["skipped"] == 1
+    assert all(math.isfinite(value) for value in summary.values())
+    assert all(torch.isfinite(value).all() for value in net.state_dict().values())
+    assert net.state_dict()["visible.bn1.num_batches_tracked"] == 2
+
+
+@pytest.mark.parametrize("step", [1, 10])
+def test_a_bad_step_that_is_read_leaves_the_health_alone(step):
+    net = Net()
+    optimizer = torch.optim.Adam(net.parameters(), fused=True)
+    criterion = Criterion(loss=[step])
+    criterion.health = lambda *_: Losses(*[torch.tensor(math.nan if criterion.step == step else 5.0)] * 5)
+    summary = engine.train_epoch(net, criterion, optimizer, batches(20), plain, CPU).summary()
+    assert summary["correct"] == 5.0
 
 
 @pytest.mark.parametrize(
-    ("bad", "steps", "failed_at"), [([5, 6, 7], 20, 7), ([1, 2, 4, 5, 18, 19, 20], 20, 20), ([1, 2], 2, 2)]
+    ("bad", "pauses", "failed_at"),
+    [
+        ([5, 6, 7], (), 7),
+        ([5, 6, 7], (7,), 7),
+        ([5, 6, 7], (6,), 7),
+        ([5, 6, 7], (8,), 7),
+        ([1, 2, 4, 5, 18, 19, 20], (), 20),
+        ([18, 19, 20], (20,), 20),
+    ],
 )
-def test_three_bad_steps_in_a_row_stop_the_run(bad, steps, failed_at):
-    loader, net = batches(steps), Net()
+def test_three_bad_steps_in_a_row_stop_the_run(bad, pauses, failed_at):
+    """Wherever the epoch pauses, before what it has done is saved."""
+    loader, net, criterion, epoch = batches(20), Net(), Criterion(loss=bad), engine.Epoch(CPU)
     optimizer = torch.optim.Adam(net.parameters(), fused=True)
     visible, infrared = list(loader.sampler)[failed_at - 1]
-    with pytest.raises(utils.InputError) as stopped:
-        engine.train_epoch(net, Criterion(loss=bad), optimizer, loader, plain, CPU, desc="epoch 3/9")
+    with pytest.raises(utils.InputError) as stopped:  # noqa: PT012
+        while epoch.step < 20:
+            loader.sampler.set_epoch(0, epoch.step)
+            pause = partial(is_step_of, epoch, pauses)
+            engine.train_epoch(
+                net, criterion, optimizer, loader, plain, CPU, desc="epoch 3/9", epoch=epoch, pause=pause
+            )
     message = str(stopped.value)
-    assert f"{min(3, len(bad))} times in a row by step {failed_at} of 'epoch 3/9'" in message
+    assert f"3 times in a row by step {failed_at} of 'epoch 3/9'" in message
     assert f"visible images {', '.join(map(str, visible))}, infrared {', '.join(map(str, infrared))} of" in message
     assert "--lr" in message
+
+
+def test_bad_steps_are_in_a_row_over_epochs():
+    loader, net, criterion = batches(2), Net(), Criterion(loss=[2, 3, 4])
+    optimizer = torch.optim.Adam(net.parameters(), fused=True)
+    first = engine.train_epoch(net, criterion, optimizer, loader, plain, CPU)
+    assert first.summary()["skipped"] == 1
+    second = engine.Epoch(CPU, {"in_a_row": first.in_a_row})
+    with pytest.raises(utils.InputError, match="3 times in a row by step 2"):
+        engine.train_epoch(net, criterion, optimizer, loader, plain, CPU, epoch=second)
+    with pytest.raises(utils.InputError, match="no step of the epoch"):
+        engine.train_epoch(net, Criterion(loss=[1, 2]), optimizer, loader, plain, CPU).summary()
 
 
 def test_two_bad_steps_now_and_then_do_not():

@@ -66,6 +66,16 @@ def test_bad_flags_are_named(logs, more, words):
         visualize.main(["curves", *map(str, logs), *more])
 
 
+def test_runs_of_one_name_stay_two(logs, tmp_path):
+    (tmp_path / "other").mkdir()
+    logs = [logs[0], logs[1].rename(tmp_path / "other" / logs[0].name)]
+    out = tmp_path / "a.svg"
+    visualize.main(["curves", *map(str, logs), "--values", "FC/Rank-1", "--out", str(out)])
+    assert f">{logs[1]}<" in out.read_text()
+    with pytest.raises(InputError, match="two runs of one name; tell them apart with --labels"):
+        visualize.main(["curves", str(logs[0]), str(logs[0]), "--values", "total", "--out", str(out)])
+
+
 def test_missing_and_empty_logs_are_named(tmp_path):
     (tmp_path / "empty.jsonl").touch()
     for name, words in (("none", "no such file"), ("empty", "no entry of an epoch")):
