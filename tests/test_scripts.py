@@ -657,15 +657,13 @@ def test_training_on_the_gpu_under_bf16(sysu_tree, tmp_path, more):
 @pytest.mark.gpu
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 def test_steps_do_not_wait_for_the_gpu(sysu_tree, monkeypatch, amp):
-    """From the second epoch on, and but for the reading of the losses, no step waits for the device."""
+    """But for the readings of the losses, which the first step and every tenth have, no step waits for the device."""
     device = torch.device("cuda")
     data = data_loader.sysu_train(sysu_tree, SIZE)
     sampler = data_loader.IdentitySampler(data, 4, 2, 0)
     net = GFMNet(data.num_classes, "resnet18").to(device, memory_format=torch.channels_last)
     optimizer = train_ext_test0.build_optimizer(net, "sgd", 1e-6)
     loader = data_loader.train_loader(data, sampler, 0, device, "gpu")
-    run = partial(engine.train_epoch, net, MethodLoss(), optimizer, loader, TrainAugmentation(), device, amp)
-    run()
 
     def loader_that_forbids():
         batches = iter(loader)
@@ -676,7 +674,23 @@ def test_steps_do_not_wait_for_the_gpu(sysu_tree, monkeypatch, amp):
         torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(engine, "LOG_STEPS", 10**9)
+    run = partial(engine.train_epoch, net, MethodLoss(), optimizer, augment=TrainAugmentation(), device=device, amp=amp)
+    epoch = run(loader)
     try:
-        engine.train_epoch(net, MethodLoss(), optimizer, loader_that_forbids(), TrainAugmentation(), device, amp)
+        run(loader_that_forbids(), epoch=epoch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert epoch.step == 2 * len(sampler)
+
+
+@pytest.mark.gpu
+def test_resumed_run_on_the_gpu_is_as_near_as_its_sums(sysu_tree, tmp_path):
+    more = ["--gpu", "0", "--optim", "sgd", "--lr", "1e-4"]
+    losses = []
+    for folder, stops in ((tmp_path / "whole", ["3"]), (tmp_path / "resumed", ["1", "2", "3"])):
+        for epochs in stops:
+            command = flags(sysu_tree, folder, *more, "--epochs", epochs, "--eval_every", "9", "--resume", "auto")
+            result = train_ext_test0.main(command)
+        entries = [json.loads(line) for line in Path(result["log"]).read_text().splitlines()]
+        losses.append([entry["total"] for entry in entries])
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
