@@ -3,7 +3,6 @@
 import hashlib
 import multiprocessing
 import os
-import signal
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +13,16 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data_manager import llcm_test, read_ids, read_list, regdb_test, relabel
-from utils import InputError, atomic, progress, rank, rank_by_rank, ranks
+from utils import (
+    InputError,
+    atomic,
+    end_with_the_main_process,
+    leave_signals_to_the_main_process,
+    progress,
+    rank,
+    rank_by_rank,
+    ranks,
+)
 
 PREPARE_CHUNK = 32  # images that a process decodes at a time
 UPLOAD_BLOCK = 1024  # images that are copied to a device at a time
@@ -80,7 +88,7 @@ def write_images(paths, size, out, desc, workers=None):
     chunks = [(start, paths[start : start + PREPARE_CHUNK]) for start in range(0, len(paths), PREPARE_CHUNK)]
     unreadable = {}
     with (
-        multiprocessing.Pool(workers, _end_with_the_main_process) as pool,
+        multiprocessing.Pool(workers, end_with_the_main_process) as pool,
         progress(total=len(paths), desc=desc, unit="img") as bar,
     ):
         for count, failed in pool.imap_unordered(partial(_write_chunk, out, size), chunks):
@@ -99,12 +107,6 @@ def _write_chunk(out, size, chunk):
         except InputError as error:
             unreadable[i] = error
     return len(paths), unreadable
-
-
-def _end_with_the_main_process():
-    """A terminal's Ctrl-C goes to all processes; the main one ends the others, by SIGTERM."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def check_readable(unreadable, total, remedy="replace or remove them"):
@@ -133,7 +135,7 @@ def sysu_train(data_path, size, select="test"):
         try:
             arrays.append(np.load(file, mmap_mode="r", allow_pickle=False))
         except (OSError, ValueError, EOFError) as error:
-            raise InputError(f"{file}: no prepared array ({type(error).__name__}); {prepare}") from error
+            raise InputError(f"{file}: no whole prepared array ({type(error).__name__}); {prepare}") from error
     for (file, images), labels in zip(zip(files[::2], arrays[::2], strict=True), arrays[1::2], strict=True):
         if images.shape[1:] != (*size, 3) or images.dtype != np.uint8:
             raise InputError(f"{file}: holds {images.dtype} {images.shape[1:]}, not uint8 {(*size, 3)}; {prepare}")
@@ -323,6 +325,8 @@ def train_loader(data, sampler, workers, device="cpu", cache="disk"):
     """
     device, size = torch.device(device), data.visible.nbytes + data.infrared.nbytes
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    if cache == "gpu" and device.type == "cpu":
+        raise InputError("--cache gpu: the training runs on the CPU; use --cache ram or disk")
     if cache == "gpu" and size > free:
         raise InputError(
             f"--cache gpu: the training images take {size / 2**30:.1f} GiB, and {free / 2**30:.1f} are free on "
@@ -348,7 +352,12 @@ def train_loader(data, sampler, workers, device="cpu", cache="disk"):
 
 def eval_loader(paths, size, batch_size, workers):
     """Batches uint8 [B, 3, H, W] of the files, in their order. The ranks take turns, `loader.rows` being those of this
-    one; a rank that has none embeds the first image, for the sake of the features' shape."""
+    one; a rank that has none embeds the first image, for the sake of the features' shape.
+
+    Raises InputError, before the first batch, for a file that is not there."""
+    for path in paths:
+        if not os.path.isfile(path):
+            raise InputError(f"{path}: no such image; check the lists and --data_path")
     batches = [batch.tolist() for batch in torch.arange(len(paths)).split(batch_size)[rank() :: ranks()]]
     loader = DataLoader(ImageFiles(paths, size), batch_sampler=batches or [[0]], **_worker_options(workers))
     loader.rows = [row for batch in batches for row in batch]
@@ -358,14 +367,7 @@ def eval_loader(paths, size, batch_size, workers):
 def _worker_options(workers):
     workers = min(workers, os.cpu_count())  # more than cores only get in each other's way
     options = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
-    return options | {"worker_init_fn": _leave_signals_to_the_main_process}
-
-
-def _leave_signals_to_the_main_process(_):
-    """A terminal's Ctrl-C goes to all processes, but the main one has a step to finish. It stops the others itself, and
-    they stop on their own when it is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    return options | {"worker_init_fn": leave_signals_to_the_main_process}
 
 
 def _channels_first(array):

@@ -18,7 +18,6 @@ import multiprocessing
 import operator
 import os
 import shutil
-import signal
 from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -722,8 +721,7 @@ def main(argv=None) -> dict:
         raise utils.InputError(f"--out {args.out}: {error.strerror}; name a folder that can be made") from error
     try:
         jobs = [(unfinished, layout, args.seed, people[folder.identity], folder) for folder in folders]
-        # Ctrl-C is the parent's to handle: it ends the workers, then removes what they wrote
-        with multiprocessing.Pool(args.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        with multiprocessing.Pool(args.workers, utils.end_with_the_main_process) as pool:
             done = utils.progress(pool.imap_unordered(render_folder, jobs), total=len(jobs), unit="folder")
             images = sum(done)
         lists[DEMO_FILE] = f"Drawn by demo_data.py, seed {args.seed}: no real people.\n".encode()

@@ -215,6 +215,10 @@ def train(args, device, pauses, name, checkpoints, log_folder):
         "test": f"trial {search.setting['trial']} of the TEST set, as published: an optimistic choice",
         "val": f"trial {search.setting['trial']} of the VALIDATION ids, which are not trained on",
     }[args.select]
+    if args.resume:
+        begun = f", after step {sums['step']} of {sampler.steps}" if within else ""
+        done = f"finished: all {args.epochs} epochs" if first_epoch >= args.epochs else f"epoch {first_epoch}{begun}"
+        log.text(f"resumed {resumed_path}: {done}" if resumed_path else "no checkpoint to resume yet: from the start")
     log.text(f"The best epoch is chosen by Rank-1 (FC), {data_manager.describe(search.setting)}, on {chosen_on}.")
 
     def checkpoint(epoch, **more):

@@ -8,6 +8,7 @@ import glob
 import json
 import logging
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -58,6 +59,24 @@ def cli(main):
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         print(f"\n{Path(sys.argv[0]).name}: stopped by {number.name}{stop}", file=sys.stderr)
         sys.exit(128 + number)
+    finally:
+        # Loading processes that an error has left. They ignore SIGTERM, by which Python would end them, and wait.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would be alarmed
+        for child in multiprocessing.active_children():
+            child.kill()
+
+
+def leave_signals_to_the_main_process(_=None):
+    """For a loading process: a terminal's Ctrl-C, and many a queue's SIGTERM, goes to all processes, but the main one
+    has a step to finish. `cli` ends the others, and they end on their own when it is gone."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def end_with_the_main_process():
+    """For a process of a pool: Ctrl-C goes to all processes, but the main one ends the others, by SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Stopped(BaseException):
@@ -394,7 +413,7 @@ def claim(path):
     lock = path.parent / f".{path.name}.lock"
     while True:
         try:
-            file = lock.open("w")
+            file = lock.open("a")
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
@@ -407,6 +426,9 @@ def claim(path):
             if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
                 break
         file.close()  # it was removed, at the end of another run, before it could be locked
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
     for other in path.parent.glob(f".{glob.escape(path.name)}[._]*"):
         if other != lock:
             other.unlink(missing_ok=True)
@@ -472,7 +494,7 @@ def load_weights(path):
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise InputError(
             f"{path}: cannot be loaded safely ({type(error).__name__}): it is cut off, is no checkpoint, or holds more "
-            "than tensors and plain values; make it again"
+            "than tensors and plain values; take an earlier one, or make it again"
         ) from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a dict of weights; name a saved state dict")

@@ -42,10 +42,12 @@ def main(argv=None):
     if len(set(labels)) < len(labels):
         raise InputError(f"{' '.join(labels)}: two runs of one name; tell them apart with --labels")
     runs = dict(zip(labels, map(read_log, args.logs), strict=True))
+    known = {
+        key for entries in runs.values() for entry in entries for key, v in entry.items() if not isinstance(v, str)
+    }
     for value in args.values:
-        if not any(value in entry for entries in runs.values() for entry in entries):
-            known = sorted({key for entries in runs.values() for entry in entries for key in entry})
-            raise InputError(f"--values {value}: in none of the logs; they have {', '.join(known)}")
+        if value not in known:
+            raise InputError(f"--values {value}: no number of these logs; they have {', '.join(sorted(known))}")
     figure = draw_curves(runs, args.values)
     with atomic(args.out) as temporary, matplotlib.rc_context({"svg.fonttype": "none"}):
         figure.savefig(temporary, dpi=150, format=Path(args.out).suffix[1:])
@@ -65,7 +67,10 @@ def read_log(path):
 
 def draw_curves(runs, values):
     """runs: {label: entries of a log} -> Figure with a panel for each of `values`."""
-    figure = Figure(figsize=(4 * len(values), 3.4), layout="constrained")
+    # Names side by side if there is room for them, else one below the other.
+    columns = len(runs) if sum(len(label) + 8 for label in runs) < 40 * len(values) else 1
+    height = 3.1 + 0.25 * len(runs) / columns
+    figure = Figure(figsize=(4 * len(values), height), layout="constrained")
     panels = figure.subplots(1, len(values), squeeze=False)[0]
     for panel, value in zip(panels, values, strict=True):
         for number, (label, entries) in enumerate(runs.items()):
@@ -73,14 +78,19 @@ def draw_curves(runs, values):
             if not points:
                 continue
             style = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
-            panel.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 30 else "", **style)
+            panel.plot(
+                *zip(*points, strict=True),
+                label=label,
+                marker="o" if len(points) < 3 else "." if len(points) < 30 else "",
+                **style,
+            )
         panel.set(title=value, xlabel="epoch")
         panel.set_ylim(bottom=min(0, panel.get_ylim()[0]))
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     drawn = {line.get_label(): line for panel in panels for line in panel.lines}
-    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=len(runs), frameon=False)
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
 

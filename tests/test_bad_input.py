@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -240,7 +241,7 @@ CASES = {
     "more identities than there are": ("train", lambda: None, ["--batch_size", "11"], ["--batch_size 11", "only 10"]),
     "unknown gpu": ("train", lambda: None, ["--gpu", "one"], ["--gpu one", "cpu"]),
     "negative gpu": ("train", lambda: None, ["--gpu", "-1"], ["--gpu -1", "cpu"]),
-    "images on no gpu": ("train", lambda: None, ["--cache", "gpu"], ["--cache gpu", "use --cache disk"]),
+    "images on no gpu": ("train", lambda: None, ["--cache", "gpu"], ["--cache gpu", "use --cache ram"]),
     "file for model_path": (
         "train",
         lambda: write("f"),
@@ -408,6 +409,27 @@ def test_one_line_and_nothing_lost(case, monkeypatch, capsys):
     assert {file: after.get(file) for file in before} == before
     assert all("cache" in file.parts for file in set(after) - set(before))  # whole arrays of the other images
     assert not Path("pwned").exists()
+
+
+@pytest.mark.usefixtures("trees")
+def test_an_error_ends_the_loading_processes():
+    """The processes that load images ignore SIGTERM; an error in one of them must not leave the script waiting."""
+    damage_query(lambda data: data[:200])
+    command = [sys.executable, Path(testa.__file__), *SCRIPTS["test"][1], "--workers", "2"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "remove it" in result.stderr
+
+
+@pytest.mark.usefixtures("trees")
+def test_a_lost_test_image_is_told_before_the_training(monkeypatch, capsys):
+    paths, _, _ = data_manager.process_test_regdb("regdb")
+    os.unlink(paths[2])
+    script, arguments = SCRIPTS["regdb"]
+    assert run(script, arguments, monkeypatch) == 2
+    assert f"{paths[2]}: no such image" in capsys.readouterr().err
+    assert not list(Path("out").rglob("*.t"))
 
 
 MAY_BE_ZERO = {"--workers", "--margin", "--warmup", "--seed", "--rande"}

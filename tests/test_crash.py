@@ -341,7 +341,9 @@ def test_two_runs_of_one_name(sysu_tree, tmp_path):
         time.sleep(0.01)
     errors = tmp_path / "stderr.txt"
     assert finish(train_ext_test0, command, errors=errors) == 2
-    assert re.search("9_adam: another run of this name is writing now; wait", errors.read_text())
+    assert re.search(
+        rf"9_adam: another run of this name is writing now \(process {first.pid} on .*\); wait", errors.read_text()
+    )
     first.kill()
     first.join()
     assert list(tmp_path.glob("models/.*.lock"))

@@ -5,6 +5,8 @@ import itertools
 import multiprocessing
 import operator
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -359,3 +361,9 @@ def test_naive_matching_stays_low(tmp_path):
         likeness = features[0] @ features[1].T
         likeness[(q_cams[:, None] == 3) & (g_cams == 2)] = -np.inf
         assert 0 < (g_ids[likeness.argmax(axis=1)] == q_ids).mean() < 0.15
+
+
+def test_the_drawing_processes_end_quietly(tmp_path):
+    command = [sys.executable, demo_data.__file__, "--out", tmp_path / "d", "--layout", "sysu", "--ids", "14"]
+    result = subprocess.run([*command, "--images", "2", "--workers", "2"], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
