@@ -419,8 +419,10 @@ def claim(path):
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 print(f"warning: {lock}: cannot be locked ({error.strerror}); do not start a second run of this name")
                 break
+            who = lock.read_text() or "it does not say where"
             raise InputError(
-                f"{path}: another run of this name is writing now; wait for it, or write elsewhere"
+                f"{path}: another run of this name is writing now ({who}); wait for it, or choose another --model_path "
+                "and --log_path"
             ) from error
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
