@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data_manager import llcm_test, read_ids, read_list, regdb_test, relabel
+from data_manager import LLCM_NAMES, REGDB_CAMERAS, process_query_llcm, process_test_regdb, read_ids, read_list, relabel
 from utils import (
     InputError,
     atomic,
@@ -59,9 +59,13 @@ def read_image(path, size):
         with Image.open(path) as image:
             return np.array(_rgb(image).resize((size[1], size[0]), Image.Resampling.LANCZOS))
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such image; check the lists and --data_path") from error
+        raise no_image(path) from error
     except Exception as error:  # the readers raise anything when a file is damaged
         raise InputError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
+
+
+def no_image(path):
+    return InputError(f"{path}: no such image; check the lists in exp or idx, and --data_path")
 
 
 def _rgb(image):
@@ -109,14 +113,15 @@ def _write_chunk(out, size, chunk):
     return len(paths), unreadable
 
 
-def check_readable(unreadable, total, remedy="replace or remove them"):
-    """Raise InputError for images that could not be read, a list of InputErrors, after printing all."""
+def check_readable(unreadable, total, hint=""):
+    """Raise InputError, ending with `hint`, for images that could not be read, a list of InputErrors, after printing
+    all."""
     for error in unreadable:
         print(f"unreadable: {error}")
     if len(unreadable) == 1:
-        raise unreadable[0]
+        raise InputError(f"{unreadable[0]}{hint}")
     if unreadable:
-        raise InputError(f"{len(unreadable)} of {total} images cannot be read, {unreadable[0]}, ...; {remedy}")
+        raise InputError(f"{len(unreadable)} of {total} images cannot be read, listed above: {unreadable[0]}{hint}")
 
 
 def sysu_train_files(data_path):
@@ -163,18 +168,20 @@ def sysu_train(data_path, size, select="test"):
 def regdb_train(data_path, trial, size):
     """RegDB's training images of one trial, decoded once and kept in `{data_path}/cache/`."""
     names = [f"train_{modal}_{trial}" for modal in ("visible", "thermal")]
-    return _listed_train(data_path, names, size, regdb_test(data_path, trial))
+    return _listed_train(data_path, names, size, [process_test_regdb(data_path, trial, m) for m in REGDB_CAMERAS])
 
 
 def llcm_train(data_path, size):
     """LLCM's training images, decoded once and kept in `{data_path}/cache/`."""
-    return _listed_train(data_path, ["train_vis", "train_nir"], size, llcm_test(data_path))
+    names = ["train_vis", "train_nir"]
+    return _listed_train(data_path, names, size, [process_query_llcm(data_path, m) for m in LLCM_NAMES])
 
 
 def _listed_train(data_path, names, size, test):
-    """names: of the visible and the infrared list; test: the `Searches` that must have none of their images."""
+    """names: of the visible and the infrared list; test: (paths, ids, cameras) of all test images of each modality,
+    which must not be among them."""
     lists = [read_list(data_path, name) for name in names]
-    tested = {path for paths in test.paths.values() for path in paths}
+    tested = {path for paths, _, _ in test for path in paths}
     for name, (paths, _) in zip(names, lists, strict=True):
         if both := tested.intersection(paths):
             raise InputError(f"{data_path}: {min(both)} is in idx/{name}.txt and a test image; remove it from one")
@@ -195,7 +202,7 @@ def _cached_images(data_path, name, paths, size):
         try:
             stat = os.stat(path)
         except OSError as error:
-            raise InputError(f"{path}: no such image; check the idx lists and --data_path") from error
+            raise no_image(path) from error
         digest.update(f"{Path(path).relative_to(data_path)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     file = folder / f"{name}_{digest.hexdigest()[:16]}.npy"
     with rank_by_rank():
@@ -357,7 +364,7 @@ def eval_loader(paths, size, batch_size, workers):
     Raises InputError, before the first batch, for a file that is not there."""
     for path in paths:
         if not os.path.isfile(path):
-            raise InputError(f"{path}: no such image; check the lists and --data_path")
+            raise no_image(path)
     batches = [batch.tolist() for batch in torch.arange(len(paths)).split(batch_size)[rank() :: ranks()]]
     loader = DataLoader(ImageFiles(paths, size), batch_sampler=batches or [[0]], **_worker_options(workers))
     loader.rows = [row for batch in batches for row in batch]

@@ -54,7 +54,7 @@ def main(argv=None):
         if not args.skip_bad:
             unreadable = [error for errors in bad.values() for error in errors.values()]
             total = sum(len(paths) for paths, _, _ in images.values())
-            check_readable(unreadable, total, "replace or remove them, or go on without them: --skip_bad")
+            check_readable(unreadable, total, ", or go on without it: --skip_bad")
         for kind, errors in bad.items():
             for error in errors.values():
                 print(f"left out: {error}")

@@ -61,8 +61,8 @@ def cli(main):
         sys.exit(128 + number)
     finally:
         # Loading processes that an error has left. They ignore SIGTERM, by which Python would end them, and wait.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would be alarmed
         for child in multiprocessing.active_children():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would be alarmed
             child.kill()
 
 
@@ -227,6 +227,7 @@ def leave_ranks():
 
 
 def wait_for_ranks():
+    """Return when all ranks have come here."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -256,10 +257,10 @@ def share_buffers(net):
 def rank_by_rank():
     """Rank 0 runs the block first, then the others: what it writes to disk, they find."""
     if rank() > 0:
-        dist.barrier()
+        wait_for_ranks()
     yield
-    if dist.is_initialized() and rank() == 0:
-        dist.barrier()
+    if rank() == 0:
+        wait_for_ranks()
 
 
 def select_device(gpu):
@@ -413,13 +414,17 @@ def claim(path):
     lock = path.parent / f".{path.name}.lock"
     while True:
         try:
-            file = lock.open("a")
+            file = lock.open("a+")
+        except OSError as error:
+            raise InputError(f"{lock}: cannot be opened ({error.strerror}); remove it, or write elsewhere") from error
+        try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 print(f"warning: {lock}: cannot be locked ({error.strerror}); do not start a second run of this name")
                 break
-            who = lock.read_text() or "it does not say where"
+            file.seek(0)
+            who = file.read() or "it does not say where"
             raise InputError(
                 f"{path}: another run of this name is writing now ({who}); wait for it, or choose another --model_path "
                 "and --log_path"

@@ -126,7 +126,12 @@ EXP = "sysu/exp/train_id.txt"
 # name: (script, what to do to the trees, further arguments, words of the line)
 CASES = {
     # images
-    "truncated image": ("prepare", lambda: write(jpeg(), jpeg().read_bytes()[:300]), [], ["cam1/", "remove it"]),
+    "truncated image": (
+        "prepare",
+        lambda: write(jpeg(), jpeg().read_bytes()[:300]),
+        [],
+        ["cam1/", "remove it, or go on without it: --skip_bad"],
+    ),
     "empty image": ("prepare", lambda: write(jpeg()), [], ["cam1/", "cannot be read"]),
     "text as image": ("prepare", lambda: write(jpeg(), "no image"), [], ["cam1/", "cannot be read"]),
     "broken png as jpg": ("prepare", lambda: write(jpeg(), bomb()[:20]), [], ["cam1/", "cannot be read"]),
@@ -234,6 +239,15 @@ CASES = {
         lambda: change(IDX, lambda text: text + Path("regdb/idx/test_visible_1.txt").read_text()),
         [],
         ["idx/train_visible_1.txt and a test image; remove"],
+    ),
+    "LLCM's training image is a test image": (
+        "llcm",
+        lambda: change(
+            "llcm/idx/train_nir.txt",
+            lambda text: f"{text}{data_manager.process_query_llcm('llcm', 'infrared')[0][-1].removeprefix('llcm/')} 1",
+        ),
+        [],
+        ["idx/train_nir.txt and a test image; remove"],
     ),
     "LLCM's test ids without images": ("llcm", lambda: write("llcm/idx/test_id.txt", "998"), [], ["none of the 1"]),
     "no LLCM test ids": ("llcm", lambda: os.unlink("llcm/idx/test_id.txt"), [], ["llcm/idx/test_id.txt", "belongs"]),
