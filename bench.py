@@ -649,7 +649,7 @@ def bench_test(args, device):
         test = sysu_test(args.data_path, SYSU_VISIBLE)
         loaders = {m: eval_loader(paths, size, 64, args.workers) for m, paths in test.paths.items()}
         features = {m: engine.extract(embed, loader, m, f"embedding {m}") for m, loader in loaders.items()}
-        return test, features, [engine.run_search(features, search)[0]["FC", "none"] for search in test.searches]
+        return test, features, [engine.scores(engine.run_search(features, s)["FC", "none"]) for s in test.searches]
 
     def baseline():
         return plain_test(plain_net, sysu_test(args.data_path, SYSU_VISIBLE), size, args.workers, device)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.nn.utils import get_total_norm
 
 import re_rank
-from eval_metrics import CosineDistances, eval_llcm, eval_regdb, eval_sysu
+from eval_metrics import NOT_SEEN, CosineDistances, match_ranks
 from utils import InputError, autocast, progress, ranks, sum_over_ranks
 
 RANKS = (1, 5, 10, 20)
@@ -197,8 +197,7 @@ def extract(embed, loader, modality, desc):
 
 
 def run_search(features, search, reranking=()):
-    """One search -> {(feature name, re-ranking): {"Rank-1": ..., "mAP": ..., "mINP": ...}}, in percent, and the number
-    of its queries that have a match, over which they are means.
+    """One search -> {(feature name, re-ranking): `eval_metrics.MatchRanks`}.
 
     features: {"visible": {name: [N, C]}, "infrared": {name: [M, C]}}, of unit length, for the images of a `Searches`.
     Plain results, by cosine similarity, have the re-ranking "none"; those of `reranking`, any of "k_reciprocal" and
@@ -206,40 +205,116 @@ def run_search(features, search, reranking=()):
     """
     distances = {}
     for name in features[search.query.modality]:
-        query, gallery = (features[images.modality][name][images.rows] for images in (search.query, search.gallery))
+        query, gallery = features_of(features, search, name)
         distances[name, "none"] = CosineDistances(query, gallery)
         if "k_reciprocal" in reranking:
             distances[name, "k_reciprocal"] = re_rank.k_reciprocal(query, gallery)
         if "random_walk" in reranking:
             distances[name, "random_walk"] = re_rank.random_walk(query, gallery)
-    measured = {name: _measure(values, search) for name, values in distances.items()}
-    (evaluated,) = {count for _, count in measured.values()}
-    return {name: scores for name, (scores, _) in measured.items()}, evaluated
-
-
-def _measure(distances, search):
-    """The data set's measure of distances [Q, G]: scores in percent, number of queries that have a match."""
     (_, _, q_ids, q_cameras), (_, _, g_ids, g_cameras) = search.query, search.gallery
-    if search.setting["dataset"] == "regdb":
-        cmc, mean_ap, mean_inp, count = eval_regdb(distances, q_ids, g_ids, return_count=True)
-    else:
-        evaluate = {"sysu": eval_sysu, "llcm": eval_llcm}[search.setting["dataset"]]
-        cmc, mean_ap, mean_inp, count = evaluate(distances, q_ids, g_ids, q_cameras, g_cameras, return_count=True)
-    scores = {f"Rank-{k}": 100 * float(cmc[k - 1]) for k in RANKS} | {"mAP": 100 * mean_ap, "mINP": 100 * mean_inp}
-    return scores, count
+    labels = q_ids, g_ids, q_cameras, g_cameras
+    return {name: match_ranks(search.setting["dataset"], values, *labels) for name, values in distances.items()}
+
+
+def features_of(features, search, name):
+    """One feature of a search's queries and gallery: [Q, C], [G, C]."""
+    return [features[images.modality][name][images.rows] for images in (search.query, search.gallery)]
+
+
+def scores(found):
+    """`MatchRanks` -> {"Rank-1": ..., "mAP": ..., "mINP": ...}, in percent."""
+    cmc, mean_ap, mean_inp = found.means(max(RANKS))
+    return {f"Rank-{k}": 100 * float(cmc[k - 1]) for k in RANKS} | {"mAP": 100 * mean_ap, "mINP": 100 * mean_inp}
+
+
+def curves(found):
+    """`MatchRanks` -> in percent, "cmc" at the ranks 1 .. 20, and "precision" at a recall of 0, 10 .. 100 %."""
+    return {"cmc": (100 * found.cmc()).tolist(), "precision": (100 * found.precision_at_recall()).tolist()}
+
+
+def choose_queries(found, search, which, count, seed=0):
+    """Some of the queries that have a match: positions in `found`, a `MatchRanks`.
+
+    which: "worst" or "best" by average precision, "random", or an identity, whose worst come first. Equal ones come in
+    the queries' order. Raises InputError when no query of that identity has a match.
+    """
+    precision = found.average_precision()
+    if which == "random":
+        drawn = torch.randperm(len(precision), generator=torch.Generator().manual_seed(seed))[:count]
+        return drawn.sort().values.tolist()
+    order = precision.sort(descending=which == "best", stable=True).indices.tolist()
+    if which not in ("worst", "best"):
+        ids = search.query.ids[found.rows.cpu().numpy()]
+        order = [i for i in order if ids[i] == int(which)]
+        if not order:
+            raise InputError(f"--which {which}: no query of that identity has a match; there are {_some(ids)}")
+    return order[:count]
+
+
+def _some(ids):
+    ids = np.unique(ids)
+    return ", ".join(map(str, ids[:10])) + (", ..." if len(ids) > 10 else "")
+
+
+def rank_images(features, paths, search, name, found, chosen, top=None):
+    """The nearest gallery images, of those that it sees, of each of the chosen queries, as plain values.
+
+    name: which of the features; paths {modality: [N]} are those of a `Searches`; found, chosen: as `choose_queries`
+    has them. -> a list of {"path", "id", "camera", "modality", "average_precision", "first_match" (rank, from 1),
+    "gallery": [{"path", "id", "camera", "similarity", "correct"}, ...]}; at most `top` images each, or all.
+    """
+    query, gallery = features_of(features, search, name)
+    rows = found.rows[chosen]
+    similarity = query[rows] @ gallery.T
+    if hide := NOT_SEEN[search.setting["dataset"]]:
+        (_, _, ids, cameras), g = search.query, search.gallery
+        at = rows.cpu().numpy()[:, None]
+        unseen = torch.from_numpy(hide(ids[at], cameras[at], g.ids, g.cameras)).to(similarity.device)
+        similarity = similarity.masked_fill(unseen, -torch.inf)
+    values, order = (x[:, :top].cpu() for x in similarity.sort(dim=1, descending=True, stable=True))
+
+    def image(images, i):
+        path = paths[images.modality][images.rows[i]]
+        return {"path": path, "id": int(images.ids[i]), "camera": int(images.cameras[i])}
+
+    precision, listed = found.average_precision(), []
+    for i, row, near, nearest in zip(chosen, rows.tolist(), values.tolist(), order.tolist(), strict=True):
+        asked = image(search.query, row) | {"modality": search.query.modality}
+        asked |= {"average_precision": float(precision[i]), "first_match": int(found.first[i])}
+        asked["gallery"] = [
+            (there := image(search.gallery, j)) | {"similarity": value, "correct": there["id"] == asked["id"]}
+            for j, value in zip(nearest, near, strict=True)
+            if value > -np.inf
+        ]
+        listed.append(asked)
+    return listed
+
+
+def pair_distances(features, search, name):
+    """Cosine distances (0 to 2) of all queries to the gallery images that they see -> (those of the same identity,
+    those of two identities), two NumPy arrays."""
+    query, gallery = features_of(features, search, name)
+    distances = (1 - query @ gallery.T).cpu().numpy()
+    (_, _, ids, cameras), g = search.query, search.gallery
+    seen = np.ones(distances.shape, bool)
+    if hide := NOT_SEEN[search.setting["dataset"]]:
+        seen = ~np.broadcast_to(hide(ids[:, None], cameras[:, None], g.ids, g.cameras), seen.shape)
+    same = ids[:, None] == g.ids
+    return distances[seen & same], distances[seen & ~same]
 
 
 def summarise(rows):
     """Rows of single searches -> one row for all trials of a setting: mean and standard deviation of each metric.
 
     A row is a dict of labels, and of one trial "trial", "checkpoint", "network", "queries", "evaluated" (those that
-    have a match), "gallery" and "metrics" {name: percent}; rows whose other labels agree are trials of one setting. The
-    deviation is the population's, as papers print it; of a single trial there is none.
+    have a match), "gallery", "metrics" {name: percent} and "curves" {name: percents}; rows whose other labels agree are
+    trials of one setting. The deviation is the population's, as papers print it; of a single trial there is none. Of
+    curves there are means only.
     """
     groups = {}
     varying = ("trial", "checkpoint", "network", "queries", "evaluated", "gallery", "metrics")
     for row in rows:
-        labels = {name: value for name, value in row.items() if name not in varying}
+        labels = {name: value for name, value in row.items() if name not in (*varying, "curves")}
         groups.setdefault(tuple(labels.items()), []).append(row)
     return [
         {
@@ -249,6 +324,9 @@ def summarise(rows):
             "std": {name: float(np.std([row["metrics"][name] for row in group])) for name in group[0]["metrics"]}
             if len(group) > 1
             else None,
+            "curves": {
+                name: np.mean([row["curves"][name] for row in group], axis=0).tolist() for name in group[0]["curves"]
+            },
             "per_trial": [{name: row[name] for name in varying} for row in group],
         }
         for labels, group in groups.items()

@@ -8,6 +8,8 @@ Only the ranks of the correct matches count, so no image is followed through a r
 numbers, and a match ranks where its distance stands among them.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
@@ -28,46 +30,102 @@ class CosineDistances:
         return -self.query[rows] @ self.gallery.T
 
 
-def eval_sysu(distmat, q_pids, g_pids, q_camids, g_camids, max_rank=20, return_count=False):
+def eval_sysu(distmat, q_pids, g_pids, q_camids, g_camids, max_rank=20):
     """SYSU-MM01's measure -> (cmc [max_rank], mAP, mINP), a float64 NumPy array and two floats, all from 0 to 1.
 
     distmat [Q, G]: distances, finite, smaller is nearer; NumPy, torch or `CosineDistances`; they are ranked on their
     device. q_pids, q_camids [Q] and g_pids, g_camids [G]: identities and cameras, integers. Equal distances rank in
     gallery order. A query of camera 3 does not see gallery images of camera 2, which stands in the same place. The CMC
     counts identities: each is ranked by its nearest image. mAP and mINP count images. Queries without a match are
-    skipped; with return_count, the number of the others comes as a fourth value.
+    skipped.
 
     Raises ValueError for shapes that disagree, distances that are not finite, or no query with a match.
     """
-
-    def hidden(q_pids, q_camids, g_pids, g_camids):
-        return (q_camids == 3) & (g_camids == 2)
-
-    return _evaluate(distmat, (q_pids, q_camids), (g_pids, g_camids), hidden, max_rank, True, return_count)
+    return match_ranks("sysu", distmat, q_pids, g_pids, q_camids, g_camids).means(max_rank)
 
 
-def eval_regdb(distmat, q_pids, g_pids, max_rank=20, return_count=False):
+def eval_regdb(distmat, q_pids, g_pids, max_rank=20):
     """RegDB's measure; as `eval_sysu`, but every query sees the whole gallery, and the CMC counts images."""
-    return _evaluate(distmat, (q_pids,), (g_pids,), None, max_rank, False, return_count)
+    return match_ranks("regdb", distmat, q_pids, g_pids).means(max_rank)
 
 
-def eval_llcm(distmat, q_pids, g_pids, q_camids, g_camids, max_rank=20, return_count=False):
+def eval_llcm(distmat, q_pids, g_pids, q_camids, g_camids, max_rank=20):
     """LLCM's measure; as `eval_sysu`, but what a query does not see are the images of its own identity and camera.
 
     Source: Zhang and Wang, "Diverse Embedding Expansion Network and Low-Light Cross-Modality Benchmark for
     Visible-Infrared Person Re-identification", CVPR 2023. Its cameras take both modalities.
     """
-
-    def hidden(q_pids, q_camids, g_pids, g_camids):
-        return (q_pids == g_pids) & (q_camids == g_camids)
-
-    return _evaluate(distmat, (q_pids, q_camids), (g_pids, g_camids), hidden, max_rank, True, return_count)
+    return match_ranks("llcm", distmat, q_pids, g_pids, q_camids, g_camids).means(max_rank)
 
 
-def _evaluate(distmat, query, gallery, hidden, max_rank, count_identities, return_count):
-    """query, gallery: (identities,) or (identities, cameras). hidden: of these, [B, 1] and [G], which are not seen."""
+# Data set -> what a query does not see, of identities and cameras that broadcast; None: it sees everything.
+NOT_SEEN = {
+    "sysu": lambda q_pids, q_camids, g_pids, g_camids: (q_camids == 3) & (g_camids == 2),
+    "regdb": None,
+    "llcm": lambda q_pids, q_camids, g_pids, g_camids: (q_pids == g_pids) & (q_camids == g_camids),
+}
+COUNTS_IDENTITIES = {"sysu": True, "regdb": False, "llcm": True}  # or images, before the first match
+
+
+class MatchRanks(NamedTuple):
+    """Where the matches of each query rank; E queries have one. On the distances' device.
+
+    rows [E]: the queries. first [E]: rank of the first match, from 1, among identities (RegDB: images). positions
+    [E, M]: ranks of all matches among images, from 1, ascending; 0 where a query has fewer than M.
+    """
+
+    rows: torch.Tensor
+    first: torch.Tensor
+    positions: torch.Tensor
+
+    def cmc(self, max_rank=20):
+        """Share of the queries whose first match ranks by 1 .. max_rank: float64 [max_rank]."""
+        found = torch.bincount(self.first[self.first <= max_rank] - 1, minlength=max_rank).cumsum(0)
+        return found.double() / len(self.first)
+
+    def average_precision(self):
+        """Of each query: float64 [E]."""
+        return self._precision().sum(dim=1) / self._matches()
+
+    def inverse_negative_penalty(self):
+        """Of each query: float64 [E]."""
+        return self._matches() / self.positions.amax(dim=1)
+
+    def precision_at_recall(self, points=11):
+        """Mean over the queries of the best precision at a recall of at least 0 .. 1, in equal steps: float64 [points].
+
+        Source: the interpolated precision of TREC (Manning et al., "Introduction to Information Retrieval", 8.4).
+        """
+        precision = self._precision()
+        best = precision.flip(1).cummax(dim=1).values.flip(1)
+        levels = torch.linspace(0, 1, points, dtype=torch.float64, device=best.device)
+        # The match that reaches a recall; a small step back, for 0.1 x 10 is not to become the eleventh.
+        needed = (levels * self._matches()[:, None] - 1e-9).ceil().long().clamp_min(1)
+        return best.gather(1, needed - 1).mean(dim=0)
+
+    def means(self, max_rank):
+        cmc = self.cmc(max_rank).cpu().numpy()
+        return cmc, self.average_precision().mean().item(), self.inverse_negative_penalty().mean().item()
+
+    def _matches(self):
+        return (self.positions > 0).sum(dim=1).double()
+
+    def _precision(self):
+        """At each match; 0 where there is none: float64 [E, M]."""
+        number = torch.arange(1, self.positions.shape[1] + 1, device=self.positions.device)
+        return torch.where(self.positions > 0, number / self.positions.clamp_min(1).double(), 0)
+
+
+def match_ranks(dataset, distmat, q_pids, g_pids, q_camids=None, g_camids=None):
+    """Rank each query's matches by the rules of a data set, "sysu", "regdb" or "llcm" -> `MatchRanks`.
+
+    Arguments and errors are those of `eval_sysu`; RegDB's rules need no cameras.
+    """
     distmat = distmat if isinstance(distmat, CosineDistances) else torch.as_tensor(distmat)
-    device = distmat.device
+    device, not_seen = distmat.device, NOT_SEEN[dataset]
+    query, gallery = [q_pids], [g_pids]
+    if not_seen:
+        query, gallery = [q_pids, q_camids], [g_pids, g_camids]
     query, gallery = ([torch.as_tensor(x, device=device) for x in labels] for labels in (query, gallery))
     if any(tuple(distmat.shape) != (len(q), len(g)) for q, g in zip(query, gallery, strict=True)):
         raise ValueError(
@@ -78,37 +136,32 @@ def _evaluate(distmat, query, gallery, hidden, max_rank, count_identities, retur
         raise ValueError("no queries, or an empty gallery")
     grouped = _Grouped(gallery[0])
 
-    found_at, precision, penalty = [], [], []
+    found = []
     for rows in torch.arange(len(query[0]), device=device).split(max(1, CHUNK // images)):
         distances = distmat[rows]
         # Infinity marks what is not seen, so integers become floats: of 64 bits, for 32 would round them together.
         distances = full_precision(distances if distances.is_floating_point() else distances.double())
         if not torch.isfinite(torch.stack(torch.aminmax(distances))).all():
             raise ValueError("the distances are not all finite")
-        if hidden is not None:
-            not_seen = hidden(*(q[rows, None] for q in query), *gallery)
-            distances = distances.masked_fill(not_seen, torch.inf)
+        if not_seen:
+            distances = distances.masked_fill(not_seen(*(q[rows, None] for q in query), *gallery), torch.inf)
         index = grouped.matches(query[0][rows])
         at = distances.gather(1, index.clamp_min(0)).masked_fill(index < 0, torch.inf)
         seen = (at < torch.inf).any(dim=1)
         if not seen.all():
-            distances, index, at = distances[seen], index[seen], at[seen]
+            rows, distances, index, at = rows[seen], distances[seen], index[seen], at[seen]
         if not len(at):
             continue
-        position = _positions(distances, index, at).sort(dim=1).values
-        match = position <= images
-        hits = match.cumsum(dim=1)
-        relevant = hits[:, -1].double()
-        precision.append((match * hits / position.double()).sum(dim=1) / relevant)
-        penalty.append(relevant / (match * position).amax(dim=1))
-        found_at.append(_identities_before(distances, grouped, index, at) if count_identities else position[:, 0] - 1)
-    if not found_at:
+        positions = _positions(distances, index, at).sort(dim=1).values
+        before = _identities_before(distances, grouped, index, at) if COUNTS_IDENTITIES[dataset] else None
+        first = positions[:, 0] if before is None else before + 1
+        found.append((rows, first, positions.masked_fill(positions > images, 0)))
+    if not found:
         raise ValueError("no query has a match in the gallery")
-    found_at = torch.cat(found_at)
-    found = torch.bincount(found_at[found_at < max_rank], minlength=max_rank).cumsum(0)
-    cmc = found.double() / len(found_at)
-    results = cmc.cpu().numpy(), torch.cat(precision).mean().item(), torch.cat(penalty).mean().item()
-    return (*results, len(found_at)) if return_count else results
+    rows, first, positions = zip(*found, strict=True)
+    most = max(block.shape[1] for block in positions)
+    positions = [torch.nn.functional.pad(block, (0, most - block.shape[1])) for block in positions]
+    return MatchRanks(torch.cat(rows), torch.cat(first), torch.cat(positions))
 
 
 class _Grouped:

@@ -186,11 +186,16 @@ class GFMNet(nn.Module):
 
         Both [B, C] and L2-normalised: before ("POOL" in the tables) and after ("FC") the batch-norm bottleneck.
         """
+        pooled, normed = self.vectors(images, modality)
+        return F.normalize(pooled), F.normalize(normed)
+
+    def vectors(self, images, modality):
+        """What `embed` gives, before it is normalised."""
         if modality not in ("visible", "infrared"):
             raise ValueError(f"modality {modality!r}: neither 'visible' nor 'infrared'")
         stream = self.visible if modality == "visible" else self.infrared
         pooled = self.pool(full_precision(self._features(stream(images))))
-        return F.normalize(pooled), F.normalize(self.bottleneck(pooled))
+        return pooled, self.bottleneck(pooled)
 
     def _features(self, x):
         return self.shared(self.attention(x))

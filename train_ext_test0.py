@@ -299,8 +299,7 @@ def test_epoch(net, eval_loaders, search, device, amp):
     share_buffers(net)
     embed = engine.network_embedding(net, device, normalise, amp)
     features = {m: engine.extract(embed, loader, m, f"test {m}") for m, loader in eval_loaders.items()}
-    scores, _ = engine.run_search(features, search)
-    return {feature: metrics for (feature, _), metrics in scores.items()}
+    return {feature: engine.scores(found) for (feature, _), found in engine.run_search(features, search).items()}
 
 
 def warnings(entry, args):

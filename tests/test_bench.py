@@ -122,7 +122,7 @@ def test_test(sysu_tree, capsys):
     embed = engine.network_embedding(net, torch.device("cpu"), normalise)
     features = {m: engine.extract(embed, eval_loader(p, SIZE, 64, 0), m, "") for m, p in test.paths.items()}
     for search, (_, mean_ap, mean_inp) in zip(test.searches, plain, strict=True):
-        scores = engine.run_search(features, search)[0]["FC", "none"]
+        scores = engine.scores(engine.run_search(features, search)["FC", "none"])
         assert (scores["mAP"], scores["mINP"]) == pytest.approx((100 * mean_ap, 100 * mean_inp), abs=1e-6)
 
     figures = bench.main(["test", *SMALL_STEP, "--data_path", str(sysu_tree)])

@@ -8,7 +8,7 @@ import torch
 
 import eval_metrics
 from bench import plain_metrics
-from eval_metrics import CosineDistances, eval_regdb, eval_sysu
+from eval_metrics import CosineDistances, eval_regdb, eval_sysu, match_ranks
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "metrics.npz")
 GOLDEN_CASES = sorted({key.split("/")[0] for key in GOLDEN.files})
@@ -233,18 +233,50 @@ def test_no_query_with_a_match(problem, evaluate, keys):
         evaluate(*(problem[key] for key in keys))
 
 
-@each_protocol
-def test_count_is_that_of_the_queries_with_a_match(evaluate, keys):
-    for seed in range(50):
+def plain_match_ranks(dataset, distmat, q_pids, g_pids, q_camids, g_camids):
+    """Of each query with a match: its row, the rank of its first match, and the ranks of all among images."""
+    found = []
+    for q in range(len(q_pids)):
+        order = sorted(range(len(g_pids)), key=lambda g: distmat[q, g])  # equal ones stay in gallery order
+        if dataset == "sysu":
+            order = [g for g in order if not (q_camids[q] == 3 and g_camids[g] == 2)]
+        elif dataset == "llcm":
+            order = [g for g in order if not (g_pids[g] == q_pids[q] and g_camids[g] == q_camids[q])]
+        ranks = [rank for rank, g in enumerate(order, 1) if g_pids[g] == q_pids[q]]
+        if ranks:
+            before = [g_pids[g] for g in order[: ranks[0] - 1]]
+            found.append((q, 1 + len(before if dataset == "regdb" else set(before)), ranks))
+    return found
+
+
+@pytest.mark.parametrize("dataset", ["sysu", "regdb", "llcm"])
+def test_match_ranks_against_a_plain_loop(dataset):
+    compared = 0
+    for seed in range(150):
         problem = random_problem(seed)
-        visible = np.ones(problem["distmat"].shape, bool)
-        if "q_camids" in keys:
-            visible = ~((problem["q_camids"][:, None] == 3) & (problem["g_camids"] == 2))
-        expected = (visible & (problem["q_pids"][:, None] == problem["g_pids"])).any(axis=1).sum()
-        *results, count = evaluate(*(problem[key] for key in keys), return_count=True)
-        assert count == expected
-        for value, reference in zip(results, evaluate(*(problem[key] for key in keys)), strict=True):
-            np.testing.assert_array_equal(value, reference)
+        if dataset == "llcm":
+            problem["g_camids"] = np.random.default_rng(seed).choice([3, 6, 7], len(problem["g_camids"]))
+            problem["g_camids"][0] = 7  # the first query's match
+        labels = [problem[key] for key in ("q_pids", "g_pids", "q_camids", "g_camids")]
+        expected = plain_match_ranks(dataset, problem["distmat"], *labels)
+        found = match_ranks(dataset, problem["distmat"], *labels)
+        assert found.rows.tolist() == [row for row, _, _ in expected]
+        assert found.first.tolist() == [first for _, first, _ in expected]
+        assert [[rank for rank in ranks if rank] for ranks in found.positions.tolist()] == [r for *_, r in expected]
+
+        curves, precisions = [], []
+        for _, _, ranks in expected:
+            precision = [(i + 1) / rank for i, rank in enumerate(ranks)]
+            precisions.append(sum(precision) / len(ranks))
+            recall = [(i + 1) / len(ranks) for i in range(len(ranks))]
+            levels = [level / 10 for level in range(11)]
+            curves.append(
+                [max(p for p, r in zip(precision, recall, strict=True) if r >= level - 1e-9) for level in levels]
+            )
+        np.testing.assert_allclose(found.average_precision(), precisions, rtol=1e-12)
+        np.testing.assert_allclose(found.precision_at_recall(), np.mean(curves, axis=0), rtol=1e-12)
+        compared += any(0 in ranks for ranks in found.positions.tolist())
+    assert compared > 20  # queries with fewer matches than others
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])

@@ -18,6 +18,7 @@ import data_loader
 import data_manager
 import engine
 import feature_store
+import protocol
 import re_rank
 import testa
 import train_ext_test0
@@ -153,9 +154,9 @@ def test_every_method_trains_and_its_checkpoint_tests(sysu_tree, tmp_path, more)
 
 
 def test_every_flag_is_read():
-    """Each flag's name stands in the script beside its declaration."""
-    for script in (train_ext_test0, testa):
-        source = Path(script.__file__).read_text()
+    """Each flag's name stands in the script beside its declaration, or in the module whose flags it shares."""
+    for script, shared in ((train_ext_test0, ""), (testa, protocol.__file__)):
+        source = "".join(Path(file).read_text() for file in (script.__file__, shared) if file)
         for action in script.get_args_parser()._actions:
             if action.dest != "help":
                 assert f"args.{action.dest}" in source, action.dest
@@ -243,13 +244,13 @@ def test_every_protocol_alone_gives_its_rows_of_the_whole_table(trained, sysu_tr
             (tree / file.relative_to(sysu_tree)).write_bytes(b"" if file.suffix == ".jpg" else file.read_bytes())
     stored = ["--data_path", str(tree), "--gpu", "cpu", "--from_features", str(saved)]
     assert testa.main([*stored, "--all"]) == table
-    for protocol, shots, mode in (("seeded", 10, "all"), ("official", 1, "indoor"), ("official", 10, "all")):
-        wanted = {"protocol": protocol, "shots": shots, "mode": mode}
+    for draws, shots, mode in (("seeded", 10, "all"), ("official", 1, "indoor"), ("official", 10, "all")):
+        wanted = {"protocol": draws, "shots": shots, "mode": mode}
         capsys.readouterr()
         rows = testa.main([*stored, *(f"--{name}={value}" for name, value in wanted.items())])
         assert rows == [row for row in table if all(row[name] == value for name, value in wanted.items())]
         assert all(set(LABELS) <= set(row) for row in rows)
-        title = f"SYSU-MM01, {mode}-search, infrared to visible, {protocol} protocol, {shots}-shot, 10 trials"
+        title = f"SYSU-MM01, {mode}-search, infrared to visible, {draws} protocol, {shots}-shot, 10 trials"
         assert title in capsys.readouterr().out
         assert title in whole
 
