@@ -1,0 +1,358 @@
+"""Exported networks: their features against plain steps, what the files hold, and which are refused."""
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import safetensors
+import torch
+from torchvision.transforms import functional
+
+import export
+from conftest import SIZE, plain_embedding
+from data_manager import process_query_sysu
+from model import GFMNet, convert_published_state, method_options
+from utils import InputError
+
+REPO = Path(export.__file__).parent
+GOLDEN_DIR = Path(__file__).parent / "golden"
+sys.path.insert(0, str(GOLDEN_DIR))
+
+import published_state  # noqa: E402  (lies beside the golden values)
+
+FLAGS = {"dataset": "sysu", "method": "adp", "lr": 0.1, "milestones": [20, 50]}
+VARIANTS = [(file, *variant) for file in export.FORMATS for variant in (("uint8", "FC"), ("normalised", "POOL"))]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
+
+
+def busy(net):
+    """A network all of whose parts change the features: batch norms have seen data, non-local blocks do something."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, values in [*net.named_parameters(), *net.named_buffers()]:
+            if name.endswith("running_mean") or (".norm." in name and values.is_floating_point()):
+                values.normal_(0, 0.3)
+            if name.endswith("running_var"):
+                values.uniform_(0.5, 1.5)
+    return net.eval()
+
+
+def save(path, **options):
+    net = busy(GFMNet(1000, "resnet18", **options))
+    content = {"net": net.state_dict(), "options": net.options, "image_size": SIZE, "args": FLAGS, "epoch": 7}
+    torch.save(content, path)
+    return path
+
+
+def random_images(count, size=SIZE):
+    return torch.randint(256, (count, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(count))
+
+
+def normalised(image):
+    return functional.normalize(image.float() / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+@torch.no_grad()
+def plain_features(net, images, modality, feature):
+    """Image by image, through training's forward pass, with an image of the other modality beside it."""
+    rows = []
+    for image in images:
+        total = 0
+        for view in (image, image.flip(2)):
+            pair = [normalised(view)[None], torch.zeros(1, *view.shape)]
+            pooled = net(*pair).pooled[:1] if modality == "visible" else net(*pair[::-1]).pooled[1:]
+            row = net.bottleneck(pooled)[0] if feature == "FC" else pooled[0]
+            total = total + row / row.norm()
+        rows.append(total / total.norm())
+    return torch.stack(rows)
+
+
+def run(path, images):
+    """The features of a file, in the way of its users."""
+    if path.endswith(".onnx"):
+        (features,) = onnxruntime.InferenceSession(path).run(["features"], {"images": images.numpy()})
+        return torch.from_numpy(features)
+    return (torch.jit.load(path) if path.endswith(".pt") else export.load_embedding(path))(images)
+
+
+def metadata(path):
+    if path.endswith(".onnx"):
+        return json.loads(onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map["gfmnet"])
+    if path.endswith(".pt"):
+        torch.jit.load(path, _extra_files=(extra := {"gfmnet": ""}))
+        return json.loads(extra["gfmnet"])
+    with safetensors.safe_open(path, "numpy") as file:
+        return json.loads(file.metadata()["gfmnet"])
+
+
+def command(*arguments, **options):
+    line = [sys.executable, REPO / "export.py", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, **options)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("checkpoint") / "adp_lr_0.1_best.t")
+
+
+@pytest.fixture(scope="module")
+def net(checkpoint):
+    content = torch.load(checkpoint)
+    net = GFMNet(**content["options"])
+    net.load_state_dict(content["net"])
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def command_line(checkpoint, tmp_path_factory):
+    """The defaults as ONNX, by a process that has not met the network before: (file of --json, what it printed)."""
+    out = tmp_path_factory.mktemp("command_line")
+    result = command("--resume", checkpoint, "--format", "onnx", "--out", out, "--json", out / "r.json")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert len([*out.iterdir()]) == 3
+    return out / "r.json", result.stdout
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint, command_line, tmp_path_factory):
+    """{(format, input, feature): what `main` returns}: both modalities of the bytes, infrared of the others."""
+    out, results = tmp_path_factory.mktemp("exported"), {}
+    for file, inputs, feature in VARIANTS:
+        if (file, inputs) == ("onnx", "uint8"):
+            results[file, inputs, feature] = json.loads(command_line[0].read_text())["results"]
+            continue
+        argv = ["--resume", str(checkpoint), "--format", file, "--input", inputs, "--feature", feature]
+        modality = [] if inputs == "uint8" else ["--modality", "infrared"]
+        results[file, inputs, feature] = export.main([*argv, *modality, "--out", str(out / inputs)])
+    return results
+
+
+@pytest.mark.parametrize(("file", "inputs", "feature"), VARIANTS)
+def test_features_are_those_of_plain_steps(exported, net, file, inputs, feature):
+    images = random_images(7)
+    taken = torch.stack([normalised(image) for image in images]) if inputs == "normalised" else images
+    found = {}
+    for result in exported[file, inputs, feature]:
+        expected = plain_features(net, images, result["modality"], feature)
+        for count in (1, 2, 7):
+            features = run(result["path"], taken[:count])
+            assert features.dtype == torch.float32
+            torch.testing.assert_close(features, expected[:count], rtol=0, atol=2e-5)
+        assert result["cosine"] > 0.999999
+        assert 0 <= result["difference"] < 2e-5
+        found[result["modality"]] = features
+    assert [*found] == (["visible", "infrared"] if inputs == "uint8" else ["infrared"])
+    if inputs == "uint8":  # each modality has a stem of its own
+        assert (found["visible"] - found["infrared"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("file", "inputs", "feature"), VARIANTS)
+def test_files_say_what_they_are(exported, checkpoint, file, inputs, feature):
+    suffix = {"onnx": "onnx", "torchscript": "pt", "safetensors": "safetensors"}[file]
+    digest = subprocess.run(["sha256sum", checkpoint], capture_output=True, text=True).stdout.split()[0]
+    for result in exported[file, inputs, feature]:
+        assert Path(result["path"]).name == f"adp_lr_0.1_best_{result['modality']}_{feature}.{suffix}"
+        about = metadata(result["path"])
+        options = about.pop("options")
+        assert GFMNet(**options).options == options
+        assert about == {
+            "modality": result["modality"],
+            "feature": feature,
+            "input": inputs,
+            "image_size": [*SIZE],
+            "num_classes": 1000,
+            "dataset": "sysu",
+            "sha256": digest,
+            "flags": FLAGS,
+            "mean": [0.485, 0.456, 0.406],
+            "std": [0.229, 0.224, 0.225],
+            "epoch": 7,
+        }
+
+
+@pytest.mark.parametrize(("file", "inputs", "feature"), VARIANTS)
+def test_files_hold_one_stream_and_nothing_else(exported, net, file, inputs, feature):
+    """The other stream is 0.6 MB, the classifier 2 MB, the local branch 0.3 MB."""
+    for result in exported[file, inputs, feature]:
+        needed = (result["modality"], "attention", "shared", *["bottleneck"] * (feature == "FC"))
+        state = {name: values for name, values in net.state_dict().items() if name.startswith(needed)}
+        size = sum(values.numel() for values in state.values() if values.is_floating_point()) * 4
+        assert 0.99 * size < Path(result["path"]).stat().st_size < size + 200_000  # batch norms may be folded away
+        if file == "safetensors":
+            with safetensors.safe_open(result["path"], "pt") as content:
+                assert set(content.keys()) == set(state)
+
+
+def test_onnx_graph(exported):
+    for inputs, feature, kind in (("uint8", "FC", onnx.TensorProto.UINT8), ("normalised", "POOL", 1)):
+        path = exported["onnx", inputs, feature][0]["path"]
+        model = onnx.load(path)
+        assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", export.OPSET)]
+        (images,), (features,) = model.graph.input, model.graph.output
+        assert (images.name, images.type.tensor_type.elem_type, features.name) == ("images", kind, "features")
+        shape = [dim.dim_param or dim.dim_value for dim in images.type.tensor_type.shape.dim]
+        assert shape == ["batch", 3, *SIZE]
+        assert str(REPO).encode() not in Path(path).read_bytes()
+    with pytest.raises(Exception, match="Got invalid dimensions"):
+        run(path, torch.zeros(1, 3, SIZE[0] + 16, SIZE[1]))
+
+
+def test_safetensors_load_into_a_whole_network(exported):
+    """As README says, without `load_embedding`."""
+    result = exported["safetensors", "uint8", "FC"][1]
+    with safetensors.safe_open(result["path"], "pt") as file:
+        options, state = json.loads(file.metadata()["gfmnet"])["options"], {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    net = GFMNet(**options).eval()
+    missing, unexpected = net.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert {name.split(".")[0] for name in missing} == {"visible", "classifier"}
+    images = random_images(2)
+    expected = plain_features(net, images, "infrared", "FC")
+    torch.testing.assert_close(run(result["path"], images), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "share_net", "file"),
+    [("base", 1, "onnx"), ("agw", 3, "safetensors"), ("caj", 4, "torchscript"), ("adp", 5, "torchscript")],
+)
+def test_every_method_and_share_net(method, share_net, file, tmp_path):
+    path = save(tmp_path / "a.t", share_net=share_net, **method_options(method))
+    argv = ["--resume", str(path), "--format", file, "--modality", "infrared", "--out", str(tmp_path)]
+    (result,) = export.main([*argv, "--json", str(tmp_path / "r.json")])
+    assert json.loads((tmp_path / "r.json").read_text())["results"] == [result]
+    content = torch.load(path)
+    net = GFMNet(**content["options"]).eval()
+    net.load_state_dict(content["net"])
+    images = random_images(2)
+    expected = plain_features(net, images, "infrared", "FC")
+    torch.testing.assert_close(run(result["path"], images), expected, rtol=0, atol=2e-5)
+
+
+def test_published_checkpoint(tmp_path):
+    arrays = published_state.state(GOLDEN_DIR / "published_shapes.txt", seed=1)
+    state = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    torch.save({"net": state, "epoch": 30, "mAP": np.float64(0.5)}, tmp_path / "published_best.t")
+    argv = ["--resume", "published_best.t", "--model_path", str(tmp_path), "--out", str(tmp_path)]
+    (result,) = export.main([*argv, "--format", "safetensors", "--modality", "visible"])
+    about = metadata(result["path"])
+    assert {name: about[name] for name in ("flags", "dataset", "epoch", "image_size", "num_classes")} == {
+        "flags": {},
+        "dataset": None,
+        "epoch": 30,
+        "image_size": [288, 144],
+        "num_classes": 395,
+    }
+    net = GFMNet(395).eval()
+    net.load_state_dict(convert_published_state(state))
+    images = random_images(1, (288, 144))
+    expected = plain_features(net, images, "visible", "FC")
+    torch.testing.assert_close(run(result["path"], images), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("file", "suffix", "older", "factor"),
+    [
+        ("onnx", "onnx", b"older", 3.0),
+        ("torchscript", "pt", None, 3.0),
+        ("torchscript", "pt", b"older", float("nan")),
+        ("safetensors", "safetensors", b"older", 3.0),
+    ],
+)
+def test_a_file_of_other_features_does_not_take_its_name(
+    checkpoint, tmp_path, monkeypatch, file, suffix, older, factor
+):
+    class Spoiled(export.Embedding):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.net.bottleneck.weight[:50] *= factor  # of 512
+
+    monkeypatch.setattr(export, "Embedding", Spoiled)
+    path = tmp_path / f"adp_lr_0.1_best_visible_FC.{suffix}"
+    if older:
+        path.write_bytes(older)
+    argv = ["--resume", str(checkpoint), "--format", file, "--out", str(tmp_path), "--json", str(tmp_path / "r.json")]
+    with pytest.raises(InputError, match=rf"{path.name}: not written, .*\(a cosine of (0\.|nan)"):
+        export.main(argv)
+    assert [*tmp_path.iterdir()] == ([path] if older else [])
+    assert not older or path.read_bytes() == older
+
+
+def test_a_file_without_pytorch(checkpoint, command_line, sysu_tree, tmp_path):
+    """In a process that has ONNX Runtime, NumPy and Pillow only, with the line that was printed."""
+    *written, line = command_line[1].splitlines()
+    path = command_line[0].parent / "adp_lr_0.1_best_infrared_FC.onnx"
+    assert written[1].startswith(f"{path}: 44.")
+    resize = line.partition("before: ")[2]
+    images = process_query_sysu(sysu_tree)[0][:3]
+    code = f"""
+import sys, numpy as np, onnxruntime
+from PIL import Image
+images = [{resize} for FILE in {[str(image) for image in images]}]
+features = onnxruntime.InferenceSession("{path}").run(None, {{"images": np.stack(images)}})[0]
+assert "torch" not in sys.modules and not any("{REPO}" == folder for folder in sys.path)
+np.save("features.npy", features)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    embed = plain_embedding(checkpoint)
+    expected = np.stack([embed(image, "infrared") for image in images])
+    np.testing.assert_allclose(np.load(tmp_path / "features.npy"), expected, rtol=0, atol=2e-5)
+
+
+def test_full_disk(checkpoint, tmp_path):
+    older = tmp_path / "adp_lr_0.1_best_visible_FC.safetensors"
+    older.write_bytes(b"older")
+    limit = (1_000_000, resource.RLIM_INFINITY)
+    arguments = ("--resume", checkpoint, "--format", "safetensors", "--modality", "visible", "--out", tmp_path)
+    result = command(*arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"export.py: error: {older}: cannot be written")
+    assert [*tmp_path.iterdir()] == [older]
+    assert older.read_bytes() == b"older"
+
+
+def test_missing_checkpoint_is_one_line(tmp_path):
+    result = command("--format", "onnx", "--resume", "absent.t", cwd=tmp_path)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("export.py: error: absent.t: no such file")
+
+
+def test_bad_input(checkpoint, tmp_path):
+    text = tmp_path / "text.t"
+    text.write_text("no checkpoint")
+    (tmp_path / "adp_lr_0.1_best_infrared_FC.onnx").mkdir()
+    cases = [
+        (text, tmp_path, "text.t: cannot be loaded safely"),
+        (checkpoint, text / "out", "cannot write there"),
+        (checkpoint, tmp_path, "infrared_FC.onnx: is a folder"),
+    ]
+    for source, out, words in cases:
+        with pytest.raises(InputError, match=words):
+            export.main(["--format", "onnx", "--resume", str(source), "--out", str(out)])
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == [text]
+
+
+def test_json_does_not_replace_what_is_read_or_written(checkpoint, tmp_path):
+    before = checkpoint.read_bytes()
+    for name in (checkpoint, tmp_path / "adp_lr_0.1_best_visible_FC.pt"):
+        argv = ["--resume", str(checkpoint), "--format", "torchscript", "--out", str(tmp_path), "--json", str(name)]
+        with pytest.raises(InputError, match="is read or written already"):
+            export.main(argv)
+    assert checkpoint.read_bytes() == before
+    assert not [*tmp_path.iterdir()]
+
+
+def test_load_embedding_refuses_other_files(tmp_path):
+    (tmp_path / "a").write_text("text")
+    safetensors.torch.save_file({"x": torch.zeros(2)}, tmp_path / "b")
+    safetensors.torch.save_file({"x": torch.zeros(2)}, tmp_path / "c", {"gfmnet": "{}"})
+    for name in "abcd":
+        with pytest.raises(InputError, match=f"{name}: no safetensors file of export.py"):
+            export.load_embedding(tmp_path / name)
