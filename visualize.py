@@ -1,58 +1,259 @@
-"""Draw what training has logged.
+"""Pictures of a checkpoint and of runs: rankings, heat maps, feature maps, distances, curves.
 
-    python visualize.py curves log/sysu_log/*.jsonl --out curves.png
+    python visualize.py ranking --resume save_model/..._best.t --out ranking.png
 
-curves   values of one or several runs by epoch: losses, metrics, the health of the triplet
+ranking     queries with the gallery images nearest to them, as the protocol lets them see it
+heatmap     where the network looks, over queries and their matches
+tsne        the features of some identities, both modalities, on a map
+distances   how far images of one identity and of two identities are apart
+curves      losses and metrics of runs by epoch, from their logs; or CMC curves, from testa.py's --json
 """
 
+import argparse
+import json
+import re
 from pathlib import Path
+from typing import NamedTuple
 
-import matplotlib
-from matplotlib.figure import Figure
+import numpy as np
+import torch
+import torch.nn.functional as F
 
-from utils import ArgumentParser, InputError, atomic, cli, read_json_lines
-
-# Okabe and Ito's colours, which colour-blind readers tell apart; dashes tell the lines apart without colours.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 2, 2)))
+import data_manager
+import engine
+import figures
+import protocol
+from ChannelAug import normalise
+from data_loader import read_image
+from utils import (
+    ArgumentParser,
+    InputError,
+    cli,
+    find_checkpoint,
+    number,
+    progress,
+    read_json_lines,
+    select_device,
+)
 
 
 def get_args_parser():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    curves = commands.add_parser("curves", help="values of one or several runs by epoch")
-    curves.add_argument("logs", nargs="+", metavar="LOG", help="a run's {name}.jsonl")
-    curves.add_argument(
-        "--values", nargs="+", default=["total", "correct", "FC/Rank-1"], help="what of a log's entries"
-    )
+
+    def command(name, text, resume):
+        sub = commands.add_parser(name, help=text)
+        sub.add_argument("--out", required=True, metavar="FILE", help="picture to write: .png, .svg or .pdf")
+        if resume:
+            sub.add_argument("--resume", required=True, **resume)
+            protocol.add_flags(sub)
+            sub.add_argument("--feature", choices=("FC", "POOL"), default="FC")
+            sub.add_argument("--gallery", type=number(int, 0, 9), help="SYSU-MM01, LLCM: gallery's trial (default: 0)")
+        return sub
+
+    one = {"help": "checkpoint: a path, or a name under --model_path"}
+    ranking = command("ranking", "queries with their nearest gallery images", one)
+    heatmap = command("heatmap", "where the network looks, over queries and their matches", one)
+    for sub, queries in ((ranking, 6), (heatmap, 3)):
+        sub.add_argument(
+            "--which", default="worst", help="queries: worst or best by average precision, random, or an ID"
+        )
+        sub.add_argument("--queries", type=number(int, 1, 100), default=queries, help="how many")
+        sub.add_argument("--seed", type=number(int, 0), default=0, help="of --which random")
+    ranking.add_argument("--top", type=number(int, 1, 50), default=10, help="gallery images of each")
+    tsne = command("tsne", "features of some identities, both modalities, on a map", one)
+    tsne.add_argument("--people", type=number(int, 2, 100), default=10, help="identities")
+    tsne.add_argument("--seed", type=number(int, 0), default=0, help="of the identities' choice and of the map")
+    two = {"help": "one checkpoint, or two: from before and after", "nargs": "+"}
+    command("distances", "distances of images of one identity and of two", two)
+    curves = command("curves", "losses and metrics by epoch, or CMC curves", None)
+    curves.add_argument("logs", nargs="+", metavar="FILE", help="runs' {name}.jsonl, or testa.py's .json")
+    curves.add_argument("--values", nargs="+", help="what of a log's entries (default: total correct FC/Rank-1)")
     curves.add_argument("--labels", nargs="+", help="names of the runs (default: those of their files)")
-    curves.add_argument("--out", required=True, metavar="FILE", help="picture to write: .png, .svg or .pdf")
     return parser
+
+
+def which(text):
+    """An argparse type: which queries."""
+    if text not in ("worst", "best", "random") and not re.fullmatch(data_manager.NUMBER, text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not worst, best, random, or the number of an identity")
+    return text
 
 
 def main(argv=None):
     """Returns the picture's path."""
     args = get_args_parser().parse_args(argv)
-    if Path(args.out).suffix not in (".png", ".svg", ".pdf"):
-        raise InputError(f"--out {args.out}: name a .png, .svg or .pdf")
+    figures.check_picture(args.out)
+    draw = {"ranking": ranking, "heatmap": heatmap, "tsne": tsne, "distances": distances, "curves": curves}
+    figures.save(draw[args.command](args), args.out)
+    print(args.out)
+    return args.out
+
+
+class Tested(NamedTuple):
+    """A checkpoint's network, the search that the flags ask for with its images' paths and features, and what both are
+    in words."""
+
+    net: torch.nn.Module
+    device: torch.device
+    size: tuple
+    paths: dict
+    search: data_manager.Search
+    features: dict
+    network: str
+    setting: str
+
+
+def embed_test(args, resume):
+    """-> `Tested`: all images of the flags' search, embedded by the checkpoint that `resume` names."""
+    protocol.check_flags(args)
+    if args.dataset == "regdb" and args.gallery is not None:
+        raise InputError("--gallery is SYSU-MM01's and LLCM's: RegDB's galleries are whole; leave it out")
+    device, data_path = select_device(args.gpu), protocol.data_folder(args)
+    path = find_checkpoint(resume, args.model_path)
+    net, size, origin = protocol.open_checkpoint(path, data_path)
+    trial = protocol.tested_trial(path, origin, args.dataset, args.trial)
+    test = protocol.searches(args, data_path, trial, [args.gallery or 0])
+    net.to(device, memory_format=torch.channels_last)
+    embed = engine.network_embedding(net, device, normalise, args.amp)
+    features = protocol.embed_images(embed, test.paths, size, args)
+    (search,) = test.searches
+    setting = f"{data_manager.describe(search.setting)}, trial {search.setting['trial']}"
+    setting = f"{protocol.data_name(args.dataset, origin['demo'])}, {setting}; {args.feature}"
+    return Tested(net, device, size, test.paths, search, features, origin["network"], setting)
+
+
+def choose(args, tested):
+    """The queries that `--which` asks for, with all their gallery's images: as `engine.rank_images` gives them."""
+    found = engine.run_search(tested.features, tested.search)[args.feature, "none"]
+    chosen = engine.choose_queries(found, tested.search, args.which, args.queries, args.seed)
+    return engine.rank_images(tested.features, tested.paths, tested.search, args.feature, found, chosen)
+
+
+def ranking(args):
+    tested = embed_test(args, args.resume)
+    ranked = choose(args, tested)
+    for query in ranked:
+        query["gallery"] = query["gallery"][: args.top]
+    return figures.ranking_sheet(figures.ranking_tiles(ranked), f"{tested.setting}; {tested.network}")
+
+
+def heatmap(args):
+    tested = embed_test(args, args.resume)
+    pairs = []
+    for query in progress(choose(args, tested), desc="heat maps", unit="pair"):
+        rank, match = next((i, image) for i, image in enumerate(query["gallery"], 1) if image["correct"])
+        images = [(query, tested.search.query.modality), (match, tested.search.gallery.modality)]
+        captions = ["query", f"match, rank {rank}"]
+        pairs.append(
+            [
+                (f"{caption}: id {image['id']}, camera {image['camera']}", image["path"], heat)
+                for caption, (image, _), heat in zip(
+                    captions, images, pair_heats(tested, images, args.feature), strict=True
+                )
+            ]
+        )
+    return figures.heatmap_sheet(pairs, f"{tested.setting}; {tested.network}")
+
+
+def pair_heats(tested, images, feature):
+    """Where the network looks in two images, [(image, modality), ...] -> of each {name: heat [H, W], 0 to 1}.
+
+    "similarity": what each place of the last feature map adds to the similarity to the other image: HiResCAM (Draelos
+    and Carin, 2020), Grad-CAM without its averaging of gradients over places. "attention": AFAM's spatial attention,
+    where the network has it. Each from its smallest to its largest value.
+    """
+    from pytorch_grad_cam import HiResCAM  # slow to import
+
+    net, device = tested.net, tested.device
+    inputs = [
+        normalise(torch.from_numpy(read_image(image["path"], tested.size)).movedim(-1, 0)[None].to(device))
+        for image, _ in images
+    ]
+    streams = [Stream(net, modality, feature) for _, modality in images]
+    with torch.no_grad():
+        vectors = [F.normalize(stream(x))[0] for stream, x in zip(streams, inputs, strict=True)]
+    heats = []
+    for i, stream in enumerate(streams):
+        last = net.shared if len(net.shared) else net.attention
+        with HiResCAM(stream, [last]) as cam:
+            maps = {"similarity": cam(inputs[i], [vectors[1 - i].dot])[0]}
+        if net.options["attention"]:
+            maps["attention"] = attention_map(net, inputs[i], stream.modality)
+        heats.append({name: (heat - heat.min()) / max(np.ptp(heat), 1e-9) for name, heat in maps.items()})
+    return heats
+
+
+class Stream(torch.nn.Module):
+    """One stream of a network as a module: images [B, 3, H, W] -> [B, C], not normalised. The cosine similarity's own
+    gradient would be orthogonal to the feature: what a place adds and what another takes away would cancel."""
+
+    def __init__(self, net, modality, feature):
+        super().__init__()
+        self.net, self.modality, self.feature = net, modality, feature
+
+    def forward(self, images):
+        return self.net.vectors(images, self.modality)[self.feature == "FC"]
+
+
+def attention_map(net, images, modality):
+    """AFAM's spatial attention in [1, 3, H, W] -> [h, w], 0 to 1."""
+    kept = []
+    handle = net.attention.spatial.register_forward_hook(lambda module, inputs, output: kept.append(output.sigmoid()))
+    with torch.no_grad():
+        net.embed(images, modality)
+    handle.remove()
+    return kept[0][0, 0].cpu().numpy()
+
+
+def tsne(args):
+    from sklearn.manifold import TSNE  # slow to import
+
+    tested = embed_test(args, args.resume)
+    query, gallery = tested.search.query, tested.search.gallery
+    people = np.intersect1d(query.ids, gallery.ids)
+    if len(people) < args.people:
+        raise InputError(f"--people {args.people}: only {len(people)} have images of both modalities in this search")
+    people = np.sort(np.random.default_rng(args.seed).choice(people, args.people, replace=False))
+    features, ids, modalities = [], [], []
+    for images in (query, gallery):
+        chosen = np.isin(images.ids, people)
+        features.append(tested.features[images.modality][args.feature][images.rows[chosen]].cpu().numpy())
+        ids.append(images.ids[chosen])
+        modalities += [images.modality] * chosen.sum()
+    features = np.concatenate(features)
+    perplexity = min(30, (len(features) - 1) / 3)
+    points = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=args.seed).fit_transform(features)
+    return figures.feature_map(points, np.concatenate(ids), np.array(modalities), f"{tested.setting}; {tested.network}")
+
+
+def distances(args):
+    if len(args.resume) > 2 or len(set(args.resume)) < len(args.resume):
+        raise InputError(f"--resume {' '.join(args.resume)}: give one checkpoint, or two to compare")
+    tested = [embed_test(args, resume) for resume in args.resume]
+    labels = [one.network for one in tested]
+    if len(set(labels)) < len(labels):
+        labels = args.resume
+    pairs = [engine.pair_distances(one.features, one.search, args.feature) for one in tested]
+    return figures.distance_histograms(dict(zip(labels, pairs, strict=True)), tested[0].setting)
+
+
+def curves(args):
     if args.labels and len(args.labels) != len(args.logs):
-        raise InputError(f"--labels {' '.join(args.labels)}: give one for each of the {len(args.logs)} logs")
+        raise InputError(f"--labels {' '.join(args.labels)}: give one for each of the {len(args.logs)} files")
     names = [Path(log).stem for log in args.logs]
     labels = args.labels or (names if len(set(names)) == len(names) else args.logs)
     if len(set(labels)) < len(labels):
-        raise InputError(f"{' '.join(labels)}: two runs of one name; tell them apart with --labels")
+        raise InputError(f"{' '.join(labels)}: two files of one name; tell them apart with --labels")
+    kinds = {Path(log).suffix for log in args.logs}
+    if kinds == {".json"}:
+        if args.values:
+            raise InputError(f"--values {' '.join(args.values)}: is of logs (.jsonl); testa.py's .json has CMC curves")
+        return figures.result_curves(dict(zip(labels, map(read_results, args.logs), strict=True)), "cmc")
+    if ".json" in kinds:
+        raise InputError(f"{' '.join(args.logs)}: logs (.jsonl) or testa.py's results (.json), not both")
     runs = dict(zip(labels, map(read_log, args.logs), strict=True))
-    known = {
-        key for entries in runs.values() for entry in entries for key, v in entry.items() if not isinstance(v, str)
-    }
-    for value in args.values:
-        if value not in known:
-            raise InputError(f"--values {value}: no number of these logs; they have {', '.join(sorted(known))}")
-    figure = draw_curves(runs, args.values)
-    with atomic(args.out) as temporary, matplotlib.rc_context({"svg.fonttype": "none"}):
-        figure.savefig(temporary, dpi=150, format=Path(args.out).suffix[1:])
-    print(args.out)
-    return args.out
+    return figures.epoch_curves(runs, args.values or ["total", "correct", "FC/Rank-1"])
 
 
 def read_log(path):
@@ -65,33 +266,17 @@ def read_log(path):
     return entries
 
 
-def draw_curves(runs, values):
-    """runs: {label: entries of a log} -> Figure with a panel for each of `values`."""
-    # Names side by side if there is room for them, else one below the other.
-    columns = len(runs) if sum(len(label) + 8 for label in runs) < 40 * len(values) else 1
-    height = 3.1 + 0.25 * len(runs) / columns
-    figure = Figure(figsize=(4 * len(values), height), layout="constrained")
-    panels = figure.subplots(1, len(values), squeeze=False)[0]
-    for panel, value in zip(panels, values, strict=True):
-        for number, (label, entries) in enumerate(runs.items()):
-            points = [(entry["epoch"], entry[value]) for entry in entries if value in entry]
-            if not points:
-                continue
-            style = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
-            panel.plot(
-                *zip(*points, strict=True),
-                label=label,
-                marker="o" if len(points) < 3 else "." if len(points) < 30 else "",
-                **style,
-            )
-        panel.set(title=value, xlabel="epoch")
-        panel.set_ylim(bottom=min(0, panel.get_ylim()[0]))
-        panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
-    drawn = {line.get_label(): line for panel in panels for line in panel.lines}
-    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=columns, frameon=False)
-    return figure
+def read_results(path):
+    """The results in testa.py's JSON."""
+    try:
+        results = json.loads(Path(path).read_text())["results"]
+        for row in results:
+            data_manager.describe(row), row["model"], row["feature"], row["reranking"], row["curves"]["cmc"][0]
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise InputError(
+            f"{path}: has no results with CMC curves ({type(error).__name__}); write it with testa.py --json"
+        ) from error
+    return results
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import pytest
 from PIL import Image
 
+import figures
 import visualize
 from utils import InputError
 
@@ -24,7 +25,7 @@ def logs(tmp_path):
 
 def test_curves_show_the_logs(logs):
     runs = {file.stem: visualize.read_log(file) for file in logs}
-    figure = visualize.draw_curves(runs, ["total", "FC/Rank-1"])
+    figure = figures.epoch_curves(runs, ["total", "FC/Rank-1"])
     total, rank = figure.axes
     assert [(panel.get_title(), panel.get_xlabel()) for panel in figure.axes] == [
         ("total", "epoch"),
@@ -75,7 +76,7 @@ def test_runs_of_one_name_stay_two(logs, tmp_path):
     out = tmp_path / "a.svg"
     visualize.main(["curves", *map(str, logs), "--values", "FC/Rank-1", "--out", str(out)])
     assert f">{logs[1]}<" in out.read_text()
-    with pytest.raises(InputError, match="two runs of one name; tell them apart with --labels"):
+    with pytest.raises(InputError, match="two files of one name; tell them apart with --labels"):
         visualize.main(["curves", str(logs[0]), str(logs[0]), "--values", "total", "--out", str(out)])
 
 

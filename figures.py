@@ -1,0 +1,250 @@
+"""Figures: plain values in, a matplotlib `Figure` out, which `save` writes. Nothing here needs a display.
+
+Colours are Okabe and Ito's, which colour-blind readers tell apart, and never the only difference: lines have dashes,
+modalities markers, and frames of wrong images are dashed.
+"""
+
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+import data_manager
+from data_loader import read_image
+from utils import InputError, atomic, check_output
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 2, 2)))
+FRAMES = {
+    "correct": {"edgecolor": COLOURS[0], "linestyle": "-"},
+    "wrong": {"edgecolor": COLOURS[1], "linestyle": (0, (3, 1.5))},
+    "query": {"edgecolor": "black", "linestyle": "-"},
+}
+SUFFIXES = (".png", ".svg", ".pdf")
+DPI = 150
+
+
+def check_picture(path, flag="--out"):
+    """Raise InputError unless a picture can be written to `path`."""
+    if Path(path).suffix not in SUFFIXES:
+        raise InputError(f"{flag} {path}: name a .png, .svg or .pdf")
+    check_output(path)
+
+
+def save(figure, path):
+    """Write a figure as .png, .svg or .pdf, by the path's ending. Text stays text in an .svg."""
+    with atomic(path) as temporary, matplotlib.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(temporary, dpi=DPI, format=Path(path).suffix[1:])
+
+
+class Tile(NamedTuple):
+    """An image of a sheet: its file, the lines under it, and what its frame says: "query", "correct", "wrong", None."""
+
+    path: str
+    caption: str
+    frame: str | None = None
+
+
+def ranking_sheet(rows, title=""):
+    """Queries with their ranked gallery images. rows: lists of `Tile`s, the query's first, the nearest image's next."""
+    columns = max(map(len, rows))
+    lines = max(tile.caption.count("\n") + 1 for row in rows for tile in row)
+    width, height, text = 0.92, 1.6, 0.125 * lines + 0.1  # inches
+    whole_width = columns * width + 0.35
+    title = _wrapped(title, whole_width)
+    top = 0.2 + 0.16 * title.count("\n") + 0.2 * bool(title)
+    whole_height = len(rows) * (height + text) + top + 0.3
+    figure = Figure(figsize=(whole_width, whole_height))
+    for i, row in enumerate(rows):
+        for j, tile in enumerate(row):
+            left = 0.1 + j * width + (0.15 if j else 0)  # a gap after the query
+            bottom = whole_height - top - (i + 1) * (height + text) + text
+            panel = figure.add_axes(
+                [left / whole_width, bottom / whole_height, (width - 0.1) / whole_width, (height - 0.06) / whole_height]
+            )
+            panel.imshow(thumbnail(tile.path), aspect="auto", interpolation="antialiased")
+            panel.set(xticks=[], yticks=[])
+            panel.set_xlabel(tile.caption, fontsize=7, labelpad=2, linespacing=1.1)
+            for spine in panel.spines.values():
+                spine.set(visible=tile.frame is not None, linewidth=2.2, **FRAMES.get(tile.frame, {}))
+    figure.text(0.1 / whole_width, 1 - 0.1 / whole_height, title, fontsize=9, va="top")
+    if any(tile.frame in ("correct", "wrong") for row in rows for tile in row):
+        legend = (
+            "black frame: query; blue, \N{CHECK MARK}: same identity; orange, dashed, \N{MULTIPLICATION SIGN}: another"
+        )
+        figure.text(0.1 / whole_width, 0.1 / whole_height, legend, fontsize=7)
+    return figure
+
+
+def thumbnail(path, height=256):
+    """An image file as a person's crop for a sheet: uint8 [height, height / 2, 3]."""
+    return read_image(path, (height, height // 2))
+
+
+def _wrapped(title, width):
+    """A title of size 9 in lines that fit into so many inches."""
+    return "\n".join(textwrap.wrap(title, int(width / 0.075)))
+
+
+def ranking_tiles(ranked):
+    """`engine.rank_images`' queries as the rows of a `ranking_sheet`."""
+    rows = []
+    for query in ranked:
+        precision = f"AP {100 * query['average_precision']:.0f} %"
+        row = [Tile(query["path"], f"query: {precision}\nid {query['id']}\ncamera {query['camera']}", "query")]
+        for image in query["gallery"]:
+            frame, mark = ("correct", "\N{CHECK MARK}") if image["correct"] else ("wrong", "\N{MULTIPLICATION SIGN}")
+            caption = f"{mark} {image['similarity']:.3f}\nid {image['id']}\ncamera {image['camera']}"
+            row.append(Tile(image["path"], caption, frame))
+        rows.append(row)
+    return rows
+
+
+def heatmap_sheet(pairs, title):
+    """Where the network looks. pairs: of each a list of (caption, image file, {name: heat [h, w], from 0 to 1})."""
+    names = list(pairs[0][0][2])
+    parts = len(names) + 1
+    columns = parts * max(map(len, pairs))
+    width, height, text = 1.05, 1.95, 0.3  # inches
+    whole_width = columns * width + 0.5
+    title = _wrapped(title, whole_width)
+    top = 0.55 + 0.16 * title.count("\n")
+    whole_height = len(pairs) * (height + text) + top
+    figure = Figure(figsize=(whole_width, whole_height))
+    for i, pair in enumerate(pairs):
+        for j, (caption, path, heats) in enumerate(pair):
+            image = thumbnail(path)
+            for k, (name, heat) in enumerate([("image", None), *heats.items()]):
+                left = 0.1 + (j * parts + k) * width + 0.3 * j
+                bottom = whole_height - top - (i + 1) * (height + text) + text
+                box = [left / whole_width, bottom / whole_height, 1 / whole_width, (height - 0.05) / whole_height]
+                panel = figure.add_axes(box, xticks=[], yticks=[])
+                panel.imshow(image if heat is None else image.mean(axis=2), cmap="gray", vmin=0, vmax=255)
+                if heat is not None:  # over gray, so that the image's colours are not taken for heat
+                    extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
+                    panel.imshow(
+                        heat, cmap="inferno", alpha=0.6, extent=extent, interpolation="bilinear", vmin=0, vmax=1
+                    )
+                panel.set_aspect("auto")
+                if i == 0:
+                    panel.set_title(name, fontsize=8)
+                if k == 0:
+                    panel.set_xlabel(caption, fontsize=7.5, loc="left", labelpad=3)
+    figure.text(0.1 / whole_width, 1 - 0.1 / whole_height, title, fontsize=9, va="top")
+    return figure
+
+
+def feature_map(points, ids, modalities, title):
+    """A map of features: points [N, 2] with identities [N] and modalities [N]. Colour: identity; marker: modality."""
+    figure = Figure(figsize=(8, 5.6), layout="constrained")
+    panel = figure.subplots()
+    people = np.unique(ids)
+    markers = {"visible": "o", "infrared": "^"}
+    for number, person in enumerate(people):
+        for modality, marker in markers.items():
+            chosen = (ids == person) & (modalities == modality)
+            look = {"facecolors": COLOURS[number % 7], "edgecolors": "black"}
+            if number >= len(COLOURS):  # the colours come again, as outlines
+                look = {"facecolors": "none", "edgecolors": COLOURS[number % 7]}
+            panel.scatter(*points[chosen].T, s=42, marker=marker, linewidths=0.6 if number < 7 else 1.6, **look)
+            # So many colours are hard to tell apart: the identity stands above its points, too.
+            top = points[chosen][points[chosen][:, 1].argmax()]
+            panel.annotate(str(person), top, (0, 6), textcoords="offset points", fontsize=7.5, ha="center")
+    for modality, marker in markers.items():
+        panel.scatter([], [], marker=marker, facecolors="0.7", edgecolors="black", s=42, label=modality)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    panel.set(xticks=[], yticks=[])
+    panel.margins(0.07)
+    panel.set_title(_wrapped(title, 8), fontsize=9, loc="left")
+    return figure
+
+
+def distance_histograms(pairs, title=""):
+    """pairs {label: (distances of the same identity, of two identities)} -> a panel each, with the overlap of both."""
+    figure = Figure(figsize=(4.6 * len(pairs), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(pairs), squeeze=False, sharex=True)[0]
+    both = np.concatenate([values for pair in pairs.values() for values in pair])
+    bins = np.linspace(both.min(), both.max(), 61)
+    for panel, (label, (same, other)) in zip(panels, pairs.items(), strict=True):
+        for values, name, style in ((same, "same identity", 0), (other, "two identities", 1)):
+            look = {"color": COLOURS[style], "linestyle": DASHES[style]}
+            panel.hist(values, bins, density=True, alpha=0.3, color=COLOURS[style])
+            panel.hist(values, bins, density=True, histtype="step", linewidth=1.6, label=name, **look)
+        named = f"{label}: " if label else ""
+        panel.set_title(f"{named}overlap {100 * overlap(same, other):.1f} %", fontsize=9, loc="left")
+        panel.set(xlabel="cosine distance, query to gallery", yticks=[])
+        panel.spines[["top", "right", "left"]].set_visible(False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.suptitle(_wrapped(title, 4.6 * len(pairs)), fontsize=9, x=0.01, ha="left")
+    return figure
+
+
+def overlap(a, b, bins=200):
+    """Overlapping coefficient of two samples, 0 (apart) to 1 (alike): the shared area of their histograms."""
+    edges = np.linspace(min(a.min(), b.min()), max(a.max(), b.max()), bins + 1)
+    shares = [np.histogram(values, edges)[0] / len(values) for values in (a, b)]
+    return float(np.minimum(*shares).sum())
+
+
+def epoch_curves(runs, values):
+    """runs: {label: entries of a `utils.RunLog`} -> Figure with a panel for each of `values`, by epoch.
+
+    Raises InputError for a value that no log has."""
+    known = {
+        key for entries in runs.values() for entry in entries for key, v in entry.items() if not isinstance(v, str)
+    }
+    panels = {}
+    for value in values:
+        if value not in known:
+            raise InputError(f"--values {value}: no number of these logs; they have {', '.join(sorted(known))}")
+        points = {label: [(e["epoch"], e[value]) for e in entries if value in e] for label, entries in runs.items()}
+        panels[value] = {label: tuple(zip(*there, strict=True)) for label, there in points.items() if there}
+    return curves(panels, "epoch")
+
+
+def result_curves(tables, curve, titled=True):
+    """tables: {label: rows of `engine.summarise`} -> Figure with a panel for each protocol. POOL is left out.
+
+    curve: "cmc", by rank, or "precision", by recall. titled: whether panels name the protocol.
+    """
+    panels = {}
+    for label, rows in tables.items():
+        for row in rows:
+            if row["feature"] == "POOL":
+                continue
+            name = [label] * (len(tables) > 1) + [row["model"]] + [row["reranking"]] * (row["reranking"] != "none")
+            values = row["curves"][curve]
+            x = np.arange(1, len(values) + 1) if curve == "cmc" else np.linspace(0, 100, len(values))
+            panels.setdefault(data_manager.describe(row) if titled else "", {})[", ".join(name)] = x, values
+    return curves(panels, *{"cmc": ("rank", "matching rate, %"), "precision": ("recall, %", "precision, %")}[curve])
+
+
+def curves(panels, x_label, y_label=""):
+    """panels {title: {label: (x values, y values)}} -> Figure; a label looks the same in all of them."""
+    names = list(dict.fromkeys(label for lines in panels.values() for label in lines))
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    # As many names side by side as there is room for.
+    beside = max(1, min(len(names), 48 * columns // (8 + max(map(len, names)))))
+    figure = Figure(figsize=(4 * columns, 2.9 * rows + 0.2 + 0.25 * -(-len(names) // beside)), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for panel in axes[len(panels) :]:
+        panel.remove()
+    for panel, (title, lines) in zip(axes, panels.items(), strict=False):
+        for label, (x, y) in lines.items():
+            number = names.index(label)
+            style = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
+            panel.plot(x, y, label=label, marker="o" if len(x) < 3 else "." if len(x) < 30 else "", **style)
+        panel.set(xlabel=x_label, ylabel=y_label)
+        panel.set_title(_wrapped(title, 4), fontsize=9.5)
+        panel.set_ylim(bottom=min(0, panel.get_ylim()[0]))
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    drawn = {line.get_label(): line for panel in axes[: len(panels)] for line in panel.lines}
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=beside, frameon=False)
+    return figure
