@@ -86,6 +86,7 @@ def check_origin(path, origin):
         "selection": lambda value: value in ("test", "val", "none"),
         "flipped": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
         "demo": lambda value: isinstance(value, bool),
+        "flags": lambda value: isinstance(value, dict),
         **dict.fromkeys(("checkpoint", "network", "data_path"), lambda value: isinstance(value, str)),
     }
     if not isinstance(origin, dict):

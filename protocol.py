@@ -83,6 +83,7 @@ def checkpoint_origin(path, checkpoint, net, size, data_path):
         "network": f"{flags.get('method', 'published')}, {net.options['arch']}, {size[0]}x{size[1]}, epoch {epoch}",
         "data_path": os.path.abspath(data_path),
         "demo": data_manager.is_demo(data_path),
+        "flags": flags,
     }
 
 

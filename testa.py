@@ -7,14 +7,20 @@ an image and its mirror, averaged; POOL before and FC after the batch-norm bottl
 """
 
 import os
+import platform
 from itertools import groupby
 
+import numpy as np
+import PIL
 import torch
 import torch.nn.functional as F
+import torchvision
 
 import data_manager
 import engine
+import figures
 import protocol
+import report
 from ChannelAug import GRAY, normalise
 from feature_store import load_features, save_features, select_features
 from model import GFMNet
@@ -29,6 +35,8 @@ from utils import (
     select_device,
 )
 
+PAGE = "report.html"
+HARDEST, NEAREST = 40, 10  # queries, and gallery images of each, on the page
 BASELINES = ("gray pixels", "colour histogram", "untrained")
 
 
@@ -50,6 +58,7 @@ def get_args_parser():
     )
     parser.add_argument("--baselines", action="store_true", help="add gray pixels, colours, the untrained net")
     parser.add_argument("--json", metavar="FILE", help="write all results to this file")
+    parser.add_argument("--report", metavar="DIR", help=f"write a page of the results, {PAGE}, to this folder")
     return parser
 
 
@@ -60,7 +69,7 @@ def main(argv=None):
     device = select_device(args.gpu)
     data_path = protocol.data_folder(args)
 
-    rows = []
+    rows, leading = [], None
     for path, trial in sources(args):
         if args.from_features:
             stored, origin = load_features(path)
@@ -79,6 +88,7 @@ def main(argv=None):
             if args.features:
                 save_features(for_trial(args.features, trial), features, test.paths, data_path, origin)
 
+        leading = leading or (features, test, origin)
         flipped = origin.get("flipped")
         for search in progress(test.searches, desc="searching", unit="search", leave=False):
             counts = {"queries": len(search.query.rows), "gallery": len(search.gallery.rows)}
@@ -100,14 +110,48 @@ def main(argv=None):
     results = engine.summarise(rows)
     if args.json:
         save_json({"flags": vars(args), "torch": torch.__version__, "results": results}, args.json)
+    if args.report:
+        write_report(args, results, *leading)
     print_results(results, by_trial=not args.all)
     return results
+
+
+def write_report(args, results, features, test, origin):
+    """The page of `--report`. Rankings and distances are of the first search, by the network's FC feature."""
+    search, names = test.searches[0], list(features["visible"])
+    name = next((name for name in names if name[1] == "FC" and name[0] not in BASELINES), names[-1])
+    found = engine.run_search({m: {name: values[name]} for m, values in features.items()}, search)[name, "none"]
+    chosen = engine.choose_queries(found, search, "worst", HARDEST)
+    where = f"{data_manager.describe(search.setting)}, trial {search.setting['trial']}, feature {name[1]}"
+    pictures = {}
+    for described, rows in groupby(results, data_manager.describe):
+        rows = list(rows)
+        pictures[f"CMC: {described}"] = figures.result_curves({"": rows}, "cmc", titled=False)
+        pictures[f"Precision by recall: {described}"] = figures.result_curves({"": rows}, "precision", False)
+        if len(pictures) == 2:
+            distances = engine.pair_distances(features, search, name)
+            pictures[f"Distances of queries to gallery images: {where}"] = figures.distance_histograms({"": distances})
+    modules = (torch, torchvision, np, PIL)
+    report.write_page(
+        os.path.join(args.report, PAGE),
+        f"Test results: {protocol.data_name(args.dataset, origin.get('demo'))}",
+        results,
+        engine.rank_images(features, test.paths, search, name, found, chosen, NEAREST),
+        where,
+        pictures,
+        {
+            "Flags of this test": vars(args),
+            "Flags of the training": origin.get("flags") or {},
+            "Versions": {"Python": platform.python_version(), **{m.__name__: m.__version__ for m in modules}},
+        },
+    )
 
 
 def check_flags(args):
     """Raise InputError for flags that do not go together, and for outputs that cannot be written."""
     name = source_name(args)
-    files = [file for file in (name, args.features, args.json) if file is not None]
+    page = args.report and os.path.join(args.report, PAGE)
+    files = [file for file in (name, args.features, args.json, page) if file is not None]
     protocol.check_flags(args, files)
     if args.all and (args.tvsearch or not protocol.is_default(args)):
         raise InputError("--all tests them all: leave --mode, --protocol, --shots and --tvsearch out, or --all")
@@ -117,7 +161,7 @@ def check_flags(args):
         raise InputError(f"--features {args.features}: would hold one trial of ten; put {{trial}} into the name")
     if len({os.path.realpath(file) for file in files}) < len(files):
         raise InputError(f"{', '.join(files)}: name the same file twice; what is read and written must differ")
-    for output in filter(None, (args.features, args.json)):
+    for output in filter(None, (args.features, args.json, page)):
         check_output(output)
 
 

@@ -1,0 +1,147 @@
+"""A page of test results in one HTML file: tables, figures and ranked images, without a server or a network."""
+
+import base64
+import hashlib
+import io
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import matplotlib
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+import data_manager
+from data_loader import read_image
+from utils import atomic, progress
+
+CROP = (256, 128)  # height, width of an embedded image: enough to enlarge it, at about 7 KB each
+PROTOCOL = ("dataset", "mode", "direction", "protocol", "shots")
+# A figure's black, white and blue in the page's colours, so that it suits light and dark.
+COLOURS = {"#000000": "currentColor", "#ffffff": "var(--page)", "#0072b2": "var(--correct)"}
+
+
+def write_page(path, title, results, rankings, rankings_title, figures, settings):
+    """Write test results to one HTML file that asks for no other, not even from a network.
+
+    results: rows of `engine.summarise`. rankings: a dict for each query, the hardest first: {"path", "id", "camera",
+    "modality", "average_precision" of 0 to 1, "first_match", a rank from 1, "gallery": its ten nearest images or fewer,
+    a list of {"path", "id", "camera", "similarity", "correct"}}; may be empty. rankings_title: of which search, feature
+    and trial they are. figures: {caption: matplotlib Figure}. settings: {heading: {name: plain value}}.
+
+    Raises InputError for an image that is missing or cannot be read, and if `path` cannot be written.
+    """
+    files = dict.fromkeys(image["path"] for query in rankings for image in (query, *query["gallery"]))
+    bar = progress(files, desc="embedding images", unit="img", leave=False)
+    trials = [trial for row in results for trial in row["per_trial"]]
+    common, columns, rows = tabulate(results)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"digest": digest, "tail": lambda file: Path(*Path(file).parts[-3:])}
+    page = environment.get_template("report.html.j2").render(
+        title=title,
+        origin={
+            "Images": dict.fromkeys(row["images"] for row in results),
+            "Checkpoint": dict.fromkeys(f"{trial['checkpoint']} ({trial['network']})" for trial in trials),
+        },
+        common=common,
+        columns=columns,
+        metrics=list(results[0]["mean"]),
+        rows=rows,
+        crop=CROP,
+        pictures={file: (f"i{number}", data_uri(file)) for number, file in enumerate(bar)},
+        rankings=rankings,
+        rankings_title=rankings_title,
+        figures={caption: inline_svg(figure, caption, f"f{i}-") for i, (caption, figure) in enumerate(figures.items())},
+        content={"settings": settings, "results": results},
+    )
+    with atomic(path) as temporary:
+        temporary.write_text(page, encoding="utf-8", errors="replace")  # a file's name may be no Unicode
+
+
+def tabulate(results):
+    """-> (what is the same in all rows {column: text}, the other columns, rows of the table).
+
+    A row is {"labels": its columns' texts, "metrics": [(mean, deviation or None, whether its protocol has no better)]}.
+    """
+    labels = [describe(row) for row in results]
+    shared = {
+        name: value
+        for name, value in labels[0].items()
+        if name not in ("model", "feature") and all(other[name] == value for other in labels)
+    }
+    columns = [name for name in labels[0] if name not in shared]
+    rows = []
+    for row, named in zip(results, labels, strict=True):
+        rivals = [other for other in results if other is not row and all(other[key] == row[key] for key in PROTOCOL)]
+        metrics = [
+            (mean, row["std"] and row["std"][name], is_best(mean, [other["mean"][name] for other in rivals]))
+            for name, mean in row["mean"].items()
+        ]
+        rows.append({"labels": [named[name] for name in columns], "metrics": metrics})
+    return shared, columns, rows
+
+
+def is_best(value, others):
+    """Whether there are others, and none is better to the two decimals that the table shows."""
+    return bool(others) and round(value, 2) >= round(max(others), 2)
+
+
+def describe(row):
+    """What a row's numbers mean, in the words of `testa.py`: {column: text}."""
+    count, trials, name = row["per_trial"][0], row["trials"], data_manager.DATA_NAMES[row["dataset"]]
+    values = {
+        "data": f"demo data like {name}" if row["demo"] else name,
+        **{name: row[name] for name in ("mode", "direction", "protocol", "shots")},
+        "trials": f"trial {trials[0]}" if len(trials) == 1 else len(trials),
+        "similarity": row["similarity"],
+        "CMC counts": row["cmc_counts"],
+        "not seen": row["unseen"],
+        "model": row["model"],
+        "feature": row["feature"],
+        "flip": {True: "yes", False: "no", None: "unknown"}[row["flip_averaging"]],
+        "re-ranking": row["reranking"],
+        "chosen on": row["selection"],
+        "queries": count["queries"],
+        "with a match": count["evaluated"],
+        "gallery": count["gallery"],
+    }
+    return {name: "–" if value is None else str(value) for name, value in values.items()}
+
+
+def data_uri(path):
+    """An image file as a JPEG of CROP's size, in a URI of its own."""
+    buffer = io.BytesIO()
+    Image.fromarray(read_image(path, CROP)).save(buffer, "JPEG", quality=80, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def inline_svg(figure, caption, prefix):
+    """A figure as an <svg> among others of a page: its ids begin with `prefix`, its text is text, in COLOURS."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):  # the same figure, the same ids
+        figure.savefig(buffer, format="svg", transparent=True)
+    root = ElementTree.fromstring(buffer.getvalue())
+    for parent in (root, *root):
+        for child in parent.findall("{*}metadata") + parent.findall("{*}style"):  # a style would be the whole page's
+            parent.remove(child)
+    for element in root.iter():
+        element.tag = element.tag.split("}")[1]
+        for name, value in [*element.attrib.items()]:
+            del element.attrib[name]
+            value = prefix + value if name == "id" else re.sub(r"(?<=^#)|(?<=url\(#)", prefix, value)
+            value = re.sub("|".join(COLOURS), lambda found: COLOURS[found[0]], value)
+            element.attrib[name.split("}")[-1]] = value
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": caption}  # the page sets its size
+    return Markup(ElementTree.tostring(root, encoding="unicode"))
+
+
+def digest(script):
+    """SHA-256 by which a content security policy knows the one script that may run."""
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
