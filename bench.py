@@ -8,12 +8,14 @@ loss     the aligned local loss, forward and backward, against a walk sample by 
 metrics  Rank-k, mAP and mINP against Python lists query by query; memory of a search straight from features
 test     SYSU-MM01's test from image files to the measures, both modes, against a pass over the files for each gallery
 rerank   k-reciprocal re-ranking against plain loops over images
+search   inverted lists against exact search: recall, and time a query
 gpu      everything that is to be known of a GPU, tests first, into one file
 
 Each comparison warms up, repeats, takes turns with its baseline, and gives medians. The baselines live here only.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -36,9 +38,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 import engine
+import image_index
 import re_rank
 from ChannelAug import ERASE_FILL, GRAY, MEAN, STD, TrainAugmentation, normalise
-from data_loader import CACHES, CachedBatches, IdentitySampler, TrainData, eval_loader, sysu_train, train_loader
+from data_loader import (
+    CACHES,
+    CachedBatches,
+    IdentitySampler,
+    TrainData,
+    eval_loader,
+    sysu_train,
+    sysu_train_files,
+    train_loader,
+    write_images,
+)
 from data_manager import DATA_PATHS, SYSU_VISIBLE, sysu_test
 from eval_metrics import CosineDistances, eval_regdb, eval_sysu
 from loss import AlignedLocalLoss, Losses, MethodLoss, SquaredTripletLoss
@@ -57,6 +70,7 @@ from utils import (
 )
 
 REPO = Path(__file__).parent
+SCALING_IMAGES, SCALING_REPEATS = 2000, 3  # prepared on all cores and on one
 GPU_STAGES = ("tests", "step", "loss", "metrics", "rerank", "data", "train")
 
 
@@ -75,6 +89,11 @@ def get_args_parser():
     rerank = commands.add_parser("rerank", help="k-reciprocal re-ranking against plain loops over images")
     rerank.add_argument("--queries", type=number(int, 1), default=3803)
     rerank.add_argument("--gallery", type=number(int, 1), default=301)
+    search = commands.add_parser("search", help="inverted lists against exact search, in made-up vectors")
+    search.add_argument("--vectors", type=number(int, 1000), default=1_000_000)
+    search.add_argument("--people", type=number(int, 1), default=20_000, help="clusters of the vectors")
+    search.add_argument("--dim", type=number(int, 2), default=512)
+    search.add_argument("--cosine", type=number(float, 0.01, 0.99), default=0.6, help="of two vectors of a person")
     gpu = commands.add_parser("gpu", help="the GPU tests, then every measurement on the GPU, each as a process")
     gpu.add_argument("--out", required=True, metavar="FILE", help="write all figures to this file, after each stage")
     gpu.add_argument("--only", nargs="+", choices=GPU_STAGES, default=GPU_STAGES, help="these stages only")
@@ -98,7 +117,7 @@ def get_args_parser():
     for command in (data, step, loss):
         command.add_argument("--batch_size", type=number(int, 2), default=8, help="identities in a batch")
         command.add_argument("--num_pos", type=number(int, 1), default=4, help=images)
-    for command in (data, step, loss, metrics, test, rerank):
+    for command in (data, step, loss, metrics, test, rerank, search):
         command.add_argument("--gpu", default="0", help="number of the GPU, or cpu")
         command.add_argument("--json", metavar="FILE", help="write the figures to this file")
         if command is not data:
@@ -121,6 +140,7 @@ def main(argv=None):
         "metrics": bench_metrics,
         "test": bench_test,
         "rerank": bench_rerank,
+        "search": bench_search,
     }[args.command](args, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     machine = {"device": name, "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
@@ -213,20 +233,27 @@ def tree_memory(process):
 def bench_data(args, device):
     _, imported = run_measured("-c", "import pre_process_sysu")
     sizes = ["--img_h", str(args.img_h), "--img_w", str(args.img_w)]
-    seconds, peak = run_measured("pre_process_sysu.py", "--data_path", os.path.abspath(args.data_path), *sizes)
+    taken, peak = run_measured("pre_process_sysu.py", "--data_path", os.path.abspath(args.data_path), *sizes)
     data = sysu_train(args.data_path, (args.img_h, args.img_w))
     images = sum(data.num_images)
     figures = {
         "prepared_images": images,
-        "prepare_seconds": seconds,
-        "prepare_images_per_second": images / seconds,
+        "prepare_seconds": taken,
+        "prepare_images_per_second": images / taken,
         "prepare_peak_gib": peak / 2**30,
         "prepare_peak_above_imports_gib": (peak - imported) / 2**30,
     }
     print(
-        f"prepared {images} images in {seconds:.1f} s, {images / seconds:.0f} images/s; peak memory {peak / 2**30:.2f} "
+        f"prepared {images} images in {taken:.1f} s, {images / taken:.0f} images/s; peak memory {peak / 2**30:.2f} "
         f"GiB, {(peak - imported) / 2**30:.2f} above the interpreter with its imports"
     )
+    paths = sysu_train_files(args.data_path)["rgb"][0][:SCALING_IMAGES]
+    with tempfile.TemporaryDirectory() as folder:
+        out, size = Path(folder) / "images.npy", (args.img_h, args.img_w)
+        runs = [partial(write_images, paths, size, out, "preparing", count) for count in (os.cpu_count(), 1)]
+        print_head()
+        row = compare(f"preparing {len(paths)} images, all cores, one core", *runs, SCALING_REPEATS, device)
+    figures["prepare_scaling"] = row
 
     sampler = IdentitySampler(data, args.batch_size, args.num_pos, seed=0)
     augment = TrainAugmentation(1, 0.5)
@@ -237,9 +264,9 @@ def bench_data(args, device):
         views = augment(visible.to(device, non_blocking=True), infrared.to(device, non_blocking=True))
         loaded += sum(len(view) for view in views)
     float(views[0].sum())  # waits for the device
-    seconds = time.perf_counter() - start
-    print(f"an epoch: {len(sampler)} steps, {loaded} network inputs, {seconds:.1f} s, {loaded / seconds:.0f} a second")
-    return {**figures, "epoch_steps": len(sampler), "epoch_inputs": loaded, "epoch_seconds": seconds}
+    taken = time.perf_counter() - start
+    print(f"an epoch: {len(sampler)} steps, {loaded} network inputs, {taken:.1f} s, {loaded / taken:.0f} a second")
+    return {**figures, "epoch_steps": len(sampler), "epoch_inputs": loaded, "epoch_seconds": taken}
 
 
 def run_measured(*arguments):
@@ -751,6 +778,49 @@ def plain_k_reciprocal(query, gallery, k1=20, k2=6, lambda_value=0.3):
             least[having[n]] += np.minimum(codes[i, n], codes[having[n], n])
         result[i] = 1 - (least / (2 - least))[queries:]
     return (1 - lambda_value) * result + lambda_value * distances[:queries, queries:]
+
+
+# -------------------------------------------------------------------------------------------------------------- search
+
+
+def bench_search(args, device):
+    """People are random directions; each vector is its person's plus Gaussian noise, so that two of a person have the
+    cosine asked for. Queries are further vectors of the same people."""
+    generator = torch.Generator().manual_seed(0)
+    centres = F.normalize(torch.randn(args.people, args.dim, generator=generator))
+    noise = ((1 / args.cosine - 1) / args.dim) ** 0.5
+
+    def draw(people):
+        return F.normalize(centres[people] + noise * torch.randn(len(people), args.dim, generator=generator)).numpy()
+
+    queries = draw(torch.randint(args.people, (1000,), generator=generator))
+    before = reset_peak_memory()
+    exact = image_index.exact_index(args.dim)
+    people = (torch.arange(args.vectors) % args.people).split(image_index.BLOCK)
+    for block in progress(people, desc="drawing", unit="block", leave=False):
+        exact.add(draw(block))
+    start = time.perf_counter()
+    inverted = image_index.arrange(exact, ivf=True)
+    arranged, peak = time.perf_counter() - start, (peak_memory() - before) / 2**30
+    print(f"{args.vectors} x {args.dim}, {args.people} people: {inverted.nlist} lists, {inverted.nprobe} probed")
+    print(f"arranged in {arranged:.0f} s; at most {peak:.2f} GiB, with both")
+    found = [
+        np.concatenate([index.search(part, 10)[1] for part in np.split(queries, 10)]) for index in (inverted, exact)
+    ]
+    recall = {
+        k: np.mean([np.isin(*rows).mean() for rows in zip(*(f[:, :k] for f in found), strict=True)]) for k in (1, 10)
+    }
+    print(", ".join(f"recall@{k} {value:.4f}" for k, value in recall.items()))
+    print_head()
+    rows = []
+    for count in (1, 100):
+        draws = [iter(itertools.cycle(np.split(queries, 1000 // count))) for _ in range(2)]
+        ours, plain = (
+            lambda index=index, blocks=blocks: index.search(next(blocks), 10)
+            for index, blocks in zip((inverted, exact), draws, strict=True)
+        )
+        rows.append(compare(f"{count} at once: inverted, exact", ours, plain, args.repeats, CPU))
+    return {"rows": rows, "arrange_seconds": arranged, "peak_gib": peak, "recall": recall}
 
 
 # ----------------------------------------------------------------------------------------------------------------- gpu

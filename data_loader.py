@@ -24,6 +24,9 @@ from utils import (
     ranks,
 )
 
+# What cameras and data sets have. Pillow tells a file's format by its content, and would hand some, such as PostScript
+# under the name of a JPEG, to other programs.
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "GIF", "JPEG2000")
 PREPARE_CHUNK = 32  # images that a process decodes at a time
 UPLOAD_BLOCK = 1024  # images that are copied to a device at a time
 
@@ -56,7 +59,7 @@ def read_image(path, size):
     InputError, which names the file, when it is missing or cannot be read.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return np.array(_rgb(image).resize((size[1], size[0]), Image.Resampling.LANCZOS))
     except FileNotFoundError as error:
         raise no_image(path) from error
@@ -343,7 +346,7 @@ def train_loader(data, sampler, workers, device="cpu", cache="disk"):
         return CachedBatches(data, sampler, device)
     if cache == "ram":
         data = data._replace(visible=np.array(data.visible), infrared=np.array(data.infrared))
-    options = _worker_options(workers)
+    options = worker_options(workers)
     # batch_size=None: the sampler's items are whole batches already.
     return DataLoader(
         TrainBatches(data),
@@ -366,12 +369,13 @@ def eval_loader(paths, size, batch_size, workers):
         if not os.path.isfile(path):
             raise no_image(path)
     batches = [batch.tolist() for batch in torch.arange(len(paths)).split(batch_size)[rank() :: ranks()]]
-    loader = DataLoader(ImageFiles(paths, size), batch_sampler=batches or [[0]], **_worker_options(workers))
+    loader = DataLoader(ImageFiles(paths, size), batch_sampler=batches or [[0]], **worker_options(workers))
     loader.rows = [row for batch in batches for row in batch]
     return loader
 
 
-def _worker_options(workers):
+def worker_options(workers):
+    """What a DataLoader with so many loading processes is given."""
     workers = min(workers, os.cpu_count())  # more than cores only get in each other's way
     options = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
     return options | {"worker_init_fn": leave_signals_to_the_main_process}
