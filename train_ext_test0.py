@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data_manager
 import engine
+import figures
 from ChannelAug import TrainAugmentation, normalise
 from data_loader import CACHES, IdentitySampler, eval_loader, llcm_train, regdb_train, sysu_train, train_loader
 from loss import MethodLoss
@@ -42,6 +43,8 @@ from utils import (
     wait_for_ranks,
 )
 
+FIGURE_QUERIES, FIGURE_IMAGES = 6, 10  # of a sheet of rankings
+
 # Flags that a resumed run may give anew: where things are and how fast they go, not what is computed.
 MAY_CHANGE = {
     "workers",
@@ -55,6 +58,7 @@ MAY_CHANGE = {
     "save_minutes",
     "model_path",
     "log_path",
+    "figures",
     "resume",
     "data_path",
 }
@@ -138,6 +142,9 @@ def get_args_parser():
         help="minutes between two saves in an epoch",
     )
     out.add_argument("--log_path", default="log/", help="folder of the logs")
+    out.add_argument(
+        "--figures", action="store_true", help="after each test, draw curves and a sheet of rankings beside the log"
+    )
     out.add_argument(
         "--resume", help="go on from a ..._last.t: a path, a name under --model_path, or auto: this run's, if any"
     )
@@ -262,10 +269,11 @@ def train(args, device, pauses, name, checkpoints, log_folder):
         if epoch % args.eval_every == 0 or epoch == args.epochs - 1:
             try:
                 with pauses.at_once():
-                    scores = test_epoch(net, eval_loaders, search, device, args.amp)
+                    found, ranked = test_epoch(net, eval_loaders, search, test.paths, device, args.amp)
             except Stopped as stopped:
                 pauses.stop = stopped.number
                 save_within(epoch, sums)
+            scores = {feature: engine.scores(ranks) for feature, ranks in found.items()}
             entry |= {f"{feature}/{metric}": value for feature, s in scores.items() for metric, value in s.items()}
             line += "".join(f"  {metric} {scores['FC'][metric]:.2f}" for metric in ("Rank-1", "mAP", "mINP"))
             improved = scores["FC"]["Rank-1"] > best["Rank-1"]
@@ -274,6 +282,8 @@ def train(args, device, pauses, name, checkpoints, log_folder):
         for warning in warnings(entry, args):
             log.text(warning)
         log.epoch(entry)
+        if args.figures and "FC/Rank-1" in entry:
+            draw(log, ranked, f"{desc}: {data_manager.describe(search.setting)}, trial {search.setting['trial']}; FC")
 
         if improved:
             save_checkpoint(checkpoint(epoch, selection=args.select), checkpoints["best"])
@@ -294,12 +304,28 @@ def train(args, device, pauses, name, checkpoints, log_folder):
     }
 
 
-def test_epoch(net, eval_loaders, search, device, amp):
-    """{feature: {metric: percent}} of one search."""
+def test_epoch(net, eval_loaders, search, paths, device, amp):
+    """One search -> ({feature: `eval_metrics.MatchRanks`}, some queries with their nearest images by FC, the same ones
+    after each epoch: as `engine.rank_images` gives them)."""
     share_buffers(net)
     embed = engine.network_embedding(net, device, normalise, amp)
     features = {m: engine.extract(embed, loader, m, f"test {m}") for m, loader in eval_loaders.items()}
-    return {feature: engine.scores(found) for (feature, _), found in engine.run_search(features, search).items()}
+    found = {feature: ranks for (feature, _), ranks in engine.run_search(features, search).items()}
+    chosen = engine.choose_queries(found["FC"], search, "random", FIGURE_QUERIES)
+    return found, engine.rank_images(features, paths, search, "FC", found["FC"], chosen, FIGURE_IMAGES)
+
+
+def draw(log, ranked, title):
+    """Draw the run's curves, and a sheet of rankings of the epoch that was logged last."""
+    if rank() > 0:
+        return
+    entries = read_json_lines(log.json_path)
+    curves = figures.epoch_curves({log.json_path.stem: entries}, ["total", "correct", "FC/Rank-1", "FC/mAP"])
+    sheet = figures.ranking_sheet(figures.ranking_tiles(ranked), title)
+    epoch, folder = entries[-1]["epoch"], log.json_path.with_suffix("")
+    for tag, figure, name in (("curves", curves, "curves"), ("ranking", sheet, f"ranking_epoch_{epoch}")):
+        figures.save(figure, folder / f"{name}.png")
+        log.image(tag, folder / f"{name}.png", epoch)
 
 
 def warnings(entry, args):

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from tqdm import tqdm
 
 RANKS_AGREE = 10  # steps between two times that the ranks agree on whether to pause: it waits for the device
@@ -402,7 +403,7 @@ def check_folder(path):
 
 
 @contextlib.contextmanager
-def claim(path):
+def claim(path, remedy="another --model_path and --log_path"):
     """Keep other processes from claiming the same path, the beginning of the names of some files, through a hidden file
     beside them, for as long as the block runs or the process lives; and remove what killed processes left of the files.
     All ranks but the first need no claim. Raises InputError when another process has it."""
@@ -426,8 +427,7 @@ def claim(path):
             file.seek(0)
             who = file.read() or "it does not say where"
             raise InputError(
-                f"{path}: another run of this name is writing now ({who}); wait for it, or choose another --model_path "
-                "and --log_path"
+                f"{path}: another run of this name is writing now ({who}); wait for it, or choose {remedy}"
             ) from error
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
@@ -567,6 +567,12 @@ class RunLog:
             if isinstance(value, int | float) and key != "epoch":
                 self.board.add_scalar(key, value, entry["epoch"])
         self.board.flush()
+
+    def image(self, tag, path, epoch):
+        """Show a .png in TensorBoard, too."""
+        if self.writes:
+            with Image.open(path) as image:
+                self.board.add_image(tag, np.asarray(image.convert("RGB")), epoch, dataformats="HWC")
 
     def close(self):
         if not self.writes:
