@@ -21,9 +21,14 @@ demo: $(VENV)/.installed
 	$(RUN) pre_process_sysu.py --data_path $(DEMO)/data --img_h 96 --img_w 48
 	$(RUN) train_ext_test0.py --dataset sysu --data_path $(DEMO)/data --gpu cpu --arch resnet18 --weights none \
 	  --img_h 96 --img_w 48 --square 0 --rande 0.2 --optim adam --lr 0.01 --epochs 11 --warmup 1 --milestones 8 \
-	  --eval_every 5 --model_path $(DEMO)/save_model/ --log_path $(DEMO)/log/
-	$(RUN) testa.py --data_path $(DEMO)/data --gpu cpu --all --baselines --json $(DEMO)/results.json \
+	  --eval_every 5 --figures --model_path $(DEMO)/save_model/ --log_path $(DEMO)/log/
+	$(RUN) testa.py --data_path $(DEMO)/data --gpu cpu --all --baselines --json $(DEMO)/results.json --report $(DEMO) \
 	  --resume $(DEMO)/save_model/sysu_adp_joint_co_nog_ch_nog_sq0_aug_G_erase_0.2_p4_n8_lr_0.01_seed_0_9_adam_best.t
+	@echo
+	@echo "Look at   $(DEMO)/report.html           these results, curves and the hardest queries, in a browser"
+	@echo "          $(DEMO)/people.png            people of the demo data"
+	@echo "          $(DEMO)/log/sysu_log/*/*.png  curves of the training, and rankings after each test"
+	@echo "          $(RUN) -m tensorboard.main --logdir $(DEMO)/log"
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile

@@ -48,11 +48,10 @@ from data_loader import (
     TrainData,
     eval_loader,
     sysu_train,
-    sysu_train_files,
     train_loader,
     write_images,
 )
-from data_manager import DATA_PATHS, SYSU_VISIBLE, sysu_test
+from data_manager import DATA_PATHS, SYSU_VISIBLE, read_ids, sysu_images, sysu_test
 from eval_metrics import CosineDistances, eval_regdb, eval_sysu
 from loss import AlignedLocalLoss, Losses, MethodLoss, SquaredTripletLoss
 from model import ARCHS, GFMNet
@@ -247,7 +246,8 @@ def bench_data(args, device):
         f"prepared {images} images in {taken:.1f} s, {images / taken:.0f} images/s; peak memory {peak / 2**30:.2f} "
         f"GiB, {(peak - imported) / 2**30:.2f} above the interpreter with its imports"
     )
-    paths = sysu_train_files(args.data_path)["rgb"][0][:SCALING_IMAGES]
+    ids = [identity for split in ("train", "val") for identity in read_ids(args.data_path, split)]
+    paths = sysu_images(args.data_path, ids, SYSU_VISIBLE["all"])[0][:SCALING_IMAGES]
     with tempfile.TemporaryDirectory() as folder:
         out, size = Path(folder) / "images.npy", (args.img_h, args.img_w)
         runs = [partial(write_images, paths, size, out, "preparing", count) for count in (os.cpu_count(), 1)]

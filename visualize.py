@@ -56,7 +56,7 @@ def get_args_parser():
     heatmap = command("heatmap", "where the network looks, over queries and their matches", one)
     for sub, queries in ((ranking, 6), (heatmap, 3)):
         sub.add_argument(
-            "--which", default="worst", help="queries: worst or best by average precision, random, or an ID"
+            "--which", type=which, default="worst", help="queries: worst or best by average precision, random, or an ID"
         )
         sub.add_argument("--queries", type=number(int, 1, 100), default=queries, help="how many")
         sub.add_argument("--seed", type=number(int, 0), default=0, help="of --which random")

@@ -7,6 +7,7 @@ from torchvision.transforms import functional
 
 import demo_data
 import pre_process_sysu
+import utils
 from model import GFMNet
 
 SIZE = (96, 48)  # height, width of the tests' images
@@ -17,6 +18,15 @@ SMALL += ["--lr", "0.01"]
 
 def flags(tree, out, *more):
     return [*SMALL, "--data_path", str(tree), "--model_path", f"{out}/models/", "--log_path", f"{out}/log/", *more]
+
+
+def save_network(path, seed, dataset=None, **options):
+    """A checkpoint of a random ResNet-18, as training writes them."""
+    torch.manual_seed(seed)
+    net = GFMNet(num_classes=4, arch="resnet18", **options)
+    content = {"net": net.state_dict(), "options": net.options, "image_size": list(SIZE), "args": {"dataset": dataset}}
+    utils.save_checkpoint(content, path)
+    return path
 
 
 def plain_embedding(checkpoint):

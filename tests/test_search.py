@@ -16,27 +16,17 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import export
 import image_index
 import search
 import utils
-from conftest import SIZE, plain_embedding
-from model import GFMNet
+from conftest import SIZE, plain_embedding, save_network
 from utils import InputError
 
 REPO = Path(utils.__file__).parent
 CPU = ["--gpu", "cpu", "--workers", "0"]
-
-
-def save_network(path, seed, **more):
-    """A checkpoint of a random ResNet-18, as training writes them."""
-    torch.manual_seed(seed)
-    net = GFMNet(num_classes=4, arch="resnet18")
-    utils.save_checkpoint({"net": net.state_dict(), "options": net.options, "image_size": list(SIZE)} | more, path)
-    return path
 
 
 @pytest.fixture(scope="module")

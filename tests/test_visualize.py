@@ -1,12 +1,29 @@
-"""Pictures of runs: what is drawn, and what is said of bad input."""
+"""Pictures of checkpoints and runs: what is drawn, and what is said of bad input."""
 
+import io
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
+import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import data_manager
+import engine
 import figures
+import testa
+import train_ext_test0
 import visualize
+from conftest import flags, plain_embedding, save_network
+from data_manager import Images, Search
+from eval_metrics import match_ranks
+from model import method_options
 from utils import InputError
 
 
@@ -85,3 +102,328 @@ def test_missing_and_empty_logs_are_named(tmp_path):
     for name, words in (("none", "no such file"), ("empty", "no entry of an epoch")):
         with pytest.raises(InputError, match=rf"{name}\.jsonl: .*{words}"):
             visualize.main(["curves", str(tmp_path / f"{name}.jsonl"), "--out", str(tmp_path / "a.png")])
+
+
+def test_training_draws_after_each_test(sysu_tree, tmp_path):
+    more = ("--epochs", "3", "--eval_every", "2")
+    result = train_ext_test0.main(flags(sysu_tree, tmp_path, *more, "--figures"))
+    folder = Path(result["log"]).with_suffix("")
+    assert sorted(file.name for file in folder.glob("*.png")) == [
+        "curves.png",
+        "ranking_epoch_0.png",
+        "ranking_epoch_2.png",
+    ]
+    board = EventAccumulator(str(folder))
+    board.Reload()
+    assert [(event.step, event.width > 500) for event in board.Images("ranking")] == [(0, True), (2, True)]
+    for event, name in zip(board.Images("ranking"), ("ranking_epoch_0", "ranking_epoch_2"), strict=True):
+        with Image.open(folder / f"{name}.png") as file, Image.open(io.BytesIO(event.encoded_image_string)) as shown:
+            assert np.array_equal(np.asarray(file.convert("RGB")), np.asarray(shown))
+    assert [event.step for event in board.Images("curves")] == [0, 2]
+
+    without = train_ext_test0.main(flags(sysu_tree, tmp_path / "plain", *more))
+    assert not list(tmp_path.glob("plain/**/*.png"))
+    states = [torch.load(one["last"])["net"] for one in (result, without)]  # drawing changes nothing
+    assert all(torch.equal(values, states[1][name]) for name, values in states[0].items())
+
+
+# ------------------------------------------------------------------------------------------------------- what is drawn
+
+
+def random_search(dataset, seed):
+    """A small search and features of its images: (features, paths, search)."""
+    rng = np.random.default_rng(seed)
+    cameras = {"sysu": ([3, 6], [1, 2, 4, 5]), "llcm": ([1, 2, 3], [1, 2, 3]), "regdb": ([2], [1])}[dataset]
+    features, images = {}, []
+    for modality, count, seen_by in (("infrared", 12, cameras[0]), ("visible", 30, cameras[1])):
+        rows = rng.permutation(count + 5)[:count]  # of more images, in another order
+        images.append(Images(modality, rows, rng.integers(1, 5, count), rng.choice(seen_by, count)))
+        x = torch.from_numpy(rng.normal(size=(count + 5, 6))).float()
+        features[modality] = {"FC": torch.nn.functional.normalize(x)}
+    paths = {modality: [f"{modality}{i}" for i in range(len(x["FC"]))] for modality, x in features.items()}
+    return features, paths, Search({"dataset": dataset}, *images)
+
+
+def sees(dataset, query, gallery):
+    """query, gallery: (identity, camera)."""
+    if dataset == "sysu":
+        return not (query[1] == 3 and gallery[1] == 2)
+    return dataset == "regdb" or query != gallery
+
+
+@pytest.mark.parametrize("dataset", ["sysu", "llcm", "regdb"])
+def test_rankings_and_distances_against_plain_loops(dataset):
+    for seed in range(20):
+        features, paths, search = random_search(dataset, seed)
+        query, gallery = search.query, search.gallery
+        expected, same, other = {}, [], []
+        for q, (row, *asked) in enumerate(zip(query.rows, query.ids, query.cameras, strict=True)):
+            seen = []
+            for g_row, *there in zip(gallery.rows, gallery.ids, gallery.cameras, strict=True):
+                if sees(dataset, asked, there):
+                    similarity = float(features["infrared"]["FC"][row] @ features["visible"]["FC"][g_row])
+                    seen.append((similarity, f"visible{g_row}", *there))
+                    (same if asked[0] == there[0] else other).append(1 - similarity)
+            seen.sort(key=lambda image: -image[0])
+            hits = [rank for rank, image in enumerate(seen, 1) if image[2] == asked[0]]
+            if hits:
+                precision = np.mean([(i + 1) / rank for i, rank in enumerate(hits)])
+                expected[q] = (f"infrared{row}", *asked, precision, seen)
+
+        found = match_ranks(
+            dataset,
+            -features["infrared"]["FC"][query.rows] @ features["visible"]["FC"][gallery.rows].T,
+            *(query.ids, gallery.ids, query.cameras, gallery.cameras),
+        )
+        for which, sign in (("worst", 1), ("best", -1)):
+            chosen = engine.choose_queries(found, search, which, 5)
+            ranked = engine.rank_images(features, paths, search, "FC", found, chosen, 7)
+            order = sorted(expected.values(), key=lambda row: sign * row[3])[:5]
+            for drawn, (path, identity, camera, precision, seen) in zip(ranked, order, strict=True):
+                assert (drawn["path"], drawn["id"], drawn["camera"]) == (path, identity, camera)
+                assert drawn["average_precision"] == pytest.approx(precision)
+                assert len(drawn["gallery"]) == min(7, len(seen))
+                for image, (similarity, *where) in zip(drawn["gallery"], seen, strict=False):
+                    assert [image["path"], image["id"], image["camera"]] == where
+                    assert image["similarity"] == pytest.approx(similarity, abs=1e-6)
+                    assert image["correct"] == (where[1] == identity)
+        identity = int(query.ids[found.rows[0]])
+        of_one = engine.choose_queries(found, search, str(identity), 50)
+        rows = [i for i, q in enumerate(expected) if query.ids[q] == identity]
+        assert sorted(of_one) == rows
+        drawn = engine.choose_queries(found, search, "random", 4)
+        assert drawn == engine.choose_queries(found, search, "random", 4)
+        assert len({*drawn}) == len(drawn) == min(4, len(expected))
+        for actual, plain in zip(engine.pair_distances(features, search, "FC"), (same, other), strict=True):
+            np.testing.assert_allclose(actual, plain, atol=1e-6)
+
+
+def test_an_identity_without_a_query_is_named():
+    features, _, search = random_search("regdb", 0)
+    found = engine.run_search(features, search)["FC", "none"]
+    with pytest.raises(InputError, match="--which 77: no query of that identity has a match; there are 1, 2, 3, 4"):
+        engine.choose_queries(found, search, "77", 1)
+
+
+def test_overlap():
+    even = np.linspace(0, 1, 20_000)
+    assert figures.overlap(even, even) == pytest.approx(1)
+    assert figures.overlap(even, even + 2) == 0
+    assert figures.overlap(even, even + 0.5) == pytest.approx(0.5, abs=0.01)
+    assert figures.overlap(even, even[:500] * 2) == pytest.approx(0.05, abs=0.01)  # by shares, not by numbers
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_network(tmp_path_factory.mktemp("network") / "net.t", 0, "sysu")
+
+
+def draw(command, tree, checkpoint, out, *more):
+    where = ["--data_path", str(tree), "--gpu", "cpu", "--workers", "0", "--out", str(out)]
+    return visualize.main([command, "--resume", str(checkpoint), *where, *map(str, more)])
+
+
+def test_ranking_shows_what_the_query_may_see(sysu_tree, checkpoint, tmp_path):
+    (_, ids, _), (paths, g_ids, cameras) = (
+        data_manager.process_query_sysu(sysu_tree),
+        data_manager.process_gallery_sysu(sysu_tree, trial=4),
+    )
+    asked = int(ids[0])
+    out = draw("ranking", sysu_tree, checkpoint, tmp_path / "a.svg", "--which", asked, "--gallery", 4, "--top", 3)
+    text = re.findall(r">([^<>]*)</(?:text|tspan)", Path(out).read_text())
+    embed = plain_embedding(checkpoint)
+    gallery = [(embed(path, "visible"), *labels) for path, *labels in zip(paths, g_ids, cameras, strict=True)]
+    rows = []
+    for path, identity, camera in zip(*data_manager.process_query_sysu(sysu_tree), strict=True):
+        if identity == asked:
+            query = embed(path, "infrared")
+            seen = [(float(query @ x), i, c) for x, i, c in gallery if not (camera == 3 and c == 2)]
+            rows.append(sorted(seen, reverse=True)[:3])
+    assert len(rows) > 2
+    shown = [
+        float(line.split()[1]) for line in text if line[:1] in "\N{CHECK MARK}\N{MULTIPLICATION SIGN}" and line[2:]
+    ]
+    expected = sorted([round(similarity, 3) for row in rows[:6] for similarity, _, _ in row])
+    assert sorted(shown[: len(expected)]) == pytest.approx(expected, abs=1.1e-3)
+    marks = sum(line.startswith("\N{CHECK MARK} ") for line in text)
+    assert marks == sum(identity == asked for row in rows[:6] for _, identity, _ in row)
+    assert "all-search, infrared to visible, seeded protocol, 1-shot, trial 4; FC" in " ".join(text)
+
+
+def test_heat_is_what_each_place_adds_to_the_similarity(sysu_tree, tmp_path):
+    """With average pooling and no bottleneck, the similarity is a mean over places of a product of features."""
+    path = save_network(tmp_path / "net.t", 1, "sysu", **method_options("base"))
+    args = visualize.get_args_parser().parse_args(
+        ["heatmap", "--resume", str(path), "--data_path", str(sysu_tree), "--gpu", "cpu", "--out", "a.png"]
+    )
+    tested = visualize.embed_test(args, path)
+    images = [({"path": tested.paths[m][0]}, m) for m in ("infrared", "visible")]
+    heats = visualize.pair_heats(tested, images, "POOL")
+    maps = []
+    for image, modality in images:
+        x = visualize.normalise(torch.from_numpy(visualize.read_image(image["path"], tested.size)).movedim(2, 0)[None])
+        with torch.no_grad():
+            stream = getattr(tested.net, modality)
+            maps.append(tested.net.shared(stream(x))[0])
+    for i, heat in enumerate(heats):
+        other = maps[1 - i].mean(dim=(1, 2))
+        added = torch.einsum("chw,c->hw", maps[i], other / other.norm()).relu().numpy()
+        expected = cv2.resize(added, (48, 96))
+        expected = (expected - expected.min()) / np.ptp(expected)
+        assert list(heat) == ["similarity"]  # this network has no attention
+        np.testing.assert_allclose(heat["similarity"], expected, atol=2e-3)
+
+
+def test_attention_is_afam_s(sysu_tree, checkpoint):
+    args = visualize.get_args_parser().parse_args(
+        ["heatmap", "--resume", str(checkpoint), "--data_path", str(sysu_tree), "--gpu", "cpu", "--out", "a.png"]
+    )
+    tested = visualize.embed_test(args, checkpoint)
+    x = torch.rand(1, 3, 96, 48)
+    with torch.no_grad():
+        features = tested.net.infrared(x)
+        both = torch.cat([features.mean(1, keepdim=True), features.max(1, keepdim=True).values], 1)
+        expected = 1 / (1 + torch.exp(-torch.conv2d(both, tested.net.attention.spatial.weight, padding=3)))
+    np.testing.assert_allclose(visualize.attention_map(tested.net, x, "infrared"), expected[0, 0], atol=1e-6)
+    images = [({"path": tested.paths[m][0]}, m) for m in ("infrared", "visible")]
+    for heat in visualize.pair_heats(tested, images, "FC"):
+        assert list(heat) == ["similarity", "attention"]
+        for values in heat.values():
+            assert (values.min(), values.max()) == (0, 1)
+
+
+def test_heat_maps_and_feature_maps_are_drawn_alike_each_time(sysu_tree, checkpoint, tmp_path):
+    for command, more in (("heatmap", ["--queries", 2]), ("tsne", ["--people", 3])):
+        first, second = (draw(command, sysu_tree, checkpoint, tmp_path / f"{n}.png", *more) for n in "ab")
+        with Image.open(first) as a, Image.open(second) as b:
+            assert a.size == b.size
+            assert np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_feature_map_tells_people_and_modalities_apart():
+    points = np.arange(40.0).reshape(20, 2)
+    ids, modalities = np.repeat(np.arange(10) + 100, 2), np.array(["visible", "infrared"] * 10)
+    panel = figures.feature_map(points, ids, modalities, "title").axes[0]
+    drawn = [
+        (c.get_offsets().tolist(), c.get_facecolor().tolist(), c.get_edgecolor().tolist()) for c in panel.collections
+    ]
+    drawn = [looks for looks in drawn if looks[0]]
+    assert [offsets for offsets, *_ in drawn] == [[point] for point in points.tolist()]
+    for person in range(10):
+        assert drawn[2 * person][1:] == drawn[2 * person + 1][1:]
+    assert len({str(looks) for _, *looks in drawn}) == 10
+    markers = [len(c.get_paths()[0].vertices) for c in panel.collections[:20]]
+    assert len({*markers[::2]}) == len({*markers[1::2]}) == 1 != len({*markers})
+    assert [text.get_text() for text in panel.texts] == [str(i) for i in ids]
+
+
+def test_distances_before_and_after(sysu_tree, checkpoint, tmp_path):
+    other = save_network(tmp_path / "other.t", 1, "sysu")
+    out = draw("distances", sysu_tree, checkpoint, tmp_path / "a.svg", "--resume", checkpoint, other)
+    shares = re.findall(r">(.*?): overlap (\d+\.\d) %<", out_text := Path(out).read_text())
+    assert [Path(label).name for label, _ in shares] == ["net.t", "other.t"]  # their networks' names are equal
+    assert ">cosine distance, query to gallery<" in out_text
+    (paths, ids, cameras), (g_paths, g_ids, g_cameras) = (
+        data_manager.process_query_sysu(sysu_tree),
+        data_manager.process_gallery_sysu(sysu_tree),
+    )
+    embed = plain_embedding(checkpoint)
+    query, gallery = ([embed(path, m) for path in p] for p, m in ((paths, "infrared"), (g_paths, "visible")))
+    distances = 1 - np.array(query) @ np.array(gallery).T
+    seen = ~((cameras[:, None] == 3) & (g_cameras == 2))
+    same = ids[:, None] == g_ids
+    edges = np.linspace(distances[seen].min(), distances[seen].max(), 201)
+    counts = [np.histogram(distances[seen & chosen], edges)[0] for chosen in (same, ~same)]
+    expected = 100 * sum(min(a, b) for a, b in zip(*(c / c.sum() for c in counts), strict=True))
+    assert float(shares[0][1]) == pytest.approx(expected, abs=1.5)  # a rounding may move a pair into the next bin
+
+
+@pytest.fixture(scope="module")
+def results(sysu_tree, checkpoint, tmp_path_factory):
+    """(testa.py's results, their .json, the page's folder)."""
+    out = tmp_path_factory.mktemp("results")
+    flags = [
+        "--data_path",
+        str(sysu_tree),
+        "--gpu",
+        "cpu",
+        "--workers",
+        "0",
+        "--resume",
+        str(checkpoint),
+        "--baselines",
+    ]
+    rows = testa.main([*flags, "--json", str(out / "results.json"), "--report", str(out / "page")])
+    return rows, out / "results.json", out / "page"
+
+
+def test_cmc_curves_show_the_results(results, tmp_path):
+    rows, file, _ = results
+    assert all(row["curves"]["cmc"][k - 1] == pytest.approx(row["mean"][f"Rank-{k}"]) for row in rows for k in (1, 20))
+    figure = figures.result_curves({"a": visualize.read_results(file)}, "cmc")
+    (panel,) = figure.axes
+    assert panel.get_title().replace("\n", " ") == "all-search, infrared to visible, seeded protocol, 1-shot"
+    wanted = {row["model"]: row["curves"]["cmc"] for row in rows if row["feature"] != "POOL"}
+    assert {line.get_label(): line.get_ydata().tolist() for line in panel.lines} == wanted
+    assert all(line.get_xdata().tolist() == list(range(1, 21)) for line in panel.lines)
+    assert visualize.main(["curves", str(file), str(file), "--labels", "a", "b", "--out", str(tmp_path / "a.pdf")])
+
+
+def test_report_is_of_these_results(results):
+    rows, _, folder = results
+    text = (folder / "report.html").read_text()
+    content = json.loads(re.search(r'<script type="application/json"[^>]*>(.*?)</script>', text, re.DOTALL)[1])
+    assert content["results"] == json.loads(json.dumps(rows))
+    assert content["settings"]["Flags of this test"]["baselines"] is True
+    assert content["settings"]["Flags of the training"] == {"dataset": "sysu"}
+    assert content["settings"]["Versions"]["torch"] == torch.__version__
+    precision = [float(value) for value in re.findall(r'data-average="([^"]*)"', text)]
+    assert precision == sorted(precision)
+    assert len(precision) == min(testa.HARDEST, rows[0]["per_trial"][0]["evaluated"])
+    assert "trial 0, feature FC" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "has no results with CMC curves"),
+        ("[]", "has no results"),
+        ('{"results": [{"model": "a"}]}', "has no results"),
+        ('{"results": 3}', "has no results"),
+    ],
+)
+def test_other_json_is_refused(tmp_path, content, words):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(InputError, match=rf"a\.json: {words}.*testa.py --json"):
+        visualize.main(["curves", str(tmp_path / "a.json"), "--out", str(tmp_path / "a.png")])
+
+
+def test_bad_input_of_the_commands(sysu_tree, checkpoint, results, logs, tmp_path):
+    for command, more, words in (
+        ("ranking", ["--which", "9999"], "--which 9999: no query"),
+        ("tsne", ["--people", "90"], "--people 90: only 4 have images"),
+        ("ranking", ["--trial", "2"], "are RegDB's"),
+        ("ranking", ["--dataset", "llcm"], "was trained on sysu"),
+        ("distances", ["--resume", "a.t", "b.t", "c.t"], "give one checkpoint, or two"),
+    ):
+        with pytest.raises(InputError, match=words):
+            draw(command, sysu_tree, checkpoint, tmp_path / "a.png", *more)
+    with pytest.raises(InputError, match="not both"):
+        visualize.main(["curves", str(logs[0]), str(results[1]), "--out", str(tmp_path / "a.png")])
+    with pytest.raises(InputError, match="--values total: is of logs"):
+        visualize.main(["curves", str(results[1]), "--values", "total", "--out", str(tmp_path / "a.png")])
+    assert not (tmp_path / "a.png").exists()
+    command = [sys.executable, visualize.__file__, "ranking", "--resume", "a", "--out", "a.png", "--which", "-1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert re.fullmatch(r"visualize.py ranking: error: .*--which: .*-1. is not worst, best, random.*\n", done.stderr)
+
+
+@pytest.mark.parametrize("command", ["ranking", "heatmap", "tsne", "distances"])
+def test_the_other_data_sets_from_the_command_line(command, regdb_tree, llcm_tree, tmp_path):
+    few = {"heatmap": ["--queries", "1"], "tsne": ["--people", "2"]}.get(command, [])
+    for dataset, tree, more in (("regdb", regdb_tree, ["--trial", "1"]), ("llcm", llcm_tree, ["--tvsearch"])):
+        path = save_network(tmp_path / f"{dataset}.t", 0, dataset)
+        out = draw(command, tree, path, tmp_path / f"{dataset}.png", "--dataset", dataset, *more, *few)
+        with Image.open(out) as image:
+            assert len(np.unique(np.asarray(image.convert("L")))) > 50
