@@ -14,7 +14,6 @@ A file takes its name only after it has been loaded and its features agree with 
 """
 
 import copy
-import hashlib
 import io
 import json
 import os
@@ -31,13 +30,14 @@ import torch.nn.functional as F
 
 import engine
 from ChannelAug import MEAN, STD, normalise
-from model import GFMNet, load_network
+from model import FEATURES, MODALITIES, GFMNet, load_network
 from utils import (
     ArgumentParser,
     InputError,
     atomic,
     check_output,
     cli,
+    file_sha256,
     find_checkpoint,
     load_checkpoint,
     progress,
@@ -45,8 +45,6 @@ from utils import (
 )
 
 RESIZE = 'np.asarray(Image.open(FILE).convert("RGB").resize(({1}, {0}), Image.Resampling.LANCZOS)).transpose(2, 0, 1)'
-MODALITIES = ("visible", "infrared")
-FEATURES = ("POOL", "FC")  # in the order of `GFMNet.embed`
 OPSET = 18  # the one that the exporter writes without a conversion
 COSINE = 0.9999  # at least, between a file's features and the checkpoint's
 BATCHES = (1, 5)  # images in the batches that verify a file
@@ -116,8 +114,6 @@ def main(argv=None):
 def describe(source, checkpoint, net, size):
     """What every file says of its checkpoint."""
     flags = checkpoint.get("args", {})
-    with open(source, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "image_size": list(size),
         "num_classes": net.options["num_classes"],
@@ -125,7 +121,7 @@ def describe(source, checkpoint, net, size):
         "dataset": flags.get("dataset"),
         "epoch": checkpoint.get("epoch"),
         "flags": flags,
-        "sha256": digest,
+        "sha256": file_sha256(source),
         "mean": MEAN,
         "std": STD,
     }

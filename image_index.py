@@ -9,6 +9,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 
+from model import MODALITIES
 from utils import InputError, atomic, progress
 
 # Inverted lists: about LISTS * sqrt(N) of them, their centres learned from SAMPLE vectors a list. A search looks into
@@ -41,11 +42,7 @@ def read_about(folder):
     try:
         about = json.loads(file.read_text())
         whole = all(isinstance(about[name], kind) for name, kind in FIELDS.items())
-        whole = (
-            whole
-            and re.fullmatch(r"index\.\d+\.faiss", about["vectors"])
-            and about["modality"] in ("visible", "infrared")
-        )
+        whole = whole and re.fullmatch(r"index\.\d+\.faiss", about["vectors"]) and about["modality"] in MODALITIES
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:

@@ -18,6 +18,8 @@ import torchvision
 
 from utils import InputError, check_state, full_precision, load_weights
 
+MODALITIES = ("visible", "infrared")
+FEATURES = ("POOL", "FC")  # what the tables call the two that `GFMNet.embed` gives
 ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101")
 NON_LOCAL_BLOCKS = {"layer2": 2, "layer3": 3}  # after that many of a stage's last blocks
 STRIPE_ROWS = 3  # rows of the feature map in one stripe of the local branch
@@ -191,7 +193,7 @@ class GFMNet(nn.Module):
 
     def vectors(self, images, modality):
         """What `embed` gives, before it is normalised."""
-        if modality not in ("visible", "infrared"):
+        if modality not in MODALITIES:
             raise ValueError(f"modality {modality!r}: neither 'visible' nor 'infrared'")
         stream = self.visible if modality == "visible" else self.infrared
         pooled = self.pool(full_precision(self._features(stream(images))))

@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-import data_manager
+import protocol
 from data_loader import read_image
 from utils import atomic, progress
 
@@ -95,9 +95,9 @@ def is_best(value, others):
 
 def describe(row):
     """What a row's numbers mean, in the words of `testa.py`: {column: text}."""
-    count, trials, name = row["per_trial"][0], row["trials"], data_manager.DATA_NAMES[row["dataset"]]
+    count, trials = row["per_trial"][0], row["trials"]
     values = {
-        "data": f"demo data like {name}" if row["demo"] else name,
+        "data": protocol.data_name(row["dataset"], row["demo"]),
         **{name: row[name] for name in ("mode", "direction", "protocol", "shots")},
         "trials": f"trial {trials[0]}" if len(trials) == 1 else len(trials),
         "similarity": row["similarity"],

@@ -16,7 +16,6 @@ Features are those of testa.py: image and mirror averaged, FC or POOL. As a libr
 """
 
 import base64
-import hashlib
 import html
 import io
 import json
@@ -36,13 +35,14 @@ import figures
 from ChannelAug import normalise
 from data_loader import FORMATS, ImageFiles, worker_options
 from image_index import arrange, drop_rows, exact_index, read_index, save_index
-from model import load_network
+from model import FEATURES, MODALITIES, load_network
 from utils import (
     ArgumentParser,
     InputError,
     check_output,
     claim,
     cli,
+    file_sha256,
     load_checkpoint,
     number,
     progress,
@@ -50,8 +50,6 @@ from utils import (
     select_device,
 )
 
-MODALITIES = ("visible", "infrared")
-FEATURES = ("FC", "POOL")
 SAVE_MINUTES = 15  # between two saves of an index that is being made
 SHEET_LIMIT = 100  # queries, and images of each, that a sheet has room for
 
@@ -120,8 +118,7 @@ class Embedder:
         embed = engine.network_embedding(net.to(device, memory_format=torch.channels_last), device, normalise)
         self._embed = lambda images, modality: embed(images, modality)[self.feature].cpu().numpy()
         self.dim, self.modalities = net.bottleneck.num_features, MODALITIES
-        with self.path.open("rb") as file:
-            self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        self.sha256 = file_sha256(self.path)
 
     def _load_onnx(self):
         import onnxruntime  # only here: a checkpoint does without it

@@ -269,7 +269,7 @@ def train(args, device, pauses, name, checkpoints, log_folder):
         if epoch % args.eval_every == 0 or epoch == args.epochs - 1:
             try:
                 with pauses.at_once():
-                    found, ranked = test_epoch(net, eval_loaders, search, test.paths, device, args.amp)
+                    found, features = test_epoch(net, eval_loaders, search, device, args.amp)
             except Stopped as stopped:
                 pauses.stop = stopped.number
                 save_within(epoch, sums)
@@ -283,7 +283,7 @@ def train(args, device, pauses, name, checkpoints, log_folder):
             log.text(warning)
         log.epoch(entry)
         if args.figures and "FC/Rank-1" in entry:
-            draw(log, ranked, f"{desc}: {data_manager.describe(search.setting)}, trial {search.setting['trial']}; FC")
+            draw(log, desc, features, test, found["FC"])
 
         if improved:
             save_checkpoint(checkpoint(epoch, selection=args.select), checkpoints["best"])
@@ -304,23 +304,24 @@ def train(args, device, pauses, name, checkpoints, log_folder):
     }
 
 
-def test_epoch(net, eval_loaders, search, paths, device, amp):
-    """One search -> ({feature: `eval_metrics.MatchRanks`}, some queries with their nearest images by FC, the same ones
-    after each epoch: as `engine.rank_images` gives them)."""
+def test_epoch(net, eval_loaders, search, device, amp):
+    """One search -> ({feature: `eval_metrics.MatchRanks`}, the features of all images)."""
     share_buffers(net)
     embed = engine.network_embedding(net, device, normalise, amp)
     features = {m: engine.extract(embed, loader, m, f"test {m}") for m, loader in eval_loaders.items()}
-    found = {feature: ranks for (feature, _), ranks in engine.run_search(features, search).items()}
-    chosen = engine.choose_queries(found["FC"], search, "random", FIGURE_QUERIES)
-    return found, engine.rank_images(features, paths, search, "FC", found["FC"], chosen, FIGURE_IMAGES)
+    return {feature: found for (feature, _), found in engine.run_search(features, search).items()}, features
 
 
-def draw(log, ranked, title):
-    """Draw the run's curves, and a sheet of rankings of the epoch that was logged last."""
+def draw(log, desc, features, test, found):
+    """Draw the run's curves, and of the epoch that was logged last some queries, the same after each epoch, with the
+    images nearest to them by FC. found: the FC feature's `eval_metrics.MatchRanks`."""
     if rank() > 0:
         return
-    entries = read_json_lines(log.json_path)
+    entries, (search,) = read_json_lines(log.json_path), test.searches
     curves = figures.epoch_curves({log.json_path.stem: entries}, ["total", "correct", "FC/Rank-1", "FC/mAP"])
+    chosen = engine.choose_queries(found, search, "random", FIGURE_QUERIES)
+    ranked = engine.rank_images(features, test.paths, search, "FC", found, chosen, FIGURE_IMAGES)
+    title = f"{desc}: {data_manager.describe(search.setting)}, trial {search.setting['trial']}; FC"
     sheet = figures.ranking_sheet(figures.ranking_tiles(ranked), title)
     epoch, folder = entries[-1]["epoch"], log.json_path.with_suffix("")
     for tag, figure, name in (("curves", curves, "curves"), ("ranking", sheet, f"ranking_epoch_{epoch}")):

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import fcntl
 import glob
+import hashlib
 import json
 import logging
 import math
@@ -506,6 +507,12 @@ def load_weights(path):
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a dict of weights; name a saved state dict")
     return content
+
+
+def file_sha256(path):
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def locate(name, folder=""):

@@ -25,6 +25,7 @@ import figures
 import protocol
 from ChannelAug import normalise
 from data_loader import read_image
+from model import FEATURES
 from utils import (
     ArgumentParser,
     InputError,
@@ -47,7 +48,7 @@ def get_args_parser():
         if resume:
             sub.add_argument("--resume", required=True, **resume)
             protocol.add_flags(sub)
-            sub.add_argument("--feature", choices=("FC", "POOL"), default="FC")
+            sub.add_argument("--feature", choices=FEATURES, default="FC")
             sub.add_argument("--gallery", type=number(int, 0, 9), help="SYSU-MM01, LLCM: gallery's trial (default: 0)")
         return sub
 

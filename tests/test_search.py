@@ -442,8 +442,9 @@ def test_an_image_that_went_is_named_when_it_is_drawn(made, pictures, tmp_path):
 
 
 def test_the_readme_example(checkpoint, pictures, tmp_path, monkeypatch):
-    """The lines of search.py's docstring, and of README once they stand there, as they are but for the checkpoint."""
-    example = textwrap.dedent(re.search(r"( +from search import.*?)$(?=\n\n|\Z)", search.__doc__, re.S | re.M)[1])
+    """As it stands, but for the checkpoint; and as it stands in search.py's docstring."""
+    example = re.search(r"```python\n(from search import.*?)```", (REPO / "README.md").read_text(), re.DOTALL)[1]
+    assert textwrap.indent(example, "    ") in search.__doc__
     monkeypatch.chdir(tmp_path)
     for name, path in zip(("a.jpg", "b.jpg"), pictures[1], strict=False):
         shutil.copy(path, name)
