@@ -386,8 +386,8 @@ def draw_sheet(results):
 
 
 def short_name(path, length=16):
-    """A file's name, cut to its end."""
-    name = shown(os.path.basename(path))
+    """A file's name and its folder's, cut to their end."""
+    name = shown(os.path.join(*Path(path).parts[-2:]))
     return name if len(name) <= length else f"\N{HORIZONTAL ELLIPSIS}{name[1 - length :]}"
 
 

@@ -390,7 +390,7 @@ def test_json_and_sheet(made, pictures, tmp_path, capsys):
     for result in results:
         for image in result["found"]:
             assert f">{image['similarity']:.3f}<" in text
-            assert f">{Path(image['path']).name}<" in text
+            assert f"{Path(image['path']).name}<" in text
     capsys.readouterr()
     assert run_query(index, pictures[1], "--json") == json.loads(capsys.readouterr().out)
     run_query(index, pictures[1], "--save", tmp_path / "a.png", "--top", "4")
