@@ -1,5 +1,7 @@
 """Small demo trees shared by the tests, and the GPU tests' skip."""
 
+import shutil
+
 import pytest
 import torch
 from PIL import Image
@@ -10,6 +12,7 @@ import pre_process_sysu
 import utils
 from model import GFMNet
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SIZE = (96, 48)  # height, width of the tests' images
 SMALL = ["--arch", "resnet18", "--weights", "none", "--gpu", "cpu", "--workers", "0"]
 SMALL += ["--img_h", str(SIZE[0]), "--img_w", str(SIZE[1]), "--batch_size", "4", "--num_pos", "2", "--optim", "adam"]

@@ -4,7 +4,6 @@ import io
 import itertools
 import json
 import re
-import shutil
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,9 +13,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import report
+from conftest import CHROMIUM
 from utils import InputError
 
-CHROMIUM = shutil.which("chromium")
 METRICS = ("Rank-1", "Rank-5", "Rank-10", "Rank-20", "mAP", "mINP")
 HOSTILE = '<img src=x onerror=alert(1)>&"'
 CAPTIONS = ("Matching by rank", 'Precision, "id" <b>')

@@ -22,7 +22,7 @@ import export
 import image_index
 import search
 import utils
-from conftest import SIZE, plain_embedding, save_network
+from conftest import CHROMIUM, SIZE, plain_embedding, save_network
 from utils import InputError
 
 REPO = Path(utils.__file__).parent
@@ -518,7 +518,7 @@ def listening(port):
     return [row[1].split(":")[0] for row in rows if row[3] == "0A" and int(row[1].split(":")[1], 16) == port]
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
 def test_the_page_in_a_browser(made, checkpoint, pictures):
     from playwright.sync_api import expect, sync_playwright
 
@@ -532,7 +532,7 @@ def test_the_page_in_a_browser(made, checkpoint, pictures):
     arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     with served(index) as port, sync_playwright() as playwright:
         assert listening(port) == ["0100007F"]
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=arguments)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         requests, complaints = [], []
         page.on("request", lambda request: requests.append(request.url))

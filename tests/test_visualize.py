@@ -420,10 +420,16 @@ def test_bad_input_of_the_commands(sysu_tree, checkpoint, results, logs, tmp_pat
 
 
 @pytest.mark.parametrize("command", ["ranking", "heatmap", "tsne", "distances"])
-def test_the_other_data_sets_from_the_command_line(command, regdb_tree, llcm_tree, tmp_path):
+def test_the_other_data_sets_and_the_command_line(command, regdb_tree, llcm_tree, tmp_path):
     few = {"heatmap": ["--queries", "1"], "tsne": ["--people", "2"]}.get(command, [])
     for dataset, tree, more in (("regdb", regdb_tree, ["--trial", "1"]), ("llcm", llcm_tree, ["--tvsearch"])):
-        path = save_network(tmp_path / f"{dataset}.t", 0, dataset)
-        out = draw(command, tree, path, tmp_path / f"{dataset}.png", "--dataset", dataset, *more, *few)
+        path, out = save_network(tmp_path / f"{dataset}.t", 0, dataset), tmp_path / f"{dataset}.png"
+        argv = [command, "--resume", path, "--data_path", tree, "--gpu", "cpu", "--workers", "0", "--out", out]
+        argv += ["--dataset", dataset, *more, *few]
+        if dataset == "llcm":
+            done = subprocess.run([sys.executable, visualize.__file__, *argv], capture_output=True, text=True)
+            assert (done.returncode, done.stdout, done.stderr) == (0, f"{out}\n", "")
+        else:
+            visualize.main([*map(str, argv)])
         with Image.open(out) as image:
             assert len(np.unique(np.asarray(image.convert("L")))) > 50
