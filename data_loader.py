@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data_manager import LLCM_NAMES, REGDB_CAMERAS, process_query_llcm, process_test_regdb, read_ids, read_list, relabel
@@ -55,12 +55,12 @@ class TrainData(NamedTuple):
 def read_image(path, size):
     """An image file -> uint8 [H, W, 3], resized to size = (height, width) with Lanczos, as published.
 
-    Of images that are no RGB: gray is repeated, of 16 bits the upper 8 are taken, transparency is dropped. Raises
-    InputError, which names the file, when it is missing or cannot be read.
+    Turned as its EXIF orientation says. Of images that are no RGB: gray is repeated, of 16 bits the upper 8 are taken,
+    transparency is dropped. Raises InputError, which names the file, when it is missing or cannot be read.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
-            return np.array(_rgb(image).resize((size[1], size[0]), Image.Resampling.LANCZOS))
+            return np.array(_rgb(ImageOps.exif_transpose(image)).resize((size[1], size[0]), Image.Resampling.LANCZOS))
     except FileNotFoundError as error:
         raise no_image(path) from error
     except Exception as error:  # the readers raise anything when a file is damaged
@@ -68,7 +68,7 @@ def read_image(path, size):
 
 
 def no_image(path):
-    return InputError(f"{path}: no such image; check the lists in exp or idx, and --data_path")
+    return InputError(f"{path}: no such image; check its name, or the list that names it and --data_path")
 
 
 def _rgb(image):

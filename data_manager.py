@@ -19,6 +19,7 @@ from utils import InputError
 # Where --data_path looks by default
 DATA_PATHS = {"sysu": "../data/SYSU-MM01/", "regdb": "../data/RegDB/", "llcm": "../data/LLCM/"}
 DATA_NAMES = {"sysu": "SYSU-MM01", "regdb": "RegDB", "llcm": "LLCM"}
+QUERIES = {"sysu": {3803}, "regdb": {2060}, "llcm": {8680, 7166}}  # of the whole test set; LLCM's by direction
 DIRECTIONS = {  # data set -> "query to gallery"; the first is the default
     "sysu": ["infrared to visible"],
     "regdb": ["visible to thermal", "thermal to visible"],
@@ -114,6 +115,8 @@ def _listing(root, identities, cameras):
     for identity in sorted(identities):
         for camera in cameras:
             folder = os.path.join(Path(root), f"cam{camera}", f"{identity:04d}")
+            if not os.path.isdir(folder):
+                _check_unpadded(folder)
             names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
             files = [os.path.join(folder, name) for name in names if not name.startswith(".")]
             listing[folder] = identity, camera, files
@@ -121,6 +124,14 @@ def _listing(root, identities, cameras):
         names = ", ".join(f"cam{camera}" for camera in cameras)
         raise InputError(f"{root}: none of the {len(identities)} listed ids has an image under {names}")
     return listing
+
+
+def _check_unpadded(folder):
+    """A folder 7 or 07 instead of 0007 would not be seen."""
+    parent, name = os.path.split(folder)
+    for digits in range(len(str(int(name))), len(name)):
+        if os.path.isdir(other := os.path.join(parent, name[-digits:])):
+            raise InputError(f"{other}: people's folders have four digits at least; name it {name}")
 
 
 def _all(listing):
@@ -322,6 +333,19 @@ def describe(setting):
     parts += [setting["direction"], f"{setting['protocol']} protocol"]
     parts += [f"{setting['shots']}-shot"] if setting["shots"] else []
     return ", ".join(parts)
+
+
+def data_name(dataset, demo, queries):
+    """The data set as tables and figures call it: by its name only where it has as many queries."""
+    like = "demo data like " if demo else "data like " if queries not in QUERIES[dataset] else ""
+    return like + DATA_NAMES[dataset]
+
+
+def describe_result(row):
+    """What a row of `engine.summarise` is of: "SYSU-MM01, all-search, ..., 1-shot, 10 trials"."""
+    trials = f"trial {row['trials'][0]}" if len(row["trials"]) == 1 else f"{len(row['trials'])} trials"
+    name = data_name(row["dataset"], row["demo"], row["per_trial"][0]["queries"])
+    return f"{name}, {describe(row)}, {trials}"
 
 
 def sysu_test(data_path, modes=("all",), protocols=("seeded",), shots=(1,), trials=TRIALS, split="test"):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.nn.utils import get_total_norm
 
 import re_rank
+from data_manager import describe
 from eval_metrics import NOT_SEEN, CosineDistances, match_ranks
 from utils import InputError, autocast, progress, ranks, sum_over_ranks
 
@@ -216,6 +217,20 @@ def run_search(features, search, reranking=()):
     return {name: match_ranks(search.setting["dataset"], values, *labels) for name, values in distances.items()}
 
 
+def check_matches(search):
+    """Raise InputError when no query of a search has a match that it sees."""
+    (_, _, *asked), (_, _, *there), not_seen = search.query, search.gallery, NOT_SEEN[search.setting["dataset"]]
+    asked, there = (np.unique(np.stack(labels), axis=1) for labels in (asked, there))
+    match = asked[0][:, None] == there[0]
+    if not_seen:
+        match &= ~not_seen(*asked[:, :, None], *there)
+    if not match.any():
+        raise InputError(
+            f"no query has a match in the gallery that it sees ({describe(search.setting)}; not seen: "
+            f"{search.setting['unseen'] or 'nothing'}); check the ids, and the cameras' numbers"
+        )
+
+
 def features_of(features, search, name):
     """One feature of a search's queries and gallery: [Q, C], [G, C]."""
     return [features[images.modality][name][images.rows] for images in (search.query, search.gallery)]
@@ -259,18 +274,17 @@ def _some(ids):
 def rank_images(features, paths, search, name, found, chosen, top=None):
     """The nearest gallery images, of those that it sees, of each of the chosen queries, as plain values.
 
+    Similarities are computed anew: images that are equally near but for rounding may rank otherwise than in `found`.
+
     name: which of the features; paths {modality: [N]} are those of a `Searches`; found, chosen: as `choose_queries`
-    has them. -> a list of {"path", "id", "camera", "modality", "average_precision", "first_match" (rank, from 1),
-    "gallery": [{"path", "id", "camera", "similarity", "correct"}, ...]}; at most `top` images each, or all.
+    has them. -> a list of {"path", "id", "camera", "modality", "average_precision", "first_match" (its rank among
+    images, from 1), "gallery": [{"path", "id", "camera", "similarity", "correct"}, ...]}; at most `top` images each, or
+    all.
     """
     query, gallery = features_of(features, search, name)
     rows = found.rows[chosen]
     similarity = query[rows] @ gallery.T
-    if hide := NOT_SEEN[search.setting["dataset"]]:
-        (_, _, ids, cameras), g = search.query, search.gallery
-        at = rows.cpu().numpy()[:, None]
-        unseen = torch.from_numpy(hide(ids[at], cameras[at], g.ids, g.cameras)).to(similarity.device)
-        similarity = similarity.masked_fill(unseen, -torch.inf)
+    similarity = similarity.masked_fill(~_seen(search, rows).to(similarity.device), -torch.inf)
     values, order = (x[:, :top].cpu() for x in similarity.sort(dim=1, descending=True, stable=True))
 
     def image(images, i):
@@ -280,7 +294,7 @@ def rank_images(features, paths, search, name, found, chosen, top=None):
     precision, listed = found.average_precision(), []
     for i, row, near, nearest in zip(chosen, rows.tolist(), values.tolist(), order.tolist(), strict=True):
         asked = image(search.query, row) | {"modality": search.query.modality}
-        asked |= {"average_precision": float(precision[i]), "first_match": int(found.first[i])}
+        asked |= {"average_precision": float(precision[i]), "first_match": int(found.positions[i, 0])}
         asked["gallery"] = [
             (there := image(search.gallery, j)) | {"similarity": value, "correct": there["id"] == asked["id"]}
             for j, value in zip(nearest, near, strict=True)
@@ -292,15 +306,22 @@ def rank_images(features, paths, search, name, found, chosen, top=None):
 
 def pair_distances(features, search, name):
     """Cosine distances (0 to 2) of all queries to the gallery images that they see -> (those of the same identity,
-    those of two identities), two NumPy arrays."""
+    those of two identities), two NumPy arrays. Raises InputError when there are none of either."""
     query, gallery = features_of(features, search, name)
-    distances = (1 - query @ gallery.T).cpu().numpy()
-    (_, _, ids, cameras), g = search.query, search.gallery
-    seen = np.ones(distances.shape, bool)
-    if hide := NOT_SEEN[search.setting["dataset"]]:
-        seen = ~np.broadcast_to(hide(ids[:, None], cameras[:, None], g.ids, g.cameras), seen.shape)
-    same = ids[:, None] == g.ids
-    return distances[seen & same], distances[seen & ~same]
+    distances, seen = (1 - query @ gallery.T).cpu(), _seen(search, torch.arange(len(query)))
+    same = torch.from_numpy(search.query.ids[:, None] == search.gallery.ids)
+    pairs = [distances[seen & chosen].numpy() for chosen in (same, ~same)]
+    if not all(map(len, pairs)):
+        raise InputError("no distances to compare: the search needs a match, and images of two identities")
+    return pairs
+
+
+def _seen(search, rows):
+    """Which gallery images some of the queries see: bool [n, G], on the CPU."""
+    (_, _, ids, cameras), gallery, rows = search.query, search.gallery, rows.cpu().numpy()[:, None]
+    not_seen = NOT_SEEN[search.setting["dataset"]]
+    hidden = not_seen(ids[rows], cameras[rows], gallery.ids, gallery.cameras) if not_seen else False
+    return ~torch.from_numpy(np.broadcast_to(hidden, (len(rows), len(gallery.ids))).copy())
 
 
 def summarise(rows):

@@ -107,7 +107,9 @@ def main(argv=None):
             f"against the checkpoint, in batches of {' and '.join(map(str, BATCHES))}: smallest cosine "
             f"{result['cosine']:.7f}, largest difference {result['difference']:.1e}"
         )
-    print(f"input: {args.input} [B, 3, {size[0]}, {size[1]}]; resize an image before: {RESIZE.format(*size)}")
+    print(
+        f"input: {args.input} [B, 3, {size[0]}, {size[1]}]; resize an image (of 8 bits) before: {RESIZE.format(*size)}"
+    )
     return results
 
 

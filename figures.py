@@ -11,6 +11,8 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator
+from scipy.stats import ks_2samp
 
 import data_manager
 from data_loader import read_image
@@ -23,6 +25,7 @@ FRAMES = {
     "wrong": {"edgecolor": COLOURS[1], "linestyle": (0, (3, 1.5))},
     "query": {"edgecolor": "black", "linestyle": "-"},
 }
+matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
 SUFFIXES = (".png", ".svg", ".pdf")
 DPI = 150
 
@@ -55,8 +58,11 @@ def ranking_sheet(rows, title=""):
     width, height, text = 0.92, 1.6, 0.125 * lines + 0.1  # inches
     whole_width = columns * width + 0.35
     title = _wrapped(title, whole_width)
+    legend = "black frame: query; blue, \N{CHECK MARK}: same identity; orange, dashed, \N{MULTIPLICATION SIGN}: another"
+    told = any(tile.frame in ("correct", "wrong") for row in rows for tile in row)
+    legend = _wrapped(legend, whole_width) if told else ""
     top = 0.2 + 0.16 * title.count("\n") + 0.2 * bool(title)
-    whole_height = len(rows) * (height + text) + top + 0.3
+    whole_height = len(rows) * (height + text) + top + 0.1 + 0.15 * (legend.count("\n") + 1)
     figure = Figure(figsize=(whole_width, whole_height))
     for i, row in enumerate(rows):
         for j, tile in enumerate(row):
@@ -71,11 +77,7 @@ def ranking_sheet(rows, title=""):
             for spine in panel.spines.values():
                 spine.set(visible=tile.frame is not None, linewidth=2.2, **FRAMES.get(tile.frame, {}))
     figure.text(0.1 / whole_width, 1 - 0.1 / whole_height, title, fontsize=9, va="top")
-    if any(tile.frame in ("correct", "wrong") for row in rows for tile in row):
-        legend = (
-            "black frame: query; blue, \N{CHECK MARK}: same identity; orange, dashed, \N{MULTIPLICATION SIGN}: another"
-        )
-        figure.text(0.1 / whole_width, 0.1 / whole_height, legend, fontsize=7)
+    figure.text(0.1 / whole_width, 0.08 / whole_height, legend, fontsize=7)
     return figure
 
 
@@ -146,10 +148,12 @@ def feature_map(points, ids, modalities, title):
     for number, person in enumerate(people):
         for modality, marker in markers.items():
             chosen = (ids == person) & (modalities == modality)
-            look = {"facecolors": COLOURS[number % 7], "edgecolors": "black"}
+            look = {"facecolors": COLOURS[number % len(COLOURS)], "edgecolors": "black"}
             if number >= len(COLOURS):  # the colours come again, as outlines
-                look = {"facecolors": "none", "edgecolors": COLOURS[number % 7]}
-            panel.scatter(*points[chosen].T, s=42, marker=marker, linewidths=0.6 if number < 7 else 1.6, **look)
+                look = {"facecolors": "none", "edgecolors": COLOURS[number % len(COLOURS)]}
+            panel.scatter(
+                *points[chosen].T, s=42, marker=marker, linewidths=0.6 if number < len(COLOURS) else 1.6, **look
+            )
             # So many colours are hard to tell apart: the identity stands above its points, too.
             top = points[chosen][points[chosen][:, 1].argmax()]
             panel.annotate(str(person), top, (0, 6), textcoords="offset points", fontsize=7.5, ha="center")
@@ -183,11 +187,11 @@ def distance_histograms(pairs, title=""):
     return figure
 
 
-def overlap(a, b, bins=200):
-    """Overlapping coefficient of two samples, 0 (apart) to 1 (alike): the shared area of their histograms."""
-    edges = np.linspace(min(a.min(), b.min()), max(a.max(), b.max()), bins + 1)
-    shares = [np.histogram(values, edges)[0] / len(values) for values in (a, b)]
-    return float(np.minimum(*shares).sum())
+def overlap(a, b):
+    """How much two samples overlap, 0 (a threshold parts them) to 1 (alike): the share of wrong decisions, those of
+    both kinds added, that the best threshold makes. It is 1 less the Kolmogorov-Smirnov distance, and, where the
+    densities cross once, the area that they share."""
+    return 1 - ks_2samp(a, b, method="asymp").statistic
 
 
 def epoch_curves(runs, values):
@@ -207,19 +211,25 @@ def epoch_curves(runs, values):
 
 
 def result_curves(tables, curve, titled=True):
-    """tables: {label: rows of `engine.summarise`} -> Figure with a panel for each protocol. POOL is left out.
+    """tables: {label: rows of `engine.summarise`} -> Figure with a panel for each protocol. POOL is left out beside FC.
 
-    curve: "cmc", by rank, or "precision", by recall. titled: whether panels name the protocol.
+    curve: "cmc", by rank, or "precision", by recall. titled: whether panels say what they are of.
     """
+    every = [(label, row) for label, rows in tables.items() for row in rows]
     panels = {}
-    for label, rows in tables.items():
-        for row in rows:
-            if row["feature"] == "POOL":
-                continue
-            name = [label] * (len(tables) > 1) + [row["model"]] + [row["reranking"]] * (row["reranking"] != "none")
-            values = row["curves"][curve]
-            x = np.arange(1, len(values) + 1) if curve == "cmc" else np.linspace(0, 100, len(values))
-            panels.setdefault(data_manager.describe(row) if titled else "", {})[", ".join(name)] = x, values
+    for label, row in every:
+        alike = [other for _, other in every if other["model"] == row["model"]]
+        if row["feature"] == "POOL" and any(other["feature"] == "FC" for other in alike):
+            continue
+        # What tells a model's rows apart, and no more.
+        told = {"feature": row["feature"], "reranking": row["reranking"], "selection": f"chosen on {row['selection']}"}
+        told = [text for key, text in told.items() if text != "none" and len({other[key] for other in alike}) > 1]
+        name = ", ".join([label] * (len(tables) > 1) + [row["model"]] + told)
+        panel = panels.setdefault(data_manager.describe_result(row) if titled else "", {})
+        if name in panel:
+            raise InputError(f"two rows of results are of one name, {name}; draw them apart")
+        values = row["curves"][curve]
+        panel[name] = np.arange(1, len(values) + 1) if curve == "cmc" else np.linspace(0, 100, len(values)), values
     return curves(panels, *{"cmc": ("rank", "matching rate, %"), "precision": ("recall, %", "precision, %")}[curve])
 
 
@@ -242,7 +252,9 @@ def curves(panels, x_label, y_label=""):
         panel.set(xlabel=x_label, ylabel=y_label)
         panel.set_title(_wrapped(title, 4), fontsize=9.5)
         panel.set_ylim(bottom=min(0, panel.get_ylim()[0]))
-        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.xaxis.set_major_locator(
+            FixedLocator([1, 5, 10, 15, 20]) if x_label == "rank" else MaxNLocator(integer=True)
+        )
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     drawn = {line.get_label(): line for panel in axes[: len(panels)] for line in panel.lines}

@@ -3,6 +3,7 @@ and knows each vector's image. Exact, or in inverted lists. Nothing in it is exe
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -19,6 +20,7 @@ BLOCK = 100_000  # vectors that move from one FAISS index to another at a time
 # Several queries at once by matrix products: at 100 of them 16 times as fast as FAISS' own choice, row by row.
 faiss.cvar.distance_compute_blas_threshold = 1024
 
+VECTORS = r"index\.\d+\.faiss"
 FIELDS = {  # of index.json
     "folder": str,  # absolute
     "modality": str,
@@ -27,7 +29,6 @@ FIELDS = {  # of index.json
     "dim": int,  # C
     "checkpoint": str,  # absolute path, at the time
     "sha256": str,  # of the checkpoint; what decides
-    "flags": dict,  # of the last call
     "vectors": str,  # name of the FAISS file
     "bytes": int,  # its size
     "images": dict,  # path below the folder: [size, mtime_ns]; in the order of the vectors
@@ -42,7 +43,8 @@ def read_about(folder):
     try:
         about = json.loads(file.read_text())
         whole = all(isinstance(about[name], kind) for name, kind in FIELDS.items())
-        whole = whole and re.fullmatch(r"index\.\d+\.faiss", about["vectors"]) and about["modality"] in MODALITIES
+        whole = whole and re.fullmatch(VECTORS, about["vectors"]) and about["modality"] in MODALITIES
+        whole = whole and not any(os.path.isabs(path) or ".." in Path(path).parts for path in about["images"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:
@@ -62,12 +64,14 @@ def read_index(folder, mapped=True):
         if file.stat().st_size != about["bytes"]:
             raise ValueError("cut off")
         with file.open("rb") as start:
-            if start.read(4) not in (b"IxFI", b"IwFl"):  # what FAISS calls flat and inverted: no other code of it reads
+            if start.read(4) not in (b"IxFI", b"IwFl"):  # what FAISS calls flat and inverted
                 raise ValueError("of another kind")
         vectors = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
         has = vectors.ntotal, vectors.d, vectors.metric_type
         if has != (len(about["images"]), about["dim"], faiss.METRIC_INNER_PRODUCT):
             raise ValueError(f"{vectors.ntotal} of {vectors.d} values")
+        if isinstance(vectors, faiss.IndexIVF):
+            _check_lists(vectors)
     except Exception as error:  # FAISS raises RuntimeError for anything
         if read_about(folder)["vectors"] != about["vectors"]:
             return read_index(folder, mapped)  # it was replaced meanwhile
@@ -77,6 +81,17 @@ def read_index(folder, mapped=True):
             "remove both, and index anew"
         ) from error
     return about, vectors
+
+
+def _check_lists(vectors):
+    """Raise ValueError for what `arrange` does not make: lists in other files, say, which adding would write to."""
+    quantizer, lists = faiss.downcast_index(vectors.quantizer), faiss.downcast_InvertedLists(vectors.invlists)
+    if type(quantizer) is not faiss.IndexFlatIP or type(lists) is not faiss.ArrayInvertedLists:
+        raise ValueError("of another kind")
+    for i in range(vectors.nlist):
+        ids = faiss.rev_swig_ptr(lists.get_ids(i), lists.list_size(i))
+        if len(ids) and not (ids.min() >= 0 and ids.max() < vectors.ntotal):
+            raise ValueError("damaged")
 
 
 def save_index(folder, about, vectors):
@@ -91,14 +106,9 @@ def save_index(folder, about, vectors):
         about["bytes"] = file.tell()
     with atomic(folder / "index.json") as temporary:
         temporary.write_text(json.dumps(about))  # not indented, as others: of millions of images that takes minutes
-    for other in folder.glob("index.*.faiss"):  # and what killed runs have left
-        if other.name != about["vectors"]:
+    for other in folder.iterdir():  # and what killed runs have left
+        if other.name != about["vectors"] and re.fullmatch(rf"{VECTORS}|\.{VECTORS}\..*", other.name):
             other.unlink()
-
-
-def exact_index(dim):
-    """A FAISS index of vectors [dim] that compares all of them."""
-    return faiss.IndexFlatIP(dim)
 
 
 def drop_rows(vectors, kept):
@@ -111,25 +121,20 @@ def drop_rows(vectors, kept):
             ids[:] = row[ids]
 
 
-def arrange(vectors, ivf):
-    """The same vectors in a FAISS index that suits their number: exact, or with `ivf` in inverted lists.
-
-    Returns `vectors` itself where that is of the kind, with between half and twice as many lists as it would have.
-    """
+def arrange(vectors):
+    """The same vectors in inverted lists, as many as suit their number: a FAISS index, `vectors` itself where that has
+    between half and twice as many."""
     count, had = vectors.ntotal, vectors.nlist if isinstance(vectors, faiss.IndexIVF) else 0
-    lists = max(1, min(int(LISTS * math.sqrt(count)), count // 39)) if ivf else 0  # 39 a list: what FAISS asks for
-    if had == lists or (had and lists / 2 <= had <= 2 * lists):
+    lists = max(1, min(int(LISTS * math.sqrt(count)), count // 39))  # 39 vectors a list: what FAISS asks for
+    if lists / 2 <= had <= 2 * lists:
         return vectors
     if had:
         vectors.make_direct_map()  # to read rows
-    if ivf:
-        arranged = faiss.index_factory(vectors.d, f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
-        arranged.cp.min_points_per_centroid, arranged.cp.max_points_per_centroid = 1, SAMPLE
-        sample = np.random.default_rng(0).choice(count, min(count, SAMPLE * lists), replace=False)
-        arranged.train(vectors.reconstruct_batch(np.sort(sample)))
-        arranged.nprobe = min(lists, max(LEAST, math.ceil(lists / PROBED)))
-    else:
-        arranged = exact_index(vectors.d)
+    arranged = faiss.index_factory(vectors.d, f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
+    arranged.cp.min_points_per_centroid, arranged.cp.max_points_per_centroid = 1, SAMPLE
+    sample = np.random.default_rng(0).choice(count, min(count, SAMPLE * lists), replace=False)
+    arranged.train(vectors.reconstruct_batch(np.sort(sample)))
+    arranged.nprobe = min(lists, max(LEAST, math.ceil(lists / PROBED)))
     for start in progress(range(0, count, BLOCK), desc="arranging", unit="block", leave=False):
         arranged.add(vectors.reconstruct_n(start, min(BLOCK, count - start)))
     return arranged

@@ -87,12 +87,6 @@ def checkpoint_origin(path, checkpoint, net, size, data_path):
     }
 
 
-def data_name(dataset, demo):
-    """The data set as tables and figures call it."""
-    name = data_manager.DATA_NAMES[dataset]
-    return f"demo data like {name}" if demo else name
-
-
 def tested_trial(path, origin, dataset, trial):
     """RegDB's trial to test on (None for the other data sets): that of the checkpoint or features.
 
@@ -114,8 +108,15 @@ def tested_trial(path, origin, dataset, trial):
 def searches(args, data_path, trial, galleries=data_manager.TRIALS, everything=False):
     """The searches that the flags ask for, or all of the data set: a `data_manager.Searches`.
 
-    trial: RegDB's. galleries: the trials of the other data sets.
+    trial: RegDB's. galleries: the trials of the other data sets. Raises InputError for a search without a match.
     """
+    test = _searches(args, data_path, trial, galleries, everything)
+    for search in test.searches:
+        engine.check_matches(search)
+    return test
+
+
+def _searches(args, data_path, trial, galleries, everything):
     directions = data_manager.DIRECTIONS[args.dataset]
     directions = directions if everything else [directions[args.tvsearch]]
     if args.dataset == "regdb":

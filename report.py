@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-import protocol
+import data_manager
 from data_loader import read_image
 from utils import atomic, progress
 
@@ -97,7 +97,7 @@ def describe(row):
     """What a row's numbers mean, in the words of `testa.py`: {column: text}."""
     count, trials = row["per_trial"][0], row["trials"]
     values = {
-        "data": protocol.data_name(row["dataset"], row["demo"]),
+        "data": data_manager.data_name(row["dataset"], row["demo"], count["queries"]),
         **{name: row[name] for name in ("mode", "direction", "protocol", "shots")},
         "trials": f"trial {trials[0]}" if len(trials) == 1 else len(trials),
         "similarity": row["similarity"],

@@ -11,20 +11,24 @@ serve   the same as a local web page, which only this machine can reach
 Features are those of testa.py: image and mirror averaged, FC or POOL. As a library:
 
     from search import Embedder
-    embedder = Embedder("save_model/..._best.t")  # or a file of export.py: no network of PyTorch is built then
+    embedder = Embedder("save_model/..._best.t")  # or an .onnx of export.py: no network of PyTorch is built then
     features = embedder(["a.jpg", "b.jpg"], "infrared")  # float32 [2, C], of unit length
 """
 
 import base64
+import contextlib
 import html
 import io
 import json
 import os
+import socket
 import stat
+import sys
 import tempfile
 import time
 from pathlib import Path
 
+import faiss
 import numpy as np
 import torch
 from PIL import Image
@@ -34,19 +38,17 @@ import engine
 import figures
 from ChannelAug import normalise
 from data_loader import FORMATS, ImageFiles, worker_options
-from image_index import arrange, drop_rows, exact_index, read_index, save_index
+from image_index import arrange, drop_rows, read_index, save_index
 from model import FEATURES, MODALITIES, load_network
 from utils import (
     ArgumentParser,
     InputError,
-    check_output,
     claim,
     cli,
     file_sha256,
     load_checkpoint,
     number,
     progress,
-    save_json,
     select_device,
 )
 
@@ -62,20 +64,25 @@ def get_args_parser():
     index.add_argument("--modality", choices=MODALITIES, help="of the images (needed for a new index)")
     index.add_argument("--feature", choices=FEATURES, help="after or before the bottleneck (default: FC)")
     index.add_argument("--out", required=True, metavar="INDEX", help="folder of the index, new or old")
-    index.add_argument("--ivf", action="store_true", help="for millions of images: inverted lists, not quite exact")
+    index.add_argument(
+        "--ivf", action="store_true", help="for millions of images: inverted lists, not quite exact, from now on"
+    )
     query = commands.add_parser("query", help="rank the images of an index by their similarity to others")
     query.add_argument("images", nargs="+", metavar="IMAGE")
     query.add_argument("--modality", choices=MODALITIES, required=True, help="of these images")
     query.add_argument("--top", type=number(int, 1, 10**6), default=10, help="images to find")
     query.add_argument("--save", metavar="FILE", help="draw them on a sheet: .png, .svg or .pdf")
-    query.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to a .json file, or print it")
+    query.add_argument("--json", action="store_true", help="print JSON, and nothing else, to stdout")
     serve = commands.add_parser("serve", help="a web page to search with, on this machine alone")
     serve.add_argument("--port", type=number(int, 1, 65535), default=7860, help="of 127.0.0.1")
     for command in (index, query, serve):
         command.add_argument(
-            "--resume", metavar="CKPT", help="checkpoint, or a file of export.py (default: where the index had it from)"
+            "--resume",
+            metavar="CKPT",
+            help="checkpoint, or an .onnx of export.py (default: where the index had it from)",
         )
         command.add_argument("--gpu", default="0", help="number of the GPU, or cpu")
+    serve.set_defaults(batch=64, workers=0)  # one image at a time
     for command in (query, serve):
         command.add_argument("--index", required=True, metavar="INDEX", help="folder that `index` made")
     for command in (index, query):
@@ -94,7 +101,7 @@ def main(argv=None):
 
 
 class Embedder:
-    """Features of image files by a checkpoint, or by a file of export.py, which embeds one modality.
+    """Features of image files by a checkpoint, or by an .onnx of export.py, which embeds one modality.
 
     feature: "FC" or "POOL"; gpu: number of the GPU, or "cpu" (ONNX files run on the CPU); batch: images in a batch;
     workers: processes that decode images, where there is more than one batch.
@@ -106,7 +113,11 @@ class Embedder:
     def __init__(self, path, feature="FC", gpu="0", batch=64, workers=4):
         self.path, self.feature, self.batch, self.workers = Path(path), feature, batch, workers
         if not self.path.is_file():
-            raise InputError(f"{path}: no such file; name a checkpoint, or a file of export.py")
+            raise InputError(f"{path}: no such file; name a checkpoint, or an .onnx of export.py")
+        if self.path.suffix in (".pt", ".safetensors"):
+            raise InputError(
+                f"{path}: of the files of export.py only .onnx ones are searched with; name one, or a checkpoint"
+            )
         if self.path.suffix == ".onnx":
             self._load_onnx()
         else:
@@ -152,7 +163,8 @@ class Embedder:
         features = np.empty((len(paths), self.dim), np.float32)
         for path in paths:
             if not os.path.isfile(path):
-                raise InputError(f"{path}: no such image; name an existing one")
+                what = "a folder: name its images" if os.path.isdir(path) else "no such image: name an existing one"
+                raise InputError(f"{path}: {what}")
         for rows, values, unreadable in self.batches(paths, modality):
             if unreadable:
                 raise InputError(unreadable[0])
@@ -204,7 +216,7 @@ def index_folder(args):
     folder, out = Path(args.folder).resolve(), Path(args.out)
     if not folder.is_dir():
         raise InputError(f"{args.folder}: no such folder; name one with images")
-    with claim(out / "index", "another --out"):
+    with claim(out / "index.json", "another --out"):
         about, vectors = {}, None
         if (out / "index.json").exists():
             about, vectors = read_index(out, mapped=False)
@@ -212,23 +224,31 @@ def index_folder(args):
             raise InputError(f"{out}: there is no index yet; give --resume and --modality to make one")
         embedder = indexing_embedder(args, about, folder)
 
-        found, unreadable = list_images(folder)
+        found, unreadable, unknown = list_images(folder)
+        for path, stamp in about.get("images", {}).items():
+            if any(path == place or path.startswith(f"{place}{os.sep}") for place in unknown):
+                found[path] = stamp  # for all we know it is still there
         if not found:
             raise InputError(f"{folder}: has no image in it; name a folder with images")
         images = about.get("images", {})
         kept = np.array([found.get(path) == stamp for path, stamp in images.items()], bool)
         changed = sum(path in found for path, keep in zip(images, kept, strict=True) if not keep)
         vanished = int((~kept).sum()) - changed
+        if len(kept) and not kept.any() and str(folder) != about["folder"]:
+            raise InputError(
+                f"{folder}: has none of the images of {out}, whose {about['folder']} is gone; name its place"
+            )
         if vectors is None:
-            vectors = exact_index(embedder.dim)
+            vectors = faiss.IndexFlatIP(embedder.dim)
         elif not kept.all():
             drop_rows(vectors, kept)
             images = {path: images[path] for path, keep in zip(images, kept, strict=True) if keep}
         new = [path for path in found if path not in images]
-        moved = about.get("folder") != str(folder)
+        places = about.get("folder"), about.get("checkpoint")
         about |= {"folder": str(folder), "modality": args.modality or about.get("modality"), "images": images}
         about |= {"feature": embedder.feature, "image_size": list(embedder.size), "dim": embedder.dim}
-        about |= {"checkpoint": str(embedder.path.resolve()), "sha256": embedder.sha256, "flags": vars(args)}
+        if len(embedder.modalities) > 1 or not os.path.isfile(about.get("checkpoint", "")):  # an .onnx knows one only
+            about |= {"checkpoint": str(embedder.path.resolve()), "sha256": embedder.sha256}
 
         embedded, due = 0, time.monotonic() + 60 * SAVE_MINUTES
         for rows, features, failed in embedder.batches([str(folder / path) for path in new], about["modality"]):
@@ -241,12 +261,13 @@ def index_folder(args):
                 due = time.monotonic() + 60 * SAVE_MINUTES
         if not images:
             raise InputError(f"{folder}: none of its {len(found)} images can be read: {unreadable[0]}")
-        arranged = arrange(vectors, args.ivf)
+        arranged = arrange(vectors) if args.ivf or isinstance(vectors, faiss.IndexIVF) else vectors
+        moved = places != (about["folder"], about["checkpoint"])
         if embedded or not kept.all() or arranged is not vectors or moved:
             save_index(out, about, arranged)
 
     for line in unreadable:
-        print(f"unreadable: {line}")
+        print(f"unreadable: {shown(line)}")
     print(
         f"{out}: {len(images)} images. Embedded now: {embedded}; changed since the last call: {changed}; "
         f"gone: {vanished}; unreadable: {len(unreadable)}"
@@ -272,9 +293,9 @@ def index_embedder(args, about, index):
     path = args.resume or about["checkpoint"]
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file; {index} was made with it: name its new place with --resume")
-    options = {} if args.command == "serve" else {"batch": args.batch, "workers": args.workers}
-    embedder = Embedder(path, about["feature"], args.gpu, **options)
-    if embedder.sha256 != about["sha256"] or list(embedder.size) != about["image_size"]:
+    embedder = Embedder(path, about["feature"], args.gpu, args.batch, args.workers)
+    mine = embedder.sha256, list(embedder.size), embedder.dim
+    if mine != (about["sha256"], about["image_size"], about["dim"]):
         raise InputError(
             f"{path}: is not of the checkpoint that {index} was made with, {about['checkpoint']} "
             f"(sha256 {about['sha256'][:12]}...); name that one with --resume, or make an index anew"
@@ -283,15 +304,17 @@ def index_embedder(args, about, index):
 
 
 def list_images(folder):
-    """A folder's images at any depth -> ({path below it: [size, mtime_ns]}, lines on what cannot be read).
+    """A folder's images at any depth -> ({path below it: [size, mtime_ns]}, lines on what cannot be read, paths of what
+    may still be there).
 
     Images are the files with a suffix of FORMATS; hidden files and folders, and links to folders, are left out.
     """
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
-    found, unreadable = {}, []
+    found, unreadable, unknown = {}, [], []
 
     def no_listing(error):
         unreadable.append(f"{error.filename}: cannot be listed ({error.strerror})")
+        unknown.append(os.path.relpath(error.filename, folder))
 
     for where, folders, names in os.walk(folder, onerror=no_listing):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -303,17 +326,24 @@ def list_images(folder):
                 status = os.stat(path)
             except OSError as error:
                 unreadable.append(f"{path}: cannot be read ({error.strerror})")
+                if not isinstance(error, FileNotFoundError):
+                    unknown.append(os.path.relpath(path, folder))
                 continue
             if stat.S_ISREG(status.st_mode):  # reading a pipe would wait
-                found[os.path.relpath(path, folder)] = [status.st_size, status.st_mtime_ns]
-    return found, unreadable
+                found[os.path.relpath(path, folder)] = _stamp(status)
+    return found, unreadable, unknown
+
+
+def _stamp(status):
+    return [status.st_size, status.st_mtime_ns]
 
 
 # --------------------------------------------------------------------------------------------------------------- query
 
 
 class Finder:
-    """An index in use: finder(image files, modality, top) -> for each, [{"rank", "similarity", "path"}], best first."""
+    """An index in use: finder(image files, modality, top) -> for each, a list of {"rank", "similarity", "path",
+    "changed"}, best first. changed: the file is not the one that was indexed."""
 
     def __init__(self, args):
         self.about, self.vectors = read_index(args.index)
@@ -324,52 +354,60 @@ class Finder:
         similarities, rows = self.vectors.search(self.embedder(images, modality), min(top, len(self.paths)))
         return [
             [
-                {
-                    "rank": rank,
-                    "similarity": float(similarity),
-                    "path": os.path.join(self.about["folder"], self.paths[row]),
-                }
+                {"rank": rank, "similarity": float(similarity), **self._describe(self.paths[row])}
                 for rank, (similarity, row) in enumerate(zip(*ranked, strict=True), 1)
                 if row >= 0  # the lists that were searched may hold fewer
             ]
             for ranked in zip(similarities, rows, strict=True)
         ]
 
+    def _describe(self, name):
+        path = os.path.join(self.about["folder"], name)
+        try:
+            changed = _stamp(os.stat(path)) != self.about["images"][name]
+        except OSError:
+            changed = True
+        return {"path": path, "changed": changed}
+
 
 def query_index(args):
-    """Returns a list, for each image {"query": path, "found": as `Finder` gives it}."""
-    check_query(args)
-    found = Finder(args)(args.images, args.modality, args.top)
-    results = [{"query": image, "found": images} for image, images in zip(args.images, found, strict=True)]
+    """Returns a list, for each image {"query": path, "modality", "found": as `Finder` gives it}."""
+    with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):  # warnings are no JSON
+        finder = Finder(args)
+        check_sheet(args, finder)
+        found = finder(args.images, args.modality, args.top)
+    results = [
+        {"query": image, "modality": args.modality, "found": images}
+        for image, images in zip(args.images, found, strict=True)
+    ]
     if args.save:
-        figures.save(draw_sheet(results), args.save)
-    if args.json == "-":
+        figures.save(draw_sheet(results, finder.about), args.save)
+    if args.json:
         print(json.dumps(results, indent=1))
         return results
-    if args.json:
-        save_json(results, args.json)
     for result in results:
-        print(result["query"])
+        print(f"{shown(result['query'])} ({args.modality})")
         for image in result["found"]:
-            print(f"{image['rank']:>4}  {image['similarity']:6.3f}  {image['path']}")
+            changed = "  (changed since it was indexed)" if image["changed"] else ""
+            print(f"{image['rank']:>4}  {image['similarity']:6.3f}  {shown(image['path'])}{changed}")
+    if args.save:
+        print(args.save)
     return results
 
 
-def check_query(args):
-    """Raise InputError for outputs that cannot be written, or that name an image."""
-    if args.save:
-        figures.check_picture(args.save, "--save")
-        if max(len(args.images), args.top) > SHEET_LIMIT:
-            raise InputError(f"--save: a sheet has room for {SHEET_LIMIT} queries and --top {SHEET_LIMIT} at most")
-        if os.path.realpath(args.save) in map(os.path.realpath, args.images):
-            raise InputError(f"--save {args.save}: is a query; name another file")
-    if args.json not in (None, "-"):
-        if Path(args.json).suffix != ".json":
-            raise InputError(f"--json {args.json}: name a .json file; images go before --json")
-        check_output(args.json)
+def check_sheet(args, finder):
+    """Raise InputError for a sheet that cannot be written, or would replace an image."""
+    if not args.save:
+        return
+    figures.check_picture(args.save, "--save")
+    if max(len(args.images), args.top) > SHEET_LIMIT:
+        raise InputError(f"--save: a sheet has room for {SHEET_LIMIT} queries and --top {SHEET_LIMIT} at most")
+    path = os.path.realpath(args.save)
+    if path in map(os.path.realpath, args.images) or os.path.relpath(path, finder.about["folder"]) in finder.paths:
+        raise InputError(f"--save {args.save}: is a query, or an image of the index; name another file")
 
 
-def draw_sheet(results):
+def draw_sheet(results, about):
     """The results of `query_index` -> Figure: a row for each query."""
     rows = [
         [figures.Tile(result["query"], f"query\n{short_name(result['query'])}", "query")]
@@ -380,7 +418,9 @@ def draw_sheet(results):
         for result in results
     ]
     try:
-        return figures.ranking_sheet(rows)
+        queries, checkpoint = results[0]["modality"], os.path.basename(about["checkpoint"])
+        title = f"{queries} queries in {about['modality']} images of {about['folder']}; cosine similarity; {checkpoint}"
+        return figures.ranking_sheet(rows, shown(title))
     except InputError as error:
         raise InputError(f"--save: an image cannot be drawn ({error}); run index again if it has gone") from error
 
@@ -404,29 +444,26 @@ STYLE = """
 def serve_index(args):
     """Show the page until the process is stopped."""
     finder = Finder(args)
-    with tempfile.TemporaryDirectory() as uploads:
-        # Before Gradio is imported: it asks nobody on the internet, and forgets the uploads when the page closes.
-        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": uploads, "GRADIO_ALLOWED_PATHS": ""}
-        page, looks = build_page(finder)
+    with tempfile.TemporaryDirectory() as uploads, socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            page.launch(
-                server_name="127.0.0.1",
-                server_port=args.port,
-                share=False,
-                ssr_mode=False,
-                footer_links=[],
-                quiet=True,
-                prevent_thread_lock=True,
-                **looks,
-            )
+            listener.bind(("127.0.0.1", args.port))
         except OSError as error:
-            raise InputError(f"--port {args.port}: cannot be used ({error}); choose another") from error
+            raise InputError(f"--port {args.port}: cannot be used ({error.strerror}); choose another") from error
+        # Before Gradio is imported: it asks nobody on the internet, and uploads go when the process ends.
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": uploads, "GRADIO_ALLOWED_PATHS": ""}
+        import gradio
+        import uvicorn
+        from fastapi import FastAPI
+        from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+        page, looks = build_page(finder)
+        app = FastAPI(openapi_url=None)
+        # Else a page of the internet could have its own name lead here, and read the answers.
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
+        app = gradio.mount_gradio_app(app, page, "/", "127.0.0.1", args.port, footer_links=[], ssr_mode=False, **looks)
         print(f"http://127.0.0.1:{args.port}  (Ctrl-C ends it)", flush=True)
-        try:
-            while True:
-                time.sleep(3600)
-        finally:
-            page.close(verbose=False)
+        uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)).run([listener])
 
 
 def build_page(finder):
@@ -446,7 +483,7 @@ def build_page(finder):
 
     about, choices = finder.about, finder.embedder.modalities
     count, folder = len(finder.paths), html.escape(shown(about["folder"]))
-    with gradio.Blocks(title="GFMNet search", analytics_enabled=False) as page:
+    with gradio.Blocks(title="GFMNet search", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gradio.Markdown(f"## GFMNet search\n{count:,} {about['modality']} images of {folder}")
         with gradio.Row():
             with gradio.Column(scale=1, min_width=240):
@@ -459,8 +496,8 @@ def build_page(finder):
                 top = gradio.Slider(1, min(100, max(2, count)), value=min(10, count), step=1, label="Images to find")
             with gradio.Column(scale=3):
                 found = gradio.HTML(show(None, None, None))
-        for event in (upload.change, modality.change, top.release):
-            event(show, [upload, modality, top], found, api_visibility="private")
+        for event in (upload.change, modality.change, top.change):
+            event(show, [upload, modality, top], found, api_visibility="private", trigger_mode="always_last")
     return page, {"theme": gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]), "css": STYLE}
 
 
@@ -468,6 +505,8 @@ def draw_card(image, folder):
     """One of `Finder`'s images, as HTML: its path below the folder; the whole one where the mouse rests on it."""
     path, name = (html.escape(shown(path)) for path in (image["path"], os.path.relpath(image["path"], folder)))
     try:
+        if image["changed"]:
+            raise InputError("not the image that was found")
         thumbnail = io.BytesIO()
         Image.fromarray(figures.thumbnail(image["path"])).save(thumbnail, "JPEG", quality=90)
         source = base64.b64encode(thumbnail.getvalue()).decode()
@@ -481,8 +520,9 @@ def draw_card(image, folder):
 
 
 def shown(path):
-    """A path for people: bytes that are no letters in UTF-8 are replaced."""
-    return os.fsencode(path).decode(errors="replace")
+    """A path or line for people: what is no letter in UTF-8, or would steer a terminal, is replaced."""
+    text = os.fsencode(path).decode(errors="replace")
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 if __name__ == "__main__":

@@ -88,11 +88,12 @@ def main(argv=None):
             if args.features:
                 save_features(for_trial(args.features, trial), features, test.paths, data_path, origin)
 
-        leading = leading or (features, test, origin)
         flipped = origin.get("flipped")
         for search in progress(test.searches, desc="searching", unit="search", leave=False):
             counts = {"queries": len(search.query.rows), "gallery": len(search.gallery.rows)}
-            for ((model, feature), reranking), found in engine.run_search(features, search, args.rerank).items():
+            measured = engine.run_search(features, search, args.rerank)
+            leading = leading or (features, test, measured, origin)
+            for ((model, feature), reranking), found in measured.items():
                 labels = {
                     "model": model,
                     "feature": feature,
@@ -104,37 +105,40 @@ def main(argv=None):
                 }
                 where = {"checkpoint": origin.get("checkpoint") or str(path), "network": origin.get("network")}
                 counts["evaluated"] = len(found.rows)
-                measured = {"metrics": engine.scores(found), "curves": engine.curves(found)}
-                rows.append({**search.setting, **labels, **where, **counts, **measured})
+                values = {"metrics": engine.scores(found), "curves": engine.curves(found)}
+                rows.append({**search.setting, **labels, **where, **counts, **values})
 
     results = engine.summarise(rows)
     if args.json:
         save_json({"flags": vars(args), "torch": torch.__version__, "results": results}, args.json)
+    print_results(results, by_trial=not args.all)
     if args.report:
         write_report(args, results, *leading)
-    print_results(results, by_trial=not args.all)
     return results
 
 
-def write_report(args, results, features, test, origin):
-    """The page of `--report`. Rankings and distances are of the first search, by the network's FC feature."""
+def write_report(args, results, features, test, found, origin):
+    """The page of `--report`. Rankings and distances are of the first search, by the network's FC feature.
+
+    found: of that search, as `engine.run_search` gives it."""
     search, names = test.searches[0], list(features["visible"])
     name = next((name for name in names if name[1] == "FC" and name[0] not in BASELINES), names[-1])
-    found = engine.run_search({m: {name: values[name]} for m, values in features.items()}, search)[name, "none"]
+    found = found[name, "none"]
     chosen = engine.choose_queries(found, search, "worst", HARDEST)
-    where = f"{data_manager.describe(search.setting)}, trial {search.setting['trial']}, feature {name[1]}"
+    setting = f"{data_manager.describe(search.setting)}, trial {search.setting['trial']}"
+    where = f"{setting}, model {name[0]}, feature {name[1]}"
     pictures = {}
-    for described, rows in groupby(results, data_manager.describe):
+    for described, rows in groupby(results, data_manager.describe_result):
         rows = list(rows)
         pictures[f"CMC: {described}"] = figures.result_curves({"": rows}, "cmc", titled=False)
-        pictures[f"Precision by recall: {described}"] = figures.result_curves({"": rows}, "precision", False)
-        if len(pictures) == 2:
+        pictures[f"Precision by recall: {described}"] = figures.result_curves({"": rows}, "precision", titled=False)
+        if len(pictures) == 2 and len(np.unique(search.gallery.ids)) > 1:
             distances = engine.pair_distances(features, search, name)
             pictures[f"Distances of queries to gallery images: {where}"] = figures.distance_histograms({"": distances})
-    modules = (torch, torchvision, np, PIL)
+    modules, path = (torch, torchvision, np, PIL), os.path.join(args.report, PAGE)
     report.write_page(
-        os.path.join(args.report, PAGE),
-        f"Test results: {protocol.data_name(args.dataset, origin.get('demo'))}",
+        path,
+        f"Test results: {data_manager.data_name(args.dataset, origin.get('demo'), len(search.query.rows))}",
         results,
         engine.rank_images(features, test.paths, search, name, found, chosen, NEAREST),
         where,
@@ -145,6 +149,7 @@ def write_report(args, results, features, test, origin):
             "Versions": {"Python": platform.python_version(), **{m.__name__: m.__version__ for m in modules}},
         },
     )
+    print(f"\n{path}: the page of these results")
 
 
 def check_flags(args):
@@ -269,10 +274,9 @@ def cell(row, metric):
 
 def describe(row):
     """What was searched, in words: data set, mode, direction, protocol, shots, trials, sizes."""
-    count, trials = row["per_trial"][0], row["trials"]
+    count = row["per_trial"][0]
     return (
-        f"{protocol.data_name(row['dataset'], row['demo'])}, {data_manager.describe(row)}, "
-        f"{f'trial {trials[0]}' if len(trials) == 1 else f'{len(trials)} trials'}: {count['queries']} queries"
+        f"{data_manager.describe_result(row)}: {count['queries']} queries"
         + (f" ({count['evaluated']} with a match)" if count["evaluated"] < count["queries"] else "")
         + f", gallery of {count['gallery']}"
     )

@@ -190,6 +190,7 @@ def train(args, device, pauses, name, checkpoints, log_folder):
         data = llcm_train(data_path, size)
         test = data_manager.llcm_test(data_path, trials=[0])
     (search,) = test.searches
+    engine.check_matches(search)
     sampler = IdentitySampler(data, args.batch_size, args.num_pos, args.seed)
     loader = train_loader(data, sampler, args.workers, device, args.cache)
     eval_loaders = {
@@ -282,16 +283,16 @@ def train(args, device, pauses, name, checkpoints, log_folder):
         for warning in warnings(entry, args):
             log.text(warning)
         log.epoch(entry)
-        if args.figures and "FC/Rank-1" in entry:
-            draw(log, desc, features, test, found["FC"])
 
         if improved:
             save_checkpoint(checkpoint(epoch, selection=args.select), checkpoints["best"])
         if epoch > 0 and epoch % args.save_epoch == 0:
             save_checkpoint(checkpoint(epoch), Path(args.model_path) / f"{name}_epoch_{epoch}.t")
-        # Last, so that a run which is killed before this line repeats the epoch, and so the files above.
+        # After the others, so that a run which is killed before this line repeats the epoch, and so the files above.
         sums = {"in_a_row": sums.in_a_row}
         save_checkpoint(checkpoint(epoch, optimizer=optimizer.state_dict(), sums=sums), checkpoints["last"])
+        if args.figures and "FC/Rank-1" in entry:
+            draw(log, desc, features, test, found["FC"])
     log.text(f"best: epoch {best['epoch']}, Rank-1 {best['Rank-1']:.2f}, mAP {best['mAP']:.2f}, {checkpoints['best']}")
     log.close()
     del model
@@ -321,7 +322,8 @@ def draw(log, desc, features, test, found):
     curves = figures.epoch_curves({log.json_path.stem: entries}, ["total", "correct", "FC/Rank-1", "FC/mAP"])
     chosen = engine.choose_queries(found, search, "random", FIGURE_QUERIES)
     ranked = engine.rank_images(features, test.paths, search, "FC", found, chosen, FIGURE_IMAGES)
-    title = f"{desc}: {data_manager.describe(search.setting)}, trial {search.setting['trial']}; FC"
+    ids = {"test": "test ids", "val": "VALIDATION ids"}[search.setting["split"]]
+    title = f"{desc}: {ids}, {data_manager.describe(search.setting)}, trial {search.setting['trial']}; FC"
     sheet = figures.ranking_sheet(figures.ranking_tiles(ranked), title)
     epoch, folder = entries[-1]["epoch"], log.json_path.with_suffix("")
     for tag, figure, name in (("curves", curves, "curves"), ("ranking", sheet, f"ranking_epoch_{epoch}")):

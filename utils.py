@@ -400,7 +400,8 @@ def check_folder(path):
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise InputError(f"{path}: cannot write there ({error.strerror}); choose another folder") from error
+        reason = next((f"{there} is a file" for there in path.parents if there.is_file()), error.strerror)
+        raise InputError(f"{path}: cannot write there ({reason}); choose another folder") from error
 
 
 @contextlib.contextmanager

@@ -120,32 +120,34 @@ def embed_test(args, resume):
     features = protocol.embed_images(embed, test.paths, size, args)
     (search,) = test.searches
     setting = f"{data_manager.describe(search.setting)}, trial {search.setting['trial']}"
-    setting = f"{protocol.data_name(args.dataset, origin['demo'])}, {setting}; {args.feature}"
+    name = data_manager.data_name(args.dataset, origin["demo"], len(search.query.rows))
+    setting = f"{name}, {setting}; {args.feature}"
     return Tested(net, device, size, test.paths, search, features, origin["network"], setting)
 
 
-def choose(args, tested):
-    """The queries that `--which` asks for, with all their gallery's images: as `engine.rank_images` gives them."""
+def choose(args, tested, top=None):
+    """The queries that `--which` asks for, with `top` images each, or all: as `engine.rank_images` gives them."""
     found = engine.run_search(tested.features, tested.search)[args.feature, "none"]
     chosen = engine.choose_queries(found, tested.search, args.which, args.queries, args.seed)
-    return engine.rank_images(tested.features, tested.paths, tested.search, args.feature, found, chosen)
+    return engine.rank_images(tested.features, tested.paths, tested.search, args.feature, found, chosen, top)
 
 
 def ranking(args):
     tested = embed_test(args, args.resume)
-    ranked = choose(args, tested)
-    for query in ranked:
-        query["gallery"] = query["gallery"][: args.top]
-    return figures.ranking_sheet(figures.ranking_tiles(ranked), f"{tested.setting}; {tested.network}")
+    ranked = choose(args, tested, args.top)
+    title = (
+        f"{tested.setting}; {tested.network}; queries: {args.which}. AP: average precision; numbers: cosine similarity"
+    )
+    return figures.ranking_sheet(figures.ranking_tiles(ranked), title)
 
 
 def heatmap(args):
     tested = embed_test(args, args.resume)
     pairs = []
     for query in progress(choose(args, tested), desc="heat maps", unit="pair"):
-        rank, match = next((i, image) for i, image in enumerate(query["gallery"], 1) if image["correct"])
+        match = next(image for image in query["gallery"] if image["correct"])
         images = [(query, tested.search.query.modality), (match, tested.search.gallery.modality)]
-        captions = ["query", f"match, rank {rank}"]
+        captions = ["query", f"match, rank {query['first_match']}"]
         pairs.append(
             [
                 (f"{caption}: id {image['id']}, camera {image['camera']}", image["path"], heat)
@@ -154,15 +156,17 @@ def heatmap(args):
                 )
             ]
         )
-    return figures.heatmap_sheet(pairs, f"{tested.setting}; {tested.network}")
+    title = f"{tested.setting}; {tested.network}; queries: {args.which}. Dark: least, yellow: most of each map"
+    return figures.heatmap_sheet(pairs, title)
 
 
 def pair_heats(tested, images, feature):
     """Where the network looks in two images, [(image, modality), ...] -> of each {name: heat [H, W], 0 to 1}.
 
-    "similarity": what each place of the last feature map adds to the similarity to the other image: HiResCAM (Draelos
-    and Carin, 2020), Grad-CAM without its averaging of gradients over places. "attention": AFAM's spatial attention,
-    where the network has it. Each from its smallest to its largest value.
+    "similarity": what each place of the last feature map adds to the similarity to the other image, or 0 where it takes
+    away: HiResCAM (Draelos and Carin, 2020), Grad-CAM without its averaging of gradients over places. Of the images
+    without their mirrors. "attention": AFAM's spatial attention, where the network has it. Each from its smallest to
+    its largest value.
     """
     from pytorch_grad_cam import HiResCAM  # slow to import
 
@@ -225,13 +229,20 @@ def tsne(args):
     features = np.concatenate(features)
     perplexity = min(30, (len(features) - 1) / 3)
     points = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=args.seed).fit_transform(features)
-    return figures.feature_map(points, np.concatenate(ids), np.array(modalities), f"{tested.setting}; {tested.network}")
+    return figures.feature_map(
+        points,
+        np.concatenate(ids),
+        np.array(modalities),
+        f"t-SNE; {tested.setting}; {tested.network}; numbers: identities",
+    )
 
 
 def distances(args):
     if len(args.resume) > 2 or len(set(args.resume)) < len(args.resume):
         raise InputError(f"--resume {' '.join(args.resume)}: give one checkpoint, or two to compare")
     tested = [embed_test(args, resume) for resume in args.resume]
+    if len({one.setting for one in tested}) > 1:
+        raise InputError(f"--resume {' '.join(args.resume)}: are of two trials, whose people differ; give one trial's")
     labels = [one.network for one in tested]
     if len(set(labels)) < len(labels):
         labels = args.resume
@@ -271,8 +282,15 @@ def read_results(path):
     """The results in testa.py's JSON."""
     try:
         results = json.loads(Path(path).read_text())["results"]
-        for row in results:
-            data_manager.describe(row), row["model"], row["feature"], row["reranking"], row["curves"]["cmc"][0]
+        for row in results or [{}]:
+            (
+                data_manager.describe_result(row),
+                row["model"],
+                row["selection"],
+                row["feature"],
+                row["reranking"],
+                row["curves"]["cmc"][0],
+            )
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise InputError(
             f"{path}: has no results with CMC curves ({type(error).__name__}); write it with testa.py --json"

@@ -23,6 +23,7 @@ import re_rank
 import testa
 import train_ext_test0
 import utils
+import visualize
 from ChannelAug import TrainAugmentation
 from conftest import SIZE, flags, plain_embedding
 from eval_metrics import eval_sysu
@@ -155,9 +156,12 @@ def test_every_method_trains_and_its_checkpoint_tests(sysu_tree, tmp_path, more)
 
 def test_every_flag_is_read():
     """Each flag's name stands in the script beside its declaration, or in the module whose flags it shares."""
-    for script, shared in ((train_ext_test0, ""), (testa, protocol.__file__)):
+    for script, shared in ((train_ext_test0, ""), (testa, protocol.__file__), (visualize, protocol.__file__)):
         source = "".join(Path(file).read_text() for file in (script.__file__, shared) if file)
-        for action in script.get_args_parser()._actions:
+        actions = script.get_args_parser()._actions
+        for sub in actions[-1].choices.values() if isinstance(actions[-1].choices, dict) else []:
+            actions = actions + sub._actions
+        for action in actions:
             if action.dest != "help":
                 assert f"args.{action.dest}" in source, action.dest
 

@@ -16,8 +16,10 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import data_loader
 import export
 import image_index
 import search
@@ -128,7 +130,7 @@ def test_a_query_finds_what_a_plain_loop_finds(folder, checkpoint, pictures, tmp
     expected = plain_search(checkpoint, folder, pictures[1])
     check_found(run_query(tmp_path / "index", pictures[1], "--top", "5"), expected, 5)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == str(pictures[1][0])
+    assert lines[0] == f"{pictures[1][0]} (infrared)"
     assert lines[1] == f"   1  {expected[0][0][1]:6.3f}  {expected[0][0][0]}"
     # More than there are; and of the images themselves, each is its own first.
     check_found(run_query(tmp_path / "index", pictures[1][:1], "--top", "50"), expected[:1])
@@ -262,14 +264,14 @@ def test_two_runs_do_not_write_one_index(made):
     folder, index = made
     code = textwrap.dedent(f"""
         import utils
-        with utils.claim({str(index / "index")!r}):
+        with utils.claim({str(index / "index.json")!r}):
             print("claimed", flush=True)
             input()
     """)
     other = subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert other.stdout.readline() == b"claimed\n"
-        with pytest.raises(InputError, match=r"index: another run .* is writing now \(process \d+"):
+        with pytest.raises(InputError, match=r"index.json: another run .* is writing now \(process \d+"):
             run_index(folder, index)
     finally:
         other.communicate(b"\n")
@@ -339,7 +341,7 @@ def test_inverted_lists_find_nearly_the_same():
     x, queries = clustered(20_000, 400), clustered(400, 400, seed=1)
     flat = faiss.IndexFlatIP(32)
     flat.add(x)
-    inverted = image_index.arrange(flat, ivf=True)
+    inverted = image_index.arrange(flat)
     assert isinstance(inverted, faiss.IndexIVFFlat)
     assert inverted.nlist == 20_000 // 39
     assert inverted.nprobe < inverted.nlist / 30
@@ -347,11 +349,12 @@ def test_inverted_lists_find_nearly_the_same():
     found = inverted.search(queries, 10)[1]
     recall = np.mean([np.isin(mine, theirs).mean() for mine, theirs in zip(found, exact, strict=True)])
     assert recall > 0.95
-    # Left as they are when they suit, and turned back without loss.
-    assert image_index.arrange(inverted, ivf=True) is inverted
-    assert image_index.arrange(flat, ivf=False) is flat
-    back = image_index.arrange(inverted, ivf=False)
-    np.testing.assert_array_equal(back.reconstruct_n(0, len(x)), x)
+    assert image_index.arrange(inverted) is inverted  # it suits
+    inverted.remove_ids(faiss.IDSelectorRange(5000, 20_000))
+    fewer = image_index.arrange(inverted)
+    assert fewer.nlist == 5000 // 39
+    fewer.make_direct_map()
+    np.testing.assert_array_equal(fewer.reconstruct_n(0, 5000), x[:5000])
 
 
 @pytest.mark.parametrize("ivf", [False, True])
@@ -359,7 +362,7 @@ def test_rows_close_up_when_some_go(ivf):
     x = clustered(3000, 50)
     flat = faiss.IndexFlatIP(32)
     flat.add(x)
-    vectors, kept = image_index.arrange(flat, ivf), np.arange(3000) % 3 != 1
+    vectors, kept = image_index.arrange(flat) if ivf else flat, np.arange(3000) % 3 != 1
     image_index.drop_rows(vectors, kept)
     vectors.add(x[:5])
     left = np.concatenate([x[kept], x[:5]])
@@ -371,28 +374,63 @@ def test_rows_close_up_when_some_go(ivf):
     np.testing.assert_array_equal(vectors.reconstruct_n(0, len(left)), left)
 
 
-def test_an_index_becomes_inverted_and_exact_again_without_embedding(made, checkpoint, pictures, monkeypatch):
+def test_an_index_becomes_inverted_and_stays_so(made, checkpoint, pictures, monkeypatch):
     folder, index = made
     seen, expected = embedded_images(monkeypatch), plain_search(checkpoint, folder, pictures[1])
-    for flags, kind in ((["--ivf"], faiss.IndexIVFFlat), ([], faiss.IndexFlatIP), (["--ivf"], faiss.IndexIVFFlat)):
+    for flags in (["--ivf"], []):
         assert run_index(folder, index, *flags)["embedded"] == 0
         assert set(seen) == {"broken.png"}
-        assert isinstance(image_index.read_index(index)[1], kind)
+        assert isinstance(search.read_index(index)[1], faiss.IndexIVFFlat)
         check_found(run_query(index, pictures[1]), expected, 10)  # one list: exact
         seen.clear()
 
 
-def test_json_and_sheet(made, pictures, tmp_path, capsys):
+def test_an_inverted_index_that_others_made_is_refused(made, pictures):
+    """Lists in a file of their own would be written to; row numbers that there are not would be asked for."""
+    folder, index = made
+    run_index(folder, index, "--ivf")
+    about, (file,) = json.loads((index / "index.json").read_text()), index.glob("*.faiss")
+    victim = index / "victim.bin"
+    for kind in ("elsewhere", "rows", "quantizer"):
+        vectors = faiss.read_index(str(file))
+        if kind == "elsewhere":
+            lists = faiss.OnDiskInvertedLists(vectors.nlist, vectors.code_size, str(victim))
+            ids = faiss.rev_swig_ptr(vectors.invlists.get_ids(0), 14).copy()
+            lists.add_entries(0, 14, faiss.swig_ptr(ids), vectors.invlists.get_codes(0))
+            vectors.replace_invlists(lists)
+        elif kind == "rows":
+            faiss.rev_swig_ptr(vectors.invlists.get_ids(0), 1)[:] = 99
+        else:
+            vectors = faiss.IndexIVFFlat(faiss.IndexHNSWFlat(512, 4, faiss.METRIC_INNER_PRODUCT), 512, 1)
+        data = faiss.serialize_index(vectors).tobytes()
+        bad = index / "index.9.faiss"
+        bad.write_bytes(data)
+        (index / "index.json").write_text(json.dumps(about | {"vectors": bad.name, "bytes": len(data)}))
+        for call in (lambda: run_query(index, pictures[1]), lambda: run_index(folder, index)):
+            with pytest.raises(InputError, match="does not hold the 14 vectors"):
+                call()
+    for path in ("/etc/passwd.jpg", "../a.jpg"):
+        images = {path: [1, 2], **about["images"]}
+        (index / "index.json").write_text(json.dumps(about | {"images": images}))
+        with pytest.raises(InputError, match="damaged, or of another program"):
+            run_query(index, pictures[1])
+
+
+def test_json_and_sheet(made, pictures, tmp_path, capsys, monkeypatch):
     _, index = made
-    results = run_query(index, pictures[1], "--json", tmp_path / "a.json", "--save", tmp_path / "a.svg", "--top", "4")
-    assert json.loads((tmp_path / "a.json").read_text()) == results
+    results = run_query(index, pictures[1], "--save", tmp_path / "a.svg", "--top", "4")
+    assert {result["modality"] for result in results} == {"infrared"}
     text = (tmp_path / "a.svg").read_text()
     for result in results:
         for image in result["found"]:
             assert f">{image['similarity']:.3f}<" in text
             assert f"{Path(image['path']).name}<" in text
+    assert "infrared queries in visible images of" in text
     capsys.readouterr()
-    assert run_query(index, pictures[1], "--json") == json.loads(capsys.readouterr().out)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run_query(index, pictures[1], "--json", "--gpu", "0") == json.loads(
+        capsys.readouterr().out
+    )  # and no warning
     run_query(index, pictures[1], "--save", tmp_path / "a.png", "--top", "4")
     with Image.open(tmp_path / "a.png") as sheet:
         assert sheet.width > 4 * 0.9 * 150
@@ -405,6 +443,8 @@ def test_bad_input_is_one_line_and_status_2(made, pictures, tmp_path):
     (tmp_path / "spoilt").mkdir()
     (tmp_path / "spoilt" / "a.jpg").write_bytes(b"")
     copy = shutil.copy(image, tmp_path / "copy.png")
+    shutil.copy(image, folder / "in.png")
+    run_index(folder, index)
     new = ["--resume", str(save_network(tmp_path / "net.t", 0)), "--modality", "visible", *CPU]
     for argv, words in (
         (["query", "none.jpg", *queries], "none.jpg: no such image"),
@@ -412,7 +452,12 @@ def test_bad_input_is_one_line_and_status_2(made, pictures, tmp_path):
         (["query", image, *queries, "--save", "a.gif"], "--save a.gif: name a .png"),
         (["query", image, *queries, "--save", "a.png", "--top", "101"], "--save: a sheet has room for 100"),
         (["query", copy, *queries, "--save", copy], "copy.png: is a query"),
-        (["query", image, *queries, "--json", copy], r"copy.png: name a \.json file"),
+        (
+            ["query", image, *queries, "--save", str(folder / "in.png")],
+            "or an image of the index",
+        ),
+        (["query", str(folder), *queries], "mine: a folder: name its images"),
+        (["query", image, *queries, "--resume", "a.safetensors"], "a.safetensors: no such file"),
         (["query", image, *queries, "--resume", "no.t"], "no.t: no such file"),
         (["query", image, *queries[:2], "--index", str(tmp_path)], "no index.json there"),
         (["index", "nowhere", "--out", str(tmp_path / "x"), *new], "nowhere: no such folder"),
@@ -430,7 +475,77 @@ def test_bad_input_is_one_line_and_status_2(made, pictures, tmp_path):
         [sys.executable, "search.py", "query", "none.jpg", *queries], cwd=REPO, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"search.py: error: none.jpg: no such image; .*\n", done.stderr)
+    assert re.fullmatch(r"search.py: error: none.jpg: no such image: .*\n", done.stderr)
+
+
+def test_a_changed_image_is_not_shown_as_found(made, pictures, tmp_path, capsys):
+    folder, index = made
+    best = run_query(index, pictures[1][:1], "--top", "2")[0]["found"]
+    assert [image["changed"] for image in best] == [False, False]
+    shutil.copy(pictures[1][1], best[0]["path"])
+    capsys.readouterr()
+    found = run_query(index, pictures[1][:1], "--top", "2")[0]["found"]
+    assert [image["changed"] for image in found] == [True, False]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].endswith("(changed since it was indexed)")
+    assert not lines[2].endswith("indexed)")
+    assert "data:image" not in search.draw_card(found[0], str(folder))
+    assert "data:image" in search.draw_card(found[1], str(folder))
+
+
+def test_what_may_still_be_there_stays(made, monkeypatch):
+    folder, index = made
+    scandir = os.scandir
+
+    def fails(path):
+        if str(path).endswith("/b"):
+            raise OSError(5, "Input/output error", str(path))
+        return scandir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", fails)
+        counts = run_index(folder, index)
+    assert (counts["vanished"], counts["images"]) == (0, 14)
+    assert any("cannot be listed" in line for line in counts["unreadable"])
+
+
+def test_another_folder_does_not_empty_the_index_of_a_lost_one(made, pictures):
+    folder, index = made
+    other = folder.parent / "other"
+    other.mkdir()
+    shutil.copy(pictures[0][0], other / "a.jpg")
+    folder.rename(folder.parent / "unmounted")
+    with pytest.raises(InputError, match=r"other: has none of the images of .*mine is gone"):
+        run_index(other, index)
+    assert search.read_index(index)[1].ntotal == 14
+
+
+def test_the_index_remembers_where_the_checkpoint_is_now(made, checkpoint, pictures, tmp_path):
+    folder, index = made
+    place = shutil.copy(checkpoint, tmp_path / "moved.t")
+    run_index(folder, index, "--resume", place)
+    assert search.read_index(index)[0]["checkpoint"] == str(place)
+
+
+def test_files_of_others_in_the_folder_stay(made):
+    folder, index = made
+    names = ("index.backup.faiss", ".index.html.swp", ".index_notes", "index.1.faiss.txt")
+    for name in names:
+        (index / name).write_text("mine")
+    shutil.copy(readable(folder)[0], folder / "99.JPG")
+    assert run_index(folder, index)["embedded"] == 1
+    assert all((index / name).read_text() == "mine" for name in names)
+
+
+def test_a_photograph_is_turned_as_its_orientation_says(pictures, tmp_path):
+    with Image.open(pictures[0][0]) as image:
+        upright, turned = tmp_path / "upright.png", tmp_path / "turned.png"
+        image.save(upright)
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+        image.rotate(90, expand=True).save(turned, exif=exif)
+    a, b = (data_loader.read_image(path, SIZE) for path in (upright, turned))
+    np.testing.assert_array_equal(a, b)
 
 
 def test_an_image_that_went_is_named_when_it_is_drawn(made, pictures, tmp_path):
@@ -566,6 +681,9 @@ def test_the_page_in_a_browser(made, checkpoint, pictures):
         assert {url.split("/")[2] for url in requests if not url.startswith(("data:", "blob:"))} == {
             f"127.0.0.1:{port}"
         }
+        rebound = urllib.request.Request(f"http://127.0.0.1:{port}/", headers={"Host": "evil.example"})
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            urllib.request.urlopen(rebound)
         for path in (gallery[0], checkpoint, index / "index.json", "/etc/passwd", REPO / "search.py"):
             with pytest.raises(urllib.error.HTTPError) as refused:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/gradio_api/file={path}")
