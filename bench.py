@@ -93,7 +93,8 @@ def get_args_parser():
     search.add_argument("--vectors", type=number(int, 1000), default=1_000_000)
     search.add_argument("--people", type=number(int, 1), default=20_000, help="clusters of the vectors")
     search.add_argument("--dim", type=number(int, 2), default=512)
-    search.add_argument("--cosine", type=number(float, 0.01, 0.99), default=0.3, help="of two vectors of a person")
+    cosine = number(float, 0.01, 0.99)
+    search.add_argument("--cosine", type=cosine, nargs="+", default=[0.3, 0.45, 0.6], help="of two vectors of a person")
     gpu = commands.add_parser("gpu", help="the GPU tests, then every measurement on the GPU, each as a process")
     gpu.add_argument("--out", required=True, metavar="FILE", help="write all figures to this file, after each stage")
     gpu.add_argument("--only", nargs="+", choices=GPU_STAGES, default=GPU_STAGES, help="these stages only")
@@ -788,42 +789,44 @@ def plain_k_reciprocal(query, gallery, k1=20, k2=6, lambda_value=0.3):
 
 def bench_search(args, device):  # FAISS's build for CPUs
     """People are random directions; each vector is its person's plus Gaussian noise, so that two of a person have the
-    cosine asked for. Queries are further vectors of the same people."""
-    generator = torch.Generator().manual_seed(0)
+    cosine asked for on average. Queries are further vectors of the same people."""
+    generator, figures = torch.Generator().manual_seed(0), {}
     centres = F.normalize(torch.randn(args.people, args.dim, generator=generator))
-    noise = ((1 / args.cosine - 1) / args.dim) ** 0.5
 
-    def draw(people):
+    def draw(people, cosine):
+        noise = ((1 / cosine - 1) / args.dim) ** 0.5
         return F.normalize(centres[people] + noise * torch.randn(len(people), args.dim, generator=generator)).numpy()
 
-    queries = draw(torch.randint(args.people, (1000,), generator=generator))
-    before = reset_peak_memory()
-    exact = faiss.IndexFlatIP(args.dim)
-    people = (torch.arange(args.vectors) % args.people).split(image_index.BLOCK)
-    for block in progress(people, desc="drawing", unit="block", leave=False):
-        exact.add(draw(block))
-    start = time.perf_counter()
-    inverted = image_index.arrange(exact)
-    arranged, peak = time.perf_counter() - start, (peak_memory() - before) / 2**30
-    print(f"{args.vectors} x {args.dim}, {args.people} people: {inverted.nlist} lists, {inverted.nprobe} probed")
-    print(f"arranged in {arranged:.0f} s; at most {peak:.2f} GiB, with both")
-    found = [
-        np.concatenate([index.search(part, 10)[1] for part in np.split(queries, 10)]) for index in (inverted, exact)
-    ]
-    recall = {
-        k: np.mean([np.isin(*rows).mean() for rows in zip(*(f[:, :k] for f in found), strict=True)]) for k in (1, 10)
-    }
-    print(", ".join(f"recall@{k} {value:.4f}" for k, value in recall.items()))
-    print_head()
-    rows = []
-    for count in (1, 100):
-        draws = [iter(itertools.cycle(np.split(queries, 1000 // count))) for _ in range(2)]
-        ours, plain = (
-            lambda index=index, blocks=blocks: index.search(next(blocks), 10)
-            for index, blocks in zip((inverted, exact), draws, strict=True)
+    for cosine in args.cosine:
+        queries, before = draw(torch.randint(args.people, (1000,), generator=generator), cosine), reset_peak_memory()
+        exact = faiss.IndexFlatIP(args.dim)
+        people = (torch.arange(args.vectors) % args.people).split(image_index.BLOCK)
+        for block in progress(people, desc="drawing", unit="block", leave=False):
+            exact.add(draw(block, cosine))
+        start = time.perf_counter()
+        inverted = image_index.arrange(exact)
+        arranged, peak = time.perf_counter() - start, (peak_memory() - before) / 2**30
+        print(
+            f"cosine {cosine}: {args.vectors} x {args.dim}, {args.people} people, {inverted.nlist} lists, "
+            f"{inverted.nprobe} probed; arranged in {arranged:.0f} s; at most {peak:.2f} GiB, with both"
         )
-        rows.append(compare(f"{count} at once: exact, inverted", ours, plain, args.repeats, CPU))
-    return {"rows": rows, "arrange_seconds": arranged, "peak_gib": peak, "recall": recall}
+        pairs = [[index.search(part, 10)[1] for index in (inverted, exact)] for part in np.split(queries, 10)]
+        found, wanted = (np.concatenate(rows) for rows in zip(*pairs, strict=True))
+        recall = {
+            k: np.mean([np.isin(*row).mean() for row in zip(found[:, :k], wanted[:, :k], strict=True)]) for k in (1, 10)
+        }
+        print(", ".join(f"recall@{k} {value:.4f}" for k, value in recall.items()))
+        print_head()
+        rows = []
+        for count in (1, 100):
+            blocks = [itertools.cycle(np.split(queries, 1000 // count)) for _ in range(2)]
+            runs = [
+                lambda index=index, blocks=mine: index.search(next(blocks), 10)
+                for index, mine in zip((inverted, exact), blocks, strict=True)
+            ]
+            rows.append(compare(f"{count} at once: exact, inverted", *runs, args.repeats, CPU))
+        figures[cosine] = {"rows": rows, "arrange_seconds": arranged, "peak_gib": peak, "recall": recall}
+    return {"by_cosine": figures}
 
 
 # ----------------------------------------------------------------------------------------------------------------- gpu

@@ -250,7 +250,7 @@ def curves(panels, x_label, y_label=""):
             style = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
             panel.plot(x, y, label=label, marker="o" if len(x) < 3 else "." if len(x) < 30 else "", **style)
         panel.set(xlabel=x_label, ylabel=y_label)
-        panel.set_title(_wrapped(title, 4), fontsize=9.5)
+        panel.set_title(_wrapped(title, 3.4), fontsize=9)
         panel.set_ylim(bottom=min(0, panel.get_ylim()[0]))
         panel.xaxis.set_major_locator(
             FixedLocator([1, 5, 10, 15, 20]) if x_label == "rank" else MaxNLocator(integer=True)

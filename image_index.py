@@ -15,7 +15,7 @@ from utils import InputError, atomic, progress
 
 # Inverted lists: about LISTS * sqrt(N) of them, their centres learned from SAMPLE vectors a list. A search looks into
 # one of PROBED lists, and into LEAST at least (`nprobe`, which the FAISS file holds).
-LISTS, SAMPLE, PROBED, LEAST = 4, 64, 64, 8
+LISTS, SAMPLE, PROBED, LEAST = 4, 64, 16, 8
 BLOCK = 100_000  # vectors that move from one FAISS index to another at a time
 # Several queries at once by matrix products: at 100 of them 16 times as fast as FAISS' own choice, row by row.
 faiss.cvar.distance_compute_blas_threshold = 1024

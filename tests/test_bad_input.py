@@ -233,7 +233,12 @@ CASES = {
         [],
         [IDX, "line 1", "lies outside of regdb"],
     ),
-    "image that is not there": ("regdb", lambda: write(IDX, "a.bmp 1\n"), [], ["regdb/a.bmp: no such image", "idx"]),
+    "image that is not there": (
+        "regdb",
+        lambda: write(IDX, "a.bmp 1\n"),
+        [],
+        ["regdb/a.bmp: no such image", "the list that names it"],
+    ),
     "training image is a test image": (
         "regdb",
         lambda: change(IDX, lambda text: text + Path("regdb/idx/test_visible_1.txt").read_text()),

@@ -147,3 +147,13 @@ def test_gpu_keeps_each_stage_and_goes_on_after_one_that_fails(tmp_path, monkeyp
     assert (
         bench.run_recorded(["-c", "print('begun', flush=True); import time; time.sleep(60)"], 1)["status"] == "timeout"
     )
+
+
+def test_search(capsys):
+    size = ["--vectors", "5000", "--people", "100", "--dim", "16", "--repeats", "1", "--cosine", "0.2", "0.9"]
+    figures = bench.main(["search", *size])["by_cosine"]
+    assert list(figures) == [0.2, 0.9]
+    for found in figures.values():
+        assert 0.3 < found["recall"][10] <= found["recall"][1] + 0.1
+        assert [row["name"] for row in found["rows"]] == ["1 at once: exact, inverted", "100 at once: exact, inverted"]
+    assert figures[0.2]["recall"][10] < figures[0.9]["recall"][10] > 0.99
