@@ -3,12 +3,14 @@
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.io import loadmat, savemat
 
+import data_manager
 from data_manager import (
     llcm_test,
     process_gallery_llcm,
@@ -20,6 +22,7 @@ from data_manager import (
     sysu_test,
 )
 from eval_metrics import eval_sysu
+from utils import InputError
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "sysu_protocol.json").read_text())
 MODES = ("all", "indoor")
@@ -419,3 +422,23 @@ def test_llcm_errors_name_what_is_wrong(llcm, tmp_path_factory):
         process_query_llcm(llcm)
     with pytest.raises(ValueError, match="test_nir: none of the 1 listed ids has an image under cam1, "):
         process_gallery_llcm(llcm)
+
+
+def test_folders_without_leading_zeros_are_named(sysu_tree, tmp_path):
+    tree = tmp_path / "tree"
+    shutil.copytree(sysu_tree, tree)
+    identity = next(i for i in data_manager.read_ids(tree, "train") if i < 100 and (tree / f"cam1/{i:04d}").is_dir())
+    for digits in (len(str(identity)), 3):
+        (tree / f"cam1/{identity:04d}").rename(short := tree / f"cam1/{identity:0{digits}d}")
+        with pytest.raises(InputError, match=rf"cam1/{short.name}: people's folders .*; name it {identity:04d}"):
+            data_manager.sysu_images(tree, [identity], (1, 2))
+        short.rename(tree / f"cam1/{identity:04d}")
+    assert data_manager.sysu_images(tree, [identity], (1, 2))[0]
+
+
+def test_names_are_those_of_data_sets_of_their_size():
+    assert data_manager.data_name("sysu", None, 3803) == "SYSU-MM01"
+    assert data_manager.data_name("sysu", False, 3802) == "data like SYSU-MM01"
+    assert data_manager.data_name("sysu", True, 3803) == "demo data like SYSU-MM01"
+    assert data_manager.data_name("regdb", False, 2060) == "RegDB"
+    assert {data_manager.data_name("llcm", False, count) for count in (8680, 7166)} == {"LLCM"}

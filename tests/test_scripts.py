@@ -25,7 +25,7 @@ import train_ext_test0
 import utils
 import visualize
 from ChannelAug import TrainAugmentation
-from conftest import SIZE, flags, plain_embedding
+from conftest import SIZE, flags, plain_embedding, save_network
 from eval_metrics import eval_sysu
 from loss import MethodLoss
 from model import GFMNet
@@ -699,3 +699,43 @@ def test_resumed_run_on_the_gpu_is_as_near_as_its_sums(sysu_tree, tmp_path):
         entries = [json.loads(line) for line in Path(result["log"]).read_text().splitlines()]
         losses.append([entry["total"] for entry in entries])
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_a_search_without_a_match_is_refused_before_the_training(sysu_tree, tmp_path):
+    """Camera 3's queries do not see camera 2: with no other cameras there is nothing to find."""
+    tree = tmp_path / "tree"
+    shutil.copytree(sysu_tree, tree)
+    for camera in (1, 4, 5, 6):
+        shutil.rmtree(tree / f"cam{camera}")
+    words = "no query has a match in the gallery that it sees .*not seen: camera 2 by queries of camera 3"
+    with pytest.raises(InputError, match=words):
+        train_ext_test0.main(flags(tree, tmp_path, "--epochs", "1"))
+    assert not list((tmp_path / "models").glob("*.t"))
+    checkpoint = save_network(tmp_path / "net.t", 0, "sysu")
+    with pytest.raises(InputError, match=words):
+        testa.main(["--data_path", str(tree), "--gpu", "cpu", "--resume", str(checkpoint)])
+
+
+@pytest.mark.parametrize("dataset", ["sysu", "llcm", "regdb"])
+def test_matches_against_a_plain_loop(dataset):
+    rng, found = np.random.default_rng(0), []
+    for _ in range(200):
+        images = [
+            data_manager.Images(modality, np.arange(2), rng.integers(1, 3, 2), rng.choice(cameras, 2))
+            for modality, cameras in (("infrared", [3, 6]), ("visible", [2, 3] if dataset == "sysu" else [3, 6]))
+        ]
+        setting = {"dataset": dataset, "mode": None, "direction": "", "protocol": "", "shots": 1, "unseen": None}
+        query, gallery = (list(zip(x.ids.tolist(), x.cameras.tolist(), strict=True)) for x in images)
+        hidden = {
+            "sysu": lambda q, g: q[1] == 3 and g[1] == 2,
+            "llcm": lambda q, g: q == g,
+            "regdb": lambda q, g: False,
+        }[dataset]
+        found.append(any(q[0] == g[0] and not hidden(q, g) for q in query for g in gallery))
+        search = data_manager.Search(setting, *images)
+        if found[-1]:
+            engine.check_matches(search)
+        else:
+            with pytest.raises(InputError, match="no query has a match"):
+                engine.check_matches(search)
+    assert 5 < sum(found) < 195
