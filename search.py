@@ -11,6 +11,7 @@ serve   the same as a local web page, which only this machine can reach
 Features are those of testa.py: image and mirror averaged, FC or POOL. As a library:
 
     from search import Embedder
+
     embedder = Embedder("save_model/..._best.t")  # or an .onnx of export.py: no network of PyTorch is built then
     features = embedder(["a.jpg", "b.jpg"], "infrared")  # float32 [2, C], of unit length
 """
