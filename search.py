@@ -449,6 +449,7 @@ def serve_index(args):
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(("127.0.0.1", args.port))
+            listener.listen()
         except OSError as error:
             raise InputError(f"--port {args.port}: cannot be used ({error.strerror}); choose another") from error
         # Before Gradio is imported: it asks nobody on the internet, and uploads go when the process ends.

@@ -12,7 +12,6 @@ import pre_process_sysu
 import utils
 from model import GFMNet
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SIZE = (96, 48)  # height, width of the tests' images
 SMALL = ["--arch", "resnet18", "--weights", "none", "--gpu", "cpu", "--workers", "0"]
 SMALL += ["--img_h", str(SIZE[0]), "--img_w", str(SIZE[1]), "--batch_size", "4", "--num_pos", "2", "--optim", "adam"]
@@ -84,3 +83,18 @@ def llcm_tree(tmp_path_factory):
     tree = tmp_path_factory.mktemp("demo") / "llcm"
     demo_data.main(["--out", str(tree), "--layout", "llcm", "--ids", "12", "--images", "2", "--seed", "1"])
     return tree
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium, driven by Playwright: one for all tests of a process, as Playwright wants it."""
+    from playwright.sync_api import sync_playwright
+
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not program:
+        pytest.skip("needs Chromium")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=flags)
+        yield browser
+        browser.close()

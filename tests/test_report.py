@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import report
-from conftest import CHROMIUM
 from utils import InputError
 
 METRICS = ("Rank-1", "Rank-5", "Rank-10", "Rank-20", "mAP", "mINP")
@@ -253,18 +252,6 @@ def test_missing_images_leave_the_old_page(path, rankings, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ in a browser
-
-
-@pytest.fixture(scope="session")
-def browser():
-    if not CHROMIUM:
-        pytest.skip("needs chromium")
-    playwright = pytest.importorskip("playwright.sync_api").sync_playwright().start()
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
-    yield browser
-    browser.close()
-    playwright.stop()
 
 
 @pytest.fixture

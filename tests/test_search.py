@@ -24,7 +24,7 @@ import export
 import image_index
 import search
 import utils
-from conftest import CHROMIUM, SIZE, plain_embedding, save_network
+from conftest import SIZE, plain_embedding, save_network
 from utils import InputError
 
 REPO = Path(utils.__file__).parent
@@ -633,9 +633,8 @@ def listening(port):
     return [row[1].split(":")[0] for row in rows if row[3] == "0A" and int(row[1].split(":")[1], 16) == port]
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
-def test_the_page_in_a_browser(made, checkpoint, pictures):
-    from playwright.sync_api import expect, sync_playwright
+def test_the_page_in_a_browser(made, checkpoint, pictures, browser):
+    from playwright.sync_api import expect
 
     folder, index = made
     awkward = folder / "<b>&${value}{{value}}.JPG"  # a name is text, whatever is in it
@@ -644,10 +643,8 @@ def test_the_page_in_a_browser(made, checkpoint, pictures):
     embed = plain_embedding(checkpoint)
     gallery = [*readable(folder), awkward]
     features = np.stack([embed(path, "visible") for path in gallery])
-    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with served(index) as port, sync_playwright() as playwright:
+    with served(index) as port:
         assert listening(port) == ["0100007F"]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         requests, complaints = [], []
         page.on("request", lambda request: requests.append(request.url))
@@ -677,7 +674,7 @@ def test_the_page_in_a_browser(made, checkpoint, pictures):
             re.compile(r"^b\.jpg: cannot be read as an image \(.*'b\.jpg'\)")
         )
         assert page.locator(".found figure").count() == 0
-        browser.close()
+        page.close()
         assert {url.split("/")[2] for url in requests if not url.startswith(("data:", "blob:"))} == {
             f"127.0.0.1:{port}"
         }
