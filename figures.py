@@ -12,7 +12,6 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
-from scipy.stats import ks_2samp
 
 import data_manager
 from data_loader import read_image
@@ -191,6 +190,8 @@ def overlap(a, b):
     """How much two samples overlap, 0 (a threshold parts them) to 1 (alike): the share of wrong decisions, those of
     both kinds added, that the best threshold makes. It is 1 less the Kolmogorov-Smirnov distance, and, where the
     densities cross once, the area that they share."""
+    from scipy.stats import ks_2samp  # slow to import
+
     return 1 - ks_2samp(a, b, method="asymp").statistic
 
 
@@ -223,6 +224,7 @@ def result_curves(tables, curve, titled=True):
             continue
         # What tells a model's rows apart, and no more.
         told = {"feature": row["feature"], "reranking": row["reranking"], "selection": f"chosen on {row['selection']}"}
+        told["images"] = row["images"]
         told = [text for key, text in told.items() if text != "none" and len({other[key] for other in alike}) > 1]
         name = ", ".join([label] * (len(tables) > 1) + [row["model"]] + told)
         panel = panels.setdefault(data_manager.describe_result(row) if titled else "", {})

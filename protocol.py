@@ -1,6 +1,7 @@
 """What a test asks for: the flags that choose data set and protocol, shared by the scripts that test, and from them the
 searches, the checkpoint's network and the features of all images."""
 
+import json
 import os
 
 import data_manager
@@ -83,7 +84,7 @@ def checkpoint_origin(path, checkpoint, net, size, data_path):
         "network": f"{flags.get('method', 'published')}, {net.options['arch']}, {size[0]}x{size[1]}, epoch {epoch}",
         "data_path": os.path.abspath(data_path),
         "demo": data_manager.is_demo(data_path),
-        "flags": flags,
+        "flags": json.loads(json.dumps(flags, default=str)),  # plain values, whatever the file holds
     }
 
 

@@ -128,8 +128,8 @@ def write_report(args, results, features, test, found, origin):
     setting = f"{data_manager.describe(search.setting)}, trial {search.setting['trial']}"
     where = f"{setting}, model {name[0]}, feature {name[1]}"
     pictures = {}
-    for described, rows in groupby(results, data_manager.describe_result):
-        rows = list(rows)
+    for described in dict.fromkeys(map(data_manager.describe_result, results)):
+        rows = [row for row in results if data_manager.describe_result(row) == described]
         pictures[f"CMC: {described}"] = figures.result_curves({"": rows}, "cmc", titled=False)
         pictures[f"Precision by recall: {described}"] = figures.result_curves({"": rows}, "precision", titled=False)
         if len(pictures) == 2 and len(np.unique(search.gallery.ids)) > 1:

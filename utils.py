@@ -489,6 +489,9 @@ def load_checkpoint(path):
     checkpoint = load_weights(path)
     if "net" not in checkpoint:
         raise InputError(f"{path}: a file without 'net' is no checkpoint of this family; name one with --resume")
+    flags = checkpoint.get("args", {})
+    if not (isinstance(flags, dict) and all(isinstance(name, str) for name in flags)):
+        raise InputError(f"{path}: its 'args' are no training flags; make it again")
     return checkpoint
 
 

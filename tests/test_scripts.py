@@ -739,3 +739,44 @@ def test_matches_against_a_plain_loop(dataset):
             with pytest.raises(InputError, match="no query has a match"):
                 engine.check_matches(search)
     assert 5 < sum(found) < 195
+
+
+@pytest.mark.parametrize("args", [["--lr", 1], {3: 4}, "flags"])
+def test_a_checkpoint_whose_flags_are_none_is_named(args, sysu_tree, tmp_path):
+    path = save_network(tmp_path / "net.t", 0, "sysu")
+    torch.save(torch.load(path) | {"args": args}, path)
+    with pytest.raises(InputError, match=r"net\.t: its 'args' are no training flags"):
+        testa.main(["--data_path", str(sysu_tree), "--gpu", "cpu", "--resume", str(path)])
+
+
+def test_flags_of_any_plain_value_stand_in_the_saved_features_and_on_the_page(sysu_tree, tmp_path):
+    path = save_network(tmp_path / "net.t", 0, "sysu")
+    torch.save(torch.load(path) | {"args": {"dataset": "sysu", "weights": torch.zeros(2), "lr": 0.1}}, path)
+    argv = ["--data_path", str(sysu_tree), "--gpu", "cpu", "--workers", "0", "--resume", str(path)]
+    testa.main([*argv, "--features", str(tmp_path / "f.npz"), "--report", str(tmp_path)])
+    _, origin = feature_store.load_features(tmp_path / "f.npz")
+    assert origin["flags"] == {"dataset": "sysu", "weights": "tensor([0., 0.])", "lr": 0.1}
+    assert "tensor([0., 0.])" in (tmp_path / "report.html").read_text()
+
+
+def test_every_row_of_ten_trials_is_on_the_page(regdb_tree, tmp_path):
+    """Trials whose epochs were chosen in two ways are two settings, which come apart in the list of results."""
+    for trial, selection in ((1, "test"), (2, "none")):
+        path = save_network(tmp_path / f"net_{trial}.t", trial, "regdb")
+        content = torch.load(path)
+        content["args"]["trial"] = trial
+        torch.save(content | {"selection": selection}, path)
+    argv = ["--dataset", "regdb", "--data_path", str(regdb_tree), "--gpu", "cpu", "--workers", "0", "--all"]
+    results = []
+    for trial in (1, 2):
+        results += testa.main([*argv, "--resume", str(tmp_path / f"net_{trial}.t")])
+    results = [row | {"trials": [1]} for row in results]  # or the two would differ in that, too
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(testa.engine, "summarise", lambda rows: results)
+        patch.setattr(testa.report, "write_page", lambda *page: drawn.append(page[5]))
+        testa.main([*argv, "--resume", str(tmp_path / "net_1.t"), "--report", str(tmp_path)])
+    (pictures,) = drawn
+    cmc = [figure for caption, figure in pictures.items() if caption.startswith("CMC")]
+    labels = [[line.get_label() for line in figure.axes[0].lines] for figure in cmc]
+    assert labels == [["trained, FC, chosen on test", "trained, FC, chosen on none"]] * 2  # of each direction

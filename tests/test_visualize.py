@@ -232,6 +232,7 @@ def result_row(model, feature, **more):
     row = {"dataset": "sysu", "demo": False, "mode": "all", "direction": "infrared to visible", "protocol": "seeded"}
     row |= {
         "shots": 1,
+        "images": "/data",
         "trials": [0],
         "per_trial": [{"queries": 3803}],
         "model": model,
@@ -257,6 +258,8 @@ def test_lines_of_results_say_what_tells_them_apart():
     assert lines(both[1], reranked) == {seeded: ["trained", "trained, random_walk"]}
     chosen = result_row("trained", "FC", selection="val")
     assert lines(both[1], chosen) == {seeded: ["trained, chosen on test", "trained, chosen on val"]}
+    elsewhere = result_row("trained", "FC", images="/other")
+    assert lines(both[1], elsewhere) == {seeded: ["trained, /data", "trained, /other"]}
     assert lines(both[1], other=[both[1]]) == {seeded: ["file, trained", "other, trained"]}
     apart = lines(both[1], result_row("trained", "FC", trials=[1, 2]), result_row("trained", "FC", demo=True))
     assert [*apart] == [seeded, seeded.replace("trial 0", "2 trials"), f"demo data like {seeded}"]
