@@ -153,7 +153,7 @@ class GFMNet(nn.Module):
             )
         if pool not in ("gem", "avg"):
             raise InputError(f"pool {pool!r}: neither 'gem' nor 'avg'")
-        resnet = _backbone(arch, weights)
+        resnet = backbone(arch, weights)
         self.options = {"num_classes": num_classes, "arch": arch, "share_net": share_net, "attention": attention}
         self.options |= {"non_local": non_local, "pool": pool, "local": local}
         stages = {"conv1": resnet.conv1, "bn1": resnet.bn1, "relu": resnet.relu, "maxpool": resnet.maxpool}
@@ -210,8 +210,8 @@ def method_options(method):
     return {"attention": full, "local": full, "non_local": not plain, "pool": "avg" if plain else "gem"}
 
 
-def _backbone(arch, weights):
-    """torchvision's ResNet with a last stage of stride 1."""
+def backbone(arch, weights=None):
+    """torchvision's ResNet with a last stage of stride 1. weights: as `GFMNet` has them."""
     if arch not in ARCHS:
         raise InputError(f"arch {arch!r}: not one of {', '.join(ARCHS)}")
     resnet = getattr(torchvision.models, arch)()

@@ -1,0 +1,117 @@
+"""Pretrain a backbone on visible images of drawn people: a start for `--weights FILE` where no ImageNet weights are.
+
+    python -m tools.pretrain --data_path people/ --img_h 64 --img_w 32 --distance 20 --out start.pt
+
+The people must be others than those to train on: draw them with another seed (tools.demo_data --seed). `--distance`
+rescales the last stage, and nothing else, so that the pooled features of two people lie that far apart: the triplet
+losses depend on this scale, and pretrained weights come with one of their own.
+"""
+
+from itertools import islice
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ChannelAug import normalise, random_crop, random_flip
+from data_loader import IdentitySampler, sysu_train, train_loader
+from loss import MethodLoss
+from model import ARCHS, GFMNet, backbone
+from utils import ArgumentParser, atomic, check_output, cli, number, progress, seed_everything, select_device
+
+BATCH = 64  # images of a step
+RATE = 1e-3  # of Adam
+
+
+def get_args_parser():
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_path", required=True, help="folder laid out and prepared as SYSU-MM01")
+    parser.add_argument("--out", required=True, metavar="FILE", help="state dict of torchvision's ResNet to write")
+    parser.add_argument("--arch", choices=ARCHS, default="resnet18")
+    parser.add_argument("--img_h", type=number(int, 48, 4096), default=288, help="image height, pixels")
+    parser.add_argument("--img_w", type=number(int, 16, 4096), default=144, help="image width, pixels")
+    parser.add_argument("--steps", type=number(int, 1), default=220)
+    parser.add_argument(
+        "--distance",
+        type=number(float, 0, above=True),
+        help="mean distance of the pooled features of two people to rescale to (default: as trained)",
+    )
+    parser.add_argument("--seed", type=number(int, 0), default=0)
+    parser.add_argument("--gpu", default="0", help="number of the GPU, or cpu")
+    return parser
+
+
+def main(argv=None):
+    """Returns the mean distances of pooled features in a batch at the saved start: (within, across) identities."""
+    args = get_args_parser().parse_args(argv)
+    check_output(args.out)
+    device = select_device(args.gpu)
+    seed_everything(args.seed)
+    data = sysu_train(args.data_path, (args.img_h, args.img_w))
+    resnet = pretrain(backbone(args.arch), data, args.steps, device)
+    with atomic(args.out) as temporary:
+        torch.save(resnet.state_dict(), temporary)
+        within, across = pooled_distances(temporary, args.arch, data, device)
+        if args.distance:
+            factor = args.distance / across
+            scale_last_stage(resnet, factor)
+            torch.save(resnet.state_dict(), temporary)
+            within, across = within * factor, across * factor
+    print(f"{args.out}: pooled distances {within:.1f} within identities, {across:.1f} across")
+    return within, across
+
+
+def pretrain(resnet, data, steps, device):
+    """Train a ResNet of torchvision's to classify the visible images of `data` -> the network, on the CPU."""
+    resnet.fc = nn.Linear(resnet.fc.in_features, data.num_classes)
+    resnet.to(device).train()
+    images, labels = torch.from_numpy(data.visible[:]).movedim(-1, 1), torch.from_numpy(data.visible_labels)
+    optimizer = torch.optim.Adam(resnet.parameters(), RATE, weight_decay=5e-4)
+    for _ in (bar := progress(range(steps), desc="pretraining", unit="step", leave=False)):
+        rows = torch.randint(len(images), (BATCH,))
+        loss = F.cross_entropy(resnet(augment(images[rows].to(device))), labels[rows].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    return resnet.cpu()
+
+
+def augment(images):
+    return normalise(random_flip(random_crop(images)))
+
+
+def pooled_distances(weights, arch, data, device, batches=10):
+    """Mean distances (within, across) that training GFMNet from a file of weights begins with."""
+    net = GFMNet(data.num_classes, arch, weights=weights).to(device).train()
+    criterion, found = MethodLoss(), []
+    sampler = IdentitySampler(data, batch_size=8, num_pos=4, seed=0)
+    with torch.no_grad():
+        for visible, infrared, labels in islice(train_loader(data, sampler, workers=0), batches):
+            visible = augment(torch.cat([visible, visible]).to(device))
+            health = criterion.health(net(visible, augment(infrared.to(device))), labels.to(device))
+            found.append((health.distance_within.item(), health.distance_across.item()))
+    return tuple(np.mean(found, axis=0).tolist())
+
+
+def scale_last_stage(resnet, factor):
+    """Multiply the output of a ResNet's last stage by `factor`, in training and in evaluation, and change nothing else.
+
+    Each block ends in batch norm, a sum and a ReLU: scaled affine parameters scale its output. The next block's first
+    batch norm takes the scale out again, so only its running statistics must follow.
+    """
+    with torch.no_grad():
+        for i, block in enumerate(resnet.layer4):
+            norms = [m for m in block.children() if isinstance(m, nn.BatchNorm2d)]
+            last = [norms[-1]] + ([block.downsample[1]] if block.downsample else [])
+            for norm in last:
+                norm.weight *= factor
+                norm.bias *= factor
+            if i > 0:
+                norms[0].running_mean *= factor
+                norms[0].running_var *= factor**2
+
+
+if __name__ == "__main__":
+    cli(main)
