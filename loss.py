@@ -13,7 +13,10 @@ import torch.nn.functional as F
 
 from utils import full_precision
 
+WEIGHTINGS = ("published", "exact", "stable")
+STABLE_MEAN = 4.0  # "stable": the mean distance of a batch, within the range where all weightings nearly agree
 EXPONENT_LIMIT = 44.0  # published: the squared triplet's exponent is clamped here
+AT_LN2 = 0.07  # an exponent up to which log(1 + exp) is within 5 % of ln 2
 
 
 def euclidean(x, y):
@@ -45,12 +48,12 @@ def same_identity(labels):
 def weighted_mean(distance, scores, mask, weighting):
     """Mean of each row of `distance` [N, N] under softmax(`scores`) over the entries of `mask` -> [N].
 
-    weighting="exact": the true masked softmax.
+    weighting="exact" or "stable": the true masked softmax.
     weighting="published": the published form. Its shift m is the row maximum of scores TIMES mask, and 1e-6 is added
     to the sum. For negatives (scores = -d) the masked zeros win, nothing is shifted, and past a distance of about 14
-    the 1e-6 outweighs the sum: the mean falls to 0 however far the negatives are. Kept to reproduce the collapse.
+    the 1e-6 outweighs the sum: the mean falls to 0 however far the negatives are.
     """
-    if weighting == "exact":
+    if weighting != "published":
         # The lowest finite score instead of -inf, and the mask below: a row without entries gives 0, as published.
         weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=1) * mask
     else:
@@ -62,17 +65,23 @@ def weighted_mean(distance, scores, mask, weighting):
 
 
 def _weighted_triplet(features, labels, alpha, weighting):
-    """d+, d- [N] of the weighted triplets: softmax(alpha d) over positives, softmax(-alpha d) over negatives."""
+    """d+, d- [N] of the weighted triplets: softmax(alpha d) over positives, softmax(-alpha d) over negatives.
+
+    "stable" first divides the distances by their mean. No scaling of the features changes the loss then, so nothing
+    draws them into a point, and it begins alike from pretrained weights at any distance.
+    """
     distance = pairwise_distance(features)
     same = same_identity(labels)
+    if weighting == "stable":
+        distance = STABLE_MEAN * distance / distance.mean()
     positive = weighted_mean(distance, alpha * distance, same, weighting)
     negative = weighted_mean(distance, -alpha * distance, ~same, weighting)
     return positive, negative
 
 
 def _check_weighting(weighting):
-    if weighting not in ("exact", "published"):
-        raise ValueError(f"weighting {weighting!r} is neither 'exact' nor 'published'")
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting {weighting!r}: not one of {', '.join(WEIGHTINGS)}")
 
 
 class HardTripletLoss(nn.Module):
@@ -101,7 +110,7 @@ class WeightedTripletLoss(nn.Module):
     are softmax-weighted means (see `weighted_mean`).
     """
 
-    def __init__(self, weighting="exact"):
+    def __init__(self, weighting="published"):
         super().__init__()
         _check_weighting(weighting)
         self.weighting = weighting
@@ -116,11 +125,13 @@ class SquaredTripletLoss(nn.Module):
 
     forward(features [N, C], labels [N]) -> (loss, correct). With delta = d+ - d- (weights from alpha d):
     square=0: mean of log(1 + exp(gamma delta)); square=1: mean of log(1 + exp(s gamma delta^2)), s the sign of delta.
-    The published exponent is clamped at 44, beyond which an anchor gets no gradient; weighting="exact" goes on from
-    there along the tangent, so that the gradient of a wrong anchor neither vanishes nor grows without bound.
+    The published exponent is clamped at 44, beyond which an anchor gets no gradient. weighting="exact" goes on from
+    there along the tangent: the gradient of a wrong anchor neither vanishes nor grows without bound, but where all
+    distances are equal it is zero, and the features stay in a point that they were drawn into. weighting="stable" is
+    free of scale and adds delta to the squared difference: delta = 0 has a gradient.
     """
 
-    def __init__(self, alpha=1.0, gamma=1.0, square=1, weighting="exact"):
+    def __init__(self, alpha=1.0, gamma=1.0, square=1, weighting="published"):
         super().__init__()
         _check_weighting(weighting)
         self.alpha, self.gamma, self.square, self.weighting = alpha, gamma, square, weighting
@@ -133,17 +144,24 @@ class SquaredTripletLoss(nn.Module):
             exponent = self._signed_square(delta)
         return F.softplus(exponent).mean(), (negative >= positive).sum()
 
-    def beyond_clamp(self, features, labels):
-        """Boolean [N]: wrong anchors whose squared difference the published clamp leaves without a gradient."""
+    def without_gradient(self, features, labels):
+        """Anchors that a squared difference leaves without a gradient, by the published form: two boolean [N].
+
+        Those that are wrong and beyond the clamp; and those at ln 2, where d+ = d- (but "stable" has a gradient there).
+        """
         positive, negative = _weighted_triplet(features, labels, self.alpha, self.weighting)
         delta = positive - negative
-        return (delta > 0) & (self.gamma * delta**2 > EXPONENT_LIMIT)
+        exponent = self.gamma * delta**2 * self.square
+        at_ln2 = (exponent < AT_LN2) & bool(self.square and self.weighting != "stable")
+        return (delta > 0) & (exponent > EXPONENT_LIMIT), at_ln2
 
     def _signed_square(self, delta):
         # delta of exactly 0 counts as right (published: s = +1 only where d+ > d-).
         sign = torch.where(delta > 0, 1.0, -1.0)
         if self.weighting == "published":
             return sign * (self.gamma * delta**2).clamp_max(EXPONENT_LIMIT)
+        if self.weighting == "stable":
+            return self.gamma * (delta + delta * delta.abs())
         knee = math.sqrt(EXPONENT_LIMIT / self.gamma)
         size = delta.abs()
         inside = size.clamp_max(knee)
@@ -258,18 +276,14 @@ class Losses(NamedTuple):
 class Health(NamedTuple):
     """What tells a triplet loss that trains from one that is stuck; each a scalar tensor, of the whole batch.
 
-    beyond_clamp: share of anchors whose squared difference is wrong and beyond EXPONENT_LIMIT, where the published loss
-    has no gradient; distance_within, distance_across: mean distance of two images of one person, and of two people;
-    coincident: share of images within COINCIDENT of an image of another person.
+    beyond_clamp, at_ln2: shares of anchors without a gradient, as `SquaredTripletLoss.without_gradient` has them;
+    distance_within, distance_across: mean distance of two images of one person, and of two people.
     """
 
     beyond_clamp: torch.Tensor
+    at_ln2: torch.Tensor
     distance_within: torch.Tensor
     distance_across: torch.Tensor
-    coincident: torch.Tensor
-
-
-COINCIDENT = 1e-3
 
 
 class MethodLoss(nn.Module):
@@ -283,7 +297,7 @@ class MethodLoss(nn.Module):
 
     LOCAL_WEIGHT = 0.5
 
-    def __init__(self, method="adp", margin=0.3, alpha=1.0, gamma=1.0, square=1, weighting="exact"):
+    def __init__(self, method="adp", margin=0.3, alpha=1.0, gamma=1.0, square=1, weighting="published"):
         super().__init__()
         self.triplet = {
             "base": lambda: HardTripletLoss(margin),
@@ -310,9 +324,8 @@ class MethodLoss(nn.Module):
         features, labels = gather(full_precision(output.pooled)), gather(labels)
         distance, same = pairwise_distance(features), same_identity(labels)
         other = same & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
-        beyond = torch.zeros_like(distance[0])
-        if isinstance(self.triplet, SquaredTripletLoss) and self.triplet.square:
-            beyond = self.triplet.beyond_clamp(features, labels).float()
-        near = distance.masked_fill(same, math.inf).amin(dim=1) < COINCIDENT
+        stuck = torch.zeros_like(distance[:2], dtype=torch.bool)
+        if isinstance(self.triplet, SquaredTripletLoss):
+            stuck = torch.stack(self.triplet.without_gradient(features, labels))
         within, across = ((distance * mask).sum() / mask.sum().clamp_min(1) for mask in (other, ~same))
-        return Health(beyond.mean(), within, across, near.float().mean())
+        return Health(*stuck.float().mean(dim=1), within, across)

@@ -17,7 +17,7 @@ import engine
 import figures
 from ChannelAug import TrainAugmentation, normalise
 from data_loader import CACHES, IdentitySampler, eval_loader, llcm_train, regdb_train, sysu_train, train_loader
-from loss import MethodLoss
+from loss import WEIGHTINGS, MethodLoss
 from model import ARCHS, GFMNet, method_options
 from utils import (
     ArgumentParser,
@@ -94,9 +94,7 @@ def get_args_parser():
     net.add_argument("--alpha", type=number(float, 0, above=True), default=1, help="sharpness of the triplet's weights")
     net.add_argument("--gamma", type=number(float, 0, above=True), default=1, help="scale of the triplet's exponent")
     net.add_argument("--square", type=int, choices=(0, 1), default=1, help="square the triplet's difference (caj, adp)")
-    net.add_argument(
-        "--weighting", choices=("exact", "published"), default="exact", help="softmax of the triplet's weights"
-    )
+    net.add_argument("--weighting", choices=WEIGHTINGS, default="published", help="softmax of the triplet's weights")
     fit = parser.add_argument_group("training")
     fit.add_argument("--optim", choices=("sgd", "adam"), default="sgd")
     fit.add_argument("--lr", type=number(float, 0, above=True), default=0.1, help="rate of the head; a tenth elsewhere")
@@ -333,16 +331,16 @@ def draw(log, desc, features, test, found):
 
 def warnings(entry, args):
     """What an epoch's entry of the log shows to be wrong, each with the flag that helps."""
+    distances = f"distances within identities {entry['distance_within']:.3g}, across {entry['distance_across']:.3g}"
     if entry["beyond_clamp"] > 0.5 and args.weighting == "published":
         yield (
             f"warning: {entry['beyond_clamp']:.0%} of the anchors are beyond the triplet's clamp and get no gradient "
-            f"(distances within identities {entry['distance_within']:.3g}, across {entry['distance_across']:.3g}): "
-            "use --weighting exact"
+            f"from it ({distances}): if the identity loss does not fall either, use --weighting stable"
         )
-    if entry["coincident"] > 0.5:
+    if entry["at_ln2"] > 0.5:
         yield (
-            f"warning: {entry['coincident']:.0%} of the images have the features of another person's: they have "
-            "collapsed into a point; use --square 0, whose gradient does not vanish there, or a lower --lr"
+            f"warning: {entry['at_ln2']:.0%} of the anchors are at ln 2, as near to other people as to their own, "
+            f"where the squared triplet has no gradient ({distances}): use --weighting stable"
         )
     if entry["skipped"]:
         yield f"warning: {entry['skipped']} steps were skipped, their loss or gradient not finite: use a lower --lr"
@@ -394,7 +392,7 @@ def run_name(args):
         name += f"_{args.optim}"
     if args.dataset == "regdb":
         name += f"_trial_{args.trial}"
-    if args.weighting != "exact":
+    if args.weighting != "published":
         name += f"_{args.weighting}"
     if args.select != "test":
         name += f"_{args.select}"

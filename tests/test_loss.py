@@ -23,6 +23,7 @@ SQUARED_OPTIONS = [  # alpha, gamma, square
     (0.5, 3.0, 0),
 ]
 WEIGHTINGS = ("exact", "published")
+STABLE_MEAN = 4.0
 EXPONENT_LIMIT = 44.0
 
 
@@ -32,8 +33,8 @@ def squared_loss(weighting, square=1, alpha=1.0, gamma=1.0):
 
 ALL_LOSSES = {
     "hard": loss.HardTripletLoss(),
-    **{f"weighted-{w}": loss.WeightedTripletLoss(weighting=w) for w in WEIGHTINGS},
-    **{f"squared{square}-{w}": squared_loss(w, square) for square in (0, 1) for w in WEIGHTINGS},
+    **{f"weighted-{w}": loss.WeightedTripletLoss(weighting=w) for w in loss.WEIGHTINGS},
+    **{f"squared{square}-{w}": squared_loss(w, square) for square in (0, 1) for w in loss.WEIGHTINGS},
 }
 
 
@@ -58,6 +59,8 @@ def naive_softmax_mean(values, scores, weighting, shift):
 def naive_triplet(features, labels, anchor_loss, weighting, alpha=1.0):
     """Loop over anchors with softmax-weighted distances: mean of `anchor_loss(d+, d-)` and count of correct anchors."""
     distances = naive_distances(features)
+    if weighting == "stable":
+        distances = distances * STABLE_MEAN * len(features) ** 2 / distances.sum()
     losses, correct = [], 0
     for anchor, row in enumerate(distances):
         positives, negatives = row[labels == labels[anchor]], row[labels != labels[anchor]]
@@ -87,6 +90,8 @@ def squared_anchor_loss(gamma, square, weighting):
         gap = d_pos - d_neg
         if not square:
             return torch.logaddexp(torch.zeros_like(gap), gamma * gap)
+        if weighting == "stable":
+            return torch.log1p(torch.exp(gamma * (gap + gap * abs(gap))))
         exponent = gamma * gap**2 if gap > 0 else -gamma * gap**2
         if weighting == "published":
             return torch.log1p(torch.exp(torch.clamp(exponent, -EXPONENT_LIMIT, EXPONENT_LIMIT)))
@@ -239,7 +244,7 @@ def assert_matches_loop(criterion, naive, features, labels):
 
 @pytest.mark.parametrize("separation", [0.3, 2.0])
 @pytest.mark.parametrize("distance", SCALES)
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("weighting", loss.WEIGHTINGS)
 def test_weighted_triplet_matches_loop(weighting, distance, separation):
     softplus = squared_anchor_loss(gamma=1.0, square=0, weighting=weighting)
     assert_matches_loop(
@@ -252,7 +257,7 @@ def test_weighted_triplet_matches_loop(weighting, distance, separation):
 @pytest.mark.parametrize("separation", [0.3, 2.0])
 @pytest.mark.parametrize("distance", SCALES)
 @pytest.mark.parametrize(("alpha", "gamma", "square"), SQUARED_OPTIONS)
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("weighting", loss.WEIGHTINGS)
 def test_squared_triplet_matches_loop(weighting, alpha, gamma, square, distance, separation):
     anchor_loss = squared_anchor_loss(gamma, square, weighting)
     assert_matches_loop(
@@ -281,14 +286,14 @@ def test_exact_equals_published_in_the_healthy_range(distance, square):
     assert exact == pytest.approx(published, abs=1e-5)
 
 
-def test_weighting_is_exact_by_default():
+def test_weighting_is_the_published_one_by_default():
     features, labels, _ = equidistant_batch(20.0)
     for make in (loss.WeightedTripletLoss, lambda **kwargs: loss.SquaredTripletLoss(1.0, 1.0, 1, **kwargs)):
         default, exact, published = (
             make(**kwargs)(features, labels)[0] for kwargs in ({}, {"weighting": "exact"}, {"weighting": "published"})
         )
-        assert default == exact
-        assert default != published
+        assert default == published
+        assert default != exact
 
 
 # ---- the published collapse
@@ -417,6 +422,49 @@ def test_exact_continues_smoothly_through_the_clamp(gamma):
     assert np.abs(np.diff(slopes)).max() < 2 * gamma * step + 0.02
     assert slopes[-1] == pytest.approx(slopes.max(), rel=0.05)
     assert np.abs(np.diff(np.diff(published) / step)).max() > 1
+
+
+# ---- stable weighting: free of scale, alive where d+ = d-
+
+
+@pytest.mark.parametrize("square", [0, 1])
+def test_stable_does_not_depend_on_the_scale_of_the_features(square):
+    """So its gradient has no part that shrinks or spreads the features as a whole."""
+    features, labels = random_batch(9, 3.0)
+    values = [squared_loss("stable", square)(features * scale, labels)[0].item() for scale in (0.01, 1, 10, 1000)]
+    assert values == pytest.approx([values[1]] * 4, rel=1e-4)
+    for scale in (1.0, 10.0):
+        scaled = features * scale
+        _, _, gradient = value_and_gradient(squared_loss("stable", square), scaled, labels)
+        assert abs((gradient * scaled).sum()) < 1e-4 * gradient.norm() * scaled.norm()
+
+
+def near_a_point(size):
+    """Three people in pairs, all images at one distance of each other (d+ and d- nearly agree), `size` apart."""
+    return torch.eye(6) * size / math.sqrt(2), torch.arange(6) // 2
+
+
+@pytest.mark.parametrize("size", [1e-3, 0.1, 1.0, 30.0])
+def test_stable_leaves_a_point_and_exact_does_not(size):
+    """The slope towards identities apart, for features that move by their own size: exact's vanishes with the size."""
+    features, labels = near_a_point(size)
+    own = torch.stack([features[labels == label].mean(dim=0) for label in labels])
+    apart = own * size / own.norm()  # draws pairs together, by the size of the batch
+    slopes = {}
+    for weighting in ("exact", "stable"):
+        _, _, gradient = value_and_gradient(squared_loss(weighting), features, labels)
+        slopes[weighting] = -(gradient * apart).sum().item()
+    assert slopes["stable"] > 0.1
+    if size <= 0.1:
+        assert abs(slopes["exact"]) < 0.01
+
+
+@pytest.mark.parametrize("gap", [0.1, 1.0, 10.0, 1000.0])
+def test_stable_gradient_is_bounded_and_alive_however_wrong(gap):
+    features, labels = crossed_batch(gap)
+    _, correct, gradient = value_and_gradient(squared_loss("stable"), features, labels)
+    assert correct == 0
+    assert 0.5 < gradient.norm() * gap < 300  # of features that move by the gap
 
 
 # ---- inputs

@@ -1,0 +1,87 @@
+"""The pretrained start: what it scales, what it saves, and what the triplets do from there."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+import demo_data
+import pre_process_sysu
+import train_ext_test0
+from loss import pairwise_distance
+from model import GFMNet
+from tools import pretrain
+
+SIZE = ["--img_h", "48", "--img_w", "16"]
+
+
+def features(resnet, images):
+    """What the last stage gives."""
+    found = []
+    handle = resnet.layer4.register_forward_hook(lambda _, __, output: found.append(output))
+    resnet(images)
+    handle.remove()
+    return found[0].detach()
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_scaling_multiplies_the_last_stage_and_nothing_else(arch):
+    torch.manual_seed(0)
+    resnet = getattr(torchvision.models, arch)(num_classes=3)
+    images = torch.randn(4, 3, 48, 32)
+    resnet.train()(images)  # running statistics of these images
+    scaled = copy.deepcopy(resnet)
+    pretrain.scale_last_stage(scaled, 7.0)
+    for training in (False, True):
+        want = 7 * features(resnet.train(training), images)
+        torch.testing.assert_close(features(scaled.train(training), images), want, rtol=1e-3, atol=1e-3)
+
+
+def people(folder, seed, ids):
+    demo_data.main(["--out", str(folder), "--ids", str(ids), "--images", "2", "--seed", str(seed)])
+    pre_process_sysu.main(["--data_path", str(folder), *SIZE])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    return people(tmp_path_factory.mktemp("others") / "tree", seed=7, ids=14)
+
+
+def start(tree, out, distance, steps):
+    flags = ["--data_path", str(tree), "--out", str(out), "--gpu", "cpu", "--distance", str(distance), *SIZE]
+    return pretrain.main([*flags, "--steps", str(steps)])
+
+
+def test_a_start_has_the_distance_that_was_asked_for(others, tmp_path):
+    _, across = start(others, tmp_path / "start.pt", distance=20, steps=2)
+    assert across == pytest.approx(20, rel=1e-3)
+    net = GFMNet(3, "resnet18", weights=tmp_path / "start.pt").train()
+    pooled = net(torch.randn(8, 3, 48, 16), torch.randn(8, 3, 48, 16)).pooled
+    assert 2 < pairwise_distance(pooled).mean() < 200  # of noise, but of that order: without scaling it is below 2
+
+
+@pytest.mark.slow
+def test_exact_is_drawn_into_a_point_and_told_and_stable_is_not(others, tmp_path, capsys):
+    """From pooled distances of 30, as the published recipe begins."""
+    tree = people(tmp_path / "people", seed=0, ids=40)
+    start(others, tmp_path / "start.pt", distance=30, steps=60)
+    flags = ["--data_path", str(tree), "--gpu", "cpu", "--arch", "resnet18", "--weights", str(tmp_path / "start.pt")]
+    flags += [*SIZE, "--workers", "0", "--num_pos", "2", "--epochs", "6", "--warmup", "1", "--eval_every", "9"]
+    logs, printed = {}, {}
+    for weighting in ("exact", "stable"):
+        out = str(tmp_path / weighting)
+        found = train_ext_test0.main([*flags, "--weighting", weighting, "--model_path", out, "--log_path", out])
+        logs[weighting] = [json.loads(line) for line in Path(found["log"]).read_text().splitlines()]
+        printed[weighting] = capsys.readouterr().out
+    assert logs["exact"][0]["triplet"] > 2
+    assert logs["exact"][-1]["triplet"] == pytest.approx(0.6931, rel=0.05)
+    assert logs["exact"][-1]["distance_across"] < 10
+    assert "the anchors are at ln 2" in printed["exact"]
+    assert "--weighting stable" in printed["exact"]
+    assert logs["stable"][-1]["distance_across"] > 15
+    assert logs["stable"][-1]["triplet"] < logs["stable"][0]["triplet"]
+    assert "warning" not in printed["stable"]
