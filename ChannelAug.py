@@ -4,14 +4,12 @@ Images are [N, 3, H, W]. Every function returns new images and leaves its input 
 PyTorch's global generator of the images' device, independently for each image.
 """
 
-import functools
-
 import torch
 import torch.nn.functional as F
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, of values in [0, 1]
 STD = (0.229, 0.224, 0.225)
-ERASE_FILL = (0.4914, 0.4822, 0.4465)  # set after normalisation, as published
+ERASE_FILL = (0.4914, 0.4822, 0.4465)
 GRAY = (0.2989, 0.5870, 0.1140)  # luminance weights of R, G, B
 PADDING = 10  # pixels of black around an image before it is cropped
 
@@ -21,11 +19,10 @@ def normalise(images):
     return (images - _constant(MEAN, images.device) * 255) / (_constant(STD, images.device) * 255)
 
 
-@functools.cache
 def _constant(values, device):
-    """[3, 1, 1] on the device, copied there once: a copy for each batch would wait for the device."""
-    with torch.inference_mode(False):  # it may be testing that asks first
-        return torch.tensor(values, device=device).view(3, 1, 1)
+    """[3, 1, 1], filled in on the device: copying it there would wait for the device. Not kept: one that is made while
+    torch.export traces is no real tensor."""
+    return torch.stack([torch.full((1, 1), value, device=device) for value in values])
 
 
 def random_crop(images, padding=PADDING):
@@ -47,9 +44,10 @@ def random_flip(images):
     return torch.where(flip, images.flip(3), images)
 
 
-def random_erasing(images, probability=0.5, area=(0.02, 0.4), aspect=(0.3, 10 / 3), tries=20):
-    """Fill a random rectangle with ERASE_FILL (Zhong et al., AAAI 2020), in an image with the given probability.
+def random_erasing(images, probability=0.5, fill=None, area=(0.02, 0.4), aspect=(0.3, 10 / 3), tries=20):
+    """Fill a random rectangle (Zhong et al., AAAI 2020), in an image with the given probability.
 
+    fill: a tensor that broadcasts to the images, [3, 1, 1] or [N, 3, 1, 1]; by default ERASE_FILL.
     area: bounds of the rectangle's share of the image; aspect: bounds of height / width; both drawn uniformly, again
     until the rectangle fits into the image (published: 100 times; `tries` draws at once, the first that fits counts).
     """
@@ -72,7 +70,7 @@ def random_erasing(images, probability=0.5, area=(0.02, 0.4), aspect=(0.3, 10 / 
     in_rows = (row >= top) & (row < top + h) & erase[:, None]
     in_columns = (column >= left) & (column < left + w)
     inside = (in_rows[:, :, None] & in_columns[:, None, :])[:, None]
-    return torch.where(inside, _constant(ERASE_FILL, images.device), images)
+    return torch.where(inside, _constant(ERASE_FILL, images.device) if fill is None else fill, images)
 
 
 def channel_exchange(images):
@@ -102,16 +100,19 @@ class TrainAugmentation:
 
     __call__(visible [A, 3, H, W], infrared [B, 3, H, W]) -> (visible [2A, 3, H, W], infrared [B, 3, H, W]): the plain
     visible views, then second views of the same images, channel-exchanged with `augc`.
-    rande: probability of random erasing. All views are cropped, mirrored and erased independently.
+    rande: probability of random erasing. All views are cropped, mirrored and erased independently. As published, the
+    plain views are erased before they are normalised, the others after it.
     """
 
     def __init__(self, augc=1, rande=0.5):
         self.augc, self.rande = augc, rande
 
     def __call__(self, visible, infrared):
-        views = torch.cat([visible, visible, infrared])
-        views = random_erasing(normalise(random_flip(random_crop(views))), self.rande)
+        views = normalise(random_flip(random_crop(torch.cat([visible, visible, infrared]))))
         count = len(visible)
+        fill = _constant(ERASE_FILL, views.device).repeat(len(views), 1, 1, 1)
+        fill[:count] = normalise(fill[:count] * 255)  # the same as to erase the plain views before they are normalised
+        views = random_erasing(views, self.rande, fill)
         if self.augc:  # in place: joined anew, the views would lose their memory order
             views[count : 2 * count] = channel_exchange(views[count : 2 * count])
             views[2 * count :] = channel_or_gray(views[2 * count :])

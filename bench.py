@@ -374,24 +374,24 @@ class PlainPairs(Dataset):
 
     def __init__(self, data, sampler, size):
         self.data, self.pairs = data, np.concatenate([np.stack(batch, axis=1) for batch in sampler])
-        self.augment = transforms.Compose(
-            [
-                transforms.ToPILImage(),
-                transforms.Pad(10),
-                transforms.RandomCrop(size),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(MEAN, STD),
-                transforms.RandomErasing(0.5, (0.02, 0.4), (0.3, 10 / 3), ERASE_FILL),
-            ]
-        )
+        moved = [
+            transforms.ToPILImage(),
+            transforms.Pad(10),
+            transforms.RandomCrop(size),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+        ]
+        normalised = transforms.Normalize(MEAN, STD)
+        erased = transforms.RandomErasing(0.5, (0.02, 0.4), (0.3, 10 / 3), ERASE_FILL)
+        self.augment_plain = transforms.Compose([*moved, erased, normalised])
+        self.augment = transforms.Compose([*moved, normalised, erased])
 
     def __len__(self):
         return len(self.pairs)
 
     def __getitem__(self, index):
         visible, infrared = self.pairs[index]
-        plain, second = (self.augment(self.data.visible[visible]) for _ in range(2))
+        plain, second = (augment(self.data.visible[visible]) for augment in (self.augment_plain, self.augment))
         other = self.augment(self.data.infrared[infrared])
         case = random.randrange(8)
         if case < 6:

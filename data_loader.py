@@ -223,9 +223,10 @@ class IdentitySampler(Sampler):
     """Batches of identities: of each, `num_pos` visible and `num_pos` infrared images, drawn with replacement.
 
     Yields (visible indices, infrared indices), two int64 arrays [batch_size * num_pos] whose labels agree position by
-    position. A batch's identities differ. An epoch has max(visible, infrared) // (batch_size * num_pos) batches, as
-    published, and its draws depend on the seed and on `set_epoch` only. Of several ranks, all draw the same batches and
-    each yields the share of its own identities.
+    position. A batch's identities differ. An epoch has max(visible, infrared) // (batch_size * num_pos) + 1 batches: on
+    SYSU-MM01 696, one more than the published progress line shows, but as many as the published sampler yields. Its
+    draws depend on the seed and on `set_epoch` only. Of several ranks, all draw the same batches and each yields the
+    share of its own identities.
 
     Raises InputError when fewer than `batch_size` identities have images of both modalities, or when the ranks cannot
     share them evenly.
@@ -244,7 +245,7 @@ class IdentitySampler(Sampler):
         self.visible = [np.flatnonzero(data.visible_labels == label) for label in both]
         self.infrared = [np.flatnonzero(data.infrared_labels == label) for label in both]
         self.batch_size, self.num_pos, self.seed, self.epoch, self.start = batch_size, num_pos, seed, 0, 0
-        self.steps = max(1, max(data.num_images) // (batch_size * num_pos))
+        self.steps = max(data.num_images) // (batch_size * num_pos) + 1
 
     def set_epoch(self, epoch, start=0):
         """start: steps of the epoch that are done already."""

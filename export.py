@@ -89,7 +89,7 @@ def main(argv=None):
     for modality, output in progress(outputs.items(), desc="exporting", unit="file", leave=False):
         about = shared | {"modality": modality}
         text = json.dumps(about, default=str)  # published checkpoints may hold NumPy's numbers
-        pairs = expected(embed, about)  # first: `normalise` keeps constants, and those of a tracing are no numbers
+        pairs = expected(embed, about)
         with atomic(output) as temporary, warnings.catch_warnings(action="ignore"):  # PyTorch's, of what will change
             temporary.write_bytes(to_bytes(Embedding(net, about), pairs[-1][0], text))
             cosine, difference = compare(load(temporary), pairs)

@@ -194,9 +194,9 @@ def signal_at(step, number, monkeypatch):
 @pytest.mark.parametrize(
     ("step", "where", "more"),
     [
-        (1, "epoch 0, after step 1 of 7", []),
-        (10, "epoch 1, after step 3 of 7", ["--optim", "sgd", "--workers", "2"]),
-        (14, "epoch 1, after step 7 of 7", ["--optim", "sgd", "--lr", "0.001"]),
+        (1, "epoch 0, after step 1 of 8", []),
+        (11, "epoch 1, after step 3 of 8", ["--optim", "sgd", "--workers", "2"]),
+        (16, "epoch 1, after step 8 of 8", ["--optim", "sgd", "--lr", "0.001"]),
     ],
 )
 def test_stopped_training_goes_on_where_it_was(sysu_tree, tmp_path, monkeypatch, step, where, more):
@@ -214,6 +214,47 @@ def test_stopped_training_goes_on_where_it_was(sysu_tree, tmp_path, monkeypatch,
     assert_same_runs([tmp_path / "whole", tmp_path / "stopped"])
 
 
+@pytest.fixture
+def shorter_epochs():
+    """Epochs have a step less, as in earlier versions, until the test undoes it."""
+
+    def init(self, *arguments):
+        before(self, *arguments)
+        self.steps -= 1
+
+    before = IdentitySampler.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(IdentitySampler, "__init__", init)
+        yield patch
+
+
+@pytest.mark.parametrize("step", [3, 7])
+def test_epoch_begun_when_epochs_had_a_step_less_goes_on(sysu_tree, tmp_path, monkeypatch, shorter_epochs, step):
+    """Also after what was its last step: it takes the one more, and is the same epoch as one in one go."""
+    torch.set_num_threads(1)
+    command = flags(sysu_tree, tmp_path / "stopped", *MORE, "--epochs", "1", "--resume", "auto")
+    with monkeypatch.context() as patch:
+        signal_at(step, signal.SIGTERM, patch)
+        with pytest.raises(utils.Stopped, match=f"in epoch 0, after step {step} of 7"):
+            train_ext_test0.main(command)
+    shorter_epochs.undo()
+    train_ext_test0.main(command)
+    train_ext_test0.main(flags(sysu_tree, tmp_path / "whole", *MORE, "--epochs", "1"))
+    assert_same_runs([tmp_path / "whole", tmp_path / "stopped"])
+
+
+def test_run_whose_epochs_had_a_step_less_goes_on(sysu_tree, tmp_path, capsys, shorter_epochs):
+    command = flags(sysu_tree, tmp_path, *MORE, "--resume", "auto")
+    train_ext_test0.main([*command, "--epochs", "1"])
+    shorter_epochs.undo()
+    capsys.readouterr()
+    result = train_ext_test0.main([*command, "--epochs", "2"])
+    printed = capsys.readouterr().out
+    assert "8 steps an epoch" in printed
+    assert "_last.t: epoch 1" in printed
+    assert [json.loads(line)["epoch"] for line in Path(result["log"]).read_text().splitlines()] == [0, 1]
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_is_one_line_and_its_status(unbroken, sysu_tree, tmp_path, number, status):
     command = flags(sysu_tree, tmp_path, *MORE, "--resume", "auto")
@@ -226,7 +267,7 @@ def test_a_signal_is_one_line_and_its_status(unbroken, sysu_tree, tmp_path, numb
     assert process.exitcode == status
     line = errors.read_text().strip()
     assert re.fullmatch(
-        rf"train_ext_test0.py: stopped by {number.name} in epoch [12], after step \d of 7; .*_last.t is saved: "
+        rf"train_ext_test0.py: stopped by {number.name} in epoch [12], after step \d of 8; .*_last.t is saved: "
         "go on with --resume auto",
         line,
     )

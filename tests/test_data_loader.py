@@ -176,7 +176,7 @@ def test_val_selection_trains_on_the_train_ids_only(sysu_tree):
     assert part.num_images[0] == kept < len(part.visible)
 
     sampler = IdentitySampler(part, 4, 2, seed=0)
-    assert len(sampler) == max(part.num_images) // 8
+    assert len(sampler) == max(part.num_images) // 8 + 1
     drawn = [part.visible_labels[visible] for _ in range(20) for visible, _ in sampler]
     assert set(np.concatenate(drawn)) == set(range(len(train)))
 
@@ -192,7 +192,7 @@ def test_val_selection_needs_arrays_of_the_same_lists(sysu_tree, tmp_path):
 def test_batches_hold_distinct_identities_with_agreeing_labels():
     data = toy_data()
     sampler = IdentitySampler(data, batch_size=3, num_pos=2, seed=0)
-    assert len(sampler) == 23 // 6
+    assert len(sampler) == 23 // 6 + 1
     batches = list(sampler)
     assert len(batches) == len(sampler)
     for visible, infrared in batches:
@@ -200,6 +200,13 @@ def test_batches_hold_distinct_identities_with_agreeing_labels():
         assert labels.tolist() == data.infrared_labels[infrared].tolist()
         assert len(set(labels)) == 3
         assert np.array_equal(labels[::2], labels[1::2])
+
+
+def test_an_epoch_of_sysu_has_696_batches():
+    images = (22258, 11909)  # SYSU-MM01's, visible and infrared
+    labels = [np.arange(count) % 395 for count in images]
+    data = TrainData(np.empty(images[0]), labels[0], np.empty(images[1]), labels[1])
+    assert len(list(IdentitySampler(data, batch_size=8, num_pos=4, seed=0))) == 696
 
 
 def test_sampler_draws_every_image_equally_often():
