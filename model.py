@@ -5,7 +5,6 @@ network of AGW (Ye et al., TPAMI 2021). B, H, W: images, height, width; C: 512 (
 """
 
 import copy
-import re
 import urllib.error
 from collections import OrderedDict
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
+from published import IMAGE_SIZE, convert_published_state, is_published, published_name, published_options
 from utils import InputError, check_state, full_precision, load_weights
 
 MODALITIES = ("visible", "infrared")
@@ -210,6 +210,13 @@ def method_options(method):
     return {"attention": full, "local": full, "non_local": not plain, "pool": "avg" if plain else "gem"}
 
 
+def method_name(options):
+    """The `--method` that a network's options are of: agw and caj differ in their losses only."""
+    if options["attention"] or options["local"]:
+        return "adp"
+    return "agw or caj" if options["non_local"] else "base"
+
+
 def backbone(arch, weights=None):
     """torchvision's ResNet with a last stage of stride 1. weights: as `GFMNet` has them."""
     if arch not in ARCHS:
@@ -254,69 +261,6 @@ def _backbone_state(arch, resnet, weights):
 
 # ------------------------------------------------------------------------------------------------- checkpoints
 
-_NON_LOCAL_NAMES = {"g.0": "g", "W.0": "out", "W.1": "norm", "theta": "theta", "phi": "phi"}
-_STREAMS = {"visible": "visible", "thermal": "infrared"}
-_NON_LOCAL = r"(g\.0|W\.0|W\.1|theta|phi)\.(.+)"
-_PUBLISHED = [
-    (r"(?:visible|thermal)_module\.(visible|thermal)\.(.+)", lambda m: f"{_STREAMS[m[1]]}.{_blocks(m[2])}"),
-    (r"base_resnet\.base\.(.+)", lambda m: f"shared.{_blocks(m[1])}"),
-    (
-        rf"NL_(\d)\.(\d+)\.{_NON_LOCAL}",
-        lambda m: f"shared.layer{m[1]}.non_local.{m[2]}.{_NON_LOCAL_NAMES[m[3]]}.{m[4]}",
-    ),
-    (rf"afam\.non_local\.{_NON_LOCAL}", lambda m: f"attention.non_local.{_NON_LOCAL_NAMES[m[1]]}.{m[2]}"),
-    (r"afam\.channel_attention\.fc1\.(.+)", lambda m: f"attention.channel.0.{m[1]}"),
-    (r"afam\.channel_attention\.fc2\.(.+)", lambda m: f"attention.channel.2.{m[1]}"),
-    (r"afam\.spatial_attention\.conv1\.(.+)", lambda m: f"attention.spatial.{m[1]}"),
-    (r"bn\.(.+)", lambda m: f"local.norm.{m[1]}"),
-    (r"conv1\.(.+)", lambda m: f"local.conv.{m[1]}"),
-    (r"((?:bottleneck|classifier)\..+)", lambda m: m[1]),
-]
-
-
-def _blocks(name):
-    return re.sub(r"^(layer\d)\.(\d+)", r"\1.blocks.\2", name)
-
-
-def convert_published_state(state):
-    """State dict under the names of the published GFMNet code -> the same under ours.
-
-    Raises InputError for a name that the published code does not have.
-    """
-    converted = {}
-    for name, value in state.items():
-        bare = name.removeprefix("module.")
-        for pattern, rename in _PUBLISHED:
-            if match := re.fullmatch(pattern, bare):
-                converted[rename(match)] = value
-                break
-        else:
-            raise InputError(f"{name}: no parameter of the published GFMNet")
-    return converted
-
-
-def published_options(state):
-    """What the shapes and names of a published state dict tell: keyword arguments for GFMNet."""
-    state = {name.removeprefix("module."): value for name, value in state.items()}
-    bottleneck_block = any(re.search(r"layer1\.0\.conv3\.", name) for name in state)
-    depth = len({m[1] for name in state if (m := re.search(r"layer3\.(\d+)\.conv1\.", name))})
-    arch = {(False, 2): "resnet18", (False, 6): "resnet34", (True, 6): "resnet50", (True, 23): "resnet101"}
-    own = {m[1] for name in state if (m := re.match(r"visible_module\.visible\.layer(\d)\.", name))}
-    if (bottleneck_block, depth) not in arch or "classifier.weight" not in state:
-        raise InputError("these published weights are of no ResNet-18, 34, 50 or 101 with a classifier")
-    return {
-        "num_classes": state["classifier.weight"].shape[0],
-        "arch": arch[bottleneck_block, depth],
-        "share_net": 1 + len(own),
-        "attention": any(name.startswith("afam.") for name in state),
-        "non_local": (non_local := any(name.startswith("NL_") for name in state)),
-        "pool": "gem" if non_local else "avg",  # the published code turns both on together
-        "local": "conv1.weight" in state,
-    }
-
-
-PUBLISHED_IMAGE_SIZE = (288, 144)
-
 
 def load_network(checkpoint, path):
     """A checkpoint of this repo or of the published code -> (GFMNet, (height, width) of its images).
@@ -325,27 +269,45 @@ def load_network(checkpoint, path):
     """
     state = checkpoint["net"]
     check_state(state, path)
-    if any("visible_module." in name for name in state):
-        try:
-            options, size, state = published_options(state), PUBLISHED_IMAGE_SIZE, convert_published_state(state)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from error
-    elif "options" in checkpoint and "image_size" in checkpoint:
-        options, size = checkpoint["options"], tuple(checkpoint["image_size"])
-    else:
-        raise InputError(
-            f"{path}: neither of this repo nor of the published GFMNet code; train with train_ext_test0.py"
-        )
-    if bad := [name for name, value in state.items() if not torch.isfinite(value).all()]:
-        raise InputError(f"{path}: {bad[0]} holds values that are not finite; use an earlier checkpoint")
+    known_as = str  # our name of a tensor -> its name in the file
     try:
+        if is_published(state):
+            options, size, known_as = published_options(state), IMAGE_SIZE, published_name
+            state = convert_published_state(state)
+        elif "options" in checkpoint and "image_size" in checkpoint:
+            options, size = checkpoint["options"], tuple(checkpoint["image_size"])
+        else:
+            raise InputError(
+                f"{next(iter(state))!r:.120} is no tensor of this repo's checkpoints, nor of the published baseline, "
+                "AGW, CAJ or GFMNet; train with train_ext_test0.py"
+            )
         net = GFMNet(**options)
+        # Nothing uses how many batches a batch norm has seen, and old versions of PyTorch did not count them.
+        counts = {name: value for name, value in net.state_dict().items() if name.endswith("num_batches_tracked")}
+        state = counts | state
+        _check_fit(state, net, known_as)
     except TypeError as error:
-        raise InputError(f"{path}: its options are not those of this GFMNet ({error}); train again") from error
-    try:
-        net.load_state_dict(state)
-    except RuntimeError as error:
-        raise InputError(
-            f"{path}: does not fit its {options['arch']} ({str(error).splitlines()[1].strip()})"
-        ) from error
+        raise InputError(f"{path}: its options are not those of this GFMNet ({error!s:.120}); train again") from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    net.load_state_dict(state)
     return net, size
+
+
+def _check_fit(state, net, known_as):
+    """Raise InputError, by the name that `known_as` gives it, for the first tensor that `net` cannot load or use."""
+    wanted = net.state_dict()
+    for name in state | wanted:  # first what the file has, then what it lacks
+        if name not in wanted:
+            wrong = "is unknown"
+        elif name not in state:
+            wrong = "is missing"
+        elif state[name].shape != wanted[name].shape:
+            wrong = f"has the shape {list(state[name].shape)!s:.60}, not {list(wanted[name].shape)}"
+        else:
+            continue
+        arch = net.options["arch"]
+        raise InputError(f"does not fit its {arch}: {known_as(name)!r:.120} {wrong}; name a whole, unedited checkpoint")
+    for name, value in state.items():
+        if not torch.isfinite(value).all():
+            raise InputError(f"{known_as(name)!r} holds values that are not finite; use an earlier checkpoint")

@@ -7,7 +7,7 @@ import os
 import data_manager
 import engine
 from data_loader import eval_loader
-from model import load_network
+from model import load_network, method_name
 from utils import InputError, load_checkpoint, number
 
 
@@ -73,6 +73,7 @@ def open_checkpoint(path, data_path):
 def checkpoint_origin(path, checkpoint, net, size, data_path):
     """What the rows of a table say of a checkpoint's features, and `--features` saves with them; None is unknown."""
     flags, epoch = checkpoint.get("args", {}), checkpoint.get("epoch", "unknown")
+    method = flags.get("method") or method_name(net.options)
     if "within" in checkpoint:
         epoch = f"{epoch + 1}, {checkpoint['sums']['step']} steps of it"
     return {
@@ -81,7 +82,7 @@ def checkpoint_origin(path, checkpoint, net, size, data_path):
         "selection": checkpoint.get("selection"),
         "flipped": ["POOL", "FC"],
         "checkpoint": str(path),
-        "network": f"{flags.get('method', 'published')}, {net.options['arch']}, {size[0]}x{size[1]}, epoch {epoch}",
+        "network": f"{method}, {net.options['arch']}, {size[0]}x{size[1]}, epoch {epoch}",
         "data_path": os.path.abspath(data_path),
         "demo": data_manager.is_demo(data_path),
         "flags": json.loads(json.dumps(flags, default=str)),  # plain values, whatever the file holds

@@ -537,7 +537,7 @@ def check_state(state, path):
         raise InputError(f"{path}: holds no weights; name a saved state dict or checkpoint")
     for name, value in state.items():
         if not (isinstance(name, str) and isinstance(value, torch.Tensor)):
-            raise InputError(f"{path}: {name!r} is a {type(value).__name__}, no weights; name a saved state dict")
+            raise InputError(f"{path}: {name!r:.120} is a {type(value).__name__}, no weights; name a saved state dict")
 
 
 class RunLog:

@@ -66,7 +66,7 @@ def pretrain(resnet, data, steps, device):
     """Train a ResNet of torchvision's to classify the visible images of `data` -> the network, on the CPU."""
     resnet.fc = nn.Linear(resnet.fc.in_features, data.num_classes)
     resnet.to(device).train()
-    images, labels = torch.from_numpy(data.visible[:]).movedim(-1, 1), torch.from_numpy(data.visible_labels)
+    images, labels = torch.from_numpy(np.array(data.visible)).movedim(-1, 1), torch.from_numpy(data.visible_labels)
     optimizer = torch.optim.Adam(resnet.parameters(), RATE, weight_decay=5e-4)
     for _ in (bar := progress(range(steps), desc="pretraining", unit="step", leave=False)):
         rows = torch.randint(len(images), (BATCH,))

@@ -1,0 +1,99 @@
+"""Checkpoints of the published code of this family (two-stream baseline, AGW, CAJ, GFMNet): their names and options.
+
+A network is two streams and a shared ResNet. GFMNet's code gives a stream exactly the stages that are not shared.
+That of the baseline, AGW and CAJ keeps a whole ResNet in all three, and runs only the stem of a stream's and the
+stages of the shared one: share_net 1.
+"""
+
+import re
+
+from utils import InputError
+
+IMAGE_SIZE = (288, 144)  # height, width; the checkpoints do not say
+
+_RESNETS = {"visible_module.visible": "visible", "thermal_module.thermal": "infrared", "base_resnet.base": "shared"}
+_NON_LOCAL_BLOCKS = {f"NL_{n}.{i}": f"shared.layer{n}.non_local.{i}" for n in (2, 3) for i in range(n)}
+_NON_LOCAL_BLOCKS |= {"afam.non_local": "attention.non_local"}
+_NON_LOCAL_PARTS = {"g.0": "g", "W.0": "out", "W.1": "norm", "theta": "theta", "phi": "phi"}
+_OURS = {  # how a published name begins: how ours does
+    **{f"{theirs}.{part}.": f"{ours}.{part}." for theirs, ours in _RESNETS.items() for part in ("conv1", "bn1")},
+    **{f"{theirs}.layer{n}.": f"{ours}.layer{n}.blocks." for theirs, ours in _RESNETS.items() for n in range(1, 5)},
+    **{
+        f"{block}.{part}.": f"{our_block}.{our_part}."
+        for block, our_block in _NON_LOCAL_BLOCKS.items()
+        for part, our_part in _NON_LOCAL_PARTS.items()
+    },
+    "afam.channel_attention.fc1.": "attention.channel.0.",
+    "afam.channel_attention.fc2.": "attention.channel.2.",
+    "afam.spatial_attention.conv1.": "attention.spatial.",
+    "bn.": "local.norm.",
+    "conv1.": "local.conv.",
+    "bottleneck.": "bottleneck.",
+    "classifier.": "classifier.",
+}
+_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+
+_STREAM, _SHARED = r"(?:visible_module\.visible|thermal_module\.thermal)", r"base_resnet\.base"
+_STAGE = r"layer[1-4]\.\d+\.(?:conv[1-3]|bn[1-3]|downsample\.[01])"
+_VALUE = r"(?:weight|bias|running_mean|running_var|num_batches_tracked)"
+# What the code of the baseline, AGW and CAJ keeps but does not run.
+_UNUSED = rf"(?:{_STREAM}\.(?:{_STAGE}|fc)|{_SHARED}\.(?:conv1|bn1|fc))\.{_VALUE}"
+
+
+def is_published(state):
+    """Whether a state dict has names of the published code."""
+    return any(re.match(rf"(?:module\.)?(?:{_STREAM}|{_SHARED})\.", name) for name in state)
+
+
+def convert_published_state(state):
+    """State dict under the names of the published code -> the same under ours, without what that code does not run.
+
+    Raises InputError for a name that the published code does not have.
+    """
+    return {_renamed(name, _OURS): value for name, value in _used(state).items()}
+
+
+def published_name(name):
+    """The published code's name of a tensor of ours."""
+    return _renamed(name, _THEIRS)
+
+
+def published_options(state):
+    """What the shapes and names of a published state dict tell: keyword arguments for GFMNet.
+
+    Whether every tensor of that network is there, and fits, they leave open.
+    """
+    state = _used(state)
+    bottleneck_block = any(re.search(r"\.layer\d\.0\.conv3\.", name) for name in state)
+    depth = max((int(m[1]) for name in state if (m := re.search(r"\.layer3\.(\d+)\.", name))), default=0) + 1
+    small, its_depth, large = ("resnet50", 6, "resnet101") if bottleneck_block else ("resnet18", 2, "resnet34")
+    classifier = state.get("classifier.weight")
+    return {
+        "num_classes": 1 if classifier is None or classifier.ndim == 0 else len(classifier),
+        "arch": small if depth <= its_depth else large,
+        "share_net": 1 + len(_stages(_STREAM, state) - _stages(_SHARED, state)),
+        "attention": any(name.startswith("afam.") for name in state),
+        "non_local": (non_local := any(name.startswith("NL_") for name in state)),
+        "pool": "gem" if non_local else "avg",  # the published code turns both on together
+        "local": any(name.startswith(("bn.", "conv1.")) for name in state),
+    }
+
+
+def _used(state):
+    """The tensors that the network runs, as a dict; names without the prefix of a wrapped model."""
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    if _stages(_STREAM, state) & _stages(_SHARED, state):
+        state = {name: value for name, value in state.items() if not re.fullmatch(_UNUSED, name)}
+    return state
+
+
+def _stages(part, state):
+    """The stages, "1" to "4", of which a part of the network has tensors."""
+    return {m[1] for name in state if (m := re.match(rf"{part}\.layer([1-4])\.", name))}
+
+
+def _renamed(name, prefixes):
+    for prefix, other in prefixes.items():
+        if name.startswith(prefix):
+            return other + name.removeprefix(prefix)
+    raise InputError(f"{name!r:.120} is no tensor of the published baseline, AGW, CAJ or GFMNet; name one of theirs")
