@@ -17,7 +17,7 @@ $(VENV)/.installed: requirements.txt
 # does not vanish where an untrained network starts, at d+ = d-.
 demo: $(VENV)/.installed
 	rm -rf $(DEMO) && mkdir $(DEMO)
-	$(RUN) demo_data.py --out $(DEMO)/data --layout sysu --ids 100 --images 4 --seed 0 --sheet $(DEMO)/people.png
+	$(RUN) -m tools.demo_data --out $(DEMO)/data --layout sysu --ids 100 --images 4 --seed 0 --sheet $(DEMO)/people.png
 	$(RUN) pre_process_sysu.py --data_path $(DEMO)/data --img_h 96 --img_w 48
 	$(RUN) train_ext_test0.py --dataset sysu --data_path $(DEMO)/data --gpu cpu --arch resnet18 --weights none \
 	  --img_h 96 --img_w 48 --square 0 --rande 0.2 --optim adam --lr 0.01 --epochs 11 --warmup 1 --milestones 8 \

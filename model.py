@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from published import IMAGE_SIZE, convert_published_state, is_published, published_name, published_options
+from core.published import IMAGE_SIZE, convert_published_state, is_published, published_name, published_options
 from utils import InputError, check_state, full_precision, load_weights
 
 MODALITIES = ("visible", "infrared")

@@ -17,13 +17,11 @@ import torch.nn.functional as F
 import torchvision
 
 import data_manager
-import engine
-import figures
-import protocol
-import report
 from ChannelAug import GRAY, normalise
-from feature_store import load_features, save_features, select_features
+from core import engine, protocol
+from core.features import load_features, save_features, select_features
 from model import GFMNet
+from tools import figures, report
 from utils import (
     ArgumentParser,
     InputError,

@@ -13,12 +13,12 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import data_manager
-import engine
-import figures
 from ChannelAug import TrainAugmentation, normalise
+from core import engine
 from data_loader import CACHES, IdentitySampler, eval_loader, llcm_train, regdb_train, sysu_train, train_loader
 from loss import WEIGHTINGS, MethodLoss
 from model import ARCHS, GFMNet, method_options
+from tools import figures
 from utils import (
     ArgumentParser,
     InputError,

@@ -1,16 +1,20 @@
 """Small demo trees shared by the tests, and the GPU tests' skip."""
 
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import functional
 
-import demo_data
 import pre_process_sysu
 import utils
 from model import GFMNet
+from tools import demo_data
+
+os.environ["PYTHONPATH"] = str(Path(utils.__file__).parent)  # `python -m tools.NAME` from the tests' own folders
 
 SIZE = (96, 48)  # height, width of the tests' images
 SMALL = ["--arch", "resnet18", "--weights", "none", "--gpu", "cpu", "--workers", "0"]

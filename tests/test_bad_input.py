@@ -19,7 +19,6 @@ from PIL import Image
 
 import data_loader
 import data_manager
-import demo_data
 import pre_process_sysu
 import testa
 import train_ext_test0
@@ -27,6 +26,7 @@ import utils
 from conftest import SIZE, SMALL, flags
 from data_loader import read_image, sysu_train_files
 from model import GFMNet
+from tools import demo_data
 
 SCRIPTS = {
     "prepare": (pre_process_sysu, ["--data_path", "sysu", "--img_h", str(SIZE[0]), "--img_w", str(SIZE[1])]),

@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 import torch
 
-import feature_store
 import pre_process_sysu
 import testa
 import train_ext_test0
 import utils
 from ChannelAug import TrainAugmentation
 from conftest import SIZE, flags
+from core import features as feature_store
 from data_loader import IdentitySampler, sysu_train, sysu_train_files
 
 REPO = Path(utils.__file__).parent

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 from scipy.io import loadmat, savemat
 
-import demo_data
 import utils
+from tools import demo_data
 
 
 def make(out: Path, **flags) -> Path:
@@ -364,6 +364,6 @@ def test_naive_matching_stays_low(tmp_path):
 
 
 def test_the_drawing_processes_end_quietly(tmp_path):
-    command = [sys.executable, demo_data.__file__, "--out", tmp_path / "d", "--layout", "sysu", "--ids", "14"]
+    command = [sys.executable, "-m", "tools.demo_data", "--out", tmp_path / "d", "--layout", "sysu", "--ids", "14"]
     result = subprocess.run([*command, "--images", "2", "--workers", "2"], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")

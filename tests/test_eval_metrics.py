@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import eval_metrics
-from bench import plain_metrics
 from eval_metrics import CosineDistances, eval_regdb, eval_sysu, match_ranks
+from tools.bench import plain_metrics
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "metrics.npz")
 GOLDEN_CASES = sorted({key.split("/")[0] for key in GOLDEN.files})

@@ -14,13 +14,13 @@ import safetensors
 import torch
 from torchvision.transforms import functional
 
-import export
 from conftest import SIZE, plain_embedding
 from data_manager import process_query_sysu
 from model import GFMNet, convert_published_state, method_options
+from tools import export
 from utils import InputError
 
-REPO = Path(export.__file__).parent
+REPO = Path(export.__file__).parent.parent
 GOLDEN_DIR = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN_DIR))
 
@@ -92,7 +92,7 @@ def metadata(path):
 
 
 def command(*arguments, **options):
-    line = [sys.executable, REPO / "export.py", *map(str, arguments)]
+    line = [sys.executable, "-m", "tools.export", *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, **options)
 
 
@@ -354,5 +354,5 @@ def test_load_embedding_refuses_other_files(tmp_path):
     safetensors.torch.save_file({"x": torch.zeros(2)}, tmp_path / "b")
     safetensors.torch.save_file({"x": torch.zeros(2)}, tmp_path / "c", {"gfmnet": "{}"})
     for name in "abcd":
-        with pytest.raises(InputError, match=f"{name}: no safetensors file of export.py"):
+        with pytest.raises(InputError, match=f"{name}: no safetensors file of tools.export"):
             export.load_embedding(tmp_path / name)

@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import data_manager
-import feature_store
 import utils
-from bench import plain_aligned_distance, plain_metrics
+from core import features as feature_store
 from eval_metrics import eval_regdb, eval_sysu
 from loss import aligned_distance
+from tools.bench import plain_aligned_distance, plain_metrics
 from utils import InputError
 
 many = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)

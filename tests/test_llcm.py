@@ -7,10 +7,10 @@ import data_loader
 import data_manager
 import testa
 import train_ext_test0
-from bench import plain_metrics
 from conftest import SIZE, flags, plain_embedding
 from eval_metrics import eval_llcm
 from test_eval_metrics import random_problem
+from tools.bench import plain_metrics
 
 
 @pytest.fixture(scope="module")

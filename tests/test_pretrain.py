@@ -8,12 +8,11 @@ import pytest
 import torch
 import torchvision
 
-import demo_data
 import pre_process_sysu
 import train_ext_test0
 from loss import pairwise_distance
 from model import GFMNet
-from tools import pretrain
+from tools import demo_data, pretrain
 
 SIZE = ["--img_h", "48", "--img_w", "16"]
 

@@ -10,10 +10,10 @@ import torch
 import torchvision
 from torch.nn import functional as F
 
-import demo_data
 import model
-import published
 import testa
+from core import published
+from tools import demo_data
 from utils import InputError
 
 GOLDEN_DIR = Path(__file__).parent / "golden"

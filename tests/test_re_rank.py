@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-import re_rank
+from core import re_rank
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "rerank.npz")
 CASES = sorted({key.split("/")[0] for key in GOLDEN.files})

@@ -16,19 +16,17 @@ import torch
 
 import data_loader
 import data_manager
-import engine
-import feature_store
-import protocol
-import re_rank
 import testa
 import train_ext_test0
 import utils
-import visualize
 from ChannelAug import TrainAugmentation
 from conftest import SIZE, flags, plain_embedding, save_network
+from core import engine, protocol, re_rank
+from core import features as feature_store
 from eval_metrics import eval_sysu
 from loss import MethodLoss
 from model import GFMNet
+from tools import visualize
 from utils import InputError
 
 REPO = Path(utils.__file__).parent
@@ -558,7 +556,6 @@ def test_files_without_weights_are_refused(sysu_tree, tmp_path, content):
         ("train_ext_test0.py", ["--lr", "nan"], ["--lr", "nan"]),
         ("pre_process_sysu.py", ["--data_path", "nowhere"], ["nowhere: no such folder", "--data_path"]),
         ("pre_process_sysu.py", ["--data_path", "."], ["exp/train_id.txt"]),
-        ("demo_data.py", ["--out", ".", "--ids", "0"], ["--ids"]),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(script, arguments, words, tmp_path):

@@ -20,11 +20,10 @@ import torch
 from PIL import Image
 
 import data_loader
-import export
-import image_index
-import search
 import utils
 from conftest import SIZE, plain_embedding, save_network
+from tools import export, search
+from tools import index as image_index
 from utils import InputError
 
 REPO = Path(utils.__file__).parent
@@ -472,7 +471,7 @@ def test_bad_input_is_one_line_and_status_2(made, pictures, tmp_path):
     assert Path(copy).read_bytes() == pictures[1][0].read_bytes()
     assert not list((tmp_path / "x").iterdir())
     done = subprocess.run(
-        [sys.executable, "search.py", "query", "none.jpg", *queries], cwd=REPO, capture_output=True, text=True
+        [sys.executable, "-m", "tools.search", "query", "none.jpg", *queries], cwd=REPO, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"search.py: error: none.jpg: no such image: .*\n", done.stderr)
@@ -602,7 +601,7 @@ def test_onnx_files_embed_and_search_as_their_checkpoint(exported, made, checkpo
         search.Embedder(exported["visible"], feature="POOL")
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(Path(exported["visible"]).read_bytes()[:5000])
-    with pytest.raises(InputError, match=r"broken.onnx: no ONNX file of export.py"):
+    with pytest.raises(InputError, match=r"broken.onnx: no ONNX file of tools.export"):
         search.Embedder(broken)
 
 
@@ -615,7 +614,18 @@ def served(index):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "search.py", "serve", "--index", str(index), "--port", str(port), "--gpu", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "tools.search",
+        "serve",
+        "--index",
+        str(index),
+        "--port",
+        str(port),
+        "--gpu",
+        "cpu",
+    ]
     process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline().startswith(f"http://127.0.0.1:{port}"), process.communicate()[1]
@@ -681,7 +691,7 @@ def test_the_page_in_a_browser(made, checkpoint, pictures, browser):
         rebound = urllib.request.Request(f"http://127.0.0.1:{port}/", headers={"Host": "evil.example"})
         with pytest.raises(urllib.error.HTTPError, match="400"):
             urllib.request.urlopen(rebound)
-        for path in (gallery[0], checkpoint, index / "index.json", "/etc/passwd", REPO / "search.py"):
+        for path in (gallery[0], checkpoint, index / "index.json", "/etc/passwd", REPO / "tools" / "search.py"):
             with pytest.raises(urllib.error.HTTPError) as refused:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/gradio_api/file={path}")
             assert refused.value.code in (403, 404)

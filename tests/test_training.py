@@ -12,11 +12,11 @@ import pytest
 import torch
 import torchvision
 
-import engine
 import train_ext_test0
 import utils
 from ChannelAug import TrainAugmentation
 from conftest import SIZE, flags
+from core import engine
 from data_loader import CachedBatches, IdentitySampler, TrainData, sysu_train
 from loss import Losses, MethodLoss, SquaredTripletLoss
 from model import GFMNet, Output

@@ -16,15 +16,14 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import data_manager
-import engine
-import figures
 import testa
 import train_ext_test0
-import visualize
 from conftest import flags, plain_embedding, save_network
+from core import engine
 from data_manager import Images, Search
 from eval_metrics import match_ranks
 from model import method_options
+from tools import figures, visualize
 from utils import InputError
 
 
@@ -481,7 +480,7 @@ def test_bad_input_of_the_commands(sysu_tree, checkpoint, results, logs, tmp_pat
     with pytest.raises(InputError, match="--values total: is of logs"):
         visualize.main(["curves", str(results[1]), "--values", "total", "--out", str(tmp_path / "a.png")])
     assert not (tmp_path / "a.png").exists()
-    command = [sys.executable, visualize.__file__, "ranking", "--resume", "a", "--out", "a.png", "--which", "-1"]
+    command = [sys.executable, "-m", "tools.visualize", "ranking", "--resume", "a", "--out", "a.png", "--which", "-1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert re.fullmatch(r"visualize.py ranking: error: .*--which: .*-1. is not worst, best, random.*\n", done.stderr)
@@ -495,7 +494,7 @@ def test_the_other_data_sets_and_the_command_line(command, regdb_tree, llcm_tree
         argv = [command, "--resume", path, "--data_path", tree, "--gpu", "cpu", "--workers", "0", "--out", out]
         argv += ["--dataset", dataset, *more, *few]
         if dataset == "llcm":
-            done = subprocess.run([sys.executable, visualize.__file__, *argv], capture_output=True, text=True)
+            done = subprocess.run([sys.executable, "-m", "tools.visualize", *argv], capture_output=True, text=True)
             assert (done.returncode, done.stdout, done.stderr) == (0, f"{out}\n", "")
         else:
             visualize.main([*map(str, argv)])

@@ -39,7 +39,7 @@ def read_about(folder):
     """`index.json` of an index: a dict with FIELDS. InputError if it is missing, damaged or another program's."""
     file = Path(folder) / "index.json"
     if not file.is_file():
-        raise InputError(f"{folder}: no index.json there; make an index with search.py index")
+        raise InputError(f"{folder}: no index.json there; make an index with python -m tools.search index")
     try:
         about = json.loads(file.read_text())
         whole = all(isinstance(about[name], kind) for name, kind in FIELDS.items())

@@ -5,7 +5,7 @@ import json
 import os
 
 import data_manager
-import engine
+from core import engine
 from data_loader import eval_loader
 from model import load_network, method_name
 from utils import InputError, load_checkpoint, number

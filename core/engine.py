@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import get_total_norm
 
-import re_rank
+from core import re_rank
 from data_manager import describe
 from eval_metrics import NOT_SEEN, CosineDistances, match_ranks
 from utils import InputError, autocast, progress, ranks, sum_over_ranks

@@ -1,6 +1,6 @@
 """Pictures of a checkpoint and of runs: rankings, heat maps, feature maps, distances, curves.
 
-    python visualize.py ranking --resume save_model/..._best.t --out ranking.png
+    python -m tools.visualize ranking --resume save_model/..._best.t --out ranking.png
 
 ranking     queries with the gallery images nearest to them, as the protocol lets them see it
 heatmap     where the network looks, over queries and their matches
@@ -20,12 +20,11 @@ import torch
 import torch.nn.functional as F
 
 import data_manager
-import engine
-import figures
-import protocol
 from ChannelAug import normalise
+from core import engine, protocol
 from data_loader import read_image
 from model import FEATURES
+from tools import figures
 from utils import (
     ArgumentParser,
     InputError,

@@ -1,8 +1,8 @@
 """Find the person of an image among images of your own.
 
-    python search.py index FOLDER --resume save_model/..._best.t --modality visible --out INDEX
-    python search.py query IMAGE... --modality infrared --index INDEX
-    python search.py serve --index INDEX
+    python -m tools.search index FOLDER --resume save_model/..._best.t --modality visible --out INDEX
+    python -m tools.search query IMAGE... --modality infrared --index INDEX
+    python -m tools.search serve --index INDEX
 
 index   embeds a folder's images, of one modality; a second call embeds what is new or changed, and drops what is gone
 query   ranks the images of an index by cosine similarity to each image given
@@ -10,9 +10,9 @@ serve   the same as a local web page, which only this machine can reach
 
 Features are those of testa.py: image and mirror averaged, FC or POOL. As a library:
 
-    from search import Embedder
+    from tools.search import Embedder
 
-    embedder = Embedder("save_model/..._best.t")  # or an .onnx of export.py: no network of PyTorch is built then
+    embedder = Embedder("save_model/..._best.t")  # or an .onnx of tools.export: no network of PyTorch is built then
     features = embedder(["a.jpg", "b.jpg"], "infrared")  # float32 [2, C], of unit length
 """
 
@@ -35,12 +35,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, default_collate
 
-import engine
-import figures
 from ChannelAug import normalise
+from core import engine
 from data_loader import FORMATS, ImageFiles, worker_options
-from image_index import arrange, drop_rows, read_index, save_index
 from model import FEATURES, MODALITIES, load_network
+from tools import figures
+from tools.index import arrange, drop_rows, read_index, save_index
 from utils import (
     ArgumentParser,
     InputError,
@@ -80,7 +80,7 @@ def get_args_parser():
         command.add_argument(
             "--resume",
             metavar="CKPT",
-            help="checkpoint, or an .onnx of export.py (default: where the index had it from)",
+            help="checkpoint, or an .onnx of tools.export (default: where the index had it from)",
         )
         command.add_argument("--gpu", default="0", help="number of the GPU, or cpu")
     serve.set_defaults(batch=64, workers=0)  # one image at a time
@@ -102,7 +102,7 @@ def main(argv=None):
 
 
 class Embedder:
-    """Features of image files by a checkpoint, or by an .onnx of export.py, which embeds one modality.
+    """Features of image files by a checkpoint, or by an .onnx of tools.export, which embeds one modality.
 
     feature: "FC" or "POOL"; gpu: number of the GPU, or "cpu" (ONNX files run on the CPU); batch: images in a batch;
     workers: processes that decode images, where there is more than one batch.
@@ -114,10 +114,10 @@ class Embedder:
     def __init__(self, path, feature="FC", gpu="0", batch=64, workers=4):
         self.path, self.feature, self.batch, self.workers = Path(path), feature, batch, workers
         if not self.path.is_file():
-            raise InputError(f"{path}: no such file; name a checkpoint, or an .onnx of export.py")
+            raise InputError(f"{path}: no such file; name a checkpoint, or an .onnx of tools.export")
         if self.path.suffix in (".pt", ".safetensors"):
             raise InputError(
-                f"{path}: of the files of export.py only .onnx ones are searched with; name one, or a checkpoint"
+                f"{path}: of the files of tools.export only .onnx ones are searched with; name one, or a checkpoint"
             )
         if self.path.suffix == ".onnx":
             self._load_onnx()
@@ -151,7 +151,7 @@ class Embedder:
         except Exception as error:  # onnxruntime raises anything when a file is damaged
             reason = str(error).splitlines()[0]
             raise InputError(
-                f"{self.path}: no ONNX file of export.py ({type(error).__name__}: {reason}); export it again"
+                f"{self.path}: no ONNX file of tools.export ({type(error).__name__}: {reason}); export it again"
             ) from error
         if of != self.feature:
             raise InputError(f"{self.path}: gives {of} features, not {self.feature}; take the file of {self.feature}")

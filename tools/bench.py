@@ -1,6 +1,6 @@
 """Measure how fast things are here, beside the published recipe run plainly in the same process.
 
-    python bench.py metrics
+    python -m tools.bench metrics
 
 data     preparing SYSU-MM01's arrays (time, peak memory), then one epoch of sampler, loader and augmentation
 step     training steps against the published recipe run plainly; where a step's time goes
@@ -38,10 +38,8 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
-import engine
-import image_index
-import re_rank
 from ChannelAug import ERASE_FILL, GRAY, MEAN, STD, TrainAugmentation, normalise
+from core import engine, re_rank
 from data_loader import (
     CACHES,
     CachedBatches,
@@ -56,6 +54,7 @@ from data_manager import DATA_PATHS, SYSU_VISIBLE, read_ids, sysu_images, sysu_t
 from eval_metrics import CosineDistances, eval_regdb, eval_sysu
 from loss import AlignedLocalLoss, Losses, MethodLoss, SquaredTripletLoss
 from model import ARCHS, GFMNet
+from tools import index as image_index
 from utils import (
     ArgumentParser,
     InputError,
@@ -69,7 +68,7 @@ from utils import (
     select_device,
 )
 
-REPO = Path(__file__).parent
+REPO = Path(__file__).parent.parent
 SCALING_IMAGES, SCALING_REPEATS = 2000, 3  # prepared on all cores and on one
 GPU_STAGES = ("tests", "step", "loss", "metrics", "rerank", "data", "train")
 
@@ -841,7 +840,7 @@ def bench_gpu(args):
     out = Path(args.out)
     check_output(out)
     if not torch.cuda.is_available():
-        raise InputError("bench.py gpu: PyTorch sees no CUDA device here; run it where there is one")
+        raise InputError("gpu: PyTorch sees no CUDA device here; run it where there is one")
     if args.like and not Path(args.like).is_file():
         raise InputError(f"--like {args.like}: no such file; give SYSU-MM01's rand_perm_cam.mat, or leave it out")
     results = json.loads(out.read_text()) if out.is_file() else {}
@@ -880,12 +879,12 @@ def run_recorded(command, timeout):
 def gpu_runs(args, work):
     """(name, commands, files in `work` to keep) of the stages that are asked for."""
     tree, large, gpu = f"{work}/demo", f"{work}/large", ["--gpu", args.gpu]
-    demo = ["demo_data.py", "--out", tree, "--layout", "sysu", "--ids", "100", "--images", "4"]
+    demo = ["-m", "tools.demo_data", "--out", tree, "--layout", "sysu", "--ids", "100", "--images", "4"]
     small = ["--img_h", "96", "--img_w", "48"]
     runs = {
         "tests": [("tests", [["-m", "pytest", "-q", "-m", "gpu"]], [])],
         "step": [
-            (name, [["bench.py", "step", *flags, *gpu, "--json", f"{work}/{name}.json"]], [f"{name}.json"])
+            (name, [["-m", "tools.bench", "step", *flags, *gpu, "--json", f"{work}/{name}.json"]], [f"{name}.json"])
             for name, flags in {
                 "step float32": ["--amp", "off"],
                 "step bf16": ["--amp", "bf16"],
@@ -898,19 +897,32 @@ def gpu_runs(args, work):
                 "data",
                 [
                     [
-                        "demo_data.py",
+                        "-m",
+                        "tools.demo_data",
                         "--out",
                         large,
                         *(["--like", os.path.abspath(args.like)] if args.like else demo[3:]),
                     ],
-                    ["bench.py", "data", "--data_path", large, *gpu, "--json", f"{work}/data.json"],
+                    ["-m", "tools.bench", "data", "--data_path", large, *gpu, "--json", f"{work}/data.json"],
                 ],
                 ["data.json"],
             ),
             (
                 "test",
                 [
-                    ["bench.py", "test", "--data_path", large, "--amp", "bf16", "--workers", "16", "--repeats", "1"]
+                    [
+                        "-m",
+                        "tools.bench",
+                        "test",
+                        "--data_path",
+                        large,
+                        "--amp",
+                        "bf16",
+                        "--workers",
+                        "16",
+                        "--repeats",
+                        "1",
+                    ]
                     + [*gpu, "--json", f"{work}/test.json"]
                 ],
                 ["test.json"],
@@ -933,7 +945,7 @@ def gpu_runs(args, work):
         ],
     }
     runs |= {
-        stage: [(stage, [["bench.py", stage, *gpu, "--json", f"{work}/{stage}.json"]], [f"{stage}.json"])]
+        stage: [(stage, [["-m", "tools.bench", stage, *gpu, "--json", f"{work}/{stage}.json"]], [f"{stage}.json"])]
         for stage in ("loss", "metrics", "rerank")
     }
     return [run for stage in args.only for run in runs[stage]]

@@ -1,6 +1,6 @@
 """Write the embedding network of a checkpoint, one file a modality, as ONNX, TorchScript or safetensors.
 
-    python export.py --resume save_model/..._best.t --format onnx
+    python -m tools.export --resume save_model/..._best.t --format onnx
 
 An ONNX or TorchScript file needs nothing of this repo. Input "images" [B, 3, H, W], of the network's H and W and any B;
 output "features" [B, C], float32, of unit length: what testa.py tests, of each image and its mirror, averaged. Resizing
@@ -28,8 +28,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import engine
 from ChannelAug import MEAN, STD, normalise
+from core import engine
 from model import FEATURES, MODALITIES, GFMNet, load_network
 from utils import (
     ArgumentParser,
@@ -199,7 +199,7 @@ def load_embedding(path):
         embedding = Embedding(GFMNet(**about["options"]), about)
         embedding.net.load_state_dict(state)
     except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: no safetensors file of export.py ({error}); write it again") from error
+        raise InputError(f"{path}: no safetensors file of tools.export ({error}); write it again") from error
     return embedding
 
 

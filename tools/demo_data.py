@@ -5,8 +5,8 @@ images to a tested network. A person is a list of solids of revolution (limbs, g
 skeleton and painted with patterns. Visible, infrared and thermal images show the SAME solids and patterns, in tones
 that are drawn apart for each spectrum: shape, cut and texture carry over between modalities, colour does not.
 
-    python demo_data.py --out ../data/demo --layout sysu --ids 100 --seed 0 --sheet people.png
-    python demo_data.py --out ../data/rehearsal --like .../rand_perm_cam.mat     (as many images as SYSU-MM01 has)
+    python -m tools.demo_data --out ../data/demo --layout sysu --ids 100 --seed 0 --sheet people.png
+    python -m tools.demo_data --out ../data/rehearsal --like .../rand_perm_cam.mat     (as many images as SYSU-MM01 has)
 
 Lengths are in body heights, angles in radians, tones and noise in 0..1.
 """
