@@ -7,6 +7,7 @@ finished run is never repeated, a stopped one goes on from its last save. The fi
 """
 
 import argparse
+import fcntl
 import itertools
 import json
 import math
@@ -16,10 +17,12 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -45,7 +48,8 @@ from utils import (
     save_json,
 )
 
-REPO = Path(testa.__file__).parent
+SCRIPTS = {"train": train_ext_test0, "test": testa}
+PROGRAMS = {name: script.__file__ for name, script in SCRIPTS.items()}
 PLAN = "sweep.json"
 NOTE = (
     "Mean ± standard deviation over the seeds (in brackets: over the trials of a seed), in %. Under it: the difference "
@@ -61,15 +65,8 @@ OWN["test"] = {"model_path", "resume", "from_features", "features", "json", "rep
 # training lets change: rows would be of different lengths.
 MAY_CHANGE = {"train": train_ext_test0.MAY_CHANGE - {"epochs", "eval_every"}}
 MAY_CHANGE["test"] = OWN["test"] | {"data_path", "gpu", "workers", "test_batch"}
-BOTH = (
-    "dataset",
-    "data_path",
-    "mode",
-    "amp",
-    "gpu",
-    "workers",
-    "test_batch",
-)  # flags of training that testing has, too
+# Flags of training that are handed to testing, too.
+BOTH = ("dataset", "data_path", "mode", "amp", "gpu", "workers", "test_batch")
 
 
 def get_args_parser():
@@ -171,27 +168,26 @@ def test_joined(argv):
 def new_plan(args, flags):
     """What is to run, as plain values: OUT/sweep.json."""
     grid = itertools.product(*args.vary) if args.vary else [[pair] for pair in args.row]
-    rows = [(",".join(name for name, _ in pairs), [f for _, more in pairs for f in more]) for pairs in grid]
-    if args.gpus and "--gpu" in {
-        flag.partition("=")[0] for given in (flags, *(more for _, more in rows)) for flag in given
-    }:
+    rows = [[",".join(name for name, _ in pairs), [f for _, more in pairs for f in more]] for pairs in grid]
+    if args.gpus and "gpu" in named([*flags, *itertools.chain(*(more for _, more in rows))]):
         raise InputError("--gpus gives each run its --gpu: leave one of them out")
     seeds, test, checkpoint = args.seeds or [0, 1, 2], args.test or [], args.checkpoint or "last"
-    return {
-        "out": args.out,
-        "rows": rows,
-        "seeds": list(dict.fromkeys(seeds)),
-        "flags": flags,
-        "test": test,
-        "checkpoint": checkpoint,
-    }
+    return {"rows": rows, "seeds": list(dict.fromkeys(seeds)), "flags": flags, "test": test, "checkpoint": checkpoint}
+
+
+def named(flags):
+    """The names of the flags that are given."""
+    return {flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")}
 
 
 def kept_plan(args, more):
     """The plan of the sweep that lies in `--out`."""
     if more or args.seeds or args.test or args.checkpoint or args.gpus or args.jobs > 1 or args.retry:
         raise InputError("--table shows the sweep as it was started: give only --out and --curves with it")
-    return read_json(Path(args.out) / PLAN) | {"out": args.out}
+    plan = read_json(path := Path(args.out) / PLAN)
+    if not (isinstance(plan, dict) and {"rows", "seeds", "flags", "test", "checkpoint"} <= plan.keys()):
+        raise InputError(f"{path}: is no plan of a sweep; name the --out of one")
+    return plan
 
 
 def read_json(path):
@@ -233,10 +229,11 @@ class Run:
         for script, remedy in (("train", "it"), ("test", f"{self.results.name} to test anew")):
             if held[script].exists():
                 there, mine = read_json(held[script])["flags"], vars(getattr(self, script))
+                default = SCRIPTS[script].get_args_parser().get_default  # for runs from before there was a flag
                 for flag in sorted(set(mine) - MAY_CHANGE[script]):
-                    if there.get(flag, mine[flag]) != mine[flag]:
+                    if (before := there.get(flag, default(flag))) != mine[flag]:
                         raise InputError(
-                            f"{self.folder}: is of a run with --{flag} {there[flag]}, not {mine[flag]}; give the same "
+                            f"{self.folder}: is of a run with --{flag} {before}, not {mine[flag]}; give the same "
                             f"flags or another --out, or remove {remedy}"
                         )
                 if script == "test" and Path(there["resume"]).name != Path(self.test.resume).name:
@@ -244,31 +241,9 @@ class Run:
                         f"{self.folder}: {there['resume']} was tested; give the same --checkpoint, or remove {remedy}"
                     )
 
-    def is_busy(self):
-        """Whether a training that outlived an earlier sweep still writes here."""
-        try:
-            with claim(Path(self.train.model_path) / train_ext_test0.run_name(self.train)):
-                return False
-        except InputError:
-            return True
-
-    def start(self, script, gpu):
-        """Begin to train or to test -> Popen. A session of its own: a terminal's Ctrl-C is the sweep's to pass on."""
-        flags = self.train_flags if script == "train" else self.test_flags
-        program = {"train": train_ext_test0, "test": testa}[script].__file__
-        with (self.folder / f"{script}.txt").open("a") as out, (self.folder / f"{script}_errors.txt").open("w") as err:
-            return subprocess.Popen(
-                [sys.executable, program, *flags, *([] if gpu is None else ["--gpu", str(gpu)])],
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                start_new_session=True,
-            )
-
     def log(self):
         """The entries of the training's log."""
-        name = train_ext_test0.run_name(self.train)
-        return read_json_lines(Path(self.train.log_path) / f"{self.train.dataset}_log" / f"{name}.jsonl")
+        return [entry for path in Path(self.train.log_path).rglob("*.jsonl") for entry in read_json_lines(path)]
 
 
 def plan_runs(plan, out):
@@ -285,26 +260,55 @@ def plan_runs(plan, out):
         train = parse("train", [*given, *mine], given, name)
         checkpoint = Path(train.model_path) / f"{train_ext_test0.run_name(train)}_{plan['checkpoint']}.t"
         shared = [f"--{flag}={getattr(train, flag)}" for flag in BOTH if getattr(train, flag) is not None]
-        tested = [*shared, *plan["test"], f"--resume={checkpoint}", f"--json={folder}/results.json"]
+        tested = [*shared, *plan["test"], f"--resume={checkpoint}"]
         test = parse("test", tested, plan["test"], name)
+        tested.append(f"--json={folder}/results.json")  # not before: the parser's check would make the folder
         runs.append(Run(name, seed, folder, train, [*given, *mine], test, tested))
     return runs
 
 
 def parse(script, flags, given, name):
     """Flags -> Namespace, by the script's own parser and checks. given: those that are the user's."""
-    for flag in given:
-        if (flag := flag.partition("=")[0]).startswith("--") and flag[2:].replace("-", "_") in OWN[script]:
-            raise InputError(f"row {name}: {flag} is the sweep's to give; leave it out")
-    module = {"train": train_ext_test0, "test": testa}[script]
-    parser = module.get_args_parser()
+    for flag in sorted(named(given) & OWN[script]):
+        raise InputError(f"row {name}: --{flag} is the sweep's to give; leave it out")
+    parser = SCRIPTS[script].get_args_parser()
     parser.prog = f"{Path(sys.argv[0]).name}: row {name}"
     args = parser.parse_args(flags)
-    module.check_flags(args)
+    SCRIPTS[script].check_flags(args)
     return args
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
+
+
+@dataclass
+class Job:
+    """A run that is being trained or tested.
+
+    lock: a file that the process inherits, so that the run is taken for as long as that lives, also without the sweep.
+    """
+
+    run: Run
+    gpu: int | None
+    lock: TextIO
+    script: str = ""
+    process: subprocess.Popen | None = None
+
+    def start(self, script, environment):
+        """A session of its own: a terminal's Ctrl-C is the sweep's to pass on, once."""
+        self.script, run = script, self.run
+        flags = run.train_flags if script == "train" else run.test_flags
+        gpu = [] if self.gpu is None else [f"--gpu={self.gpu}"]
+        with (run.folder / f"{script}.txt").open("a") as out, (run.folder / f"{script}_errors.txt").open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, PROGRAMS[script], *flags, *gpu],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=errors,
+                pass_fds=[self.lock.fileno()],
+                start_new_session=True,
+            )
 
 
 def run_all(runs, gpus, retry):
@@ -312,66 +316,75 @@ def run_all(runs, gpus, retry):
 
     Raises Stopped on SIGTERM and Ctrl-C, once the running ones, which are sent SIGTERM, have saved and ended.
     """
+    environment = dict(os.environ)
     if len(gpus) > 1:  # or each would take all cores
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // len(gpus))))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // len(gpus))))
     pending = deque(run for run in runs if not run.results.exists() and (retry or not run.failure.exists()))
-    free, active = list(gpus), []
+    free, jobs, told = list(gpus), [], set()
     with (
         Pauses(math.inf, torch.device("cpu")) as pauses,
         progress(total=len(runs), initial=len(runs) - len(pending), desc="runs", unit="run") as bar,
     ):
         pauses.hold = True
         try:
-            while (pending or active) and not pauses.due():
+            while (pending or jobs) and not pauses.due():
                 for _ in range(min(len(free), len(pending))):
                     run = pending.popleft()
-                    if begin(run):
-                        gpu = free.pop(0)
-                        active.append((run, "train", gpu, run.start("train", gpu)))
+                    if lock := begin(run):
+                        jobs.append(Job(run, free.pop(0), lock))
+                        jobs[-1].start("train", environment)
                     else:
                         pending.append(run)
-                bar.set_postfix_str("; ".join(f"{script} {run}" for run, script, *_ in active))
+                        if run.folder not in told:
+                            tqdm.write(f"{run}: a process of an earlier sweep is still at it; waiting for its end")
+                            told.add(run.folder)
+                bar.set_postfix_str("; ".join(f"{job.script} {job.run}" for job in jobs))
                 time.sleep(0.2)
-                for job in [job for job in active if job[3].poll() is not None]:
-                    active.remove(job)
-                    run, script, gpu, process = job
-                    if script == "train" and process.returncode == 0:
-                        active.append((run, "test", gpu, run.start("test", gpu)))
+                for job in [job for job in jobs if job.process.poll() is not None]:
+                    if job.script == "train" and job.process.returncode == 0 and not job.run.results.exists():
+                        job.start("test", environment)
                         continue
-                    free.append(gpu)
-                    tqdm.write(f"{run}: {end(run, script, process.returncode)}")
+                    jobs.remove(job)
+                    job.lock.close()
+                    free.append(job.gpu)
+                    tqdm.write(f"{job.run}: {end(job)}")
                     bar.update()
         finally:
-            for *_, process in active:
-                process.terminate()
-            for *_, process in active:
-                process.wait()
+            for job in jobs:
+                job.process.terminate()
+            for job in jobs:
+                job.process.wait()
     if pauses.stop:
         done = sum(run.results.exists() for run in runs)
         raise Stopped(pauses.stop, f"; {done} of {len(runs)} runs are finished: the same command goes on")
 
 
 def begin(run):
-    """Make a run's folder ready -> whether it can start now."""
+    """Make a run's folder ready -> its lock, or None if a process that outlived an earlier sweep still has it."""
     check_output(run.folder / "flags.json")
-    if run.is_busy():
-        return False
+    lock = (run.folder / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
     save_json({"row": run.row, "seed": run.seed, "flags": vars(run.train)}, run.folder / "flags.json")
     run.failure.unlink(missing_ok=True)
-    return True
+    return lock
 
 
-def end(run, script, status):
+def end(job):
     """Record how a run ended -> in words."""
+    run, status = job.run, job.process.returncode
     if status == 0:
         tested = read_json(run.results)["results"]
         return "  ".join(f"{metric} {value:.2f}" for metric, value in shown(tested)[0]["mean"].items())
     number = -status if status < 0 else status - 128
     if number in (signal.SIGTERM, signal.SIGINT):
         return f"stopped by {signal.Signals(number).name}; started again, it goes on"
-    lines = (run.folder / f"{script}_errors.txt").read_text(errors="replace").split("\n")
+    lines = (run.folder / f"{job.script}_errors.txt").read_text(errors="replace").split("\n")
     line = next((line.strip() for line in reversed(lines) if line.strip()), f"exit status {status}, without a word")
-    save_json({"script": script, "status": status, "line": line}, run.failure)
+    save_json({"script": job.script, "status": status, "line": line}, run.failure)
     return f"failed: {line}"
 
 
@@ -403,22 +416,22 @@ def tabulate(runs, plan):
             seconds = sum(entry["seconds"] for entry in run.log())
             for result in shown(read_json(run.results)["results"]):
                 value = {"mean": result["mean"], "trials_std": result["std"], "seconds": seconds}
-                settings.setdefault(describe(result), {}).setdefault(run.row, {})[run.seed] = value
+                settings.setdefault(describe(result), {}).setdefault(run.row, {})[str(run.seed)] = value
     if not settings:
         raise InputError(
-            f"{plan['out']}: no run has finished"
+            "no run has finished"
             + "".join(f"; {run['row']}, seed {run['seed']} failed: {run['line']}" for run in failed[:1])
         )
-    elsewhere = {row for seeds in settings.values() for row in seeds}
+    measured = {name for rows in settings.values() for name in rows}
     table = {**plan, "settings": [], "failed": failed}
     for setting, rows in settings.items():
-        names = [name for name, _ in plan["rows"] if name in rows or name not in elsewhere]
-        first = rows.get(plan["rows"][0][0], {})
-        lines = [
-            {"row": name, **summarise(rows.get(name, {}), {} if rows.get(name) is first else first)} for name in names
-        ]
-        for line in lines:
-            line["failed"] = [run["seed"] for run in failed if run["row"] == line["row"]]
+        (first, _), *_ = plan["rows"]
+        lines = []
+        for name, _ in plan["rows"]:
+            if name in rows or name not in measured:  # else it was tested in other settings
+                line = summarise(rows.get(name, {}), rows.get(first, {}) if name != first else {})
+                failures = [run["seed"] for run in failed if run["row"] == name]
+                lines.append({"row": name, "failed": failures, **line})
         table["settings"].append({"setting": setting, "rows": lines})
     return table
 
@@ -469,7 +482,7 @@ def write(table, runs, values, out):
         text += [setting["setting"], *aligned(lines), ""]
         markdown += [f"**{setting['setting']}**", "", *markdown_table(lines), ""]
         latex += [f"% {setting['setting']}", *latex_table(lines), ""]
-    print("\n".join(["", *text, NOTE, *failures]))
+    print("\n".join(["", *text, textwrap.fill(NOTE, 120), *failures]))
     notes = [NOTE, *(f"- {line}" for line in failures)]
     for name, lines in (("md", [*markdown, *notes]), ("tex", [*latex, *(f"% {line}" for line in (NOTE, *failures))])):
         with atomic(out / f"table.{name}") as temporary:
@@ -477,7 +490,9 @@ def write(table, runs, values, out):
     save_json(table, out / "table.json")
     figures.save(figures.dots(dots(table)), out / "table.png")
     if panels := curves(runs, values):
-        figures.save(figures.curves(panels, "epoch"), out / "curves.png")
+        figure = figures.curves(panels, "epoch")
+        figure.suptitle("mean over the seeds, ± their standard deviation; ranks: of the test's first trial", fontsize=9)
+        figures.save(figure, out / "curves.png")
     print(f"\n{out}/table.md, .tex, .json and .png; {out}/curves.png")
     if failures:
         print("Each failed run's folder has its lines in full; --retry goes on with them.")
@@ -514,13 +529,7 @@ def signed(values):
 
 def aligned(lines):
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
+    return ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
 
 
 def markdown_table(lines):
