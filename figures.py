@@ -297,7 +297,5 @@ def dots(tables):
             panel.grid(axis="x", alpha=0.3)
             panel.tick_params(axis="y", length=0)
             panel.spines[["top", "right", "left"]].set_visible(False)
-        part.supxlabel(
-            "dots: seeds; stroke and bar: their mean and its 95 % interval (cut where the panel ends)", fontsize=8
-        )
+    parts[-1].supxlabel("dots: seeds; stroke, bar: mean, its 95 % interval (cut where the panel ends)", fontsize=8)
     return figure

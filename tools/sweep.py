@@ -491,7 +491,9 @@ def write(table, runs, values, out):
     figures.save(figures.dots(dots(table)), out / "table.png")
     if panels := curves(runs, values):
         figure = figures.curves(panels, "epoch")
-        figure.suptitle("mean over the seeds, ± their standard deviation; ranks: of the test's first trial", fontsize=9)
+        figure.suptitle(
+            "mean over the seeds, ± their standard deviation; scores: of the test's first trial", fontsize=9
+        )
         figures.save(figure, out / "curves.png")
     print(f"\n{out}/table.md, .tex, .json and .png; {out}/curves.png")
     if failures:
