@@ -236,7 +236,8 @@ def result_curves(tables, curve, titled=True):
 
 
 def curves(panels, x_label, y_label=""):
-    """panels {title: {label: (x values, y values)}} -> Figure; a label looks the same in all of them."""
+    """panels {title: {label: (x values, y values, and if there is a band, its lower and upper values)}} -> Figure; a
+    label looks the same in all of them."""
     names = list(dict.fromkeys(label for lines in panels.values() for label in lines))
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
@@ -247,10 +248,12 @@ def curves(panels, x_label, y_label=""):
     for panel in axes[len(panels) :]:
         panel.remove()
     for panel, (title, lines) in zip(axes, panels.items(), strict=False):
-        for label, (x, y) in lines.items():
+        for label, (x, y, *band) in lines.items():
             number = names.index(label)
             style = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
             panel.plot(x, y, label=label, marker="o" if len(x) < 3 else "." if len(x) < 30 else "", **style)
+            if band:
+                panel.fill_between(x, *band, color=style["color"], alpha=0.15, linewidth=0)
         panel.set(xlabel=x_label, ylabel=y_label)
         panel.set_title(_wrapped(title, 3.4), fontsize=9)
         panel.set_ylim(bottom=min(0, panel.get_ylim()[0]))
@@ -261,4 +264,38 @@ def curves(panels, x_label, y_label=""):
         panel.spines[["top", "right"]].set_visible(False)
     drawn = {line.get_label(): line for panel in axes[: len(panels)] for line in panel.lines}
     figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=beside, frameon=False)
+    return figure
+
+
+def dots(tables):
+    """tables {title: {panel's title: {label: (values, their mean, its interval or None)}}} -> Figure: a row of panels
+    for each table, in it a line for each label, a dot for each value, and the mean as a stroke on its interval."""
+    labels = {title: list(next(iter(panels.values()))) for title, panels in tables.items()}
+    heights = [1.1 + 0.32 * len(names) for names in labels.values()]
+    width = 2.2 + 2.6 * len(next(iter(tables.values())))
+    figure = Figure(figsize=(width, sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(tables), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for part, (title, panels) in zip(parts, tables.items(), strict=True):
+        part.suptitle(_wrapped(title, width), fontsize=9, x=0.01, ha="left")
+        axes = part.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+        for panel, (name, lines) in zip(axes, panels.items(), strict=True):
+            for i, (values, mean, interval) in enumerate(lines.values()):
+                colour = COLOURS[i % len(COLOURS)]
+                if interval:
+                    panel.plot(interval, [i, i], color=colour, linewidth=2, solid_capstyle="butt")
+                panel.plot(mean, i, marker="|", markersize=15, markeredgewidth=2.5, color=colour)
+                panel.plot(values, [i] * len(values), "o", markersize=5, mfc="white", mec=colour, zorder=3)
+            # An interval of few values may be so wide that it would hide them: it then runs out of the panel.
+            every = [value for values, *_ in lines.values() for value in values]
+            room = max(1, max(every) - min(every))
+            ends = every + [end for *_, interval in lines.values() for end in interval or ()]
+            panel.set_xlim(
+                max(min(ends), min(every) - room) - 0.05 * room, min(max(ends), max(every) + room) + 0.05 * room
+            )
+            panel.set(yticks=range(len(lines)), yticklabels=lines, ylim=(len(lines) - 0.5, -0.5))
+            panel.set_title(name, fontsize=9)
+            panel.grid(axis="x", alpha=0.3)
+            panel.tick_params(axis="y", length=0)
+            panel.spines[["top", "right", "left"]].set_visible(False)
+    parts[-1].supxlabel("dots: seeds; stroke, bar: mean, its 95 % interval (cut where the panel ends)", fontsize=8)
     return figure

@@ -1,0 +1,340 @@
+"""The sweep: its grid, what happens to its runs, and its statistics."""
+
+import functools
+import json
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import utils
+from conftest import SMALL
+from tools import sweep
+from utils import InputError
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["tools.sweep"])
+
+# Stands in for both scripts. It notes that it was called, and by --margin it fails (6), is killed (7), or waits for
+# SIGTERM (8) or a file (9). The test's Rank-1 is margin x (10 + seed^2).
+STUB = """
+import json, os, pathlib, signal, sys, time
+
+flags = dict(zip(sys.argv[1:], sys.argv[2:])) | dict(arg.split("=", 1) for arg in sys.argv[1:] if "=" in arg)
+script = "test" if "--json" in flags else "train"
+path = pathlib.Path(flags["--json"] if script == "test" else flags["--model_path"])
+folder = path.parent
+margin, seed = float(folder.parent.name.split("=")[1]), int(folder.name.split("_")[1])
+with open(os.environ["CALLS"], "a") as file:
+    file.write(f"{script} {margin:g} {seed}\\n")
+if script == "train":
+    if margin == 6:
+        print("warning: odd")
+        sys.exit("train_ext_test0.py: error: epoch 3: the loss is not finite: lower --lr")
+    if margin == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if margin == 8:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        time.sleep(60)
+    while margin == 9 and not pathlib.Path(os.environ["CALLS"] + ".go").exists():
+        time.sleep(0.05)
+    (folder / "log").mkdir(exist_ok=True)
+    lines = [{"epoch": epoch, "seconds": 2 + seed, "identity": margin + seed - epoch} for epoch in (0, 1)]
+    (folder / "log" / "run.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
+else:
+    labels = {"dataset": "sysu", "mode": "all", "direction": "infrared to visible", "protocol": "seeded", "shots": 1}
+    labels |= {"model": "trained", "reranking": "none", "selection": "none", "demo": True, "trials": [0, 1]}
+    mean = {"Rank-1": margin * (10 + seed**2), "mAP": 5, "mINP": 1}
+    std = {"Rank-1": 1 + seed, "mAP": 0, "mINP": 0}
+    row = labels | {"feature": "FC", "mean": mean, "std": std, "per_trial": [{"queries": 3}]}
+    results = [row | {"feature": "POOL"}, row, row | {"model": "untrained"}]
+    keep = {"dataset": "sysu", "resume": flags["--resume"], "all": "--all" in sys.argv}
+    path.write_text(json.dumps({"flags": keep, "results": results}))
+"""
+
+
+@pytest.fixture
+def calls(tmp_path, monkeypatch):
+    """Both scripts are the stub -> a function: what was called so far."""
+    stub, file = tmp_path / "stub.py", tmp_path / "calls"
+    stub.write_text(STUB)
+    file.touch()
+    monkeypatch.setattr(sweep, "PROGRAMS", {"train": stub, "test": stub})
+    monkeypatch.setenv("CALLS", str(file))
+    return lambda: file.read_text().splitlines()
+
+
+def run(out, *arguments, margins="1,2", common=("--gpu", "cpu")):
+    return sweep.main(["--out", out, "--vary", f"margin={margins}", *arguments, "--", *common])
+
+
+def runs_of(*arguments):
+    """The runs that a command plans."""
+    split = arguments.index("--")
+    args = sweep.get_args_parser().parse_args(["--out", "out", *arguments[:split]])
+    return sweep.plan_runs(sweep.new_plan(args, [*arguments[split + 1 :]]), Path("out"))
+
+
+def test_grid_is_the_product_of_flags_and_seeds():
+    runs = runs_of(
+        "--vary", "method=base,adp", "lr=0.1,1", "--vary", "milestones=5 9", "--seeds", "3", "4", "--", "--gpu=cpu"
+    )
+    assert [run.seed for run in runs] == [3] * 4 + [4] * 4
+    assert [run.row for run in runs[:4]] == [
+        f"method={method},lr={lr},milestones=5 9" for method in ("base", "adp") for lr in ("0.1", "1")
+    ]
+    for run in runs:
+        assert f"method={run.train.method},lr={run.train.lr:g},milestones=5 9" == run.row
+        assert (run.train.seed, run.train.milestones, run.train.gpu) == (run.seed, [5, 9], "cpu")
+        assert run.test.gpu == "cpu"
+        assert run.test.resume.startswith(f"{run.train.model_path}/sysu_{run.train.method}_")
+        assert run.test.resume.endswith(f"_seed_{run.seed}_9_last.t")
+    assert len({run.folder for run in runs}) == 8
+    assert runs[0].folder == Path("out/method=base,lr=0.1,milestones=5_9/seed_3")
+
+
+def test_rows_by_name():
+    first, second = runs_of(
+        "--row", "paper:", "--row", "all/exact: --method agw --weighting exact", "--seeds", "1", "--checkpoint", "best",
+        "--", "--method", "caj", "--mode", "indoor",
+    )  # fmt: skip
+    assert (first.row, first.train.method, first.folder) == ("paper", "caj", Path("out/paper/seed_1"))
+    assert (second.row, second.train.method, second.folder) == ("all/exact", "agw", Path("out/all_exact/seed_1"))
+    assert second.train.weighting == "exact"
+    assert second.test.mode == "indoor"
+    assert second.test.resume.endswith("_best.t")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "one of the arguments --vary --row --table is required"),
+        (("--vary", "method"), "'method' is not FLAG=VALUE,VALUE"),
+        (("--vary", "method=base,"), "'method=base,' is not FLAG=VALUE,VALUE"),
+        (("--vary", "method=base,gan"), "row method=gan: error: argument --method: invalid choice: 'gan'"),
+        (("--vary", "methods=base"), "row methods=base: error: unrecognized arguments: --methods base"),
+        (("--vary", "method=base,base"), "rows need names of their own"),
+        (("--row", "--method adp"), "is not 'NAME: FLAGS'"),
+        (("--row", "a: --method 'adp"), "No closing quotation"),
+        (("--row", "..: --method adp"), "rows need names of their own"),
+        (("--vary", "seed=1,2"), "row seed=1: --seed is the sweep's to give; leave it out"),
+        (("--vary", "method=adp", "--", "--model-path", "x"), "row method=adp: --model_path is the sweep's to give"),
+        (("--vary", "method=adp", "--", "--epochs", "0"), "row method=adp: error: argument --epochs: '0' is not"),
+        (("--vary", "method=adp", "--", "--dataset", "llcm", "--select", "val"), "--select val: --dataset llcm has no"),
+        (("--vary", "method=adp", "--test", "--some"), "unrecognized arguments: --some"),
+        (("--vary", "method=adp", "--test", "--json x"), "row method=adp: --json is the sweep's to give"),
+        (("--vary", "method=adp", "--gpus", "0", "--", "--gpu", "1"), "--gpus gives each run its --gpu"),
+        (("--vary", "method=adp", "--curves", "loss"), "argument --curves: invalid choice: 'loss'"),
+        (("--table",), "sweep.json: cannot be read"),
+        (("--table", "--seeds", "1"), "give only --out and --curves with it"),
+    ],
+)
+def test_wrong_flags_are_one_line_before_anything_runs(arguments, message, calls, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sweep.py"])
+    with pytest.raises(SystemExit) as stopped:
+        utils.cli(functools.partial(sweep.main, ["--out", tmp_path / "out", *arguments]))
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("sweep.py")
+    assert message in line
+    assert not calls()
+    assert not (tmp_path / "out").exists()
+
+
+def test_each_run_is_trained_and_tested_once(calls, tmp_path):
+    out = tmp_path / "out"
+    run(out, "--seeds", "0", "1")
+    assert calls() == [f"{s} {margin} {seed}" for seed in (0, 1) for margin in (1, 2) for s in ("train", "test")]
+    before = len(calls())
+    table = run(out, "--seeds", "0", "1", "2", "--jobs", "3", margins="2,1,3")
+    assert sorted(calls()[before:]) == sorted(
+        f"{script} {name}" for name in ("1 2", "2 2", "3 0", "3 1", "3 2") for script in ("train", "test")
+    )
+    assert sweep.main(["--out", out, "--table"]) == table
+    assert len(calls()) == before + 10
+
+
+def test_table_of_what_is_there(calls, tmp_path, capsys):
+    """Against numbers worked out by hand: Rank-1 of the seeds is 10, 11, 14 and 20, 22, 28."""
+    out = tmp_path / "out"
+    table = run(out, "--seeds", "0", "1", "2")
+    capsys.readouterr()
+    (setting,) = json.loads((out / "table.json").read_text())["settings"]
+    assert table["settings"] == [setting]
+    first, second = setting["rows"]
+    rank = second["metrics"]["Rank-1"]
+    assert (rank["mean"], rank["count"], rank["trials_std"]) == (pytest.approx(70 / 3), 3, 2)
+    assert rank["std"] == pytest.approx(math.sqrt(52 / 3))  # (100 + 16 + 196) / 9 / 2
+    found = second["differences"]["Rank-1"]  # of 10, 11, 14
+    assert (found["mean"], found["count"]) == (pytest.approx(35 / 3), 3)
+    assert found["std"] == pytest.approx(math.sqrt(13 / 3))  # (25 + 4 + 49) / 9 / 2
+    half = 4.302653 * math.sqrt(13 / 9)  # Student's t for 2 degrees of freedom, from a table
+    assert found["interval"] == pytest.approx([35 / 3 - half, 35 / 3 + half])
+    assert not first["differences"]
+    assert (second["seconds"]["mean"], second["seconds"]["std"]) == (6, 2)
+
+    assert sweep.main(["--out", out, "--table"]) == table
+    text = capsys.readouterr().out
+    assert "demo data like SYSU-MM01, all-search, infrared to visible, seeded protocol, 1-shot, 2 trials; FC" in text
+    assert "margin=2           3 of 3     23.33 ± 4.16 (2.00)" in text
+    assert "  minus margin=1  3 pairs  +11.67 [+6.50, +16.84]" in text
+    assert "| margin=2 | 3 of 3 | 23.33 ± 4.16 (2.00) |" in (out / "table.md").read_text()
+    assert r"margin=2 & 3 of 3 & 23.33 $\pm$ 4.16 (2.00) &" in (out / "table.tex").read_text()
+    for name in ("table.png", "curves.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_statistics_agree_with_scipy():
+    values, others = np.random.default_rng(0).normal(70, 3, (2, 5))
+    found = sweep.spread(values)
+    assert found["interval"] == pytest.approx(stats.t.interval(0.95, 4, values.mean(), stats.sem(values)))
+    seeds, first = (
+        {str(s): {"mean": dict.fromkeys(sweep.METRICS, v), "trials_std": None, "seconds": 1} for s, v in enumerate(row)}
+        for row in (values, others)
+    )
+    found = sweep.summarise(seeds, first)["differences"]["mAP"]
+    assert found["interval"] == pytest.approx([*stats.ttest_rel(values, others).confidence_interval(0.95)])
+    del first["2"]
+    assert sweep.summarise(seeds, first)["differences"]["mAP"]["count"] == 4
+    assert sweep.spread([3.0]) == {"mean": 3, "std": None, "interval": None, "count": 1}
+
+
+def test_curves_are_means_over_seeds(calls, tmp_path):
+    run(tmp_path / "out", "--seeds", "0", "2")
+    runs = runs_of("--vary", "margin=1,2", "--seeds", "0", "2", "--", "--gpu=cpu")
+    for one in runs:
+        one.folder = tmp_path / one.folder
+        one.train.log_path = one.folder / "log"
+    ((value, rows),) = sweep.curves(runs, ["identity", "triplet"]).items()
+    assert value == "identity"
+    epochs, mean, low, high = rows["margin=2"]
+    assert (epochs, [*mean]) == ([0, 1], [3, 2])
+    assert [*high - mean, *mean - low] == pytest.approx([math.sqrt(2)] * 4)
+
+
+def test_failed_runs_are_told_and_others_go_on(calls, tmp_path, capsys):
+    out = tmp_path / "out"
+    line = "train_ext_test0.py: error: epoch 3: the loss is not finite: lower --lr"
+    table = run(out, "--seeds", "0", "1", margins="1,6,7")
+    assert calls() == [f"{s} {seed}" for seed in (0, 1) for s in ("train 1", "test 1", "train 6", "train 7")]
+    assert [row["failed"] for row in table["settings"][0]["rows"]] == [[], [0, 1], [0, 1]]
+    text = capsys.readouterr().out
+    assert f"margin=6, seed 1 failed: {line}" in text
+    assert "margin=7, seed 0 failed: exit status -9, without a word" in text
+    assert "0 of 2, 2 failed" in text
+    assert line in (out / "table.md").read_text()
+
+    run(out, "--seeds", "0", "1", margins="1,6,7")
+    assert len(calls()) == 8
+    run(out, "--seeds", "0", "1", "--retry", margins="1,6,7")
+    assert calls()[8:] == ["train 6 0", "train 7 0", "train 6 1", "train 7 1"]
+    with pytest.raises(InputError, match=f"no run has finished; margin=6, seed 0 failed: {line}"):
+        run(tmp_path / "other", "--seeds", "0", margins="6")
+
+
+def test_other_flags_are_refused(calls, tmp_path):
+    out = tmp_path / "out"
+    run(out, "--seeds", "0", common=("--epochs", "5", "--gpu", "cpu"))
+    run(out, "--seeds", "0", common=("--epochs", "5", "--gpu", "0", "--data_path", "moved", "--workers", "1"))
+    with pytest.raises(InputError, match=r"margin=1/seed_0: is of a run with --epochs 5, not 6; .* or remove it$"):
+        run(out, "--seeds", "0", common=("--epochs", "6"))
+    with pytest.raises(InputError, match=r"with --all False, not True; .* or remove results.json to test anew$"):
+        run(out, "--seeds", "0", "--test", "--all", common=("--epochs", "5"))
+    with pytest.raises(InputError, match=r"_last.t was tested; give the same --checkpoint, or remove results.json"):
+        run(out, "--seeds", "0", "--checkpoint", "best", common=("--epochs", "5"))
+    assert len(calls()) == 4
+
+
+# ------------------------------------------------------------------------------------------------------ stops and kills
+
+
+def start(programs, out, *arguments, margins):
+    """The sweep in a process of its own; its stderr goes to {out}.errors."""
+    command = ["--out", out, "--vary", f"margin={margins}", "--seeds", "0", *arguments, "--", "--gpu", "cpu"]
+    process = PROCESSES.Process(target=_start, args=(programs, command, dict(os.environ), f"{out}.errors"))
+    process.start()
+    return process
+
+
+def _start(programs, command, environment, errors):
+    for stream, file in ((sys.stdout, os.devnull), (sys.stderr, errors)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
+    os.environ.update(environment)
+    sweep.PROGRAMS = programs
+    sys.argv = ["sweep.py"]
+    utils.cli(functools.partial(sweep.main, command))
+
+
+def wait_for(condition):
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_sweep_stops_its_runs_and_goes_on(number, calls, tmp_path):
+    out = tmp_path / "out"
+    process = start(sweep.PROGRAMS, out, "--jobs", "2", margins="1,8,2,3")
+    wait_for(lambda: "train 8 0" in calls() and "train 2 0" in calls())
+    os.kill(process.pid, number)
+    process.join(30)
+    assert process.exitcode == 128 + number
+    (line,) = Path(f"{out}.errors").read_text().split("\n")[1:-1]
+    assert line.startswith(f"sweep.py: stopped by {number.name}; ")
+    assert line.endswith(" of 4 runs are finished: the same command goes on")
+    assert not (out / "margin=8" / "seed_0" / "failed.json").exists()
+    assert "test 8 0" not in calls()
+    finished = [name for name in calls() if name.startswith("test")]
+    programs = {**sweep.PROGRAMS, "train": tmp_path / "train.py"}
+    programs["train"].write_text(STUB.replace("margin == 8", "False"))
+    process = start(programs, out, "--jobs", "2", margins="1,8,2,3")
+    process.join(60)
+    assert process.exitcode == 0
+    assert sorted(name for name in calls() if name.startswith("test")) == [f"test {n} 0" for n in (1, 2, 3, 8)]
+    for name in finished:
+        assert calls().count(name.replace("test", "train")) == 1
+
+
+def test_killed_sweep_goes_on_when_what_outlived_it_has_ended(calls, tmp_path):
+    out = tmp_path / "out"
+    process = start(sweep.PROGRAMS, out, margins="1,9,2")
+    wait_for(lambda: "train 9 0" in calls())
+    process.kill()
+    process.join()
+    process = start(sweep.PROGRAMS, out, "--jobs", "2", margins="1,9,2")
+    wait_for(lambda: "test 2 0" in calls())
+    assert calls().count("train 9 0") == 1  # still the first
+    (tmp_path / "calls.go").touch()
+    process.join(60)
+    assert process.exitcode == 0
+    assert sorted(calls()) == sorted(
+        ["train 1 0", "test 1 0", "train 9 0", "train 9 0", "test 9 0", "train 2 0", "test 2 0"]
+    )
+
+
+@pytest.mark.slow
+def test_sweep_of_real_runs(sysu_tree, tmp_path):
+    out = tmp_path / "out"
+    command = ["--out", out, "--vary", "method=base,adp", "--seeds", "0", "1", "--jobs", "2", "--test", "--all"]
+    command += ["--", *SMALL, "--data_path", sysu_tree, "--epochs", "1"]
+    table = sweep.main(command)
+    for setting in table["settings"]:
+        for row in setting["rows"]:
+            assert [*row["seeds"]] == ["0", "1"]
+            for seed, value in row["seeds"].items():
+                results = json.loads((out / row["row"] / f"seed_{seed}" / "results.json").read_text())["results"]
+                assert value["mean"] in [result["mean"] for result in results if result["feature"] == "FC"]
+                assert value["seconds"] > 0
+    modes = {part for setting in table["settings"] for part in setting["setting"].split(", ") if "-search" in part}
+    assert modes == {"all-search", "indoor-search"}
+    files = {path: path.stat().st_mtime_ns for path in out.rglob("results.json")}
+    assert sweep.main(command) == table
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("results.json")} == files
