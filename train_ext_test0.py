@@ -25,7 +25,6 @@ from utils import (
     Pauses,
     RunLog,
     Stopped,
-    claim,
     cli,
     find_checkpoint,
     generator_states,
@@ -35,6 +34,7 @@ from utils import (
     rank,
     ranks,
     read_json_lines,
+    run_lock,
     save_checkpoint,
     seed_everything,
     set_generators,
@@ -161,8 +161,8 @@ def main(argv=None):
     checkpoints = {kind: Path(args.model_path) / f"{name}_{kind}.t" for kind in ("best", "last")}
     log_folder = Path(args.log_path) / f"{args.dataset}_log"
     with (
-        claim(Path(args.model_path) / name),
-        claim(log_folder / name),
+        run_lock(Path(args.model_path) / name),
+        run_lock(log_folder / name),
         Pauses(args.save_minutes, device) as pauses,
     ):
         return train(args, device, pauses, name, checkpoints, log_folder)

@@ -405,47 +405,37 @@ def check_folder(path):
 
 
 @contextlib.contextmanager
-def claim(path, remedy="another --model_path and --log_path"):
-    """Keep other processes from claiming the same path, the beginning of the names of some files, through a hidden file
-    beside them, for as long as the block runs or the process lives; and remove what killed processes left of the files.
-    All ranks but the first need no claim. Raises InputError when another process has it."""
+def run_lock(path, remedy="another --model_path and --log_path"):
+    """Keep other processes from writing the files whose names begin with `path`, for as long as the block runs or the
+    process lives. Raises InputError when another process holds the lock. All ranks but the first need none.
+
+    The lock is a hidden file beside them. It stays: removing it would race with a run that is just opening it.
+    """
     path = Path(path)
     check_folder(path)
+    lock = path.parent / f".{path.name}.lock"
     if rank() > 0:
         yield
         return
-    lock = path.parent / f".{path.name}.lock"
-    while True:
-        try:
-            file = lock.open("a+")
-        except OSError as error:
-            raise InputError(f"{lock}: cannot be opened ({error.strerror}); remove it, or write elsewhere") from error
+    try:
+        file = lock.open("a+")
+    except OSError as error:
+        raise InputError(f"{lock}: cannot be opened ({error.strerror}); remove it, or write elsewhere") from error
+    with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                print(f"warning: {lock}: cannot be locked ({error.strerror}); do not start a second run of this name")
-                break
+        except (BlockingIOError, PermissionError) as error:
             file.seek(0)
             who = file.read() or "it does not say where"
             raise InputError(
                 f"{path}: another run of this name is writing now ({who}); wait for it, or choose {remedy}"
             ) from error
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
-                break
-        file.close()  # it was removed, at the end of another run, before it could be locked
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    for other in path.parent.glob(f".{glob.escape(path.name)}[._]*"):
-        if other != lock:
-            other.unlink(missing_ok=True)
-    try:
+        except OSError as error:
+            print(f"warning: {lock}: cannot be locked ({error.strerror}); do not start a second run of this name")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
         yield
-    finally:
-        lock.unlink(missing_ok=True)
-        file.close()
 
 
 def _umask():

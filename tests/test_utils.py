@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -218,3 +219,29 @@ def test_resumed_log_holds_each_epoch_once(tmp_path):
     log = utils.RunLog(tmp_path, "run")
     log.close()
     assert (tmp_path / "run.jsonl").read_text() == ""
+
+
+def test_lock_leaves_runs_alone_whose_names_begin_alike(tmp_path):
+    """What another live run writes, and its lock, stay; and it still keeps others out."""
+    name = "run_seed_0_9"
+    with utils.run_lock(tmp_path / f"{name}_adam"), utils.atomic(tmp_path / f"{name}_adam_last.t") as temporary:
+        with utils.run_lock(tmp_path / name), utils.atomic(tmp_path / f"{name}_last.t"):
+            assert temporary.exists()
+        code = f"import utils\nwith utils.run_lock({str(tmp_path / name)!r} + '_adam'): pass"
+        other = run(code)
+        assert "InputError" in other.stderr
+        assert f"is writing now (process {os.getpid()}" in other.stderr
+    assert {file.name for file in tmp_path.glob("*.t")} == {f"{name}_last.t", f"{name}_adam_last.t"}
+
+
+def test_temporaries_of_killed_processes_are_removed_by_the_next_write(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    host = socket.gethostname()
+    left = [tmp_path / f".last.t.{host}.{pid}.abc" for pid in (gone.pid, os.getppid())]
+    left += [tmp_path / f".last.t_2.{host}.{gone.pid}.abc", tmp_path / f".last.t.elsewhere.{gone.pid}.abc"]
+    for file in left:
+        file.touch()
+    with utils.atomic(tmp_path / "last.t"):
+        pass
+    assert [file.exists() for file in left] == [False, True, True, True]
