@@ -171,11 +171,9 @@ def main(argv=None):
 def train(args, device, pauses, name, checkpoints, log_folder):
     """`main`, once nobody else writes these files and signals wait for a step to end."""
     resumed_path = resumed_checkpoint(args, checkpoints["last"])
-    logged = read_json_lines(log_folder / f"{name}.jsonl")
-    killed_before_its_first_save = args.resume == "auto" and len(logged) == 1
-    if logged and not resumed_path and not killed_before_its_first_save:
+    if read_json_lines(log_folder / f"{name}.jsonl") and not resumed_path:
         raise InputError(
-            f"{log_folder / name}.jsonl: is the log of an earlier run; choose another --log_path, or remove it"
+            f"{log_folder / name}.jsonl: already contains another run's log; delete it or choose another --log_path"
         )
     data_path = args.data_path or data_manager.DATA_PATHS[args.dataset]
     size = (args.img_h, args.img_w)
@@ -244,6 +242,9 @@ def train(args, device, pauses, name, checkpoints, log_folder):
             where = f"in epoch {epoch}, after step {sums.step} of {sampler.steps}"
             raise Stopped(pauses.stop, f" {where}; {checkpoints['last']} is saved: go on with --resume auto")
 
+    if not resumed_path:
+        # A run has a checkpoint before its log has an entry: a log without one is another run's, and is not erased.
+        save_checkpoint(checkpoint(-1, optimizer=optimizer.state_dict()), checkpoints["last"])
     pauses.hold = True
     for epoch in range(first_epoch, args.epochs):
         # Seeded anew each epoch (the plain seed was the network's), so that a resumed run draws as an unbroken one.

@@ -130,7 +130,7 @@ def test_run_of_the_same_name_is_not_overwritten(trained, sysu_tree):
             train_ext_test0.main(flags(sysu_tree, out, *more))
     log = (out / "log" / "sysu_log").glob("*.jsonl")
     logged = {file: file.read_bytes() for file in log}
-    with pytest.raises(InputError, match=r"\.jsonl: is the log of an earlier run; choose another --log_path"):
+    with pytest.raises(InputError, match=r"\.jsonl: already contains another run's log; delete it or choose another"):
         train_ext_test0.main(flags(sysu_tree, out, "--model_path", str(out / "other")))
     assert logged == {file: file.read_bytes() for file in logged}
     assert before == {file: file.read_bytes() for file in (out / "models").glob("*.t")}
