@@ -249,6 +249,8 @@ def _backbone_state(arch, resnet, weights):
         raise InputError(
             f"--weights {weights}: not a state dict of torchvision's {arch} ({wrong[0]} is missing or differs)"
         )
+    if bad := [key for key in want if not torch.isfinite(state.get(key, want[key])).all()]:
+        raise InputError(f"--weights {weights}: {bad[0]} holds values that are not finite; use another file")
     return {key: state.get(key, value) for key, value in want.items()}
 
 

@@ -260,7 +260,12 @@ def train(args, device, pauses, name, checkpoints, log_folder):
             within = {}
         while sums.step < sampler.steps:
             sampler.set_epoch(epoch, sums.step)
-            engine.train_epoch(model, criterion, optimizer, loader, augment, device, args.amp, desc, sums, pauses.due)
+            try:
+                engine.train_epoch(
+                    model, criterion, optimizer, loader, augment, device, args.amp, desc, sums, pauses.due
+                )
+            except engine.Diverged as error:
+                raise InputError(f"{error} ({checkpoints['last']} is intact: --resume auto goes on from it)") from error
             if sums.step < sampler.steps or pauses.stop:
                 save_within(epoch, sums)
         entry = {"epoch": epoch, "lr": lr, "select": args.select, **sums.over_ranks().summary()}
@@ -290,8 +295,8 @@ def train(args, device, pauses, name, checkpoints, log_folder):
         if epoch > 0 and epoch % args.save_epoch == 0:
             save_checkpoint(checkpoint(epoch), Path(args.model_path) / f"{name}_epoch_{epoch}.t")
         # After the others, so that a run which is killed before this line repeats the epoch, and so the files above.
-        sums = {"in_a_row": sums.in_a_row}
-        save_checkpoint(checkpoint(epoch, optimizer=optimizer.state_dict(), sums=sums), checkpoints["last"])
+        sums = {}
+        save_checkpoint(checkpoint(epoch, optimizer=optimizer.state_dict()), checkpoints["last"])
         if args.figures and "FC/Rank-1" in entry:
             draw(log, desc, features, test, found["FC"])
     log.text(f"best: epoch {best['epoch']}, Rank-1 {best['Rank-1']:.2f}, mAP {best['mAP']:.2f}, {checkpoints['best']}")
@@ -345,8 +350,6 @@ def warnings(entry, args):
             f"warning: {entry['coincident']:.0%} of the images have the features of another person's: they have "
             "collapsed into a point; use --square 0, whose gradient does not vanish there, or a lower --lr"
         )
-    if entry["skipped"]:
-        yield f"warning: {entry['skipped']} steps were skipped, their loss or gradient not finite: use a lower --lr"
 
 
 def check_flags(args):
@@ -367,11 +370,7 @@ def build_optimizer(net, optim, lr):
     groups = [{"params": rest, "lr_scale": 0.1}, {"params": head, "lr_scale": 1.0}]
     if optim == "adam":
         return torch.optim.Adam(groups, lr, weight_decay=5e-4, fused=True)
-    optimizer = torch.optim.SGD(groups, lr, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
-    # What the first step would set up. If that one is skipped (`engine.train_epoch`), nothing would be set.
-    for parameter in rest + head:
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
+    return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
 
 
 def learning_rate(epoch, lr, warmup, milestones):
@@ -438,8 +437,6 @@ def resume(path, args, net, optimizer, num_images):
         if (there := checkpoint.get("num_images", [*num_images])) != [*num_images]:
             raise InputError(f"{path}: was trained on {there} images, not {[*num_images]}; prepare the same ones")
         net.load_state_dict(checkpoint["net"])
-        for group in checkpoint["optimizer"]["param_groups"]:
-            group["fused"] = True  # not so in runs from before steps could be skipped
         optimizer.load_state_dict(checkpoint["optimizer"])
         return checkpoint["epoch"] + 1, checkpoint["best"], checkpoint.get("sums", {}), checkpoint.get("within", {})
     except InputError:

@@ -249,6 +249,13 @@ def sum_over_ranks(tensor):
     return tensor
 
 
+def min_over_ranks(tensor):
+    """The smallest value of a tensor over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.MIN)
+    return tensor
+
+
 def share_buffers(net):
     """Give all ranks the first one's running statistics, so that they test the network that is saved."""
     for buffer in net.buffers() if dist.is_initialized() else []:

@@ -246,6 +246,52 @@ def test_a_signal_is_one_line_and_its_status(unbroken, sysu_tree, tmp_path, numb
     assert_same_runs([unbroken, tmp_path])
 
 
+def test_a_run_that_diverges_keeps_its_last_checkpoint(unbroken, sysu_tree, tmp_path, monkeypatch):
+    """Also when it is asked to save and stop after the step that is not finite."""
+    command = flags(sysu_tree, tmp_path, *MORE, "--resume", "auto")
+    augment, steps = TrainAugmentation.__call__, itertools.count(1)
+
+    def spoil_a_step(self, *batch):
+        views = augment(self, *batch)
+        if next(steps) == 10:
+            views[0][0] = np.inf
+            os.kill(os.getpid(), signal.SIGTERM)
+        return views
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainAugmentation, "__call__", spoil_a_step)
+        with pytest.raises(
+            utils.InputError, match="^epoch 1/2: .* from step 3 on; lower --lr.*_last.t is intact: --res"
+        ):
+            train_ext_test0.main(command)
+    (last,) = tmp_path.glob("models/*_last.t")
+    assert torch.load(last)["epoch"] == 0
+    train_ext_test0.main(command)
+    assert_same_runs([unbroken, tmp_path])
+
+
+def test_runs_from_when_steps_were_skipped_are_resumed(unbroken, sysu_tree, tmp_path, monkeypatch):
+    """After an epoch and within one: their checkpoints count such steps."""
+    command = flags(sysu_tree, tmp_path, *MORE, "--resume", "auto")
+    readings, skipped, in_a_row, failed_at = torch.zeros(4).unbind()
+    train_ext_test0.main([*command, "--epochs", "1"])
+    (last,) = tmp_path.glob("models/*_last.t")
+    torch.save(torch.load(last) | {"sums": {"in_a_row": in_a_row}}, last)
+    with monkeypatch.context() as patch:
+        signal_at(3, signal.SIGTERM, patch)
+        with pytest.raises(utils.Stopped, match="in epoch 1, after step 3"):
+            train_ext_test0.main(command)
+    checkpoint = torch.load(last)
+    readings += checkpoint["sums"]["readings"]
+    del checkpoint["sums"]["first_bad"]
+    checkpoint["sums"] |= {"readings": readings, "skipped": skipped, "in_a_row": in_a_row, "failed_at": failed_at}
+    torch.save(checkpoint, last)
+    train_ext_test0.main(command)
+    (whole,) = unbroken.glob("models/*_last.t")
+    for part in ("net", "optimizer"):
+        assert_equal(torch.load(last)[part], torch.load(whole)[part])
+
+
 def test_training_stopped_while_it_tests_repeats_no_step(unbroken, sysu_tree, tmp_path, monkeypatch):
     command = flags(sysu_tree, tmp_path, *MORE, "--resume", "auto")
     with monkeypatch.context() as patch:
