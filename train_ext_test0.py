@@ -422,6 +422,7 @@ def resume(path, args, net, optimizer, num_images):
         raise InputError(f"{path}: holds no training state; resume from a ..._last.t")
     try:
         flags = {"select": "test", "sync_bn": 1, **checkpoint["args"]}  # runs from before these flags
+        args.weights = flags.get("weights", args.weights)  # what the run started from; not read again
         for flag in sorted(set(vars(args)) - MAY_CHANGE):
             if (there := flags.get(flag)) != getattr(args, flag):
                 raise InputError(

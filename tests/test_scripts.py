@@ -105,6 +105,12 @@ def test_resume_refuses_other_flags(trained, sysu_tree, tmp_path, other):
         train_ext_test0.main(flags(sysu_tree, tmp_path, "--resume", result["last"], *other))
 
 
+def test_resumed_run_needs_no_weights_and_remembers_those_it_began_with(trained, sysu_tree, tmp_path):
+    result, _ = trained
+    more = ("--resume", result["last"], "--epochs", "4", "--weights", "absent.pth")
+    assert torch.load(train_ext_test0.main(flags(sysu_tree, tmp_path, *more))["last"])["args"]["weights"] == "none"
+
+
 def test_run_from_before_the_selection_flag_is_resumed(trained, sysu_tree, tmp_path):
     result, _ = trained
     checkpoint = torch.load(result["last"])
