@@ -199,6 +199,11 @@ class GFMNet(nn.Module):
         pooled = self.pool(full_precision(self._features(stream(images))))
         return pooled, self.bottleneck(pooled)
 
+    def compile(self, **options):
+        """Compile, in place, the parts that `forward` and `embed` share; the names of the weights stay."""
+        for part in (self.visible, self.infrared, self.attention, self.shared):
+            part.compile(**options)
+
     def _features(self, x):
         return self.shared(self.attention(x))
 

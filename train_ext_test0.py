@@ -25,6 +25,7 @@ from utils import (
     Pauses,
     RunLog,
     Stopped,
+    check_device,
     cli,
     find_checkpoint,
     generator_states,
@@ -155,38 +156,36 @@ def main(argv=None):
     """Returns {"best", "last", "log": paths; "metrics": the best epoch's}. Under `torchrun`, all ranks run it."""
     args = get_args_parser().parse_args(argv)
     check_flags(args)
-    device = start_ranks(args.gpu)
-    seed_everything(args.seed)
+    check_device(args.gpu)
     name = run_name(args)
     checkpoints = {kind: Path(args.model_path) / f"{name}_{kind}.t" for kind in ("best", "last")}
     log_folder = Path(args.log_path) / f"{args.dataset}_log"
-    with (
-        run_lock(Path(args.model_path) / name),
-        run_lock(log_folder / name),
-        Pauses(args.save_minutes, device) as pauses,
-    ):
-        return train(args, device, pauses, name, checkpoints, log_folder)
+    with run_lock(Path(args.model_path) / name), run_lock(log_folder / name):
+        resumed_path = resumed_checkpoint(args, checkpoints["last"], log_folder / f"{name}.jsonl")
+        # Before CUDA and the other ranks start: the first rank may have to decode images, for long and by processes
+        # that it forks.
+        data, test = load_data(args)
+        device = start_ranks(args.gpu, args.amp)
+        with Pauses(args.save_minutes, device) as pauses:
+            return train(args, data, test, device, pauses, name, checkpoints, log_folder, resumed_path)
 
 
-def train(args, device, pauses, name, checkpoints, log_folder):
-    """`main`, once nobody else writes these files and signals wait for a step to end."""
-    resumed_path = resumed_checkpoint(args, checkpoints["last"])
-    if read_json_lines(log_folder / f"{name}.jsonl") and not resumed_path:
-        raise InputError(
-            f"{log_folder / name}.jsonl: already contains another run's log; delete it or choose another --log_path"
-        )
+def load_data(args):
+    """-> (`data_loader.TrainData`, `data_manager.Searches` of one search)."""
     data_path = args.data_path or data_manager.DATA_PATHS[args.dataset]
     size = (args.img_h, args.img_w)
-
     if args.dataset == "sysu":
         data = sysu_train(data_path, size, args.select)
-        test = data_manager.sysu_test(data_path, [args.mode], trials=[0], split=args.select)
-    elif args.dataset == "regdb":
-        data = regdb_train(data_path, args.trial, size)
-        test = data_manager.regdb_test(data_path, args.trial)
-    else:
-        data = llcm_train(data_path, size)
-        test = data_manager.llcm_test(data_path, trials=[0])
+        return data, data_manager.sysu_test(data_path, [args.mode], trials=[0], split=args.select)
+    if args.dataset == "regdb":
+        return regdb_train(data_path, args.trial, size), data_manager.regdb_test(data_path, args.trial)
+    return llcm_train(data_path, size), data_manager.llcm_test(data_path, trials=[0])
+
+
+def train(args, data, test, device, pauses, name, checkpoints, log_folder, resumed_path):
+    """`main`, once nobody else writes these files and signals wait for a step to end."""
+    size = (args.img_h, args.img_w)
+    seed_everything(args.seed)
     (search,) = test.searches
     engine.check_matches(search)
     sampler = IdentitySampler(data, args.batch_size, args.num_pos, args.seed)
@@ -201,9 +200,12 @@ def train(args, device, pauses, name, checkpoints, log_folder):
     if args.sync_bn and ranks() > 1 and device.type == "cuda":
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
     net.to(device, memory_format=torch.channels_last)
-    model = DistributedDataParallel(net, [device] if device.type == "cuda" else None) if ranks() > 1 else net
     if args.compile:
-        model = torch.compile(model)
+        net.compile()
+    model = net
+    if ranks() > 1:  # the first rank's statistics are shared where they are needed: in `test_epoch`
+        devices = [device] if device.type == "cuda" else None
+        model = DistributedDataParallel(net, devices, broadcast_buffers=False)
     criterion = MethodLoss(args.method, args.margin, args.alpha, args.gamma, args.square, args.weighting)
     augment = TrainAugmentation(args.augc, args.rande)
     optimizer = build_optimizer(net, args.optim, args.lr)
@@ -401,16 +403,20 @@ def run_name(args):
     return name
 
 
-def resumed_checkpoint(args, last):
-    """The checkpoint that `--resume` names, or None. `last` is where this run's own lies or will lie."""
+def resumed_checkpoint(args, last, log):
+    """The checkpoint that `--resume` names, or None. `last` and `log` are where this run's own lie or will lie; raises
+    InputError where that would overwrite those of another run."""
     if args.resume == "auto":
-        return last if last.exists() else None
-    path = find_checkpoint(args.resume, args.model_path) if args.resume else None
+        path = last if last.exists() else None
+    else:
+        path = find_checkpoint(args.resume, args.model_path) if args.resume else None
     if last.exists() and not (path and last.samefile(path)):
         raise InputError(
             f"{last}: is there already; go on with --resume auto, choose another --model_path and --log_path, or "
             "remove it"
         )
+    if read_json_lines(log) and not path:
+        raise InputError(f"{log}: already contains another run's log; delete it or choose another --log_path")
     return path
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import engine
 import testa
 import train_ext_test0
 import utils
-from conftest import flags
+from conftest import SIZE, flags
 from data_loader import IdentitySampler
 from loss import MethodLoss
 from model import GFMNet, method_options
@@ -87,6 +88,24 @@ def test_identities_of_a_batch_are_shared_without_repetition(monkeypatch):
             np.testing.assert_array_equal(other.reshape(2, 2), by_identity[1::2])
     with pytest.raises(InputError, match="--batch_size 3: 2 ranks cannot share it evenly"):
         IdentitySampler(data, 3, 2, seed=0)
+
+
+def test_images_are_decoded_before_the_ranks_start(regdb_tree, tmp_path, monkeypatch):
+    """The others wait for the file, not in a collective operation, which has a time limit."""
+    tree = tmp_path / "regdb"
+    shutil.copytree(regdb_tree, tree)
+    monkeypatch.setattr(train_ext_test0, "start_ranks", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    command = flags(tree, tmp_path, "--dataset", "regdb")
+    with pytest.raises(KeyboardInterrupt):
+        train_ext_test0.main(command)
+    arrays = list((tree / "cache").iterdir())
+    assert len(arrays) == 2
+    for array in arrays:
+        array.rename(tmp_path / array.name)
+    monkeypatch.setattr(data_loader, "rank", lambda: 1)
+    monkeypatch.setattr(data_loader, "write_images", lambda *_: pytest.fail("decoded by another rank"))
+    monkeypatch.setattr(data_loader.time, "sleep", lambda _: [(tmp_path / a.name).rename(a) for a in arrays])
+    assert len(data_loader.regdb_train(tree, 1, SIZE).visible)
 
 
 def launch(tree, out, *more, **options):
