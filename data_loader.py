@@ -3,6 +3,7 @@
 import hashlib
 import multiprocessing
 import os
+import time
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -16,11 +17,11 @@ from data_manager import LLCM_NAMES, REGDB_CAMERAS, process_query_llcm, process_
 from utils import (
     InputError,
     atomic,
+    cores,
     end_with_the_main_process,
     leave_signals_to_the_main_process,
     progress,
     rank,
-    rank_by_rank,
     ranks,
 )
 
@@ -95,7 +96,7 @@ def write_images(paths, size, out, desc, workers=None):
     chunks = [(start, paths[start : start + PREPARE_CHUNK]) for start in range(0, len(paths), PREPARE_CHUNK)]
     unreadable = {}
     with (
-        multiprocessing.Pool(workers, end_with_the_main_process) as pool,
+        multiprocessing.Pool(workers or cores(), end_with_the_main_process) as pool,
         progress(total=len(paths), desc=desc, unit="img") as bar,
     ):
         for count, failed in pool.imap_unordered(partial(_write_chunk, out, size), chunks):
@@ -208,14 +209,15 @@ def _cached_images(data_path, name, paths, size):
             raise no_image(path) from error
         digest.update(f"{Path(path).relative_to(data_path)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     file = folder / f"{name}_{digest.hexdigest()[:16]}.npy"
-    with rank_by_rank():
-        if not file.exists():
-            with atomic(file) as temporary:
-                unreadable = write_images(paths, size, temporary, desc=f"decoding {name}")
-                check_readable([*unreadable.values()], len(paths))
-            for other in folder.glob(f"{name}_*.npy"):
-                if other != file:
-                    other.unlink()
+    if rank() == 0 and not file.exists():
+        with atomic(file) as temporary:
+            unreadable = write_images(paths, size, temporary, desc=f"decoding {name}")
+            check_readable([*unreadable.values()], len(paths))
+        for other in folder.glob(f"{name}_*.npy"):
+            if other != file:
+                other.unlink()
+    while not file.exists():  # the other ranks wait here: in a barrier, their patience would end after some minutes
+        time.sleep(0.5)
     return np.load(file, mmap_mode="r", allow_pickle=False)
 
 
@@ -377,8 +379,9 @@ def eval_loader(paths, size, batch_size, workers):
 
 def worker_options(workers):
     """What a DataLoader with so many loading processes is given."""
-    workers = min(workers, os.cpu_count())  # more than cores only get in each other's way
-    options = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
+    workers = min(workers, cores())  # more than cores only get in each other's way
+    # A GPU that was chosen (`utils.select_device`) has been initialised; where there is one but --gpu cpu, it has not.
+    options = {"num_workers": workers, "pin_memory": torch.cuda.is_initialized()}
     return options | {"worker_init_fn": leave_signals_to_the_main_process}
 
 

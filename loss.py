@@ -281,9 +281,9 @@ class Health(NamedTuple):
     """
 
     beyond_clamp: torch.Tensor
-    at_ln2: torch.Tensor
     distance_within: torch.Tensor
     distance_across: torch.Tensor
+    at_ln2: torch.Tensor
 
 
 class MethodLoss(nn.Module):
@@ -328,4 +328,5 @@ class MethodLoss(nn.Module):
         if isinstance(self.triplet, SquaredTripletLoss):
             stuck = torch.stack(self.triplet.without_gradient(features, labels))
         within, across = ((distance * mask).sum() / mask.sum().clamp_min(1) for mask in (other, ~same))
-        return Health(*stuck.float().mean(dim=1), within, across)
+        beyond_clamp, at_ln2 = stuck.float().mean(dim=1)
+        return Health(beyond_clamp, within, across, at_ln2)

@@ -199,6 +199,11 @@ class GFMNet(nn.Module):
         pooled = self.pool(full_precision(self._features(stream(images))))
         return pooled, self.bottleneck(pooled)
 
+    def compile(self, **options):
+        """Compile, in place, the parts that `forward` and `embed` share; the names of the weights stay."""
+        for part in (self.visible, self.infrared, self.attention, self.shared):
+            part.compile(**options)
+
     def _features(self, x):
         return self.shared(self.attention(x))
 
@@ -256,6 +261,8 @@ def _backbone_state(arch, resnet, weights):
         raise InputError(
             f"--weights {weights}: not a state dict of torchvision's {arch} ({wrong[0]} is missing or differs)"
         )
+    if bad := [key for key in want if not torch.isfinite(state.get(key, want[key])).all()]:
+        raise InputError(f"--weights {weights}: {bad[0]} holds values that are not finite; use another file")
     return {key: state.get(key, value) for key, value in want.items()}
 
 

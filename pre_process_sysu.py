@@ -7,7 +7,7 @@ Writes train_rgb_resized_img.npy and train_ir_resized_img.npy (uint8 [N, H, W, 3
 """
 
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import combinations
 
 import numpy as np
@@ -68,9 +68,14 @@ def main(argv=None):
                 np.save(file, np.searchsorted(identities, ids))
         for file in temporary:
             flush(file)
-        # All four are whole. The old ones go first, so that a crash among the renames cannot leave a mixed set.
-        for file in files:
-            file.unlink(missing_ok=True)
+        # All four are whole. Before they take their names, the old ones step aside, so that a crash among the renames
+        # leaves neither a mixed set nor less than there was.
+        aside = [file.with_suffix(".npy.old") for file in files]
+        for file, old in zip(files, aside, strict=True):
+            with suppress(FileNotFoundError):
+                file.replace(old)
+    for old in aside:
+        old.unlink(missing_ok=True)
 
     counts = {split: Counter() for split in splits}
     for _, ids, cameras in images.values():

@@ -64,7 +64,7 @@ def main(argv=None):
     """Returns the results: a list of `engine.summarise`'s rows."""
     args = get_args_parser().parse_args(argv)
     check_flags(args)
-    device = select_device(args.gpu)
+    device = select_device(args.gpu, args.amp)
     data_path = protocol.data_folder(args)
 
     rows, leading = [], None

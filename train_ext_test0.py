@@ -25,7 +25,7 @@ from utils import (
     Pauses,
     RunLog,
     Stopped,
-    claim,
+    check_device,
     cli,
     find_checkpoint,
     generator_states,
@@ -35,6 +35,7 @@ from utils import (
     rank,
     ranks,
     read_json_lines,
+    run_lock,
     save_checkpoint,
     seed_everything,
     set_generators,
@@ -153,40 +154,36 @@ def main(argv=None):
     """Returns {"best", "last", "log": paths; "metrics": the best epoch's}. Under `torchrun`, all ranks run it."""
     args = get_args_parser().parse_args(argv)
     check_flags(args)
-    device = start_ranks(args.gpu)
-    seed_everything(args.seed)
+    check_device(args.gpu)
     name = run_name(args)
     checkpoints = {kind: Path(args.model_path) / f"{name}_{kind}.t" for kind in ("best", "last")}
     log_folder = Path(args.log_path) / f"{args.dataset}_log"
-    with (
-        claim(Path(args.model_path) / name),
-        claim(log_folder / name),
-        Pauses(args.save_minutes, device) as pauses,
-    ):
-        return train(args, device, pauses, name, checkpoints, log_folder)
+    with run_lock(Path(args.model_path) / name), run_lock(log_folder / name):
+        resumed_path = resumed_checkpoint(args, checkpoints["last"], log_folder / f"{name}.jsonl")
+        # Before CUDA and the other ranks start: the first rank may have to decode images, for long and by processes
+        # that it forks.
+        data, test = load_data(args)
+        device = start_ranks(args.gpu, args.amp)
+        with Pauses(args.save_minutes, device) as pauses:
+            return train(args, data, test, device, pauses, name, checkpoints, log_folder, resumed_path)
 
 
-def train(args, device, pauses, name, checkpoints, log_folder):
-    """`main`, once nobody else writes these files and signals wait for a step to end."""
-    resumed_path = resumed_checkpoint(args, checkpoints["last"])
-    logged = read_json_lines(log_folder / f"{name}.jsonl")
-    killed_before_its_first_save = args.resume == "auto" and len(logged) == 1
-    if logged and not resumed_path and not killed_before_its_first_save:
-        raise InputError(
-            f"{log_folder / name}.jsonl: is the log of an earlier run; choose another --log_path, or remove it"
-        )
+def load_data(args):
+    """-> (`data_loader.TrainData`, `data_manager.Searches` of one search)."""
     data_path = args.data_path or data_manager.DATA_PATHS[args.dataset]
     size = (args.img_h, args.img_w)
-
     if args.dataset == "sysu":
         data = sysu_train(data_path, size, args.select)
-        test = data_manager.sysu_test(data_path, [args.mode], trials=[0], split=args.select)
-    elif args.dataset == "regdb":
-        data = regdb_train(data_path, args.trial, size)
-        test = data_manager.regdb_test(data_path, args.trial)
-    else:
-        data = llcm_train(data_path, size)
-        test = data_manager.llcm_test(data_path, trials=[0])
+        return data, data_manager.sysu_test(data_path, [args.mode], trials=[0], split=args.select)
+    if args.dataset == "regdb":
+        return regdb_train(data_path, args.trial, size), data_manager.regdb_test(data_path, args.trial)
+    return llcm_train(data_path, size), data_manager.llcm_test(data_path, trials=[0])
+
+
+def train(args, data, test, device, pauses, name, checkpoints, log_folder, resumed_path):
+    """`main`, once nobody else writes these files and signals wait for a step to end."""
+    size = (args.img_h, args.img_w)
+    seed_everything(args.seed)
     (search,) = test.searches
     engine.check_matches(search)
     sampler = IdentitySampler(data, args.batch_size, args.num_pos, args.seed)
@@ -201,9 +198,12 @@ def train(args, device, pauses, name, checkpoints, log_folder):
     if args.sync_bn and ranks() > 1 and device.type == "cuda":
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
     net.to(device, memory_format=torch.channels_last)
-    model = DistributedDataParallel(net, [device] if device.type == "cuda" else None) if ranks() > 1 else net
     if args.compile:
-        model = torch.compile(model)
+        net.compile()
+    model = net
+    if ranks() > 1:  # the first rank's statistics are shared where they are needed: in `test_epoch`
+        devices = [device] if device.type == "cuda" else None
+        model = DistributedDataParallel(net, devices, broadcast_buffers=False)
     criterion = MethodLoss(args.method, args.margin, args.alpha, args.gamma, args.square, args.weighting)
     augment = TrainAugmentation(args.augc, args.rande)
     optimizer = build_optimizer(net, args.optim, args.lr)
@@ -242,6 +242,9 @@ def train(args, device, pauses, name, checkpoints, log_folder):
             where = f"in epoch {epoch}, after step {sums.step} of {sampler.steps}"
             raise Stopped(pauses.stop, f" {where}; {checkpoints['last']} is saved: go on with --resume auto")
 
+    if not resumed_path:
+        # A run has a checkpoint before its log has an entry: a log without one is another run's, and is not erased.
+        save_checkpoint(checkpoint(-1, optimizer=optimizer.state_dict()), checkpoints["last"])
     pauses.hold = True
     for epoch in range(first_epoch, args.epochs):
         # Seeded anew each epoch (the plain seed was the network's), so that a resumed run draws as an unbroken one.
@@ -257,7 +260,12 @@ def train(args, device, pauses, name, checkpoints, log_folder):
             within = {}
         while sums.step < sampler.steps:
             sampler.set_epoch(epoch, sums.step)
-            engine.train_epoch(model, criterion, optimizer, loader, augment, device, args.amp, desc, sums, pauses.due)
+            try:
+                engine.train_epoch(
+                    model, criterion, optimizer, loader, augment, device, args.amp, desc, sums, pauses.due
+                )
+            except engine.Diverged as error:
+                raise InputError(f"{error} ({checkpoints['last']} is intact: --resume auto goes on from it)") from error
             if sums.step < sampler.steps or pauses.stop:
                 save_within(epoch, sums)
         entry = {"epoch": epoch, "lr": lr, "select": args.select, **sums.over_ranks().summary()}
@@ -287,8 +295,8 @@ def train(args, device, pauses, name, checkpoints, log_folder):
         if epoch > 0 and epoch % args.save_epoch == 0:
             save_checkpoint(checkpoint(epoch), Path(args.model_path) / f"{name}_epoch_{epoch}.t")
         # After the others, so that a run which is killed before this line repeats the epoch, and so the files above.
-        sums = {"in_a_row": sums.in_a_row}
-        save_checkpoint(checkpoint(epoch, optimizer=optimizer.state_dict(), sums=sums), checkpoints["last"])
+        sums = {}
+        save_checkpoint(checkpoint(epoch, optimizer=optimizer.state_dict()), checkpoints["last"])
         if args.figures and "FC/Rank-1" in entry:
             draw(log, desc, features, test, found["FC"])
     log.text(f"best: epoch {best['epoch']}, Rank-1 {best['Rank-1']:.2f}, mAP {best['mAP']:.2f}, {checkpoints['best']}")
@@ -342,8 +350,6 @@ def warnings(entry, args):
             f"warning: {entry['at_ln2']:.0%} of the anchors are at ln 2, as near to other people as to their own, "
             f"where the squared triplet has no gradient ({distances}): use --weighting stable"
         )
-    if entry["skipped"]:
-        yield f"warning: {entry['skipped']} steps were skipped, their loss or gradient not finite: use a lower --lr"
 
 
 def check_flags(args):
@@ -364,11 +370,7 @@ def build_optimizer(net, optim, lr):
     groups = [{"params": rest, "lr_scale": 0.1}, {"params": head, "lr_scale": 1.0}]
     if optim == "adam":
         return torch.optim.Adam(groups, lr, weight_decay=5e-4, fused=True)
-    optimizer = torch.optim.SGD(groups, lr, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
-    # What the first step would set up. If that one is skipped (`engine.train_epoch`), nothing would be set.
-    for parameter in rest + head:
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
+    return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
 
 
 def learning_rate(epoch, lr, warmup, milestones):
@@ -399,16 +401,20 @@ def run_name(args):
     return name
 
 
-def resumed_checkpoint(args, last):
-    """The checkpoint that `--resume` names, or None. `last` is where this run's own lies or will lie."""
+def resumed_checkpoint(args, last, log):
+    """The checkpoint that `--resume` names, or None. `last` and `log` are where this run's own lie or will lie; raises
+    InputError where that would overwrite those of another run."""
     if args.resume == "auto":
-        return last if last.exists() else None
-    path = find_checkpoint(args.resume, args.model_path) if args.resume else None
+        path = last if last.exists() else None
+    else:
+        path = find_checkpoint(args.resume, args.model_path) if args.resume else None
     if last.exists() and not (path and last.samefile(path)):
         raise InputError(
             f"{last}: is there already; go on with --resume auto, choose another --model_path and --log_path, or "
             "remove it"
         )
+    if read_json_lines(log) and not path:
+        raise InputError(f"{log}: already contains another run's log; delete it or choose another --log_path")
     return path
 
 
@@ -420,6 +426,7 @@ def resume(path, args, net, optimizer, num_images):
         raise InputError(f"{path}: holds no training state; resume from a ..._last.t")
     try:
         flags = {"select": "test", "sync_bn": 1, **checkpoint["args"]}  # runs from before these flags
+        args.weights = flags.get("weights", args.weights)  # what the run started from; not read again
         for flag in sorted(set(vars(args)) - MAY_CHANGE):
             if (there := flags.get(flag)) != getattr(args, flag):
                 raise InputError(
@@ -435,8 +442,6 @@ def resume(path, args, net, optimizer, num_images):
         if (there := checkpoint.get("num_images", [*num_images])) != [*num_images]:
             raise InputError(f"{path}: was trained on {there} images, not {[*num_images]}; prepare the same ones")
         net.load_state_dict(checkpoint["net"])
-        for group in checkpoint["optimizer"]["param_groups"]:
-            group["fused"] = True  # not so in runs from before steps could be skipped
         optimizer.load_state_dict(checkpoint["optimizer"])
         return checkpoint["epoch"] + 1, checkpoint["best"], checkpoint.get("sums", {}), checkpoint.get("within", {})
     except InputError:

@@ -200,23 +200,12 @@ def number(kind, low, high=10**9, above=False):
     return parse
 
 
-def start_ranks(gpu):
-    """Join the other ranks if `torchrun` started this process -> torch.device: then, `--gpu` only chooses CUDA or cpu.
-
-    Rank r of a machine takes its CUDA device r, or the CPU. Everything here works for one process without any of it.
-    """
-    device = select_device(gpu)
-    if not dist.is_torchelastic_launched():
-        return device
-    if device.type == "cpu":
-        dist.init_process_group("gloo")
-        return device
-    local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if local >= count:
-        raise InputError(f"rank {local} of this machine has no GPU of its {count}; give --nproc_per_node={count}")
-    device = torch.device("cuda", local)
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl", device_id=device)
+def start_ranks(gpu, amp="off"):
+    """Join the other ranks if `torchrun` started this process -> `select_device`'s torch.device."""
+    device = select_device(gpu, amp)
+    if dist.is_torchelastic_launched():
+        cuda = device.type == "cuda"
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     return device
 
 
@@ -235,7 +224,10 @@ def wait_for_ranks():
 
 
 def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
+    """This process's number among those that `torchrun` started; known before they have joined."""
+    if dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
 
 
 def ranks():
@@ -249,40 +241,56 @@ def sum_over_ranks(tensor):
     return tensor
 
 
+def min_over_ranks(tensor):
+    """The smallest value of a tensor over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.MIN)
+    return tensor
+
+
 def share_buffers(net):
     """Give all ranks the first one's running statistics, so that they test the network that is saved."""
     for buffer in net.buffers() if dist.is_initialized() else []:
         dist.broadcast(buffer, 0)
 
 
-@contextlib.contextmanager
-def rank_by_rank():
-    """Rank 0 runs the block first, then the others: what it writes to disk, they find."""
-    if rank() > 0:
-        wait_for_ranks()
-    yield
-    if rank() == 0:
-        wait_for_ranks()
-
-
-def select_device(gpu):
-    """`--gpu` ("0", "1", ... or "cpu") -> torch.device. Without CUDA: the CPU, with a warning on stdout."""
-    if gpu != "cpu" and not (gpu.isascii() and gpu.isdigit()):
-        raise InputError(f"--gpu {gpu}: give the number of a GPU, or cpu")
+def check_device(gpu):
+    """Raise InputError for a `--gpu` that is not here -> its number, or "cpu". Under `torchrun`, `--gpu` only chooses
+    CUDA or the CPU: rank r of a machine takes its CUDA device r."""
     if gpu == "cpu":
-        return torch.device("cpu")
+        return gpu
+    if not (gpu.isascii() and gpu.isdigit()):
+        raise InputError(f"--gpu {gpu}: give the number of a GPU, or cpu")
     if not torch.cuda.is_available():
-        print(f"warning: --gpu {gpu}: PyTorch sees no CUDA device here; running on the CPU")
-        return torch.device("cpu")
+        raise InputError(f"--gpu {gpu}: PyTorch sees no CUDA device here; pass --gpu cpu to run on the CPU")
     count = torch.cuda.device_count()
-    if int(gpu) >= count:
+    if dist.is_torchelastic_launched():
+        number = int(os.environ["LOCAL_RANK"])
+        if number >= count:
+            raise InputError(f"rank {number} of this machine has no GPU of its {count}; pass --nproc_per_node={count}")
+    elif (number := int(gpu)) >= count:
         has = "one GPU: use --gpu 0" if count == 1 else f"{count} GPUs: use --gpu 0 to {count - 1}"
         raise InputError(f"--gpu {gpu}: this machine has {has}")
+    return number
+
+
+def select_device(gpu, amp="off"):
+    """`--gpu` ("0", "1", ... or "cpu") -> torch.device. Raises InputError if it is not here, or cannot compute in the
+    precision of `--amp`."""
+    if (number := check_device(gpu)) == "cpu":
+        return torch.device("cpu")
     # Images keep their size, so the search for the fastest convolutions pays. Precision stays PyTorch's: convolutions
     # in TF32 where mixed precision is off, products of features, and so distances, in float32.
     torch.backends.cudnn.benchmark = True
-    torch.cuda.set_device(int(gpu))
-    return torch.device("cuda", int(gpu))
+    torch.cuda.set_device(number)
+    if amp == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise InputError(f"--amp bf16: {torch.cuda.get_device_name()} does not compute in bfloat16; pass --amp off")
+    return torch.device("cuda", number)
+
+
+def cores():
+    """The processor cores that this process may use: under Slurm or in a container, not all of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def seed_everything(*seed):
@@ -405,47 +413,37 @@ def check_folder(path):
 
 
 @contextlib.contextmanager
-def claim(path, remedy="another --model_path and --log_path"):
-    """Keep other processes from claiming the same path, the beginning of the names of some files, through a hidden file
-    beside them, for as long as the block runs or the process lives; and remove what killed processes left of the files.
-    All ranks but the first need no claim. Raises InputError when another process has it."""
+def run_lock(path, remedy="another --model_path and --log_path"):
+    """Keep other processes from writing the files whose names begin with `path`, for as long as the block runs or the
+    process lives. Raises InputError when another process holds the lock. All ranks but the first need none.
+
+    The lock is a hidden file beside them. It stays: removing it would race with a run that is just opening it.
+    """
     path = Path(path)
     check_folder(path)
+    lock = path.parent / f".{path.name}.lock"
     if rank() > 0:
         yield
         return
-    lock = path.parent / f".{path.name}.lock"
-    while True:
-        try:
-            file = lock.open("a+")
-        except OSError as error:
-            raise InputError(f"{lock}: cannot be opened ({error.strerror}); remove it, or write elsewhere") from error
+    try:
+        file = lock.open("a+")
+    except OSError as error:
+        raise InputError(f"{lock}: cannot be opened ({error.strerror}); remove it, or write elsewhere") from error
+    with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                print(f"warning: {lock}: cannot be locked ({error.strerror}); do not start a second run of this name")
-                break
+        except (BlockingIOError, PermissionError) as error:
             file.seek(0)
             who = file.read() or "it does not say where"
             raise InputError(
                 f"{path}: another run of this name is writing now ({who}); wait for it, or choose {remedy}"
             ) from error
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
-                break
-        file.close()  # it was removed, at the end of another run, before it could be locked
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    for other in path.parent.glob(f".{glob.escape(path.name)}[._]*"):
-        if other != lock:
-            other.unlink(missing_ok=True)
-    try:
+        except OSError as error:
+            print(f"warning: {lock}: cannot be locked ({error.strerror}); do not start a second run of this name")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
         yield
-    finally:
-        lock.unlink(missing_ok=True)
-        file.close()
 
 
 def _umask():

@@ -1,7 +1,6 @@
 """The loops: one epoch of training, embedding a set of images, and the searches of a protocol."""
 
 import time
-from itertools import islice
 
 import numpy as np
 import torch
@@ -11,47 +10,57 @@ from torch.nn.utils import get_total_norm
 from core import re_rank
 from data_manager import describe
 from eval_metrics import NOT_SEEN, CosineDistances, match_ranks
-from utils import InputError, autocast, progress, ranks, sum_over_ranks
+from utils import InputError, autocast, min_over_ranks, progress, ranks, sum_over_ranks
 
 RANKS = (1, 5, 10, 20)
 LOG_STEPS = 10  # steps between two readings of losses and health: each waits for the device
-BAD_STEPS = 3  # steps in a row that are skipped before the run gives up
+
+
+class Diverged(InputError):
+    """A loss, its gradient or a weight is not finite."""
 
 
 class Epoch:
     """The sums of an epoch of training up to some step. They stay on the device: only reading them waits for it.
 
-    `vars(epoch)`, a dict of tensors and plain values, is what a checkpoint within the epoch keeps of it. A new epoch
-    keeps `in_a_row` of the one before.
+    `vars(epoch)`, a dict of tensors and plain values, is what a checkpoint within the epoch keeps of it.
     """
 
     def __init__(self, device, kept=None):
-        self.step, self.seconds, self.images = 0, 0.0, 0
+        self.step, self.seconds, self.images, self.readings = 0, 0.0, 0, 0
         self.names, self.losses = [], torch.zeros((), device=device)
         self.health_names, self.health = [], torch.zeros((), device=device)
-        self.readings, self.skipped, self.in_a_row, self.failed_at = torch.zeros(4, device=device).unbind()
-        for name, value in (kept or {}).items():
+        self.first_bad = torch.full((), torch.inf, device=device)  # the first step that is not finite
+        for name in vars(self).keys() & (kept or {}).keys():  # older checkpoints keep more
+            value = kept[name]
             setattr(self, name, value.to(device) if isinstance(value, torch.Tensor) else value)
 
-    def add(self, losses, bad):
-        """Count a step: its losses, a named tuple of scalars, unless it is `bad` (1 or 0) and so skipped."""
+    def add(self, losses, grads):
+        """Count a step: its losses, a named tuple of scalars, and the gradients of `losses.total`."""
         self.step += 1
         self.names = list(losses._fields)
-        self.losses = self.losses + torch.stack([loss.detach() for loss in losses]).masked_fill(bad > 0, 0)
-        self.skipped = self.skipped + bad
-        self.in_a_row = (self.in_a_row + 1) * bad
-        self.failed_at = torch.where((self.in_a_row >= BAD_STEPS) & (self.failed_at == 0), self.step, self.failed_at)
+        self.losses = self.losses + torch.stack([loss.detach() for loss in losses])
+        finite = torch.isfinite(losses.total.detach()) & torch.isfinite(get_total_norm(grads))
+        self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp_max(self.step))
 
-    def read(self, health, bad):
-        """Count a reading of the features' health, a named tuple of scalars, unless the step is `bad`."""
+    def read(self, health):
+        """Count a reading of the features' health, a named tuple of scalars."""
         self.health_names = list(health._fields)
-        self.health = self.health + torch.stack(health).masked_fill(bad > 0, 0)
-        self.readings = self.readings + (1 - bad)
+        self.health = self.health + torch.stack(health)
+        self.readings += 1
+
+    def check(self, desc, weights=()):
+        """Raise Diverged, on all ranks, if a step was not finite on one of them, or if `weights` are not now."""
+        bad = [self.first_bad] + [torch.where(torch.isfinite(w).all(), torch.inf, self.step) for w in weights]
+        if (step := min_over_ranks(torch.stack(bad).min()).item()) <= self.step:
+            raise Diverged(
+                f"{desc}: the loss, its gradient or a weight is not finite from step {int(step)} on; lower --lr, or "
+                "start from --weights imagenet"
+            )
 
     def means(self):
-        """{name: mean} of the losses over the steps that counted, and "skipped", the number of the others."""
-        losses = (self.losses / (self.step - self.skipped)).tolist()
-        return {**dict(zip(self.names, losses, strict=True)), "skipped": int(self.skipped)}
+        """{name: mean} of the losses."""
+        return dict(zip(self.names, (self.losses / self.step).tolist(), strict=True))
 
     def over_ranks(self):
         """The epoch with the mean losses of all ranks."""
@@ -60,13 +69,8 @@ class Epoch:
         return whole
 
     def summary(self):
-        """The epoch's entry in the log: means, health, `seconds`, and `images_per_second` (inputs of all ranks).
-
-        Raises InputError when no step counted.
-        """
-        if int(self.skipped) == self.step:
-            raise InputError("no step of the epoch has a finite loss and gradient: lower --lr")
-        health = dict(zip(self.health_names, (self.health / self.readings.clamp_min(1)).tolist(), strict=True))
+        """The epoch's entry in the log: means, health, `seconds`, and `images_per_second` (inputs of all ranks)."""
+        health = dict(zip(self.health_names, (self.health / self.readings).tolist(), strict=True))
         seconds = max(self.seconds, 1e-9)
         speed = {"seconds": round(seconds, 3), "images_per_second": round(ranks() * self.images / seconds, 1)}
         return {**self.means(), **health, **speed}
@@ -76,86 +80,36 @@ def train_epoch(net, criterion, optimizer, loader, augment, device, amp="off", d
     """One pass over `loader`, or the rest of it -> `Epoch`, whose `step` counts the whole epoch's.
 
     augment: uint8 (visible, infrared) on the device -> the two inputs of `net`; criterion(output, labels) -> a named
-    tuple of scalar tensors whose `total` is minimised, criterion.health(output, labels) -> another. optimizer: fused.
+    tuple of scalar tensors whose `total` is minimised, criterion.health(output, labels) -> another.
     epoch: what came before `loader`'s first batch. pause(): after each step, whether to return already.
 
-    A step whose loss or gradient is not finite changes nothing and is counted.
-
-    Raises InputError, with the batch's images, when this happens three times in a row.
+    Raises Diverged when a loss or gradient is not finite. That is read every few steps, as it waits for the device, so
+    that some more steps may follow; but a network with a weight that is not finite is never returned.
     """
     net.train()
-    epoch, start, statistics = epoch or Epoch(device), time.perf_counter(), Statistics(net)
+    epoch, start = epoch or Epoch(device), time.perf_counter()
     before = epoch.seconds
     with progress(loader, desc=desc, unit="step", leave=False) as bar:
         for visible, infrared, labels in bar:
             visible, infrared, labels = (t.to(device, non_blocking=True) for t in (visible, infrared, labels))
             visible, infrared = augment(visible, infrared)
-            statistics.keep()
             with autocast(device, amp):
                 output = net(visible, infrared)
             losses = criterion(output, labels)
             optimizer.zero_grad(set_to_none=True)
             losses.total.backward()
-            bad = _not_finite(losses.total, optimizer)
-            # Fused optimisers leave everything as it is where this is 1: a step is skipped without waiting to know.
-            optimizer.found_inf = bad
+            epoch.add(losses, [p.grad for p in net.parameters() if p.grad is not None])
             optimizer.step()
-            statistics.undo(bad)
-            epoch.add(losses, bad)
             epoch.images += len(labels)
             if epoch.step % LOG_STEPS == 0 or epoch.step == 1:
-                epoch.read(criterion.health(output, labels), bad)
+                epoch.read(criterion.health(output, labels))
                 bar.set_postfix({name: f"{value:.3f}" for name, value in epoch.means().items()})
-                _check(epoch, loader, desc)
+                epoch.check(desc)
             if pause is not None and pause():
                 break
-    _check(epoch, loader, desc)
+    epoch.check(desc, [value for value in net.state_dict().values() if value.is_floating_point()])
     epoch.seconds = before + time.perf_counter() - start
     return epoch
-
-
-class Statistics:
-    """The buffers of a network, such as batch norm's running means: `undo` takes back what changed since `keep`."""
-
-    def __init__(self, net):
-        self.floats = [buffer for buffer in net.buffers() if buffer.is_floating_point()]
-        self.counts = [buffer for buffer in net.buffers() if not buffer.is_floating_point()]
-
-    def keep(self):
-        self.before = [self._joined(buffers) for buffers in (self.floats, self.counts)]
-
-    @torch.no_grad()
-    def undo(self, bad):
-        """Where `bad` is 1; where it is 0, nothing happens. Without waiting for the device."""
-        for buffers, before in zip((self.floats, self.counts), self.before, strict=True):
-            if buffers:
-                joined = torch.where(bad > 0, before, self._joined(buffers))
-                parts = joined.split([buffer.numel() for buffer in buffers])
-                torch._foreach_copy_(buffers, [part.view_as(b) for part, b in zip(parts, buffers, strict=True)])
-
-    @staticmethod
-    def _joined(buffers):
-        return torch.cat([buffer.flatten() for buffer in buffers]) if buffers else None
-
-
-def _not_finite(total, optimizer):
-    """1 if a loss or its gradient is not finite on any rank, else 0: a tensor [] on their device."""
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    finite = torch.isfinite(total.detach()) & torch.isfinite(get_total_norm(grads))
-    return sum_over_ranks((~finite).float()).clamp_max(1)
-
-
-def _check(epoch, loader, desc):
-    """Raise InputError if too many steps in a row had to be skipped."""
-    if not (step := int(epoch.failed_at)):
-        return
-    loader.sampler.set_epoch(loader.sampler.epoch)  # `loader` may have begun later
-    visible, infrared = next(islice(loader.sampler, step - 1, None))
-    images = f"visible images {', '.join(map(str, visible))}, infrared {', '.join(map(str, infrared))}"
-    raise InputError(
-        f"the loss or its gradient is not finite, {BAD_STEPS} times in a row by step {step} of '{desc}': "
-        f"lower --lr, or start from --weights imagenet (that batch: {images} of the training arrays)"
-    )
 
 
 def network_embedding(net, device, preprocess, amp="off"):

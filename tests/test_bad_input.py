@@ -406,7 +406,7 @@ def run(script, arguments, monkeypatch):
 
 
 def contents():
-    return {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()}
+    return {file: file.read_bytes() for file in Path().rglob("*") if file.is_file() and file.suffix != ".lock"}
 
 
 @pytest.mark.usefixtures("trees")

@@ -63,11 +63,23 @@ def kill_after(seconds, script, arguments):
     return process.exitcode
 
 
+def wait_until(ready, seconds=120):
+    """Ask until it is so, but not for ever."""
+    end = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def logged_epochs(folder):
+    return sum(len(file.read_text().splitlines()) for file in folder.glob("log/*/*.jsonl"))
+
+
 def assert_same_runs(folders):
     """Two runs ended alike, bit for bit: checkpoints, optimiser, JSON lines but for the times."""
     names, logs = [], []
     for folder in folders:
-        files = sorted((folder / "models").iterdir())
+        files = sorted((folder / "models").glob("*.t"))
         names.append([file.name for file in files])
         (log,) = (folder / "log" / "sysu_log").glob("*.jsonl")
         logs.append([json.loads(line) for line in log.read_text().splitlines()])
@@ -114,10 +126,10 @@ def test_killed_trainings_lose_nothing(unbroken, sysu_tree, tmp_path):
     rng = random.Random(0)
     command = flags(sysu_tree, tmp_path, *MORE, "--resume", "auto", "--save_minutes", "0.005")
     came_to, begun_again = (0, 0), 0
-    kills = 0
-    while kills < 14 or begun_again < 5:
-        kills += 1
-        if kill_after(rng.uniform(0.3, 3), train_ext_test0, command) == 0:
+    for kills in range(60):
+        if kills >= 14 and begun_again >= 5:
+            break
+        if kill_after(rng.uniform(0.3, 3 + kills / 5), train_ext_test0, command) == 0:  # longer on a slow machine
             shutil.rmtree(tmp_path / "models")  # it had come to its end: from the start once more
             shutil.rmtree(tmp_path / "log")
             came_to = (0, 0)
@@ -129,6 +141,7 @@ def test_killed_trainings_lose_nothing(unbroken, sysu_tree, tmp_path):
                 assert (checkpoint["epoch"] + 1, steps) >= came_to
                 came_to = (checkpoint["epoch"] + 1, steps)
                 begun_again += steps > 0
+    assert begun_again >= 5
     assert finish(train_ext_test0, command) == 0
     assert_same_runs([unbroken, tmp_path])
 
@@ -260,19 +273,64 @@ def test_a_signal_is_one_line_and_its_status(unbroken, sysu_tree, tmp_path, numb
     command = flags(sysu_tree, tmp_path, *MORE, "--resume", "auto")
     errors = tmp_path / "stderr.txt"
     process = start(train_ext_test0, command, errors)
-    while not list(tmp_path.glob("models/*_last.t")):
-        time.sleep(0.01)
+    wait_until(lambda: logged_epochs(tmp_path))
     os.kill(process.pid, number)
     process.join()
     assert process.exitcode == status
     line = errors.read_text().strip()
     assert re.fullmatch(
-        rf"train_ext_test0.py: stopped by {number.name} in epoch [12], after step \d of 8; .*_last.t is saved: "
+        rf"train_ext_test0.py: stopped by {number.name} in epoch \d, after step \d of 8; .*_last.t is saved: "
         "go on with --resume auto",
         line,
     )
     assert finish(train_ext_test0, command) == 0
     assert_same_runs([unbroken, tmp_path])
+
+
+def test_a_run_that_diverges_keeps_its_last_checkpoint(unbroken, sysu_tree, tmp_path, monkeypatch):
+    """Also when it is asked to save and stop after the step that is not finite."""
+    command = flags(sysu_tree, tmp_path, *MORE, "--resume", "auto")
+    augment, steps = TrainAugmentation.__call__, itertools.count(1)
+
+    def spoil_a_step(self, *batch):
+        views = augment(self, *batch)
+        if next(steps) == 10:
+            views[0][0] = np.inf
+            os.kill(os.getpid(), signal.SIGTERM)
+        return views
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainAugmentation, "__call__", spoil_a_step)
+        with pytest.raises(
+            utils.InputError, match="^epoch 1/2: .* from step 3 on; lower --lr.*_last.t is intact: --res"
+        ):
+            train_ext_test0.main(command)
+    (last,) = tmp_path.glob("models/*_last.t")
+    assert torch.load(last)["epoch"] == 0
+    train_ext_test0.main(command)
+    assert_same_runs([unbroken, tmp_path])
+
+
+def test_runs_from_when_steps_were_skipped_are_resumed(unbroken, sysu_tree, tmp_path, monkeypatch):
+    """After an epoch and within one: their checkpoints count such steps."""
+    command = flags(sysu_tree, tmp_path, *MORE, "--resume", "auto")
+    readings, skipped, in_a_row, failed_at = torch.zeros(4).unbind()
+    train_ext_test0.main([*command, "--epochs", "1"])
+    (last,) = tmp_path.glob("models/*_last.t")
+    torch.save(torch.load(last) | {"sums": {"in_a_row": in_a_row}}, last)
+    with monkeypatch.context() as patch:
+        signal_at(3, signal.SIGTERM, patch)
+        with pytest.raises(utils.Stopped, match="in epoch 1, after step 3"):
+            train_ext_test0.main(command)
+    checkpoint = torch.load(last)
+    readings += checkpoint["sums"]["readings"]
+    del checkpoint["sums"]["first_bad"]
+    checkpoint["sums"] |= {"readings": readings, "skipped": skipped, "in_a_row": in_a_row, "failed_at": failed_at}
+    torch.save(checkpoint, last)
+    train_ext_test0.main(command)
+    (whole,) = unbroken.glob("models/*_last.t")
+    for part in ("net", "optimizer"):
+        assert_equal(torch.load(last)[part], torch.load(whole)[part])
 
 
 def test_training_stopped_while_it_tests_repeats_no_step(unbroken, sysu_tree, tmp_path, monkeypatch):
@@ -327,9 +385,7 @@ def test_ctrl_c_leaves_no_process_behind(sysu_tree, tmp_path):
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
     )
-    while not list(tmp_path.glob("models/*_last.t")):
-        assert process.poll() is None
-        time.sleep(0.05)
+    wait_until(lambda: process.poll() is not None or list(tmp_path.glob("models/*_last.t")))
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes of the group
     assert process.wait(60) == 130
     assert process.stderr.read().decode().strip().count("\n") == 0
@@ -349,7 +405,7 @@ def test_full_disk_keeps_the_last_checkpoint(unbroken, sysu_tree, tmp_path):
     (line,) = errors.read_text().splitlines()
     assert "_last.t: cannot be written (File too large); make room" in line
     assert last.read_bytes() == before
-    assert not list((tmp_path / "models").glob(".*"))
+    assert not list((tmp_path / "models").glob(".*.t.*"))
     assert finish(train_ext_test0, flags(sysu_tree, tmp_path, *more)) == 0
 
 
@@ -366,20 +422,39 @@ def test_full_disk_while_preparing(sysu_tree, tmp_path):
     assert not list(tree.glob(".*"))
 
 
-def test_auto_does_not_take_another_run_s_log(unbroken, sysu_tree, tmp_path):
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_auto_does_not_take_another_run_s_log(unbroken, sysu_tree, tmp_path, epochs):
     shutil.copytree(unbroken / "log", tmp_path / "log")
     (log,) = (tmp_path / "log" / "sysu_log").glob("*.jsonl")
-    before = log.read_text()
-    with pytest.raises(utils.InputError, match="is the log of an earlier run"):
+    before = "".join(log.read_text().splitlines(keepends=True)[:epochs])
+    log.write_text(before)
+    with pytest.raises(utils.InputError, match="already contains another run's log"):
         train_ext_test0.main(flags(sysu_tree, tmp_path, *MORE, "--resume", "auto"))
     assert log.read_text() == before
+
+
+def test_a_run_killed_between_its_first_entry_and_the_save_begins_again(unbroken, sysu_tree, tmp_path, monkeypatch):
+    command = flags(sysu_tree, tmp_path, *MORE, "--resume", "auto")
+    save = train_ext_test0.save_checkpoint
+
+    def die_after_the_first_epoch(checkpoint, path):
+        if checkpoint["epoch"] == 0:
+            raise KeyboardInterrupt
+        save(checkpoint, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_ext_test0, "save_checkpoint", die_after_the_first_epoch)
+        with pytest.raises(KeyboardInterrupt):
+            train_ext_test0.main(command)
+    assert len(next(tmp_path.glob("log/sysu_log/*.jsonl")).read_text().splitlines()) == 1
+    train_ext_test0.main(command)
+    assert_same_runs([unbroken, tmp_path])
 
 
 def test_two_runs_of_one_name(sysu_tree, tmp_path):
     command = flags(sysu_tree, tmp_path, "--epochs", "50", "--resume", "auto")
     first = start(train_ext_test0, command)
-    while not list(tmp_path.glob("models/*_last.t")):
-        time.sleep(0.01)
+    wait_until(lambda: list(tmp_path.glob("models/*_last.t")))
     errors = tmp_path / "stderr.txt"
     assert finish(train_ext_test0, command, errors=errors) == 2
     assert re.search(
@@ -387,11 +462,11 @@ def test_two_runs_of_one_name(sysu_tree, tmp_path):
     )
     first.kill()
     first.join()
-    assert list(tmp_path.glob("models/.*.lock"))
-    second = start(train_ext_test0, command)
-    second.join(2)
-    assert second.exitcode is None  # the lock of a run that is gone is no lock
+    (last,) = tmp_path.glob("models/*_last.t")
+    before = last.stat().st_mtime_ns
+    second = start(train_ext_test0, command)  # the lock of a run that is gone is no lock
+    wait_until(lambda: not second.is_alive() or last.stat().st_mtime_ns > before)
     second.terminate()
     second.join()
     assert second.exitcode == 143
-    assert not list(tmp_path.glob("models/.*"))
+    assert not list(tmp_path.glob("models/.*.t.*"))

@@ -88,25 +88,33 @@ def test_interrupted_preparing_changes_nothing(sysu_tree, tmp_path):
     assert not [file for file in tree.iterdir() if file.name.startswith(".")]
 
 
-def test_crash_among_the_renames_leaves_no_mixed_set(sysu_tree, tmp_path, monkeypatch):
+@pytest.mark.parametrize("renames", range(8))
+def test_crash_among_the_renames_leaves_no_mixed_set_and_loses_nothing(sysu_tree, tmp_path, monkeypatch, renames):
     """Four files cannot be renamed at once: when the process dies between two of them, training must not start."""
-    tree, _ = prepare_tree(sysu_tree, tmp_path)
+    tree, before = prepare_tree(sysu_tree, tmp_path)
     ids = tree / "exp" / "train_id.txt"
     ids.write_text(ids.read_text().split(",", 1)[1])
     rename, renamed = os.replace, []
 
-    def die_after_two(source, target):
-        if len(renamed) == 2:
+    def die_after_some(source, target):
+        if len(renamed) == renames:
             raise KeyboardInterrupt
         renamed.append(target)
         rename(source, target)
 
-    monkeypatch.setattr(os, "replace", die_after_two)
-    with pytest.raises(KeyboardInterrupt):
-        pre_process_sysu.main(["--data_path", str(tree), "--img_h", str(SIZE[0]), "--img_w", str(SIZE[1])])
-    assert len(renamed) == 2
-    with pytest.raises(InputError, match="no whole prepared array"):
-        sysu_train(tree, SIZE)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", die_after_some)
+        with pytest.raises(KeyboardInterrupt):
+            pre_process_sysu.main(["--data_path", str(tree), "--img_h", str(SIZE[0]), "--img_w", str(SIZE[1])])
+    if renames:
+        with pytest.raises(InputError, match="no whole prepared array"):
+            sysu_train(tree, SIZE)
+    for file, content in before.items():
+        old = file.with_suffix(".npy.old")
+        assert (old if old.exists() else file).read_bytes() == content
+    pre_process_sysu.main(["--data_path", str(tree), "--img_h", str(SIZE[0]), "--img_w", str(SIZE[1])])
+    sysu_train(tree, SIZE)
+    assert not list(tree.glob("*.old"))
 
 
 def test_an_id_in_two_splits_is_refused(sysu_tree, tmp_path):

@@ -33,14 +33,22 @@ def test_commands_work_with_their_defaults_at_the_default_path(sysu_tree, tmp_pa
     torch.save(torchvision.models.resnet50(zero_init_residual=True).state_dict(), work / "resnet50.pth")
 
     def run(script, *arguments):
-        # `--gpu 1` means the second of two GPUs, or warns where there is none.
         options = {"capture_output": True, "text": True, "cwd": work, "env": {**os.environ, "CUDA_VISIBLE_DEVICES": ""}}
-        result = subprocess.run([sys.executable, REPO / script, *arguments], **options)
+        return subprocess.run([sys.executable, REPO / script, *arguments], **options)
+
+    def succeed(*command):
+        result = run(*command)
         assert result.returncode == 0, result.stderr
         return result.stdout
 
-    run("pre_process_sysu.py")
-    run("train_ext_test0.py", "--dataset", "sysu", "--gpu", "1", "--weights", "resnet50.pth", "--epochs", "1")
+    succeed("pre_process_sysu.py")
+    train = ["train_ext_test0.py", "--dataset", "sysu", "--gpu", "1", "--weights", "resnet50.pth", "--epochs", "1"]
+    refused = run(*train)  # `--gpu 1` means the second of two GPUs, and here there is none
+    assert refused.returncode == 2
+    assert "--gpu 1: PyTorch sees no CUDA device here; pass --gpu cpu" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert not (work / "save_model").exists()
+    succeed(*train, "--gpu", "cpu")
     name = "sysu_adp_joint_co_nog_ch_nog_sq1_aug_G_erase_0.5_p4_n8_lr_0.1_seed_0_9_best.t"
-    out = run("testa.py", "--mode", "all", "--resume", f"save_model/{name}")
+    out = succeed("testa.py", "--mode", "all", "--resume", f"save_model/{name}", "--gpu", "cpu")
     assert "all-search" in out

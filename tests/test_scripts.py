@@ -42,7 +42,7 @@ def trained(sysu_tree, tmp_path_factory):
 def test_run_writes_what_it_promises(trained):
     result, out = trained
     name = "sysu_adp_joint_co_nog_ch_nog_sq1_aug_G_erase_0.5_p2_n4_lr_0.01_seed_0_9_adam"
-    assert sorted(file.name for file in (out / "models").iterdir()) == [
+    assert sorted(file.name for file in (out / "models").glob("*.t")) == [
         f"{name}_{kind}.t" for kind in ("best", "epoch_1", "epoch_2", "last")
     ]
     entries = [json.loads(line) for line in Path(result["log"]).read_text().splitlines()]
@@ -103,6 +103,12 @@ def test_resume_refuses_other_flags(trained, sysu_tree, tmp_path, other):
         train_ext_test0.main(flags(sysu_tree, tmp_path, "--resume", result["last"], *other))
 
 
+def test_resumed_run_needs_no_weights_and_remembers_those_it_began_with(trained, sysu_tree, tmp_path):
+    result, _ = trained
+    more = ("--resume", result["last"], "--epochs", "4", "--weights", "absent.pth")
+    assert torch.load(train_ext_test0.main(flags(sysu_tree, tmp_path, *more))["last"])["args"]["weights"] == "none"
+
+
 def test_run_from_before_the_selection_flag_is_resumed(trained, sysu_tree, tmp_path):
     result, _ = trained
     checkpoint = torch.load(result["last"])
@@ -122,16 +128,16 @@ def test_resume_refuses_a_best_checkpoint(trained, sysu_tree, tmp_path):
 
 def test_run_of_the_same_name_is_not_overwritten(trained, sysu_tree):
     _, out = trained
-    before = {file: file.read_bytes() for file in (out / "models").iterdir()}
+    before = {file: file.read_bytes() for file in (out / "models").glob("*.t")}
     for more in (["--alpha", "2"], ["--epochs", "1"]):
         with pytest.raises(InputError, match=r"_last\.t: is there already; go on with --resume"):
             train_ext_test0.main(flags(sysu_tree, out, *more))
     log = (out / "log" / "sysu_log").glob("*.jsonl")
     logged = {file: file.read_bytes() for file in log}
-    with pytest.raises(InputError, match=r"\.jsonl: is the log of an earlier run; choose another --log_path"):
+    with pytest.raises(InputError, match=r"\.jsonl: already contains another run's log; delete it or choose another"):
         train_ext_test0.main(flags(sysu_tree, out, "--model_path", str(out / "other")))
     assert logged == {file: file.read_bytes() for file in logged}
-    assert before == {file: file.read_bytes() for file in (out / "models").iterdir()}
+    assert before == {file: file.read_bytes() for file in (out / "models").glob("*.t")}
 
 
 @pytest.mark.parametrize(
@@ -559,11 +565,13 @@ def test_files_without_weights_are_refused(sysu_tree, tmp_path, content):
     ],
 )
 def test_bad_input_is_one_line_and_status_2(script, arguments, words, tmp_path):
-    result = subprocess.run([sys.executable, REPO / script, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    command = [sys.executable, REPO / script, *arguments]
+    command += ["--gpu", "cpu"] if script in ("testa.py", "train_ext_test0.py") else []
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert all(word in result.stderr for word in words)
-    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and file.suffix != ".lock"]
 
 
 def test_table_can_be_cut_off_and_needs_no_unicode(trained, sysu_tree, tmp_path):
@@ -602,6 +610,24 @@ def test_weights_that_cannot_be_had_say_what_to_do(sysu_tree, tmp_path, monkeypa
         train_ext_test0.main(
             [*flags(sysu_tree, tmp_path), "--arch", "resnet50", "--weights", str(tmp_path / "resnet34.pth")]
         )
+
+
+def test_training_and_embedding_share_the_compiled_parts():
+    net = GFMNet(3, "resnet18")
+    names, compiled = list(net.state_dict()), []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    net.compile(backend=backend)
+    assert list(net.state_dict()) == names
+    net(torch.randn(2, 3, 48, 16), torch.randn(2, 3, 48, 16))
+    in_training = len(compiled)
+    assert in_training > 0
+    with torch.inference_mode():
+        net.eval().embed(torch.randn(2, 3, 48, 16), "infrared")
+    assert len(compiled) > in_training
 
 
 @pytest.mark.slow

@@ -140,10 +140,10 @@ def test_a_query_finds_what_a_plain_loop_finds(folder, checkpoint, pictures, tmp
 
 def test_a_second_call_embeds_only_what_is_new_or_changed(made, checkpoint, pictures, monkeypatch):
     folder, index = made
-    seen, before = embedded_images(monkeypatch), sorted(index.iterdir())
+    seen, before = embedded_images(monkeypatch), sorted(index.glob("[!.]*"))
     assert run_index(folder, index)["embedded"] == 0
     assert seen == ["broken.png"]  # which is tried each time
-    assert sorted(index.iterdir()) == before  # nothing was written
+    assert sorted(index.glob("[!.]*")) == before  # nothing was written
 
     gone, changed, spoilt = readable(folder)[:3]
     gone.unlink()
@@ -155,7 +155,7 @@ def test_a_second_call_embeds_only_what_is_new_or_changed(made, checkpoint, pict
     assert sorted(seen) == sorted([changed.name, spoilt.name, "77.JPG", "broken.png"])
     assert (counts["embedded"], counts["changed"], counts["vanished"], counts["images"]) == (2, 2, 1, 13)
     assert len(counts["unreadable"]) == 3
-    assert len(list(index.iterdir())) == 2
+    assert len(list(index.glob("[!.]*"))) == 2
     spoilt.unlink()
     check_found(run_query(index, pictures[1]), plain_search(checkpoint, folder, pictures[1]), 10)
 
@@ -176,7 +176,7 @@ def test_a_moved_folder_is_the_same_and_another_is_refused(made, checkpoint, pic
 def test_what_does_not_fit_an_index_is_refused(made, checkpoint, pictures, tmp_path):
     folder, index = made
     other = save_network(tmp_path / "other.t", seed=1)
-    before = {path: path.read_bytes() for path in index.iterdir()}
+    before = {path: path.read_bytes() for path in index.glob("[!.]*")}
     for flags, words in (
         (["--resume", other], "other.t: is not of the checkpoint that .*index was made with, .*net.t .sha256"),
         (["--modality", "infrared"], "--modality infrared: .*index is of visible"),
@@ -196,7 +196,7 @@ def test_what_does_not_fit_an_index_is_refused(made, checkpoint, pictures, tmp_p
     with pytest.raises(InputError, match=r"mine.t: no such file; .*second was made with it: .*--resume"):
         run_query(tmp_path / "second", pictures[1])
     assert run_query(tmp_path / "second", pictures[1], "--resume", checkpoint)
-    assert {path: path.read_bytes() for path in index.iterdir()} == before
+    assert {path: path.read_bytes() for path in index.glob("[!.]*")} == before
 
 
 @pytest.mark.parametrize("killed", [False, True])
@@ -222,7 +222,7 @@ def test_a_run_that_ends_between_the_two_files_leaves_the_old_index(made, pictur
     assert len(list(index.glob("index.*.faiss"))) == 2
     assert run_query(index, pictures[1]) == before
     assert run_index(folder, index)["embedded"] == 1
-    assert sorted(path.name for path in index.iterdir()) == ["index.2.faiss", "index.json"]
+    assert sorted(path.name for path in index.glob("[!.]*")) == ["index.2.faiss", "index.json"]
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_old_index(made, pictures, monkeypatch):
@@ -263,7 +263,7 @@ def test_two_runs_do_not_write_one_index(made):
     folder, index = made
     code = textwrap.dedent(f"""
         import utils
-        with utils.claim({str(index / "index.json")!r}):
+        with utils.run_lock({str(index / "index.json")!r}):
             print("claimed", flush=True)
             input()
     """)
@@ -469,7 +469,7 @@ def test_bad_input_is_one_line_and_status_2(made, pictures, tmp_path):
             search.main(argv)
         assert "\n" not in str(caught.value)
     assert Path(copy).read_bytes() == pictures[1][0].read_bytes()
-    assert not list((tmp_path / "x").iterdir())
+    assert not list((tmp_path / "x").glob("[!.]*"))
     done = subprocess.run(
         [sys.executable, "-m", "tools.search", "query", "none.jpg", *queries], cwd=REPO, capture_output=True, text=True
     )

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import utils
+from data_loader import worker_options
 from utils import InputError
 
 
@@ -85,12 +87,57 @@ def test_other_errors_keep_their_traceback():
     assert "ZeroDivisionError" in result.stderr
 
 
-def test_device_without_cuda_warns_and_is_the_cpu(monkeypatch, capsys):
+def test_device_without_cuda_is_an_error_that_names_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert utils.select_device("1") == torch.device("cpu")
-    assert "--gpu 1" in capsys.readouterr().out
+    for gpu in ("0", "1"):
+        with pytest.raises(InputError, match=f"--gpu {gpu}: PyTorch sees no CUDA device here; pass --gpu cpu"):
+            utils.select_device(gpu)
     assert utils.select_device("cpu") == torch.device("cpu")
-    assert capsys.readouterr().out == ""
+
+
+def test_bfloat16_needs_a_gpu_that_has_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert utils.select_device("0", "off") == torch.device("cuda", 0)
+    with pytest.raises(InputError, match="--amp bf16: Tesla V100 does not compute in bfloat16; pass --amp off"):
+        utils.select_device("0", "bf16")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert utils.select_device("0", "bf16") == torch.device("cuda", 0)
+
+
+def test_ranks_take_a_gpu_each_and_know_their_number_before_they_join(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "5", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert utils.rank() == 5
+    assert utils.select_device("0") == torch.device("cuda", 1)
+    assert chosen == [1]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(InputError, match="rank 2 of this machine has no GPU of its 2; pass --nproc_per_node=2"):
+        utils.select_device("0")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs Linux")
+def test_cores_are_those_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5})
+    assert utils.cores() == 2
+    assert worker_options(8)["num_workers"] == 2
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert utils.cores() == 64
+
+
+def test_memory_is_pinned_only_for_a_gpu_that_is_used(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for used in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda used=used: used)
+        assert worker_options(2)["pin_memory"] == used
 
 
 def test_device_that_is_not_there_is_an_error(monkeypatch):
@@ -218,3 +265,29 @@ def test_resumed_log_holds_each_epoch_once(tmp_path):
     log = utils.RunLog(tmp_path, "run")
     log.close()
     assert (tmp_path / "run.jsonl").read_text() == ""
+
+
+def test_lock_leaves_runs_alone_whose_names_begin_alike(tmp_path):
+    """What another live run writes, and its lock, stay; and it still keeps others out."""
+    name = "run_seed_0_9"
+    with utils.run_lock(tmp_path / f"{name}_adam"), utils.atomic(tmp_path / f"{name}_adam_last.t") as temporary:
+        with utils.run_lock(tmp_path / name), utils.atomic(tmp_path / f"{name}_last.t"):
+            assert temporary.exists()
+        code = f"import utils\nwith utils.run_lock({str(tmp_path / name)!r} + '_adam'): pass"
+        other = run(code)
+        assert "InputError" in other.stderr
+        assert f"is writing now (process {os.getpid()}" in other.stderr
+    assert {file.name for file in tmp_path.glob("*.t")} == {f"{name}_last.t", f"{name}_adam_last.t"}
+
+
+def test_temporaries_of_killed_processes_are_removed_by_the_next_write(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    host = socket.gethostname()
+    left = [tmp_path / f".last.t.{host}.{pid}.abc" for pid in (gone.pid, os.getppid())]
+    left += [tmp_path / f".last.t_2.{host}.{gone.pid}.abc", tmp_path / f".last.t.elsewhere.{gone.pid}.abc"]
+    for file in left:
+        file.touch()
+    with utils.atomic(tmp_path / "last.t"):
+        pass
+    assert [file.exists() for file in left] == [False, True, True, True]

@@ -61,6 +61,7 @@ from utils import (
     autocast,
     check_output,
     cli,
+    cores,
     number,
     progress,
     save_json,
@@ -134,7 +135,7 @@ def main(argv=None):
         return bench_gpu(args)
     if args.json:
         check_output(args.json)
-    device = select_device(args.gpu)
+    device = select_device(args.gpu, getattr(args, "amp", "off"))
     figures = {
         "data": bench_data,
         "step": bench_step,
@@ -145,7 +146,7 @@ def main(argv=None):
         "search": bench_search,
     }[args.command](args, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    machine = {"device": name, "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
+    machine = {"device": name, "cores": cores(), "python": platform.python_version(), "torch": torch.__version__}
     figures |= {"flags": vars(args), **machine}
     if args.json:
         save_json(figures, args.json)
@@ -253,7 +254,7 @@ def bench_data(args, device):
     paths = sysu_images(args.data_path, ids, SYSU_VISIBLE["all"])[0][:SCALING_IMAGES]
     with tempfile.TemporaryDirectory() as folder:
         out, size = Path(folder) / "images.npy", (args.img_h, args.img_w)
-        runs = [partial(write_images, paths, size, out, "preparing", count) for count in (os.cpu_count(), 1)]
+        runs = [partial(write_images, paths, size, out, "preparing", count) for count in (cores(), 1)]
         print_head()
         row = compare(f"preparing {len(paths)} images, all cores, one core", *runs, SCALING_REPEATS, device)
     figures["prepare_scaling"] = row
@@ -303,11 +304,12 @@ def bench_step(args, device):
     loader = train_loader(data, sampler, args.workers, device, args.cache)
     batches = endless(loader)
     net.to(memory_format=torch.channels_last)
-    model = torch.compile(net) if args.compile else net
+    if args.compile:
+        net.compile()
     criterion, augment = MethodLoss("adp"), TrainAugmentation(1, 0.5)
     optimizer = sgd(net.parameters(), fused=True)
 
-    def train(model=model, augment=augment):
+    def train(model=net, augment=augment):
         steps = islice(batches, args.steps)
         engine.train_epoch(model, criterion, optimizer, steps, augment, device, args.amp)
 
@@ -315,7 +317,7 @@ def bench_step(args, device):
         DataLoader(
             PlainPairs(data, sampler, size),
             args.batch_size * args.num_pos,
-            num_workers=min(args.workers, os.cpu_count()),
+            num_workers=min(args.workers, cores()),
             persistent_workers=args.workers > 0,
             pin_memory=device.type == "cuda",
         )
@@ -353,8 +355,9 @@ def bench_step(args, device):
         cached = sum(x.nbytes for x in loader.images) if isinstance(loader, CachedBatches) else 0
         figures["peak_gib_without_cache"] = (peak_memory(device) - cached) / 2**30
         print(f"peak memory without the cached images: {figures['peak_gib_without_cache']:.1f} GiB")
-    budget = step_budget(train, model, criterion, augment, optimizer, device)
-    floors = step_floors(net, criterion, augment(visible, infrared), labels, args.amp)
+    budget = step_budget(train, net, criterion, augment, optimizer, device)
+    uncompiled = GFMNet(people, args.arch).to(device)
+    floors = step_floors(uncompiled, criterion, augment(visible, infrared), labels, args.amp)
     if device.type == "cuda":
         budget["gaps, the device waiting (part of the above)"] = device_gaps(train) / args.steps
     print("where a step's time goes, and how fast it could be:")

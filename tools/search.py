@@ -44,12 +44,12 @@ from tools.index import arrange, drop_rows, read_index, save_index
 from utils import (
     ArgumentParser,
     InputError,
-    claim,
     cli,
     file_sha256,
     load_checkpoint,
     number,
     progress,
+    run_lock,
     select_device,
 )
 
@@ -217,7 +217,7 @@ def index_folder(args):
     folder, out = Path(args.folder).resolve(), Path(args.out)
     if not folder.is_dir():
         raise InputError(f"{args.folder}: no such folder; name one with images")
-    with claim(out / "index.json", "another --out"):
+    with run_lock(out / "index.json", "another --out"):
         about, vectors = {}, None
         if (out / "index.json").exists():
             about, vectors = read_index(out, mapped=False)

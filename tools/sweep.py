@@ -24,12 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+import figures
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import data_manager
-import figures
 import testa
 import train_ext_test0
 from loss import Health, Losses

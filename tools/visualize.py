@@ -109,7 +109,7 @@ def embed_test(args, resume):
     protocol.check_flags(args)
     if args.dataset == "regdb" and args.gallery is not None:
         raise InputError("--gallery is SYSU-MM01's and LLCM's: RegDB's galleries are whole; leave it out")
-    device, data_path = select_device(args.gpu), protocol.data_folder(args)
+    device, data_path = select_device(args.gpu, args.amp), protocol.data_folder(args)
     path = find_checkpoint(resume, args.model_path)
     net, size, origin = protocol.open_checkpoint(path, data_path)
     trial = protocol.tested_trial(path, origin, args.dataset, args.trial)
