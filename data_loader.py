@@ -13,16 +13,16 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from core.files import atomic
 from data_manager import LLCM_NAMES, REGDB_CAMERAS, process_query_llcm, process_test_regdb, read_ids, read_list, relabel
 from utils import (
     InputError,
-    atomic,
     cores,
     end_with_the_main_process,
     leave_signals_to_the_main_process,
+    process_count,
+    process_index,
     progress,
-    rank,
-    ranks,
 )
 
 # What cameras and data sets have. Pillow tells a file's format by its content, and would hand some, such as PostScript
@@ -88,7 +88,7 @@ def write_images(paths, size, out, desc, workers=None):
     {index: InputError} of those that cannot be read; their places stay black.
 
     Memory stays that of some images a process, however many there are. Not atomic: `out` is a temporary of
-    `utils.atomic`. workers: processes (threads would wait for each other), by default one a core.
+    `files.atomic`. workers: processes (threads would wait for each other), by default one a core.
     """
     np.lib.format.open_memmap(out, "w+", np.uint8, (len(paths), *size, 3))
     with open(out, "r+b") as file:  # takes the room now: a map that finds the disk full later kills the process
@@ -209,14 +209,14 @@ def _cached_images(data_path, name, paths, size):
             raise no_image(path) from error
         digest.update(f"{Path(path).relative_to(data_path)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     file = folder / f"{name}_{digest.hexdigest()[:16]}.npy"
-    if rank() == 0 and not file.exists():
+    if process_index() == 0 and not file.exists():
         with atomic(file) as temporary:
             unreadable = write_images(paths, size, temporary, desc=f"decoding {name}")
             check_readable([*unreadable.values()], len(paths))
         for other in folder.glob(f"{name}_*.npy"):
             if other != file:
                 other.unlink()
-    while not file.exists():  # the other ranks wait here: in a barrier, their patience would end after some minutes
+    while not file.exists():  # the other processes wait here: in a barrier, their patience would end after some minutes
         time.sleep(0.5)
     return np.load(file, mmap_mode="r", allow_pickle=False)
 
@@ -227,16 +227,18 @@ class IdentitySampler(Sampler):
     Yields (visible indices, infrared indices), two int64 arrays [batch_size * num_pos] whose labels agree position by
     position. A batch's identities differ. An epoch has max(visible, infrared) // (batch_size * num_pos) + 1 batches: on
     SYSU-MM01 696, one more than the published progress line shows, but as many as the published sampler yields. Its
-    draws depend on the seed and on `set_epoch` only. Of several ranks, all draw the same batches and each yields the
-    share of its own identities.
+    draws depend on the seed and on `set_epoch` only. All processes draw the same batches; each yields only its own
+    identities.
 
-    Raises InputError when fewer than `batch_size` identities have images of both modalities, or when the ranks cannot
-    share them evenly.
+    Raises InputError when fewer than `batch_size` identities have images of both modalities, or when the processes
+    cannot share them evenly.
     """
 
     def __init__(self, data, batch_size, num_pos, seed):
-        if batch_size % ranks():
-            raise InputError(f"--batch_size {batch_size}: {ranks()} ranks cannot share it evenly; take a multiple")
+        if batch_size % process_count():
+            raise InputError(
+                f"--batch_size {batch_size}: {process_count()} processes cannot share it evenly; take a multiple"
+            )
         both = np.intersect1d(data.visible_labels, data.infrared_labels)
         both = both[both >= 0]
         if len(both) < batch_size:
@@ -261,7 +263,9 @@ class IdentitySampler(Sampler):
         for step in range(self.steps):
             chosen = rng.choice(len(self.visible), self.batch_size, replace=False)
             batch = tuple(
-                np.concatenate([rng.choice(images[i], self.num_pos) for i in chosen][rank() :: ranks()])
+                np.concatenate(
+                    [rng.choice(images[i], self.num_pos) for i in chosen][process_index() :: process_count()]
+                )
                 for images in (self.visible, self.infrared)
             )
             if step >= self.start:
@@ -364,14 +368,16 @@ def train_loader(data, sampler, workers, device="cpu", cache="disk"):
 
 
 def eval_loader(paths, size, batch_size, workers):
-    """Batches uint8 [B, 3, H, W] of the files, in their order. The ranks take turns, `loader.rows` being those of this
-    one; a rank that has none embeds the first image, for the sake of the features' shape.
+    """Batches uint8 [B, 3, H, W] of the files, in their order. The processes take turns; `loader.rows` are this one's.
+    A process that has none embeds the first image, for the sake of the features' shape.
 
     Raises InputError, before the first batch, for a file that is not there."""
     for path in paths:
         if not os.path.isfile(path):
             raise no_image(path)
-    batches = [batch.tolist() for batch in torch.arange(len(paths)).split(batch_size)[rank() :: ranks()]]
+    batches = [
+        batch.tolist() for batch in torch.arange(len(paths)).split(batch_size)[process_index() :: process_count()]
+    ]
     loader = DataLoader(ImageFiles(paths, size), batch_sampler=batches or [[0]], **worker_options(workers))
     loader.rows = [row for batch in batches for row in batch]
     return loader

@@ -12,9 +12,10 @@ from itertools import combinations
 
 import numpy as np
 
+from core.files import atomic, flush, writing
 from data_loader import check_readable, sysu_train_files, write_images
 from data_manager import DATA_PATHS, SYSU_INFRARED, SYSU_VISIBLE, read_ids, sysu_images
-from utils import ArgumentParser, InputError, atomic, cli, flush, number, writing
+from utils import ArgumentParser, InputError, cli, number
 
 
 def get_args_parser():

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from core.files import atomic
 from data_manager import DATA_PATHS, REGDB_TRIALS
-from utils import InputError, atomic
+from utils import InputError
 
 
 def save_features(path, features, paths, data_path, origin):

@@ -6,9 +6,10 @@ import os
 
 import data_manager
 from core import engine
+from core.checkpoint import load_checkpoint
 from data_loader import eval_loader
 from model import load_network, method_name
-from utils import InputError, load_checkpoint, number
+from utils import InputError, number
 
 
 def add_flags(parser):

@@ -305,10 +305,10 @@ def test_ranks_share_the_test_batches_of_one_process(sysu_tree, monkeypatch, ima
     paths = data_manager.process_query_sysu(sysu_tree)[0]
     paths = (paths * 10)[:images]
     whole = list(eval_loader(paths, (20, 10), 4, 0).batch_sampler)
-    monkeypatch.setattr(data_loader, "ranks", lambda: ranks)
+    monkeypatch.setattr(data_loader, "process_count", lambda: ranks)
     shares = []
     for rank in range(ranks):
-        monkeypatch.setattr(data_loader, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(data_loader, "process_index", lambda rank=rank: rank)
         loader = eval_loader(paths, (20, 10), 4, 0)
         shares.append(loader.rows)
         assert list(loader.batch_sampler) == (whole[rank::ranks] or [[0]])

@@ -7,8 +7,8 @@ import torch
 import data_manager
 import testa
 import train_ext_test0
-import utils
 from conftest import flags, plain_embedding
+from core.checkpoint import save_checkpoint
 from eval_metrics import eval_regdb
 from utils import InputError
 
@@ -77,7 +77,7 @@ def test_regdb_ten_trials_in_one_table(regdb_runs, regdb_tree, tmp_path):
     for trial in range(1, 11):  # stands in for ten trainings: the same weights, each said to be of its trial
         checkpoint = torch.load(regdb_runs / REGDB_NAME.format(trial=1))
         checkpoint["args"]["trial"] = trial
-        utils.save_checkpoint(checkpoint, tmp_path / REGDB_NAME.format(trial=trial))
+        save_checkpoint(checkpoint, tmp_path / REGDB_NAME.format(trial=trial))
     common = ["--dataset", "regdb", "--data_path", str(regdb_tree), "--gpu", "cpu", "--workers", "0"]
     common += ["--all"]
     saved = tmp_path / "features_{trial}.npz"

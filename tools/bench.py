@@ -40,6 +40,7 @@ from torchvision import transforms
 
 from ChannelAug import ERASE_FILL, GRAY, MEAN, STD, TrainAugmentation, normalise
 from core import engine, re_rank
+from core.files import check_output, save_json
 from data_loader import (
     CACHES,
     CachedBatches,
@@ -55,19 +56,7 @@ from eval_metrics import CosineDistances, eval_regdb, eval_sysu
 from loss import AlignedLocalLoss, Losses, MethodLoss, SquaredTripletLoss
 from model import ARCHS, GFMNet
 from tools import index as image_index
-from utils import (
-    ArgumentParser,
-    InputError,
-    autocast,
-    check_output,
-    cli,
-    cores,
-    number,
-    progress,
-    save_json,
-    seed_everything,
-    select_device,
-)
+from utils import ArgumentParser, InputError, autocast, cli, cores, number, progress, seed_everything, select_device
 
 REPO = Path(__file__).parent.parent
 SCALING_IMAGES, SCALING_REPEATS = 2000, 3  # prepared on all cores and on one

@@ -22,19 +22,12 @@ import torch.nn.functional as F
 import data_manager
 from ChannelAug import normalise
 from core import engine, protocol
+from core.checkpoint import find_checkpoint
+from core.run import read_json_lines
 from data_loader import read_image
 from model import FEATURES
 from tools import figures
-from utils import (
-    ArgumentParser,
-    InputError,
-    cli,
-    find_checkpoint,
-    number,
-    progress,
-    read_json_lines,
-    select_device,
-)
+from utils import ArgumentParser, InputError, cli, number, progress, select_device
 
 
 def get_args_parser():
