@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import errno
-import fcntl
 import glob
 import hashlib
 import json
@@ -26,6 +25,11 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 RANKS_AGREE = 10  # steps between two times that the ranks agree on whether to pause: it waits for the device
 
@@ -64,7 +68,8 @@ def cli(main):
     finally:
         # Loading processes that an error has left. They ignore SIGTERM, by which Python would end them, and wait.
         for child in multiprocessing.active_children():
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would be alarmed
+            if hasattr(signal, "SIGCHLD"):
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would be alarmed
             child.kill()
 
 
@@ -364,12 +369,14 @@ def atomic(path):
 
 def flush(path):
     """Have the disk hold what was written: or a power failure could leave a new name with nothing in it."""
-    with writing(path), open(path, "rb") as file:
+    with writing(path), open(path, "r+b") as file:
         os.fsync(file)
 
 
 def _is_alive(process):
-    """Whether another process of this number lives."""
+    """Whether another process of this number lives, or may live: Windows, where signal 0 is Ctrl-C, is not asked."""
+    if os.name == "nt":
+        return True
     try:
         os.kill(int(process), 0)
     except (ValueError, ProcessLookupError):
@@ -431,6 +438,8 @@ def run_lock(path, remedy="another --model_path and --log_path"):
         raise InputError(f"{lock}: cannot be opened ({error.strerror}); remove it, or write elsewhere") from error
     with file:
         try:
+            if not fcntl:
+                raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             file.seek(0)
