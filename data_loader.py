@@ -1,6 +1,7 @@
 """From image files to batches: prepared arrays, the identity sampler, and the loaders of training and testing."""
 
 import hashlib
+import mmap
 import multiprocessing
 import os
 import time
@@ -90,9 +91,13 @@ def write_images(paths, size, out, desc, workers=None):
     Memory stays that of some images a process, however many there are. Not atomic: `out` is a temporary of
     `files.atomic`. workers: processes (threads would wait for each other), by default one a core.
     """
-    np.lib.format.open_memmap(out, "w+", np.uint8, (len(paths), *size, 3))
+    start = np.lib.format.open_memmap(out, "w+", np.uint8, (len(paths), *size, 3)).offset
     with open(out, "r+b") as file:  # takes the room now: a map that finds the disk full later kills the process
-        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        else:  # macOS, Windows
+            file.seek(start)
+            file.writelines(bytes(size[0] * size[1] * 3) for _ in paths)
     chunks = [(start, paths[start : start + PREPARE_CHUNK]) for start in range(0, len(paths), PREPARE_CHUNK)]
     unreadable = {}
     with (
@@ -199,7 +204,8 @@ def _listed_train(data_path, names, size, test):
 
 
 def _cached_images(data_path, name, paths, size):
-    """`write_images` once per list of files: the file's name carries a digest of them; an outdated one is removed."""
+    """`write_images` once per list of files: the file's name carries a digest of them; an outdated one of the same size
+    is removed."""
     folder = Path(data_path) / "cache"
     digest = hashlib.sha256(repr(size).encode())
     for path in paths:
@@ -208,6 +214,7 @@ def _cached_images(data_path, name, paths, size):
         except OSError as error:
             raise no_image(path) from error
         digest.update(f"{Path(path).relative_to(data_path)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    name = f"{name}_{size[0]}x{size[1]}"
     file = folder / f"{name}_{digest.hexdigest()[:16]}.npy"
     if process_index() == 0 and not file.exists():
         with atomic(file) as temporary:
@@ -281,10 +288,21 @@ class TrainBatches(Dataset):
     def __init__(self, data):
         self.data = data
 
+    def __reduce__(self):
+        # A memory map is pickled as its contents: loading processes that are not forked map the file themselves.
+        return _mapped_batches, tuple(
+            array.filename if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap) else array
+            for array in self.data
+        )
+
     def __getitem__(self, indices):
         visible, infrared = indices
         labels = np.concatenate([self.data.visible_labels[visible]] * 2 + [self.data.infrared_labels[infrared]])
         return _channels_first(self.data.visible[visible]), _channels_first(self.data.infrared[infrared]), labels
+
+
+def _mapped_batches(*arrays):
+    return TrainBatches(TrainData(*(a if isinstance(a, np.ndarray) else np.load(a, mmap_mode="r") for a in arrays)))
 
 
 class ImageFiles(Dataset):
@@ -338,16 +356,17 @@ def train_loader(data, sampler, workers, device="cpu", cache="disk"):
     loading processes, which stay from epoch to epoch, make the batches. "gpu": on the device, without processes.
     "auto": "gpu" if the device is a CUDA device and they take at most a quarter of its free memory, else "disk".
 
-    Raises InputError when they are to be kept on a GPU that is none or has not enough memory.
+    Raises InputError when they are to be kept on a GPU that is none, or would take more than half of its free memory:
+    the rest is for the training.
     """
     device, size = torch.device(device), data.visible.nbytes + data.infrared.nbytes
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     if cache == "gpu" and device.type == "cpu":
         raise InputError("--cache gpu: the training runs on the CPU; use --cache ram or disk")
-    if cache == "gpu" and size > free:
+    if cache == "gpu" and size > free / 2:
         raise InputError(
-            f"--cache gpu: the training images take {size / 2**30:.1f} GiB, and {free / 2**30:.1f} are free on "
-            f"{device}; use --cache disk or ram"
+            f"--cache gpu: the training images take {size / 2**30:.1f} GiB, more than half of the {free / 2**30:.1f} "
+            f"free on {device}; use --cache disk or ram"
         )
     if cache == "gpu" or (cache == "auto" and size <= free / 4):
         return CachedBatches(data, sampler, device)

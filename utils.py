@@ -50,7 +50,8 @@ def cli(main):
     finally:
         # Loading processes that an error has left. They ignore SIGTERM, by which Python would end them, and wait.
         for child in multiprocessing.active_children():
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would be alarmed
+            if hasattr(signal, "SIGCHLD"):
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would be alarmed
             child.kill()
 
 

@@ -40,12 +40,14 @@ def atomic(path):
 
 def flush(path):
     """Have the disk hold what was written: or a power failure could leave a new name with nothing in it."""
-    with writing(path), open(path, "rb") as file:
+    with writing(path), open(path, "r+b") as file:
         os.fsync(file)
 
 
 def _is_alive(process):
-    """Whether another process of this number lives."""
+    """Whether another process of this number lives, or may live: Windows, where signal 0 is Ctrl-C, is not asked."""
+    if os.name == "nt":
+        return True
     try:
         os.kill(int(process), 0)
     except (ValueError, ProcessLookupError):

@@ -1,7 +1,7 @@
 """A training run on disk: its lock, its log, and when it stops and saves."""
 
 import contextlib
-import fcntl
+import errno
 import json
 import logging
 import os
@@ -19,6 +19,11 @@ from tqdm import tqdm
 
 from core.files import atomic, check_folder, writing
 from utils import InputError, Stopped, process_count, process_index
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 PROCESSES_AGREE = 10  # steps between two times that the processes agree on whether to pause: it waits for the device
 
@@ -98,6 +103,8 @@ def run_lock(path, remedy="another --model_path and --log_path"):
         raise InputError(f"{lock}: cannot be opened ({error.strerror}); remove it, or write elsewhere") from error
     with file:
         try:
+            if not fcntl:
+                raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             file.seek(0)

@@ -283,6 +283,15 @@ def test_lock_leaves_runs_alone_whose_names_begin_alike(tmp_path):
     assert {file.name for file in tmp_path.glob("*.t")} == {f"{name}_last.t", f"{name}_adam_last.t"}
 
 
+def test_without_locks_there_is_a_warning(tmp_path):
+    """As on Windows, whose Python has no fcntl: everything can be imported, and runs."""
+    code = "import sys\nsys.modules['fcntl'] = None\nimport train_ext_test0\nfrom core import run\nfrom tools import search\n"
+    result = run(f"{code}with run.run_lock({str(tmp_path / 'run')!r}): print('runs')")
+    warning, runs = result.stdout.splitlines()
+    assert "run.lock: cannot be locked (No locks available); do not start a second run of this name" in warning
+    assert runs == "runs"
+
+
 def test_temporaries_of_killed_processes_are_removed_by_the_next_write(tmp_path):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()

@@ -781,6 +781,7 @@ def plain_k_reciprocal(query, gallery, k1=20, k2=6, lambda_value=0.3):
 def bench_search(args, device):  # FAISS's build for CPUs
     """People are random directions; each vector is its person's plus Gaussian noise, so that two of a person have the
     cosine asked for on average. Queries are further vectors of the same people."""
+    need_proc()
     generator, figures = torch.Generator().manual_seed(0), {}
     centres = F.normalize(torch.randn(args.people, args.dim, generator=generator))
 
