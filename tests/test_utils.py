@@ -285,7 +285,8 @@ def test_lock_leaves_runs_alone_whose_names_begin_alike(tmp_path):
 
 def test_without_locks_there_is_a_warning(tmp_path):
     """As on Windows, whose Python has no fcntl: everything can be imported, and runs."""
-    code = "import sys\nsys.modules['fcntl'] = None\nimport train_ext_test0\nfrom core import run\nfrom tools import search\n"
+    code = "import sys\nsys.modules['fcntl'] = None\nimport train_ext_test0\n"
+    code += "from core import run\nfrom tools import search\n"
     result = run(f"{code}with run.run_lock({str(tmp_path / 'run')!r}): print('runs')")
     warning, runs = result.stdout.splitlines()
     assert "run.lock: cannot be locked (No locks available); do not start a second run of this name" in warning
