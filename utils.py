@@ -421,10 +421,10 @@ def check_folder(path):
 
 @contextlib.contextmanager
 def run_lock(path, remedy="another --model_path and --log_path"):
-    """Keep other processes from writing the files whose names begin with `path`, for as long as the block runs or the
-    process lives. Raises InputError when another process holds the lock. All ranks but the first need none.
+    """Keep other processes from running what is named `path`, for as long as the block runs or the process lives. All
+    ranks but the first need no lock. Raises InputError when another process holds it.
 
-    The lock is a hidden file beside them. It stays: removing it would race with a run that is just opening it.
+    It is a hidden file, which stays: removing it would race with a run that is just opening it.
     """
     path = Path(path)
     check_folder(path)
