@@ -14,9 +14,10 @@ import safetensors
 import torch
 from torchvision.transforms import functional
 
-from conftest import SIZE, plain_embedding
+from conftest import SIZE
 from data_manager import process_query_sysu
 from model import GFMNet, convert_published_state, method_options
+from tests.oracles import plain_embedding
 from tools import export
 from utils import InputError
 

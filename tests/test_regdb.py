@@ -8,8 +8,9 @@ import data_manager
 import testa
 import train_ext_test0
 import utils
-from conftest import flags, plain_embedding
+from conftest import flags
 from eval_metrics import eval_regdb
+from tests.oracles import plain_embedding
 from utils import InputError
 
 

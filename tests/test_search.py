@@ -21,7 +21,8 @@ from PIL import Image
 
 import data_loader
 import utils
-from conftest import SIZE, plain_embedding, save_network
+from conftest import SIZE, save_network
+from tests.oracles import plain_embedding
 from tools import export, search
 from tools import index as image_index
 from utils import InputError

@@ -18,11 +18,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import data_manager
 import testa
 import train_ext_test0
-from conftest import flags, plain_embedding, save_network
+from conftest import flags, save_network
 from core import engine
 from data_manager import Images, Search
 from eval_metrics import match_ranks
 from model import method_options
+from tests.oracles import plain_embedding
 from tools import figures, visualize
 from utils import InputError
 

@@ -29,10 +29,10 @@ import torch
 from tqdm import tqdm
 
 import data_manager
-import figures
 import testa
 import train_ext_test0
 from loss import Health, Losses
+from tools import figures
 from utils import (
     ArgumentParser,
     InputError,
