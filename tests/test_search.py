@@ -461,7 +461,7 @@ def test_bad_input_is_one_line_and_status_2(made, pictures, tmp_path, monkeypatc
     for argv, words in (
         (["query", "none.jpg", *queries], "none.jpg: no such image"),
         (["query", str(folder / "broken.png"), *queries], "broken.png: cannot be read as an image"),
-        (["query", image, *queries, "--save", "a.gif"], "--save a.gif: name a .png"),
+        (["query", image, *queries, "--save", "a.gif"], "--save a.gif: is not a .png"),
         (["query", image, *queries, "--save", "a.png", "--top", "101"], "--save: a sheet has room for 100"),
         (["query", copy, *queries, "--save", copy], "copy.png: is a query"),
         (
