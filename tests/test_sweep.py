@@ -334,12 +334,12 @@ def test_killed_sweep_goes_on_when_what_outlived_it_has_ended(calls, tmp_path):
 @pytest.mark.slow
 def test_sweep_of_real_runs(sysu_tree, tmp_path):
     out = tmp_path / "out"
-    command = ["--out", out, "--vary", "method=base,adp", "--seeds", "0", "1", "--jobs", "2", "--test", "--all"]
+    command = ["--out", out, "--vary", "method=base,adp", "--seeds", "0", "--jobs", "2", "--test", "--all"]
     command += ["--", *SMALL, "--data_path", sysu_tree, "--epochs", "1"]
     table = sweep.main(command)
     for setting in table["settings"]:
         for row in setting["rows"]:
-            assert [*row["seeds"]] == ["0", "1"]
+            assert [*row["seeds"]] == ["0"]
             for seed, value in row["seeds"].items():
                 results = json.loads((out / row["row"] / f"seed_{seed}" / "results.json").read_text())["results"]
                 assert value["mean"] in [result["mean"] for result in results if result["feature"] == "FC"]
