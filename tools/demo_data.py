@@ -1,9 +1,9 @@
 """Demo data: procedural pedestrians in the folder layouts of SYSU-MM01, RegDB and LLCM.
 
 The real data sets require a signed form; with this stand-in anyone can run everything, from folders of images to a
-tested network. A person is a list of solids of revolution (limbs, garments, hair, bag) on a walking skeleton, painted with
-patterns. Visible, infrared and thermal images show the SAME solids and patterns in tones drawn independently for each
-spectrum: shape, cut and texture carry over between modalities, colour does not.
+tested network. A person is a list of solids of revolution (limbs, garments, hair, bag) on a walking skeleton, painted
+with patterns. Visible, infrared and thermal images show the SAME solids and patterns in tones drawn independently for
+each spectrum: shape, cut and texture carry over between modalities, colour does not.
 
     python -m tools.demo_data --out ../data/demo --layout sysu --ids 100 --seed 0 --sheet people.png
     python -m tools.demo_data --out ../data/rehearsal --like .../rand_perm_cam.mat     (image counts of SYSU-MM01)
