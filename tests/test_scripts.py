@@ -20,13 +20,14 @@ import testa
 import train_ext_test0
 import utils
 from ChannelAug import TrainAugmentation
-from conftest import SIZE, flags, plain_embedding, save_network
+from conftest import SIZE, flags, save_network
 from core import engine, protocol, re_rank
 from core import features as feature_store
 from core.checkpoint import save_checkpoint
 from eval_metrics import eval_sysu
 from loss import MethodLoss
 from model import GFMNet
+from tests.oracles import plain_embedding
 from tools import visualize
 from utils import InputError
 
