@@ -1,34 +1,27 @@
 """From image files to batches: prepared arrays, the identity sampler, and the loaders of training and testing."""
 
 import hashlib
-import multiprocessing
 import os
 import time
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from core.images import check_readable, missing_image, read_image, write_images
 from data_manager import LLCM_NAMES, REGDB_CAMERAS, process_query_llcm, process_test_regdb, read_ids, read_list, relabel
 from utils import (
     InputError,
     atomic,
     cores,
-    end_with_the_main_process,
     leave_signals_to_the_main_process,
     progress,
     rank,
     ranks,
 )
 
-# What cameras and data sets have. Pillow tells a file's format by its content, and would hand some, such as PostScript
-# under the name of a JPEG, to other programs.
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "GIF", "JPEG2000")
-PREPARE_CHUNK = 32  # images that a process decodes at a time
 UPLOAD_BLOCK = 1024  # images that are copied to a device at a time
 
 
@@ -51,81 +44,6 @@ class TrainData(NamedTuple):
     def num_images(self):
         """(visible, infrared) images to train on."""
         return int((self.visible_labels >= 0).sum()), int((self.infrared_labels >= 0).sum())
-
-
-def read_image(path, size):
-    """An image file -> uint8 [H, W, 3], resized to size = (height, width) with Lanczos, as published.
-
-    Turned as its EXIF orientation says. Of images that are no RGB: gray is repeated, of 16 bits the upper 8 are taken,
-    transparency is dropped. Raises InputError, which names the file, when it is missing or cannot be read.
-    """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            return np.array(_rgb(ImageOps.exif_transpose(image)).resize((size[1], size[0]), Image.Resampling.LANCZOS))
-    except FileNotFoundError as error:
-        raise no_image(path) from error
-    except Exception as error:  # the readers raise anything when a file is damaged
-        raise InputError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
-
-
-def no_image(path):
-    return InputError(f"{path}: no such image; check its name, or the list that names it and --data_path")
-
-
-def _rgb(image):
-    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would cut them off at 255
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() >= 2**16:
-            raise ValueError("more than 16 bits")
-        image = Image.fromarray((values >> 8).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("floating-point values, whose range is unknown")
-    return image.convert("RGB")
-
-
-def write_images(paths, size, out, desc, workers=None):
-    """Decode images into one array file uint8 [N, H, W, 3], through a memory map, on all cores ->
-    {index: InputError} of those that cannot be read; their places stay black.
-
-    Memory stays that of some images a process, however many there are. Not atomic: `out` is a temporary of
-    `utils.atomic`. workers: processes (threads would wait for each other), by default one a core.
-    """
-    np.lib.format.open_memmap(out, "w+", np.uint8, (len(paths), *size, 3))
-    with open(out, "r+b") as file:  # takes the room now: a map that finds the disk full later kills the process
-        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-    chunks = [(start, paths[start : start + PREPARE_CHUNK]) for start in range(0, len(paths), PREPARE_CHUNK)]
-    unreadable = {}
-    with (
-        multiprocessing.Pool(workers or cores(), end_with_the_main_process) as pool,
-        progress(total=len(paths), desc=desc, unit="img") as bar,
-    ):
-        for count, failed in pool.imap_unordered(partial(_write_chunk, out, size), chunks):
-            unreadable |= failed
-            bar.update(count)
-    return dict(sorted(unreadable.items()))
-
-
-def _write_chunk(out, size, chunk):
-    start, paths = chunk
-    array = np.load(out, mmap_mode="r+")  # mapped anew for each chunk: unmapping gives the written pages back
-    unreadable = {}
-    for i, path in enumerate(paths, start):
-        try:
-            array[i] = read_image(path, size)
-        except InputError as error:
-            unreadable[i] = error
-    return len(paths), unreadable
-
-
-def check_readable(unreadable, total, hint=""):
-    """Raise InputError, ending with `hint`, for images that could not be read, a list of InputErrors, after printing
-    all."""
-    for error in unreadable:
-        print(f"unreadable: {error}")
-    if len(unreadable) == 1:
-        raise InputError(f"{unreadable[0]}{hint}")
-    if unreadable:
-        raise InputError(f"{len(unreadable)} of {total} images cannot be read, listed above: {unreadable[0]}{hint}")
 
 
 def sysu_train_files(data_path):
@@ -206,7 +124,7 @@ def _cached_images(data_path, name, paths, size):
         try:
             stat = os.stat(path)
         except OSError as error:
-            raise no_image(path) from error
+            raise missing_image(path) from error
         digest.update(f"{Path(path).relative_to(data_path)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     file = folder / f"{name}_{digest.hexdigest()[:16]}.npy"
     if rank() == 0 and not file.exists():
@@ -370,7 +288,7 @@ def eval_loader(paths, size, batch_size, workers):
     Raises InputError, before the first batch, for a file that is not there."""
     for path in paths:
         if not os.path.isfile(path):
-            raise no_image(path)
+            raise missing_image(path)
     batches = [batch.tolist() for batch in torch.arange(len(paths)).split(batch_size)[rank() :: ranks()]]
     loader = DataLoader(ImageFiles(paths, size), batch_sampler=batches or [[0]], **worker_options(workers))
     loader.rows = [row for batch in batches for row in batch]

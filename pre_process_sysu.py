@@ -12,7 +12,8 @@ from itertools import combinations
 
 import numpy as np
 
-from data_loader import check_readable, sysu_train_files, write_images
+from core.images import check_readable, write_images
+from data_loader import sysu_train_files
 from data_manager import DATA_PATHS, SYSU_INFRARED, SYSU_VISIBLE, read_ids, sysu_images
 from utils import ArgumentParser, InputError, atomic, cli, flush, number, writing
 

@@ -24,7 +24,8 @@ import testa
 import train_ext_test0
 import utils
 from conftest import SIZE, SMALL, flags
-from data_loader import read_image, sysu_train_files
+from core.images import read_image
+from data_loader import sysu_train_files
 from model import GFMNet
 from tools import demo_data
 

@@ -13,7 +13,8 @@ import data_loader
 import data_manager
 import pre_process_sysu
 from conftest import SIZE
-from data_loader import IdentitySampler, TrainData, eval_loader, regdb_train, sysu_train, train_loader, write_images
+from core import images as image_files
+from data_loader import IdentitySampler, TrainData, eval_loader, regdb_train, sysu_train, train_loader
 from utils import InputError
 
 
@@ -63,9 +64,9 @@ def test_preparing_counts_each_split_and_camera(sysu_tree, capsys):
 
 def test_chunks_and_processes_do_not_change_the_array(sysu_tree, tmp_path, monkeypatch):
     paths, _, _ = data_manager.process_query_sysu(sysu_tree)
-    write_images(paths, (16, 8), tmp_path / "whole.npy", "whole", workers=1)
-    monkeypatch.setattr(data_loader, "PREPARE_CHUNK", 7)
-    write_images(paths, (16, 8), tmp_path / "chunks.npy", "chunks", workers=3)
+    image_files.write_images(paths, (16, 8), tmp_path / "whole.npy", "whole", workers=1)
+    monkeypatch.setattr(image_files, "CHUNK", 7)
+    image_files.write_images(paths, (16, 8), tmp_path / "chunks.npy", "chunks", workers=3)
     assert (tmp_path / "whole.npy").read_bytes() == (tmp_path / "chunks.npy").read_bytes()
 
 
@@ -141,7 +142,7 @@ def test_unreadable_image_is_named(tmp_path, content):
     file = tmp_path / "0007.jpg"
     file.write_bytes(content)
     with pytest.raises(InputError, match=r"0007\.jpg"):
-        data_loader.read_image(file, (16, 8))
+        image_files.read_image(file, (16, 8))
 
 
 def test_unprepared_or_other_size_says_what_to_run(sysu_tree, tmp_path):
@@ -158,10 +159,10 @@ def test_regdb_is_decoded_once_and_again_when_a_file_changes(regdb_tree, tmp_pat
     paths, ids = data_manager.read_list(tree, "train_thermal_3")
     assert len(first.infrared) == len(paths)
     assert first.infrared_labels.tolist() == ids.tolist()
-    assert np.array_equal(first.infrared[4], data_loader.read_image(paths[4], (32, 16)))
+    assert np.array_equal(first.infrared[4], image_files.read_image(paths[4], (32, 16)))
 
     with monkeypatch.context() as patch:
-        patch.setattr(data_loader, "read_image", lambda *_: pytest.fail("decoded again"))
+        patch.setattr(image_files, "read_image", lambda *_: pytest.fail("decoded again"))
         regdb_train(tree, 3, (32, 16))
     Image.new("RGB", (64, 128), "red").save(paths[4])
     changed = regdb_train(tree, 3, (32, 16))
@@ -296,7 +297,7 @@ def test_test_images_come_in_order(sysu_tree, workers):
     images = torch.cat(list(eval_loader(paths, (20, 10), 5, workers)))
     assert images.shape == (len(paths), 3, 20, 10)
     for i in (0, len(paths) - 1):
-        expected = data_loader.read_image(paths[i], (20, 10))
+        expected = image_files.read_image(paths[i], (20, 10))
         assert np.array_equal(images[i].permute(1, 2, 0).numpy(), expected)
 
 

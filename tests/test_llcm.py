@@ -8,6 +8,7 @@ import data_manager
 import testa
 import train_ext_test0
 from conftest import SIZE, flags, plain_embedding
+from core.images import read_image
 from eval_metrics import eval_llcm
 from test_eval_metrics import random_problem
 from tools.bench import plain_metrics
@@ -69,7 +70,7 @@ def test_training_lists(llcm_tree):
     ):
         lines = [line.split() for line in (llcm_tree / "idx" / f"train_{name}.txt").read_text().splitlines()]
         assert labels.tolist() == [int(label) for _, label in lines]
-        assert np.array_equal(images[-1], data_loader.read_image(llcm_tree / lines[-1][0], SIZE))
+        assert np.array_equal(images[-1], read_image(llcm_tree / lines[-1][0], SIZE))
 
 
 def test_run_is_chosen_by_the_first_direction(llcm_run, llcm_tree):

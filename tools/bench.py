@@ -40,6 +40,7 @@ from torchvision import transforms
 
 from ChannelAug import ERASE_FILL, GRAY, MEAN, STD, TrainAugmentation, normalise
 from core import engine, re_rank
+from core.images import write_images
 from data_loader import (
     CACHES,
     CachedBatches,
@@ -48,7 +49,6 @@ from data_loader import (
     eval_loader,
     sysu_train,
     train_loader,
-    write_images,
 )
 from data_manager import DATA_PATHS, SYSU_VISIBLE, read_ids, sysu_images, sysu_test
 from eval_metrics import CosineDistances, eval_regdb, eval_sysu

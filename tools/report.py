@@ -13,7 +13,7 @@ from markupsafe import Markup
 from PIL import Image
 
 import data_manager
-from data_loader import read_image
+from core.images import read_image
 from utils import atomic, progress
 
 CROP = (256, 128)  # height, width of an embedded image: enough to enlarge it, at about 7 KB each

@@ -37,7 +37,8 @@ from torch.utils.data import DataLoader, default_collate
 
 from ChannelAug import normalise
 from core import engine
-from data_loader import FORMATS, ImageFiles, worker_options
+from core.images import FORMATS
+from data_loader import ImageFiles, worker_options
 from model import FEATURES, MODALITIES, load_network
 from tools import figures
 from tools.index import arrange, drop_rows, read_index, save_index

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 import data_manager
 from ChannelAug import normalise
 from core import engine, protocol
-from data_loader import read_image
+from core.images import read_image
 from model import FEATURES
 from tools import figures
 from utils import (
