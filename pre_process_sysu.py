@@ -12,15 +12,16 @@ from itertools import combinations
 
 import numpy as np
 
+from core.datasets import DATASETS
 from core.images import check_readable, write_images
 from data_loader import sysu_train_files
-from data_manager import DATA_PATHS, SYSU_INFRARED, SYSU_VISIBLE, read_ids, sysu_images
+from data_manager import SYSU_INFRARED, SYSU_VISIBLE, read_ids, sysu_images
 from utils import ArgumentParser, InputError, atomic, cli, flush, number, writing
 
 
 def get_args_parser():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data_path", default=DATA_PATHS["sysu"], help="folder with cam1 .. cam6 and exp")
+    parser.add_argument("--data_path", default=DATASETS["sysu"].path, help="folder with cam1 .. cam6 and exp")
     parser.add_argument("--img_h", type=number(int, 1, 4096), default=288, help="height of the arrays' images, pixels")
     parser.add_argument("--img_w", type=number(int, 1, 4096), default=144, help="width of the arrays' images, pixels")
     parser.add_argument("--skip_bad", action="store_true", help="go on without the images that cannot be read")

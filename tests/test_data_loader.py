@@ -13,8 +13,9 @@ import data_loader
 import data_manager
 import pre_process_sysu
 from conftest import SIZE
-from core import images as image_files
-from data_loader import IdentitySampler, TrainData, eval_loader, regdb_train, sysu_train, train_loader
+from core.datasets import regdb_train
+from core.images import read_image
+from data_loader import IdentitySampler, TrainData, eval_loader, sysu_train, train_loader
 from utils import InputError
 
 
@@ -62,14 +63,6 @@ def test_preparing_counts_each_split_and_camera(sysu_tree, capsys):
     assert str(sum(counts["train"].values())) in capsys.readouterr().out
 
 
-def test_chunks_and_processes_do_not_change_the_array(sysu_tree, tmp_path, monkeypatch):
-    paths, _, _ = data_manager.process_query_sysu(sysu_tree)
-    image_files.write_images(paths, (16, 8), tmp_path / "whole.npy", "whole", workers=1)
-    monkeypatch.setattr(image_files, "CHUNK", 7)
-    image_files.write_images(paths, (16, 8), tmp_path / "chunks.npy", "chunks", workers=3)
-    assert (tmp_path / "whole.npy").read_bytes() == (tmp_path / "chunks.npy").read_bytes()
-
-
 def prepare_tree(sysu_tree, tmp_path):
     """A prepared copy of the demo tree -> (its path, its arrays as bytes)."""
     tree = tmp_path / "tree"
@@ -108,7 +101,7 @@ def test_crash_among_the_renames_leaves_no_mixed_set_and_loses_nothing(sysu_tree
         with pytest.raises(KeyboardInterrupt):
             pre_process_sysu.main(["--data_path", str(tree), "--img_h", str(SIZE[0]), "--img_w", str(SIZE[1])])
     if renames:
-        with pytest.raises(InputError, match="no whole prepared array"):
+        with pytest.raises(InputError, match="cannot be read as a prepared array"):
             sysu_train(tree, SIZE)
     for file, content in before.items():
         old = file.with_suffix(".npy.old")
@@ -132,17 +125,9 @@ def test_regdb_labels_agree_between_lists_with_different_ids(regdb_tree, tmp_pat
     listing = tree / "idx" / "train_thermal_3.txt"
     lines = listing.read_text().splitlines()
     listing.write_text("\n".join(line for line in lines if not line.endswith(" 0")))
-    data = regdb_train(tree, 3, (32, 16))
+    data = regdb_train(tree, (32, 16), 3)
     assert set(data.visible_labels) == set(range(6))
     assert set(data.infrared_labels) == set(range(1, 6))
-
-
-@pytest.mark.parametrize("content", [b"", b"not an image", b"\xff\xd8\xff\xe0 cut off"])
-def test_unreadable_image_is_named(tmp_path, content):
-    file = tmp_path / "0007.jpg"
-    file.write_bytes(content)
-    with pytest.raises(InputError, match=r"0007\.jpg"):
-        image_files.read_image(file, (16, 8))
 
 
 def test_unprepared_or_other_size_says_what_to_run(sysu_tree, tmp_path):
@@ -155,17 +140,17 @@ def test_unprepared_or_other_size_says_what_to_run(sysu_tree, tmp_path):
 def test_regdb_is_decoded_once_and_again_when_a_file_changes(regdb_tree, tmp_path, monkeypatch):
     tree = tmp_path / "regdb"
     shutil.copytree(regdb_tree, tree)
-    first = regdb_train(tree, 3, (32, 16))
+    first = regdb_train(tree, (32, 16), 3)
     paths, ids = data_manager.read_list(tree, "train_thermal_3")
     assert len(first.infrared) == len(paths)
     assert first.infrared_labels.tolist() == ids.tolist()
-    assert np.array_equal(first.infrared[4], image_files.read_image(paths[4], (32, 16)))
+    assert np.array_equal(first.infrared[4], read_image(paths[4], (32, 16)))
 
     with monkeypatch.context() as patch:
-        patch.setattr(image_files, "read_image", lambda *_: pytest.fail("decoded again"))
-        regdb_train(tree, 3, (32, 16))
+        patch.setattr(data_loader, "write_images", lambda *_, **__: pytest.fail("decoded again"))
+        regdb_train(tree, (32, 16), 3)
     Image.new("RGB", (64, 128), "red").save(paths[4])
-    changed = regdb_train(tree, 3, (32, 16))
+    changed = regdb_train(tree, (32, 16), 3)
     assert changed.infrared[4, 0, 0].tolist() == [255, 0, 0]
     assert len(list((tree / "cache").iterdir())) == 2  # the outdated array is gone
 
@@ -297,7 +282,7 @@ def test_test_images_come_in_order(sysu_tree, workers):
     images = torch.cat(list(eval_loader(paths, (20, 10), 5, workers)))
     assert images.shape == (len(paths), 3, 20, 10)
     for i in (0, len(paths) - 1):
-        expected = image_files.read_image(paths[i], (20, 10))
+        expected = read_image(paths[i], (20, 10))
         assert np.array_equal(images[i].permute(1, 2, 0).numpy(), expected)
 
 

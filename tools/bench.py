@@ -39,7 +39,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 from ChannelAug import ERASE_FILL, GRAY, MEAN, STD, TrainAugmentation, normalise
-from core import engine, re_rank
+from core import engine, re_rank, results
+from core.datasets import DATASETS, sysu_searches
 from core.images import write_images
 from data_loader import (
     CACHES,
@@ -50,7 +51,7 @@ from data_loader import (
     sysu_train,
     train_loader,
 )
-from data_manager import DATA_PATHS, SYSU_VISIBLE, read_ids, sysu_images, sysu_test
+from data_manager import SYSU_VISIBLE, read_ids, sysu_images
 from eval_metrics import CosineDistances, eval_regdb, eval_sysu
 from loss import AlignedLocalLoss, Losses, MethodLoss, SquaredTripletLoss
 from model import ARCHS, GFMNet
@@ -106,7 +107,7 @@ def get_args_parser():
             "--cache", choices=CACHES, default="auto", help="where the images are kept, as in training"
         )
     for command in (data, test):
-        command.add_argument("--data_path", default=DATA_PATHS["sysu"], help="folder of SYSU-MM01, or of demo data")
+        command.add_argument("--data_path", default=DATASETS["sysu"].path, help="folder of SYSU-MM01, or of demo data")
     for command in (step, test):
         command.add_argument("--arch", choices=ARCHS, default="resnet50")
         command.add_argument("--amp", choices=("off", "bf16"), default="off", help="mixed precision of the network")
@@ -679,13 +680,13 @@ def bench_test(args, device):
     embed = engine.network_embedding(net, device, normalise, args.amp)
 
     def ours():
-        test = sysu_test(args.data_path, SYSU_VISIBLE)
+        test = sysu_searches(args.data_path, mode=("all", "indoor"))
         loaders = {m: eval_loader(paths, size, 64, args.workers) for m, paths in test.paths.items()}
         features = {m: engine.extract(embed, loader, m, f"embedding {m}") for m, loader in loaders.items()}
-        return test, features, [engine.scores(engine.run_search(features, s)["FC", "none"]) for s in test.searches]
+        return test, features, [results.scores(engine.run_search(features, s)["FC", "none"]) for s in test.searches]
 
     def baseline():
-        return plain_test(plain_net, sysu_test(args.data_path, SYSU_VISIBLE), size, args.workers, device)
+        return plain_test(plain_net, sysu_searches(args.data_path, mode=("all", "indoor")), size, args.workers, device)
 
     test, features, scores = ours()
     images = {modality: len(paths) for modality, paths in test.paths.items()}

@@ -13,8 +13,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
-import data_manager
 from core.images import read_image
+from core.results import result_title
 from utils import InputError, atomic, check_output
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -91,7 +91,7 @@ def _wrapped(title, width):
 
 
 def ranking_tiles(ranked):
-    """`engine.rank_images`' queries as the rows of a `ranking_sheet`."""
+    """`results.rank_images`' queries as the rows of a `ranking_sheet`."""
     rows = []
     for query in ranked:
         precision = f"AP {100 * query['average_precision']:.0f} %"
@@ -212,9 +212,10 @@ def epoch_curves(runs, values):
 
 
 def result_curves(tables, curve, titled=True):
-    """tables: {label: rows of `engine.summarise`} -> Figure with a panel for each protocol. POOL is left out beside FC.
+    """tables: {label: rows of `results.summarise`} -> Figure with a panel for each protocol.
 
-    curve: "cmc", by rank, or "precision", by recall. titled: whether panels say what they are of.
+    POOL is left out beside FC. curve: "cmc", by rank, or "precision", by recall. titled: whether panels say what they
+    are of.
     """
     every = [(label, row) for label, rows in tables.items() for row in rows]
     panels = {}
@@ -227,7 +228,7 @@ def result_curves(tables, curve, titled=True):
         told["images"] = row["images"]
         told = [text for key, text in told.items() if text != "none" and len({other[key] for other in alike}) > 1]
         name = ", ".join([label] * (len(tables) > 1) + [row["model"]] + told)
-        panel = panels.setdefault(data_manager.describe_result(row) if titled else "", {})
+        panel = panels.setdefault(result_title(row) if titled else "", {})
         if name in panel:
             raise InputError(f"two rows of results are of one name, {name}; draw them apart")
         values = row["curves"][curve]

@@ -24,15 +24,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-import figures
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import data_manager
 import testa
 import train_ext_test0
+from core.results import result_title
 from loss import Health, Losses
+from tools import figures
 from utils import (
     ArgumentParser,
     InputError,
@@ -399,7 +399,7 @@ def shown(results):
 def describe(result):
     reranked = "" if result["reranking"] == "none" else f", re-ranked by {result['reranking']}"
     epoch = "fixed" if result["selection"] == "none" else f"chosen on {result['selection']} ids"
-    return f"{data_manager.describe_result(result)}; FC{reranked}; epoch {epoch}"
+    return f"{result_title(result)}; FC{reranked}; epoch {epoch}"
 
 
 def tabulate(runs, plan):

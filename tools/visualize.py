@@ -19,10 +19,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import data_manager
 from ChannelAug import normalise
-from core import engine, protocol
+from core import engine, evaluation
+from core.datasets import DATASETS, Search, search_title
 from core.images import read_image
+from core.results import choose_queries, pair_distances, rank_images, result_title
+from data_manager import NUMBER
 from model import FEATURES
 from tools import figures
 from utils import (
@@ -46,7 +48,7 @@ def get_args_parser():
         sub.add_argument("--out", required=True, metavar="FILE", help="picture to write: .png, .svg or .pdf")
         if resume:
             sub.add_argument("--resume", required=True, **resume)
-            protocol.add_flags(sub)
+            evaluation.add_flags(sub)
             sub.add_argument("--feature", choices=FEATURES, default="FC")
             sub.add_argument("--gallery", type=number(int, 0, 9), help="SYSU-MM01, LLCM: gallery's trial (default: 0)")
         return sub
@@ -75,7 +77,7 @@ def get_args_parser():
 
 def which(text):
     """An argparse type: which queries."""
-    if text not in ("worst", "best", "random") and not re.fullmatch(data_manager.NUMBER, text):
+    if text not in ("worst", "best", "random") and not re.fullmatch(NUMBER, text):
         raise argparse.ArgumentTypeError(f"{text!r} is not worst, best, random, or the number of an identity")
     return text
 
@@ -98,7 +100,7 @@ class Tested(NamedTuple):
     device: torch.device
     size: tuple
     paths: dict
-    search: data_manager.Search
+    search: Search
     features: dict
     network: str
     setting: str
@@ -106,29 +108,29 @@ class Tested(NamedTuple):
 
 def embed_test(args, resume):
     """-> `Tested`: all images of the flags' search, embedded by the checkpoint that `resume` names."""
-    protocol.check_flags(args)
+    evaluation.check_search_flags(args)
     if args.dataset == "regdb" and args.gallery is not None:
         raise InputError("--gallery is SYSU-MM01's and LLCM's: RegDB's galleries are whole; leave it out")
-    device, data_path = select_device(args.gpu, args.amp), protocol.data_folder(args)
+    device, data_path = select_device(args.gpu, args.amp), evaluation.data_folder(args)
     path = find_checkpoint(resume, args.model_path)
-    net, size, origin = protocol.open_checkpoint(path, data_path)
-    trial = protocol.tested_trial(path, origin, args.dataset, args.trial)
-    test = protocol.searches(args, data_path, trial, [args.gallery or 0])
+    net, size, origin = evaluation.open_checkpoint(path, data_path)
+    trial = evaluation.tested_trial(path, origin, args.dataset, args.trial)
+    test = evaluation.find_searches(args, data_path, trial, [args.gallery or 0])
     net.to(device, memory_format=torch.channels_last)
     embed = engine.network_embedding(net, device, normalise, args.amp)
-    features = protocol.embed_images(embed, test.paths, size, args)
+    features = evaluation.embed_images(embed, test.paths, size, args)
     (search,) = test.searches
-    setting = f"{data_manager.describe(search.setting)}, trial {search.setting['trial']}"
-    name = data_manager.data_name(args.dataset, origin["demo"], len(search.query.rows))
+    setting = f"{search_title(search.setting)}, trial {search.setting['trial']}"
+    name = DATASETS[args.dataset].title(origin["demo"], len(search.query.rows))
     setting = f"{name}, {setting}; {args.feature}"
     return Tested(net, device, size, test.paths, search, features, origin["network"], setting)
 
 
 def choose(args, tested, top=None):
-    """The queries that `--which` asks for, with `top` images each, or all: as `engine.rank_images` gives them."""
+    """The queries that `--which` asks for, with `top` images each, or all: as `results.rank_images` gives them."""
     found = engine.run_search(tested.features, tested.search)[args.feature, "none"]
-    chosen = engine.choose_queries(found, tested.search, args.which, args.queries, args.seed)
-    return engine.rank_images(tested.features, tested.paths, tested.search, args.feature, found, chosen, top)
+    chosen = choose_queries(found, tested.search, args.which, args.queries, args.seed)
+    return rank_images(tested.features, tested.paths, tested.search, args.feature, found, chosen, top)
 
 
 def ranking(args):
@@ -245,7 +247,7 @@ def distances(args):
     labels = [one.network for one in tested]
     if len(set(labels)) < len(labels):
         labels = args.resume
-    pairs = [engine.pair_distances(one.features, one.search, args.feature) for one in tested]
+    pairs = [pair_distances(one.features, one.search, args.feature) for one in tested]
     return figures.distance_histograms(dict(zip(labels, pairs, strict=True)), tested[0].setting)
 
 
@@ -283,7 +285,7 @@ def read_results(path):
         results = json.loads(Path(path).read_text())["results"]
         for row in results or [{}]:
             (
-                data_manager.describe_result(row),
+                result_title(row),
                 row["model"],
                 row["selection"],
                 row["feature"],
