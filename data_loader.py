@@ -1,6 +1,7 @@
 """From image files to batches: training arrays, the identity sampler, and the loaders of training and testing."""
 
 import hashlib
+import mmap
 import os
 import time
 from pathlib import Path
@@ -10,16 +11,16 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from core.files import atomic
 from core.images import check_readable, missing_image, read_image, write_images
 from data_manager import read_ids, read_list
 from utils import (
     InputError,
-    atomic,
     cores,
     leave_signals_to_the_main_process,
+    process_count,
+    process_index,
     progress,
-    rank,
-    ranks,
 )
 
 UPLOAD_BLOCK = 1024  # images that are copied to a device at a time
@@ -118,8 +119,8 @@ def listed_train(data_path, names, size, test):
 
 
 def _cached_images(data_path, name, paths, size):
-    """`write_images` once for each list of files. A digest of them is part of the array's name; outdated arrays are
-    removed."""
+    """`write_images` once for each list of files. A digest of them is part of the array's name; outdated arrays of the
+    same size are removed."""
     folder = Path(data_path) / "cache"
     digest = hashlib.sha256(repr(size).encode())
     for path in paths:
@@ -128,15 +129,16 @@ def _cached_images(data_path, name, paths, size):
         except OSError as error:
             raise missing_image(path) from error
         digest.update(f"{Path(path).relative_to(data_path)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    name = f"{name}_{size[0]}x{size[1]}"
     file = folder / f"{name}_{digest.hexdigest()[:16]}.npy"
-    if rank() == 0 and not file.exists():
+    if process_index() == 0 and not file.exists():
         with atomic(file) as temporary:
             unreadable = write_images(paths, size, temporary, desc=f"decoding {name}")
             check_readable([*unreadable.values()], len(paths))
         for other in folder.glob(f"{name}_*.npy"):
             if other != file:
                 other.unlink()
-    while not file.exists():  # the other ranks wait here: in a barrier, their patience would end after some minutes
+    while not file.exists():  # the other processes wait here: in a barrier, their patience would end after some minutes
         time.sleep(0.5)
     return np.load(file, mmap_mode="r", allow_pickle=False)
 
@@ -154,8 +156,10 @@ class IdentitySampler(Sampler):
     """
 
     def __init__(self, data, batch_size, num_pos, seed):
-        if batch_size % ranks():
-            raise InputError(f"--batch_size {batch_size}: {ranks()} ranks cannot share it evenly; take a multiple")
+        if batch_size % process_count():
+            raise InputError(
+                f"--batch_size {batch_size}: {process_count()} processes cannot share it evenly; take a multiple"
+            )
         both = np.intersect1d(data.visible_labels, data.infrared_labels)
         both = both[both >= 0]
         if len(both) < batch_size:
@@ -180,7 +184,9 @@ class IdentitySampler(Sampler):
         for step in range(self.steps):
             chosen = rng.choice(len(self.visible), self.batch_size, replace=False)
             batch = tuple(
-                np.concatenate([rng.choice(images[i], self.num_pos) for i in chosen][rank() :: ranks()])
+                np.concatenate(
+                    [rng.choice(images[i], self.num_pos) for i in chosen][process_index() :: process_count()]
+                )
                 for images in (self.visible, self.infrared)
             )
             if step >= self.start:
@@ -196,10 +202,21 @@ class TrainBatches(Dataset):
     def __init__(self, data):
         self.data = data
 
+    def __reduce__(self):
+        # A memory map is pickled as its contents: loading processes that are not forked map the file themselves.
+        return _mapped_batches, tuple(
+            array.filename if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap) else array
+            for array in self.data
+        )
+
     def __getitem__(self, indices):
         visible, infrared = indices
         labels = np.concatenate([self.data.visible_labels[visible]] * 2 + [self.data.infrared_labels[infrared]])
         return _channels_first(self.data.visible[visible]), _channels_first(self.data.infrared[infrared]), labels
+
+
+def _mapped_batches(*arrays):
+    return TrainBatches(TrainData(*(a if isinstance(a, np.ndarray) else np.load(a, mmap_mode="r") for a in arrays)))
 
 
 class ImageFiles(Dataset):
@@ -253,16 +270,17 @@ def train_loader(data, sampler, workers, device="cpu", cache="disk"):
     persistent loading processes make the batches. "gpu": on the device, without processes. "auto": "gpu" if the images
     take at most a quarter of the free memory of a CUDA device, else "disk".
 
-    Raises InputError for "gpu" without a GPU, or with too little free memory.
+    Raises InputError for "gpu" without a GPU, or for images that take more than half of its free memory: the rest is
+    for the training.
     """
     device, size = torch.device(device), data.visible.nbytes + data.infrared.nbytes
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     if cache == "gpu" and device.type == "cpu":
         raise InputError("--cache gpu: the training runs on the CPU; use --cache ram or disk")
-    if cache == "gpu" and size > free:
+    if cache == "gpu" and size > free / 2:
         raise InputError(
-            f"--cache gpu: the training images take {size / 2**30:.1f} GiB, and {free / 2**30:.1f} are free on "
-            f"{device}; use --cache disk or ram"
+            f"--cache gpu: the training images take {size / 2**30:.1f} GiB, more than half of the {free / 2**30:.1f} "
+            f"free on {device}; use --cache disk or ram"
         )
     if cache == "gpu" or (cache == "auto" and size <= free / 4):
         return CachedBatches(data, sampler, device)
@@ -291,7 +309,9 @@ def eval_loader(paths, size, batch_size, workers):
     for path in paths:
         if not os.path.isfile(path):
             raise missing_image(path)
-    batches = [batch.tolist() for batch in torch.arange(len(paths)).split(batch_size)[rank() :: ranks()]]
+    batches = [
+        batch.tolist() for batch in torch.arange(len(paths)).split(batch_size)[process_index() :: process_count()]
+    ]
     loader = DataLoader(ImageFiles(paths, size), batch_sampler=batches or [[0]], **worker_options(workers))
     loader.rows = [row for batch in batches for row in batch]
     return loader

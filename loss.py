@@ -259,7 +259,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(tensor):
-    """Rows of all ranks, in the order of the ranks, with gradient: [N, ...] -> [ranks x N, ...]."""
+    """Rows of all processes, in the order of the processes, with gradient: [N, ...] -> [processes x N, ...]."""
     return _Gather.apply(tensor.contiguous()) if dist.is_initialized() else tensor
 
 
@@ -290,9 +290,9 @@ class MethodLoss(nn.Module):
     """The loss of a `--method`: base, agw, caj or adp (GFMNet). forward(output of GFMNet, labels [N]) -> Losses.
 
     Cross-entropy of the logits + a triplet loss of the pooled features, + 0.5 x the aligned local loss for adp.
-    Everything is computed in float32, whatever precision the network ran in. Of several ranks, each takes the triplets
-    and local losses of the whole batch and the cross-entropy of its own rows: the mean gradient over the ranks, which
-    `DistributedDataParallel` takes, is then that of the whole batch.
+    Everything is computed in float32, whatever precision the network ran in. Of several processes, each computes
+    the triplet and local losses of the whole batch and the cross-entropy of its own rows. `DistributedDataParallel`
+    takes the mean of their gradients, which is then the gradient of the whole batch.
     """
 
     LOCAL_WEIGHT = 0.5

@@ -15,8 +15,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
+from core.checkpoint import check_state, load_weights
 from core.published import IMAGE_SIZE, convert_published_state, is_published, published_name, published_options
-from utils import InputError, check_state, full_precision, load_weights
+from utils import InputError, full_precision
 
 MODALITIES = ("visible", "infrared")
 FEATURES = ("POOL", "FC")  # what the tables call the two that `GFMNet.embed` gives

@@ -13,10 +13,11 @@ from itertools import combinations
 import numpy as np
 
 from core.datasets import DATASETS
+from core.files import atomic, flush, writing
 from core.images import check_readable, write_images
 from data_loader import sysu_train_files
 from data_manager import SYSU_INFRARED, SYSU_VISIBLE, read_ids, sysu_images
-from utils import ArgumentParser, InputError, atomic, cli, flush, number, writing
+from utils import ArgumentParser, InputError, cli, number
 
 
 def get_args_parser():

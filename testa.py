@@ -20,18 +20,10 @@ from ChannelAug import GRAY, normalise
 from core import engine, evaluation, results
 from core.datasets import DATASETS, Search, search_title
 from core.features import load_features, save_features, select_features
+from core.files import check_output, locate, save_json
 from model import GFMNet
 from tools import figures, report
-from utils import (
-    ArgumentParser,
-    InputError,
-    check_output,
-    cli,
-    locate,
-    progress,
-    save_json,
-    select_device,
-)
+from utils import ArgumentParser, InputError, cli, progress, select_device
 
 PAGE = "report.html"
 HARDEST, NEAREST = 40, 10  # queries, and gallery images of each, on the page

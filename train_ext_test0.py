@@ -14,7 +14,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ChannelAug import TrainAugmentation, normalise
 from core import engine, results
+from core.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from core.datasets import DATASETS, check_options, option_values, search_title
+from core.distributed import (
+    broadcast_buffers,
+    generator_states,
+    leave_processes,
+    set_generators,
+    start_processes,
+    wait_for_processes,
+)
+from core.run import Pauses, RunLog, read_json_lines, run_lock
 from data_loader import CACHES, IdentitySampler, eval_loader, train_loader
 from loss import WEIGHTINGS, MethodLoss
 from model import ARCHS, GFMNet, method_options
@@ -22,26 +32,13 @@ from tools import figures
 from utils import (
     ArgumentParser,
     InputError,
-    Pauses,
-    RunLog,
     Stopped,
     check_device,
     cli,
-    find_checkpoint,
-    generator_states,
-    leave_ranks,
-    load_checkpoint,
     number,
-    rank,
-    ranks,
-    read_json_lines,
-    run_lock,
-    save_checkpoint,
+    process_count,
+    process_index,
     seed_everything,
-    set_generators,
-    share_buffers,
-    start_ranks,
-    wait_for_ranks,
 )
 
 FIGURE_QUERIES, FIGURE_IMAGES = 6, 10  # of a sheet of rankings
@@ -119,7 +116,7 @@ def get_args_parser():
     fit.add_argument("--seed", type=number(int, 0), default=0)
     fit.add_argument("--gpu", default="0", help="number of the GPU, or cpu; under torchrun each process has its own")
     fit.add_argument(
-        "--sync_bn", type=int, choices=(0, 1), default=1, help="batch norm over all ranks (several, on GPUs)"
+        "--sync_bn", type=int, choices=(0, 1), default=1, help="batch norm over all processes (several, on GPUs)"
     )
     out = parser.add_argument_group("testing and output")
     out.add_argument(
@@ -151,7 +148,7 @@ def get_args_parser():
 
 
 def main(argv=None):
-    """Returns {"best", "last", "log": paths; "metrics": the best epoch's}. Under `torchrun`, all ranks run it."""
+    """Returns {"best", "last", "log": paths; "metrics": the best epoch's}. Under `torchrun`, all processes run it."""
     args = get_args_parser().parse_args(argv)
     check_flags(args)
     check_device(args.gpu)
@@ -160,10 +157,10 @@ def main(argv=None):
     log_folder = Path(args.log_path) / f"{args.dataset}_log"
     with run_lock(Path(args.model_path) / name), run_lock(log_folder / name):
         resumed_path = resumed_checkpoint(args, checkpoints["last"], log_folder / f"{name}.jsonl")
-        # Before CUDA and the other ranks start: the first rank may have to decode images, for long and by processes
+        # Before CUDA and the other processes start: the first rank may have to decode images, for long and by processes
         # that it forks.
         data, test = load_data(args)
-        device = start_ranks(args.gpu, args.amp)
+        device = start_processes(args.gpu, args.amp)
         with Pauses(args.save_minutes, device) as pauses:
             return train(args, data, test, device, pauses, name, checkpoints, log_folder, resumed_path)
 
@@ -193,13 +190,13 @@ def train(args, data, test, device, pauses, name, checkpoints, log_folder, resum
     parts = method_options(args.method)
     weights = None if args.weights == "none" or resumed_path else args.weights
     net = GFMNet(data.num_classes, args.arch, args.share_net, **parts, weights=weights)
-    if args.sync_bn and ranks() > 1 and device.type == "cuda":
+    if args.sync_bn and process_count() > 1 and device.type == "cuda":
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
     net.to(device, memory_format=torch.channels_last)
     if args.compile:
         net.compile()
     model = net
-    if ranks() > 1:  # the first rank's statistics are shared where they are needed: in `test_epoch`
+    if process_count() > 1:  # the first rank's statistics are shared where they are needed: in `test_epoch`
         devices = [device] if device.type == "cuda" else None
         model = DistributedDataParallel(net, devices, broadcast_buffers=False)
     criterion = MethodLoss(args.method, args.margin, args.alpha, args.gamma, args.square, args.weighting)
@@ -213,7 +210,7 @@ def train(args, data, test, device, pauses, name, checkpoints, log_folder, resum
     log.text(f"{name}\n{json.dumps(vars(args))}")
     log.text(
         f"{data.num_classes} identities, {data.num_images[0]} visible and {data.num_images[1]} infrared images, "
-        f"{len(sampler)} steps an epoch, on {device.type} x {ranks()} (PyTorch {torch.__version__})"
+        f"{len(sampler)} steps an epoch, on {device.type} x {process_count()} (PyTorch {torch.__version__})"
     )
     chosen_on = {
         "test": f"trial {search.setting['trial']} of the TEST set, as published: an optimistic choice",
@@ -227,16 +224,16 @@ def train(args, data, test, device, pauses, name, checkpoints, log_folder, resum
 
     def checkpoint(epoch, **more):
         weights = {"net": net.state_dict(), "options": net.options, "image_size": size, "args": vars(args)}
-        weights |= {"ranks": ranks(), "epoch": epoch, "best": best, "selection": "none"}
+        weights |= {"ranks": process_count(), "epoch": epoch, "best": best, "selection": "none"}
         return weights | {"num_images": list(data.num_images), **more}
 
     def save_within(epoch, sums):
         """Save within an epoch, of which `sums` are done; end the run if a signal asked for it."""
-        kept = {"sums": vars(sums.over_ranks()), "within": {"generators": generator_states(device)}}
+        kept = {"sums": vars(sums.over_processes()), "within": {"generators": generator_states(device)}}
         save_checkpoint(checkpoint(epoch - 1, optimizer=optimizer.state_dict(), **kept), checkpoints["last"])
         if pauses.stop:
             log.close()
-            wait_for_ranks()
+            wait_for_processes()
             where = f"in epoch {epoch}, after step {sums.step} of {sampler.steps}"
             raise Stopped(pauses.stop, f" {where}; {checkpoints['last']} is saved: go on with --resume auto")
 
@@ -247,7 +244,7 @@ def train(args, data, test, device, pauses, name, checkpoints, log_folder, resum
     for epoch in range(first_epoch, args.epochs):
         # Seeded anew each epoch (the plain seed was the network's), so that a resumed run draws as an unbroken one.
         # Each rank augments by draws of its own.
-        seed_everything(args.seed, epoch + 1, rank())
+        seed_everything(args.seed, epoch + 1, process_index())
         lr = learning_rate(epoch, args.lr, args.warmup, args.milestones)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
@@ -266,7 +263,7 @@ def train(args, data, test, device, pauses, name, checkpoints, log_folder, resum
                 raise InputError(f"{error} ({checkpoints['last']} is intact: --resume auto goes on from it)") from error
             if sums.step < sampler.steps or pauses.stop:
                 save_within(epoch, sums)
-        entry = {"epoch": epoch, "lr": lr, "select": args.select, **sums.over_ranks().summary()}
+        entry = {"epoch": epoch, "lr": lr, "select": args.select, **sums.over_processes().summary()}
         line = f"{desc}  lr {lr:.4g}" + "".join(
             f"  {key} {entry[key]:.3f}" for key in ("total", "identity", "triplet", "local", "correct")
         )
@@ -300,7 +297,7 @@ def train(args, data, test, device, pauses, name, checkpoints, log_folder, resum
     log.text(f"best: epoch {best['epoch']}, Rank-1 {best['Rank-1']:.2f}, mAP {best['mAP']:.2f}, {checkpoints['best']}")
     log.close()
     del model
-    leave_ranks()
+    leave_processes()
     return {
         "best": str(checkpoints["best"]),
         "last": str(checkpoints["last"]),
@@ -311,7 +308,7 @@ def train(args, data, test, device, pauses, name, checkpoints, log_folder, resum
 
 def test_epoch(net, eval_loaders, search, device, amp):
     """One search -> ({feature: `eval_metrics.MatchRanks`}, the features of all images)."""
-    share_buffers(net)
+    broadcast_buffers(net)
     embed = engine.network_embedding(net, device, normalise, amp)
     features = {m: engine.extract(embed, loader, m, f"test {m}") for m, loader in eval_loaders.items()}
     return {feature: found for (feature, _), found in engine.run_search(features, search).items()}, features
@@ -320,7 +317,7 @@ def test_epoch(net, eval_loaders, search, device, amp):
 def draw(log, desc, features, test, found):
     """Draw the run's curves, and of the epoch that was logged last some queries, the same after each epoch, with the
     images nearest to them by FC. found: the FC feature's `eval_metrics.MatchRanks`."""
-    if rank() > 0:
+    if process_index() > 0:
         return
     entries, (search,) = read_json_lines(log.json_path), test.searches
     curves = figures.epoch_curves({log.json_path.stem: entries}, ["total", "correct", "FC/Rank-1", "FC/mAP"])
@@ -425,9 +422,9 @@ def resume(path, args, net, optimizer, num_images):
                 raise InputError(
                     f"{path}: is of a run with --{flag} {there}, not {getattr(args, flag)}; give the same flags"
                 )
-        if (there := checkpoint.get("ranks", 1)) != ranks():
+        if (there := checkpoint.get("ranks", 1)) != process_count():
             raise InputError(
-                f"{path}: is of a run on {there} ranks, not {ranks()}; go on with --nproc_per_node={there}"
+                f"{path}: is of a run on {there} processes, not {process_count()}; go on with --nproc_per_node={there}"
             )
         for option, value in net.options.items():
             if (there := checkpoint["options"].get(option)) != value:

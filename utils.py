@@ -1,33 +1,19 @@
 """What every script shares: flags, errors, device, seed, precision, checkpoint files, logs and progress bars."""
 
 import argparse
-import contextlib
-import errno
-import fcntl
-import glob
-import hashlib
-import json
-import logging
 import math
 import multiprocessing
 import os
-import pickle
 import random
 import re
 import signal
-import socket
 import sys
-import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from tqdm import tqdm
-
-RANKS_AGREE = 10  # steps between two times that the ranks agree on whether to pause: it waits for the device
 
 
 class InputError(ValueError):
@@ -52,10 +38,10 @@ def cli(main):
             sys.exit(
                 _one_line_exit(Path(sys.argv[0]).name, f"--compile: torch.compile failed ({reason}); leave it out")
             )
-        if ranks() == 1 or not re.search("Connection (closed|reset)|[Tt]imed out", str(error)):
+        if process_count() == 1 or not re.search("Connection (closed|reset)|[Tt]imed out", str(error)):
             raise
         line = str(error).strip().splitlines()[0]
-        name = f"{Path(sys.argv[0]).name}: rank {rank()}"
+        name = f"{Path(sys.argv[0]).name}: rank {process_index()}"
         sys.exit(_one_line_exit(name, f"another rank has ended; its own lines say why ({line})"))
     except (KeyboardInterrupt, Stopped) as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
@@ -64,7 +50,8 @@ def cli(main):
     finally:
         # Loading processes that an error has left. They ignore SIGTERM, by which Python would end them, and wait.
         for child in multiprocessing.active_children():
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would be alarmed
+            if hasattr(signal, "SIGCHLD"):
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would be alarmed
             child.kill()
 
 
@@ -91,62 +78,6 @@ class Stopped(BaseException):
 
 def _stop(number, _):
     raise Stopped(number)
-
-
-class Pauses:
-    """When a loop of training is left, to save: every `minutes`, and when a signal asks it to stop.
-
-    Within the context, SIGTERM and Ctrl-C raise `Stopped`. While `hold` is set, they wait for `due`, which is asked
-    after each step: `stop` is then the signal's number. A second signal ends the process at once, if it comes a second
-    later or more (some launchers send each signal twice).
-    """
-
-    def __init__(self, minutes, device):
-        self.seconds, self.device, self.hold, self.stop, self._received = 60 * minutes, device, False, 0, 0
-        self._asked, self._next = 0, time.monotonic() + self.seconds
-
-    def __enter__(self):
-        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number, _):
-        now = time.monotonic()
-        if self._received and now - self._when < 1:
-            return
-        if self._received:
-            os._exit(128 + number)
-        self._received, self._when = number, now
-        if not self.hold:
-            raise Stopped(number)
-
-    def due(self):
-        """Whether to leave the loop now. Ranks agree on it; on GPUs, every few times that they ask."""
-        wanted = [self._received, int(time.monotonic() > self._next)]
-        self._asked += 1
-        if ranks() > 1:
-            if self.device.type == "cuda" and self._asked % RANKS_AGREE:
-                return False
-            agreed = torch.tensor(wanted, device=self.device)
-            dist.all_reduce(agreed, dist.ReduceOp.MAX)
-            wanted = agreed.tolist()
-        self.stop, time_is_up = wanted
-        if time_is_up:
-            self._next = time.monotonic() + self.seconds
-        return bool(self.stop or time_is_up)
-
-    @contextlib.contextmanager
-    def at_once(self):
-        """A block that changes nothing worth saving, within held ones: a signal, also one that waits, raises `Stopped`.
-        (Of several ranks, all finish it.)"""
-        if self._received and ranks() == 1:
-            raise Stopped(self._received)
-        self.hold = ranks() > 1
-        yield
-        self.hold = True
 
 
 def _one_line_exit(program, message):
@@ -200,60 +131,6 @@ def number(kind, low, high=10**9, above=False):
     return parse
 
 
-def start_ranks(gpu, amp="off"):
-    """Join the other ranks if `torchrun` started this process -> `select_device`'s torch.device."""
-    device = select_device(gpu, amp)
-    if dist.is_torchelastic_launched():
-        cuda = device.type == "cuda"
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-    return device
-
-
-def leave_ranks():
-    """Part from the other ranks. Delete `DistributedDataParallel`s first: one that is left as the last owner of the
-    process group waits, in its destructor, for a thread that waits for it."""
-    wait_for_ranks()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def wait_for_ranks():
-    """Return when all ranks have come here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def rank():
-    """This process's number among those that `torchrun` started; known before they have joined."""
-    if dist.is_initialized():
-        return dist.get_rank()
-    return int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
-
-
-def ranks():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def sum_over_ranks(tensor):
-    """The sum of a tensor over all ranks, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def min_over_ranks(tensor):
-    """The smallest value of a tensor over all ranks, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor, dist.ReduceOp.MIN)
-    return tensor
-
-
-def share_buffers(net):
-    """Give all ranks the first one's running statistics, so that they test the network that is saved."""
-    for buffer in net.buffers() if dist.is_initialized() else []:
-        dist.broadcast(buffer, 0)
-
-
 def check_device(gpu):
     """Raise InputError for a `--gpu` that is not here -> its number, or "cpu". Under `torchrun`, `--gpu` only chooses
     CUDA or the CPU: rank r of a machine takes its CUDA device r."""
@@ -293,30 +170,23 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def process_index():
+    """This process's number among those that `torchrun` started; known before they have joined."""
+    if dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
+
+
+def process_count():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def seed_everything(*seed):
     """Seed Python, NumPy and PyTorch (all devices) from a tuple of integers, such as (seed, epoch)."""
     state = int(np.random.SeedSequence(seed).generate_state(1)[0])
     random.seed(state)
     np.random.seed(state)
     torch.manual_seed(state)
-
-
-def generator_states(device):
-    """States of PyTorch's generators, of the CPU and of the device, on each rank: what augmentation draws from."""
-    mine = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
-    states = [mine]
-    if ranks() > 1:
-        states = [None] * ranks()
-        dist.all_gather_object(states, mine)
-    return states
-
-
-def set_generators(states, device):
-    """Go on drawing where `generator_states` were read."""
-    cpu, *cuda = states[rank()]
-    torch.set_rng_state(cpu)
-    for state in cuda if device.type == "cuda" else []:
-        torch.cuda.set_rng_state(state, device)
 
 
 def autocast(device, amp):
@@ -330,288 +200,5 @@ def full_precision(tensor):
 
 
 def progress(iterable=None, **kwargs):
-    """A tqdm bar; quiet where nobody watches (stderr is not a terminal), and on all ranks but the first."""
-    return tqdm(iterable, dynamic_ncols=True, disable=True if rank() else None, **kwargs)
-
-
-# ---------------------------------------------------------------------------------------------------------- files
-
-
-@contextlib.contextmanager
-def atomic(path):
-    """Give a temporary path beside `path`; move it there when the block ends, remove it if the block fails.
-
-    What a process that was killed has left there is removed, too. Raises InputError when the disk is full.
-    """
-    path = Path(path)
-    check_output(path)
-    mine = f".{path.name}.{socket.gethostname()}."
-    for other in path.parent.glob(f"{glob.escape(mine)}*"):
-        if not _is_alive(other.name.removeprefix(mine).split(".")[0]):
-            other.unlink(missing_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{mine}{os.getpid()}.")
-    os.close(handle)
-    os.chmod(name, 0o666 & ~_umask())
-    try:
-        with writing(path):
-            yield Path(name)
-            flush(name)
-            os.replace(name, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-
-
-def flush(path):
-    """Have the disk hold what was written: or a power failure could leave a new name with nothing in it."""
-    with writing(path), open(path, "rb") as file:
-        os.fsync(file)
-
-
-def _is_alive(process):
-    """Whether another process of this number lives."""
-    try:
-        os.kill(int(process), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        return True
-    return int(process) != os.getpid()
-
-
-@contextlib.contextmanager
-def writing(path):
-    """A block that writes `path`: raises InputError when the disk is full."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save fails again, over the OSError
-        if getattr(cause, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise InputError(
-            f"{path}: cannot be written ({cause.strerror}); make room there, and go on; what was there before is whole"
-        ) from error
-
-
-def check_output(path):
-    """Make the folder of `path`, and raise InputError if no file can be written there: before the work, not after."""
-    check_folder(path)
-    if Path(path).is_dir():
-        raise InputError(f"{path}: is a folder; name a file")
-
-
-def check_folder(path):
-    """Make the folder of `path`, and raise InputError if nothing can be written there."""
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        reason = next((f"{there} is a file" for there in path.parents if there.is_file()), error.strerror)
-        raise InputError(f"{path}: cannot write there ({reason}); choose another folder") from error
-
-
-@contextlib.contextmanager
-def run_lock(path, remedy="another --model_path and --log_path"):
-    """Keep other processes from writing the files whose names begin with `path`, for as long as the block runs or the
-    process lives. Raises InputError when another process holds the lock. All ranks but the first need none.
-
-    The lock is a hidden file beside them. It stays: removing it would race with a run that is just opening it.
-    """
-    path = Path(path)
-    check_folder(path)
-    lock = path.parent / f".{path.name}.lock"
-    if rank() > 0:
-        yield
-        return
-    try:
-        file = lock.open("a+")
-    except OSError as error:
-        raise InputError(f"{lock}: cannot be opened ({error.strerror}); remove it, or write elsewhere") from error
-    with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            file.seek(0)
-            who = file.read() or "it does not say where"
-            raise InputError(
-                f"{path}: another run of this name is writing now ({who}); wait for it, or choose {remedy}"
-            ) from error
-        except OSError as error:
-            print(f"warning: {lock}: cannot be locked ({error.strerror}); do not start a second run of this name")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def save_json(value, path):
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
-
-
-def save_checkpoint(checkpoint, path):
-    """Write a checkpoint (dict of tensors, numbers, strings) so that `path` is always whole: the old one or the new.
-    All ranks but the first write nothing."""
-    if rank() > 0:
-        return
-    with atomic(path) as temporary, temporary.open("wb") as file:
-        torch.save(checkpoint, file)
-
-
-# Published checkpoints hold their metrics as NumPy scalars and arrays, pickled by NumPy 1: exactly these names load.
-_NUMPY_PICKLES = [
-    np.ndarray,
-    np.dtype,
-    *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"},
-    *[
-        (getattr(np._core.multiarray, name), f"numpy.{package}.multiarray.{name}")
-        for name in ("scalar", "_reconstruct")
-        for package in ("core", "_core")
-    ],
-]
-
-
-def load_checkpoint(path):
-    """Read a checkpoint to the CPU. Nothing in the file is executed: only tensors and plain values load.
-
-    Raises InputError when the file is missing, cut off, no checkpoint, or holds anything else.
-    """
-    checkpoint = load_weights(path)
-    if "net" not in checkpoint:
-        raise InputError(f"{path}: a file without 'net' is no checkpoint of this family; name one with --resume")
-    flags = checkpoint.get("args", {})
-    if not (isinstance(flags, dict) and all(isinstance(name, str) for name in flags)):
-        raise InputError(f"{path}: its 'args' are no training flags; make it again")
-    return checkpoint
-
-
-def load_weights(path):
-    """Read a dict of tensors and plain values, such as a state dict, as `load_checkpoint` does."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; name an existing one")
-    try:
-        with torch.serialization.safe_globals(_NUMPY_PICKLES):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise InputError(
-            f"{path}: cannot be loaded safely ({type(error).__name__}): it is cut off, is no checkpoint, or holds more "
-            "than tensors and plain values; take an earlier one, or make it again"
-        ) from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a {type(content).__name__}, not a dict of weights; name a saved state dict")
-    return content
-
-
-def file_sha256(path):
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def locate(name, folder=""):
-    """A file by its path, or by its name in a folder; a path that exists wins. None if there is neither."""
-    return next((path for path in (Path(name), Path(folder) / name) if path.is_file()), None)
-
-
-def find_checkpoint(resume, model_path):
-    """`--resume` is a path, or the name of a file under `--model_path`."""
-    if path := locate(resume, model_path):
-        return path
-    raise InputError(f"{resume}: no such file, here or under --model_path {model_path}; train first, or name another")
-
-
-def check_state(state, path):
-    """Raise InputError, naming `path`, if `state` is no state dict: names to tensors."""
-    if not (isinstance(state, dict) and state):
-        raise InputError(f"{path}: holds no weights; name a saved state dict or checkpoint")
-    for name, value in state.items():
-        if not (isinstance(name, str) and isinstance(value, torch.Tensor)):
-            raise InputError(f"{path}: {name!r:.120} is a {type(value).__name__}, no weights; name a saved state dict")
-
-
-class RunLog:
-    """The record of a run: a text log (echoed to the console), one JSON line an epoch, and TensorBoard scalars.
-
-    Files: `{folder}/{name}.txt`, `{folder}/{name}.jsonl`, `{folder}/{name}/events.*`. A run that is resumed after
-    `resumed_epoch` drops what is past it from JSON lines and scalars, so that each epoch stands there once; a new run
-    starts anew. All ranks but the first write nothing.
-    """
-
-    def __init__(self, folder, name, resumed_epoch=-1):
-        from torch.utils.tensorboard import SummaryWriter  # slow to import: only where a run is logged
-
-        self.json_path = Path(folder) / f"{name}.jsonl"
-        self.writes = rank() == 0
-        if not self.writes:
-            return
-        kept = [entry for entry in read_json_lines(self.json_path) if entry["epoch"] <= resumed_epoch]
-        with atomic(self.json_path) as temporary:
-            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-        self.logger = logging.Logger(name)
-        self.logger.addHandler(_TqdmHandler())
-        self.logger.addHandler(_FileHandler(Path(folder) / f"{name}.txt", mode="w" if resumed_epoch < 0 else "a"))
-        # Purging makes TensorBoard forget the steps of an earlier run of this name.
-        self.board = SummaryWriter(Path(folder) / name, purge_step=resumed_epoch + 1)
-
-    def text(self, line):
-        if self.writes:
-            self.logger.info(line)
-
-    def epoch(self, entry):
-        """Append one epoch's values, a flat dict with "epoch" in it, to the JSON lines and the TensorBoard scalars."""
-        if not self.writes:
-            return
-        with writing(self.json_path), self.json_path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-        for key, value in entry.items():
-            if isinstance(value, int | float) and key != "epoch":
-                self.board.add_scalar(key, value, entry["epoch"])
-        self.board.flush()
-
-    def image(self, tag, path, epoch):
-        """Show a .png in TensorBoard, too."""
-        if self.writes:
-            with Image.open(path) as image:
-                self.board.add_image(tag, np.asarray(image.convert("RGB")), epoch, dataformats="HWC")
-
-    def close(self):
-        if not self.writes:
-            return
-        self.board.close()
-        for handler in self.logger.handlers:
-            handler.close()
-
-
-class _FileHandler(logging.FileHandler):
-    """Fails when it cannot write, as the other files do."""
-
-    def handleError(self, record):
-        with writing(self.baseFilename):
-            raise  # the error that is being handled
-
-
-class _TqdmHandler(logging.Handler):
-    """Prints above a running progress bar instead of through it."""
-
-    def emit(self, record):
-        tqdm.write(self.format(record))
-        sys.stdout.flush()  # into a file or a pipe as soon as onto a terminal
-
-
-def read_json_lines(path):
-    """The entries of a log, dicts with an "epoch", from a file that may not exist; anything else in it, such as a line
-    cut off by a crash, is left out."""
-    entries = []
-    for line in path.read_text(errors="replace").split("\n") if path.is_file() else []:
-        with contextlib.suppress(ValueError, RecursionError):
-            entries.append(json.loads(line))
-    return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("epoch"), int)]
+    """A tqdm bar; quiet where nobody watches (stderr is not a terminal), and on all processes but the first."""
+    return tqdm(iterable, dynamic_ncols=True, disable=True if process_index() else None, **kwargs)

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch.nn.utils import get_total_norm
 
 from core import re_rank
+from core.distributed import min_over_processes, sum_over_processes
 from eval_metrics import CosineDistances, match_ranks
-from utils import InputError, autocast, min_over_ranks, progress, ranks, sum_over_ranks
+from utils import InputError, autocast, process_count, progress
 
 LOG_STEPS = 10  # steps between two readings of losses and health: each waits for the device
 
@@ -47,9 +48,9 @@ class Epoch:
         self.readings += 1
 
     def check(self, desc, weights=()):
-        """Raise Diverged, on all ranks, if a step was not finite on one of them, or if `weights` are not now."""
+        """Raise Diverged, on all processes, if a step was not finite on one of them, or if `weights` are not now."""
         bad = [self.first_bad] + [torch.where(torch.isfinite(w).all(), torch.inf, self.step) for w in weights]
-        if (step := min_over_ranks(torch.stack(bad).min()).item()) <= self.step:
+        if (step := min_over_processes(torch.stack(bad).min()).item()) <= self.step:
             raise Diverged(
                 f"{desc}: the loss, its gradient or a weight is not finite from step {int(step)} on; lower --lr, or "
                 "start from --weights imagenet"
@@ -59,17 +60,17 @@ class Epoch:
         """{name: mean} of the losses."""
         return dict(zip(self.names, (self.losses / self.step).tolist(), strict=True))
 
-    def over_ranks(self):
-        """The epoch with the mean losses of all ranks."""
+    def over_processes(self):
+        """The epoch with the mean losses of all processes."""
         whole = Epoch(self.losses.device, vars(self))
-        whole.losses = sum_over_ranks(self.losses.clone()) / ranks()
+        whole.losses = sum_over_processes(self.losses.clone()) / process_count()
         return whole
 
     def summary(self):
-        """The epoch's entry in the log: means, health, `seconds`, and `images_per_second` (inputs of all ranks)."""
+        """The epoch's entry in the log: means, health, `seconds`, and `images_per_second` (inputs of all processes)."""
         health = dict(zip(self.health_names, (self.health / self.readings).tolist(), strict=True))
         seconds = max(self.seconds, 1e-9)
-        speed = {"seconds": round(seconds, 3), "images_per_second": round(ranks() * self.images / seconds, 1)}
+        speed = {"seconds": round(seconds, 3), "images_per_second": round(process_count() * self.images / seconds, 1)}
         return {**self.means(), **health, **speed}
 
 
@@ -135,11 +136,11 @@ def extract(embed, loader, modality, desc):
     """
     batches = [embed(images, modality) for images in progress(loader, desc=desc, unit="batch", leave=False)]
     features = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-    if ranks() > 1:  # each has some rows, and all get all
+    if process_count() > 1:  # each has some rows, and all get all
         for name, values in features.items():
             features[name] = values.new_zeros(len(loader.dataset), values.shape[1])
             features[name][loader.rows] = values[: len(loader.rows)]
-            sum_over_ranks(features[name])
+            sum_over_processes(features[name])
     for name, values in features.items():
         if not torch.isfinite(values).all():
             raise InputError(

@@ -4,11 +4,12 @@ import json
 import os
 
 from core import engine
+from core.checkpoint import load_checkpoint
 from core.datasets import DATASETS, check_options, option_values
 from data_loader import eval_loader
 from data_manager import is_demo
 from model import load_network, method_name
-from utils import InputError, load_checkpoint, number
+from utils import InputError, number
 
 
 def add_flags(parser):

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from core.datasets import DATASETS, option_values
-from utils import InputError, atomic
+from core.files import atomic
+from utils import InputError
 
 
 def save_features(path, features, paths, data_path, origin):

@@ -49,11 +49,15 @@ def write_images(paths, size, out, desc, workers=None):
     """Decode images into one array file uint8 [N, H, W, 3] -> {index: InputError} of the unreadable ones.
 
     Unreadable images stay black. The file is a memory map, so memory stays at a few images a process. Not atomic: `out`
-    is a temporary of `utils.atomic`. workers: processes (threads would wait for each other), by default one a core.
+    is a temporary of `files.atomic`. workers: processes (threads would wait for each other), by default one a core.
     """
-    np.lib.format.open_memmap(out, "w+", np.uint8, (len(paths), *size, 3))
+    offset = np.lib.format.open_memmap(out, "w+", np.uint8, (len(paths), *size, 3)).offset
     with open(out, "r+b") as file:  # reserves the space: a map that meets a full disk kills the process
-        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        else:  # macOS, Windows
+            file.seek(offset)
+            file.writelines(bytes(size[0] * size[1] * 3) for _ in paths)
     chunks = [(start, paths[start : start + CHUNK]) for start in range(0, len(paths), CHUNK)]
     unreadable = {}
     with (

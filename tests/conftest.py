@@ -11,6 +11,7 @@ from torchvision.transforms import functional
 
 import pre_process_sysu
 import utils
+from core.checkpoint import save_checkpoint
 from model import GFMNet
 from tools import demo_data
 
@@ -31,7 +32,7 @@ def save_network(path, seed, dataset=None, **options):
     torch.manual_seed(seed)
     net = GFMNet(num_classes=4, arch="resnet18", **options)
     content = {"net": net.state_dict(), "options": net.options, "image_size": list(SIZE), "args": {"dataset": dataset}}
-    utils.save_checkpoint(content, path)
+    save_checkpoint(content, path)
     return path
 
 

@@ -25,6 +25,8 @@ import utils
 from ChannelAug import TrainAugmentation
 from conftest import SIZE, flags
 from core import features as feature_store
+from core.checkpoint import load_checkpoint
+from core.run import Pauses
 from data_loader import IdentitySampler, sysu_train, sysu_train_files
 
 REPO = Path(utils.__file__).parent
@@ -135,7 +137,7 @@ def test_killed_trainings_lose_nothing(unbroken, sysu_tree, tmp_path):
             came_to = (0, 0)
             continue
         for file in (tmp_path / "models").glob("*.t"):
-            checkpoint = utils.load_checkpoint(file)  # whole
+            checkpoint = load_checkpoint(file)  # whole
             if file.name.endswith("_last.t"):
                 steps = checkpoint["sums"]["step"] if "within" in checkpoint else 0
                 assert (checkpoint["epoch"] + 1, steps) >= came_to
@@ -352,7 +354,7 @@ def test_training_stopped_while_it_tests_repeats_no_step(unbroken, sysu_tree, tm
 def test_a_second_signal_ends_the_process_at_once(monkeypatch):
     ended, before = [], signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(os, "_exit", ended.append)
-    with utils.Pauses(1, torch.device("cpu")) as pauses:
+    with Pauses(1, torch.device("cpu")) as pauses:
         pauses.hold = True
         os.kill(os.getpid(), signal.SIGTERM)
         assert pauses.due()
@@ -360,7 +362,7 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)  # the same, sent twice
         assert ended == []
         now = time.monotonic()
-        monkeypatch.setattr(utils.time, "monotonic", lambda: now + 1.1)
+        monkeypatch.setattr(time, "monotonic", lambda: now + 1.1)
         os.kill(os.getpid(), signal.SIGINT)
         assert ended == [130]
     assert signal.getsignal(signal.SIGINT) is before
@@ -368,8 +370,8 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch):
 
 def test_time_is_up_every_so_many_minutes(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(utils.time, "monotonic", lambda: now[0])
-    pauses = utils.Pauses(2, torch.device("cpu"))
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    pauses = Pauses(2, torch.device("cpu"))
     due = []
     for now[0] in (219, 221, 222, 340, 342):
         due.append(pauses.due())

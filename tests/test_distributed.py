@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import engine
 import numpy as np
 import pytest
 import torch
@@ -21,7 +20,9 @@ import testa
 import train_ext_test0
 import utils
 from conftest import SIZE, flags
+from core import engine
 from core.datasets import regdb_train
+from core.distributed import leave_processes, sum_over_processes
 from data_loader import IdentitySampler
 from loss import MethodLoss
 from model import GFMNet, method_options
@@ -54,12 +55,12 @@ def gradients(rank, ranks, method, file):
     model = DistributedDataParallel(net) if ranks > 1 else net
     losses = MethodLoss(method)(model(visible, images["infrared"][own]), labels[own].repeat(3))
     losses.total.backward()
-    total = utils.sum_over_ranks(losses.total.detach().clone()) / ranks
+    total = sum_over_processes(losses.total.detach().clone()) / ranks
     if rank == 0:
         grads = {name: parameter.grad for name, parameter in net.named_parameters() if parameter.grad is not None}
         torch.save({"total": total, "correct": losses.correct, "grads": grads}, f"{file}.{ranks}")
     del model, losses
-    utils.leave_ranks()
+    leave_processes()
 
 
 @pytest.mark.parametrize("method", ["adp", "base"])
@@ -78,16 +79,16 @@ def test_identities_of_a_batch_are_shared_without_repetition(monkeypatch):
     data = toy_data()
     whole = list(IdentitySampler(data, 4, 2, seed=0))
     shares = []
-    monkeypatch.setattr(data_loader, "ranks", lambda: 2)
+    monkeypatch.setattr(data_loader, "process_count", lambda: 2)
     for rank in range(2):
-        monkeypatch.setattr(data_loader, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(data_loader, "process_index", lambda rank=rank: rank)
         shares.append(list(IdentitySampler(data, 4, 2, seed=0)))
     for batch, first, second in zip(whole, *shares, strict=True):
         for images, one, other in zip(batch, first, second, strict=True):
             by_identity = images.reshape(4, 2)
             np.testing.assert_array_equal(one.reshape(2, 2), by_identity[::2])
             np.testing.assert_array_equal(other.reshape(2, 2), by_identity[1::2])
-    with pytest.raises(InputError, match="--batch_size 3: 2 ranks cannot share it evenly"):
+    with pytest.raises(InputError, match="--batch_size 3: 2 processes cannot share it evenly"):
         IdentitySampler(data, 3, 2, seed=0)
 
 
@@ -95,7 +96,7 @@ def test_images_are_decoded_before_the_ranks_start(regdb_tree, tmp_path, monkeyp
     """The others wait for the file, not in a collective operation, which has a time limit."""
     tree = tmp_path / "regdb"
     shutil.copytree(regdb_tree, tree)
-    monkeypatch.setattr(train_ext_test0, "start_ranks", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(train_ext_test0, "start_processes", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     command = flags(tree, tmp_path, "--dataset", "regdb")
     with pytest.raises(KeyboardInterrupt):
         train_ext_test0.main(command)
@@ -103,7 +104,7 @@ def test_images_are_decoded_before_the_ranks_start(regdb_tree, tmp_path, monkeyp
     assert len(arrays) == 2
     for array in arrays:
         array.rename(tmp_path / array.name)
-    monkeypatch.setattr(data_loader, "rank", lambda: 1)
+    monkeypatch.setattr(data_loader, "process_index", lambda: 1)
     monkeypatch.setattr(data_loader, "write_images", lambda *_: pytest.fail("decoded by another rank"))
     monkeypatch.setattr(data_loader.time, "sleep", lambda _: [(tmp_path / a.name).rename(a) for a in arrays])
     assert len(regdb_train(tree, SIZE, 1).visible)
@@ -197,7 +198,7 @@ def diverging_epoch(rank, ranks, file):
     except engine.Diverged as error:
         Path(f"{file}.{rank}").write_text(f"{epoch.step} {error}")
     del model, criterion
-    utils.leave_ranks()
+    leave_processes()
 
 
 def test_ranks_stop_together_where_one_of_them_diverges(tmp_path):

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import data_manager
-import utils
 from core import features as feature_store
+from core.run import RunLog, read_json_lines
 from eval_metrics import eval_regdb, eval_sysu
 from loss import aligned_distance
 from tools.bench import plain_aligned_distance, plain_metrics
@@ -112,12 +112,12 @@ JSON = st.recursive(
 @given(st.lists(JSON.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=30), max_size=5))
 def test_logs(tree, lines):
     (tree / "log.jsonl").write_bytes(b"\n".join(lines))
-    for entry in utils.read_json_lines(tree / "log.jsonl"):
+    for entry in read_json_lines(tree / "log.jsonl"):
         assert isinstance(entry["epoch"], int)
-    log = utils.RunLog(tree, "log", resumed_epoch=1)  # which drops what it cannot read, and goes on
+    log = RunLog(tree, "log", resumed_epoch=1)  # which drops what it cannot read, and goes on
     log.epoch({"epoch": 2, "total": 1.0})
     log.close()
-    entries = utils.read_json_lines(tree / "log.jsonl")
+    entries = read_json_lines(tree / "log.jsonl")
     assert entries[-1] == {"epoch": 2, "total": 1.0}
     assert all(entry["epoch"] <= 1 for entry in entries[:-1])
 

@@ -1,5 +1,8 @@
 """Reading image files, and writing many into one array. Kinds of images: see test_bad_input.py."""
 
+import os
+import types
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,6 +21,21 @@ def test_chunks_and_processes_do_not_change_the_array(sysu_tree, tmp_path, monke
     with Image.open(paths[-1]) as image:
         expected = image.convert("RGB").resize((8, 16), Image.Resampling.LANCZOS)
     assert np.array_equal(np.load(tmp_path / "whole.npy")[-1], np.asarray(expected))
+
+
+def test_room_is_taken_where_the_system_has_no_call_for_it(sysu_tree, tmp_path, monkeypatch):
+    """As on macOS."""
+    paths, _, _ = process_query_sysu(sysu_tree)
+    images.write_images(paths, (16, 8), tmp_path / "one.npy", "one", workers=1)
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    images.write_images(paths, (16, 8), tmp_path / "other.npy", "other", workers=1)
+    assert (tmp_path / "one.npy").read_bytes() == (tmp_path / "other.npy").read_bytes()
+    monkeypatch.setattr(images.multiprocessing, "Pool", lambda *_: pytest.fail("the room is taken before the work"))
+    if os.path.exists("/dev/full"):
+        (tmp_path / "full.npy").symlink_to("/dev/full")
+        monkeypatch.setattr(np.lib.format, "open_memmap", lambda *_: types.SimpleNamespace(offset=0))
+        with pytest.raises(OSError, match="No space left"):
+            images.write_images(paths, (16, 8), tmp_path / "full.npy", "full", workers=1)
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\xff\xd8\xff\xe0 cut off"])

@@ -23,6 +23,7 @@ from ChannelAug import TrainAugmentation
 from conftest import SIZE, flags, plain_embedding, save_network
 from core import engine, evaluation, re_rank
 from core import features as feature_store
+from core.checkpoint import save_checkpoint
 from eval_metrics import eval_sysu
 from loss import MethodLoss
 from model import GFMNet
@@ -68,7 +69,7 @@ def test_resumed_run_equals_the_uninterrupted_one(trained, sysu_tree, tmp_path, 
     class Stopped(Exception):
         pass
 
-    save = utils.save_checkpoint
+    save = save_checkpoint
 
     def save_and_stop(checkpoint, path):
         save(checkpoint, path)

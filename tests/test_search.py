@@ -262,8 +262,8 @@ def test_a_long_run_is_saved_as_it_goes(folder, checkpoint, tmp_path, monkeypatc
 def test_two_runs_do_not_write_one_index(made):
     folder, index = made
     code = textwrap.dedent(f"""
-        import utils
-        with utils.run_lock({str(index / "index.json")!r}):
+        from core.run import run_lock
+        with run_lock({str(index / "index.json")!r}):
             print("claimed", flush=True)
             input()
     """)

@@ -13,6 +13,9 @@ import pytest
 import torch
 
 import utils
+from core.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from core.files import atomic
+from core.run import RunLog, run_lock
 from data_loader import worker_options
 from utils import InputError
 
@@ -115,7 +118,7 @@ def test_ranks_take_a_gpu_each_and_know_their_number_before_they_join(monkeypatc
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "5", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert utils.rank() == 5
+    assert utils.process_index() == 5
     assert utils.select_device("0") == torch.device("cuda", 1)
     assert chosen == [1]
     monkeypatch.setenv("LOCAL_RANK", "2")
@@ -166,7 +169,7 @@ def test_seeding_repeats_every_generator():
 
 def test_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "new folder" / "last.t"
-    utils.save_checkpoint({"net": {"a": torch.ones(2)}}, path)
+    save_checkpoint({"net": {"a": torch.ones(2)}}, path)
     before = path.read_bytes()
 
     class Half:
@@ -174,7 +177,7 @@ def test_failed_write_keeps_the_old_file(tmp_path):
             raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        utils.save_checkpoint({"net": {"a": torch.zeros(1000)}, "rest": Half()}, path)
+        save_checkpoint({"net": {"a": torch.zeros(1000)}, "rest": Half()}, path)
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == ["last.t"]
 
@@ -182,16 +185,16 @@ def test_failed_write_keeps_the_old_file(tmp_path):
 def test_unwritable_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match=r"file/last\.t"):
-        utils.save_checkpoint({}, tmp_path / "file" / "last.t")
+        save_checkpoint({}, tmp_path / "file" / "last.t")
     with pytest.raises(InputError, match="is a folder"):
-        utils.save_checkpoint({}, tmp_path)
+        save_checkpoint({}, tmp_path)
 
 
 def test_published_checkpoints_with_numpy_values_load(tmp_path):
     path = tmp_path / "published.t"
     content = {"net": {"w": torch.ones(2)}, "cmc": np.ones(20), "mAP": np.float64(0.7), "epoch": 3}
     torch.save(content, path)
-    loaded = utils.load_checkpoint(path)
+    loaded = load_checkpoint(path)
     assert loaded["mAP"] == 0.7
     assert np.array_equal(loaded["cmc"], np.ones(20))
     # NumPy 1 wrote the same pickles under numpy.core; the byte strings differ in length, so pickle them unframed.
@@ -204,7 +207,7 @@ def test_published_checkpoints_with_numpy_values_load(tmp_path):
         for item in source.namelist():
             data = source.read(item).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
             target.writestr(item, data)
-    assert utils.load_checkpoint(old_path)["mAP"] == 0.7
+    assert load_checkpoint(old_path)["mAP"] == 0.7
 
 
 def test_checkpoint_that_runs_code_is_refused(tmp_path):
@@ -215,7 +218,7 @@ def test_checkpoint_that_runs_code_is_refused(tmp_path):
     path = tmp_path / "crafted.t"
     torch.save({"net": Crafted()}, path)
     with pytest.raises(InputError, match=r"crafted\.t"):
-        utils.load_checkpoint(path)
+        load_checkpoint(path)
     assert not (tmp_path / "pwned").exists()
 
 
@@ -227,42 +230,42 @@ def test_broken_checkpoint_is_named(tmp_path, content):
         content = path.read_bytes()[:-300]
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"broken\.t"):
-        utils.load_checkpoint(path)
+        load_checkpoint(path)
 
 
 def test_missing_and_foreign_checkpoints_are_named(tmp_path):
     with pytest.raises(InputError, match=r"none\.t"):
-        utils.load_checkpoint(tmp_path / "none.t")
+        load_checkpoint(tmp_path / "none.t")
     torch.save({"state": 1}, tmp_path / "other.t")
     with pytest.raises(InputError, match=r"other\.t.*net"):
-        utils.load_checkpoint(tmp_path / "other.t")
+        load_checkpoint(tmp_path / "other.t")
 
 
 def test_checkpoint_is_found_by_path_or_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "a.t").touch()
-    assert utils.find_checkpoint("a.t", "models") == Path("models/a.t")
-    assert utils.find_checkpoint("models/a.t", "models") == Path("models/a.t")
+    assert find_checkpoint("a.t", "models") == Path("models/a.t")
+    assert find_checkpoint("models/a.t", "models") == Path("models/a.t")
     (tmp_path / "a.t").touch()
-    assert utils.find_checkpoint("a.t", "models") == Path("a.t")
+    assert find_checkpoint("a.t", "models") == Path("a.t")
     with pytest.raises(InputError, match=r"b\.t.*models"):
-        utils.find_checkpoint("b.t", "models")
+        find_checkpoint("b.t", "models")
 
 
 def test_resumed_log_holds_each_epoch_once(tmp_path):
-    log = utils.RunLog(tmp_path, "run")
+    log = RunLog(tmp_path, "run")
     for epoch in range(4):
         log.epoch({"epoch": epoch, "loss": 1.0 / (epoch + 1)})
     log.close()
     with (tmp_path / "run.jsonl").open("a") as file:
         file.write('{"epoch": 4, "lo')  # the process died while writing
-    log = utils.RunLog(tmp_path, "run", resumed_epoch=1)
+    log = RunLog(tmp_path, "run", resumed_epoch=1)
     log.epoch({"epoch": 2, "loss": 5.0})
     log.close()
     entries = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
     assert [(entry["epoch"], entry["loss"]) for entry in entries] == [(0, 1.0), (1, 0.5), (2, 5.0)]
-    log = utils.RunLog(tmp_path, "run")
+    log = RunLog(tmp_path, "run")
     log.close()
     assert (tmp_path / "run.jsonl").read_text() == ""
 
@@ -270,14 +273,24 @@ def test_resumed_log_holds_each_epoch_once(tmp_path):
 def test_lock_leaves_runs_alone_whose_names_begin_alike(tmp_path):
     """What another live run writes, and its lock, stay; and it still keeps others out."""
     name = "run_seed_0_9"
-    with utils.run_lock(tmp_path / f"{name}_adam"), utils.atomic(tmp_path / f"{name}_adam_last.t") as temporary:
-        with utils.run_lock(tmp_path / name), utils.atomic(tmp_path / f"{name}_last.t"):
+    with run_lock(tmp_path / f"{name}_adam"), atomic(tmp_path / f"{name}_adam_last.t") as temporary:
+        with run_lock(tmp_path / name), atomic(tmp_path / f"{name}_last.t"):
             assert temporary.exists()
-        code = f"import utils\nwith utils.run_lock({str(tmp_path / name)!r} + '_adam'): pass"
+        code = f"from core.run import run_lock\nwith run_lock({str(tmp_path / name)!r} + '_adam'): pass"
         other = run(code)
         assert "InputError" in other.stderr
         assert f"is writing now (process {os.getpid()}" in other.stderr
     assert {file.name for file in tmp_path.glob("*.t")} == {f"{name}_last.t", f"{name}_adam_last.t"}
+
+
+def test_without_locks_there_is_a_warning(tmp_path):
+    """As on Windows, whose Python has no fcntl: everything can be imported, and runs."""
+    code = "import sys\nsys.modules['fcntl'] = None\nimport train_ext_test0\n"
+    code += "from core import run\nfrom tools import search\n"
+    result = run(f"{code}with run.run_lock({str(tmp_path / 'run')!r}): print('runs')")
+    warning, runs = result.stdout.splitlines()
+    assert "run.lock: cannot be locked (No locks available); do not start a second run of this name" in warning
+    assert runs == "runs"
 
 
 def test_temporaries_of_killed_processes_are_removed_by_the_next_write(tmp_path):
@@ -288,6 +301,6 @@ def test_temporaries_of_killed_processes_are_removed_by_the_next_write(tmp_path)
     left += [tmp_path / f".last.t_2.{host}.{gone.pid}.abc", tmp_path / f".last.t.elsewhere.{gone.pid}.abc"]
     for file in left:
         file.touch()
-    with utils.atomic(tmp_path / "last.t"):
+    with atomic(tmp_path / "last.t"):
         pass
     assert [file.exists() for file in left] == [False, True, True, True]

@@ -41,6 +41,7 @@ from torchvision import transforms
 from ChannelAug import ERASE_FILL, GRAY, MEAN, STD, TrainAugmentation, normalise
 from core import engine, re_rank, results
 from core.datasets import DATASETS, sysu_searches
+from core.files import check_output, save_json
 from core.images import write_images
 from data_loader import (
     CACHES,
@@ -56,19 +57,7 @@ from eval_metrics import CosineDistances, eval_regdb, eval_sysu
 from loss import AlignedLocalLoss, Losses, MethodLoss, SquaredTripletLoss
 from model import ARCHS, GFMNet
 from tools import index as image_index
-from utils import (
-    ArgumentParser,
-    InputError,
-    autocast,
-    check_output,
-    cli,
-    cores,
-    number,
-    progress,
-    save_json,
-    seed_everything,
-    select_device,
-)
+from utils import ArgumentParser, InputError, autocast, cli, cores, number, progress, seed_everything, select_device
 
 REPO = Path(__file__).parent.parent
 SCALING_IMAGES, SCALING_REPEATS = 2000, 3  # prepared on all cores and on one
@@ -793,6 +782,7 @@ def plain_k_reciprocal(query, gallery, k1=20, k2=6, lambda_value=0.3):
 def bench_search(args, device):  # FAISS's build for CPUs
     """People are random directions; each vector is its person's plus Gaussian noise, so that two of a person have the
     cosine asked for on average. Queries are further vectors of the same people."""
+    need_proc()
     generator, figures = torch.Generator().manual_seed(0), {}
     centres = F.normalize(torch.randn(args.people, args.dim, generator=generator))
 

@@ -30,19 +30,10 @@ import torch.nn.functional as F
 
 from ChannelAug import MEAN, STD, normalise
 from core import engine
+from core.checkpoint import find_checkpoint, load_checkpoint
+from core.files import atomic, check_output, file_sha256, save_json
 from model import FEATURES, MODALITIES, GFMNet, load_network
-from utils import (
-    ArgumentParser,
-    InputError,
-    atomic,
-    check_output,
-    cli,
-    file_sha256,
-    find_checkpoint,
-    load_checkpoint,
-    progress,
-    save_json,
-)
+from utils import ArgumentParser, InputError, cli, progress
 
 RESIZE = 'np.asarray(Image.open(FILE).convert("RGB").resize(({1}, {0}), Image.Resampling.LANCZOS)).transpose(2, 0, 1)'
 OPSET = 18  # the one that the exporter writes without a conversion

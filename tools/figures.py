@@ -13,9 +13,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
+from core.files import atomic, check_output
 from core.images import read_image
 from core.results import result_title
-from utils import InputError, atomic, check_output
+from utils import InputError
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 2, 2)))
@@ -196,7 +197,7 @@ def overlap(a, b):
 
 
 def epoch_curves(runs, values):
-    """runs: {label: entries of a `utils.RunLog`} -> Figure with a panel for each of `values`, by epoch.
+    """runs: {label: entries of a `run.RunLog`} -> Figure with a panel for each of `values`, by epoch.
 
     Raises InputError for a value that no log has."""
     known = {

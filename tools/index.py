@@ -10,8 +10,9 @@ from pathlib import Path
 import faiss
 import numpy as np
 
+from core.files import atomic
 from model import MODALITIES
-from utils import InputError, atomic, progress
+from utils import InputError, progress
 
 # Inverted lists: about LISTS * sqrt(N) of them, their centres learned from SAMPLE vectors a list. A search looks into
 # one of PROBED lists, and into LEAST at least (`nprobe`, which the FAISS file holds).

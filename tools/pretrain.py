@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from ChannelAug import normalise, random_crop, random_flip
+from core.files import atomic, check_output
 from data_loader import IdentitySampler, sysu_train, train_loader
 from loss import MethodLoss
 from model import ARCHS, GFMNet, backbone
-from utils import ArgumentParser, atomic, check_output, cli, number, progress, seed_everything, select_device
+from utils import ArgumentParser, cli, number, progress, seed_everything, select_device
 
 BATCH = 64  # images of a step
 RATE = 1e-3  # of Adam

@@ -13,8 +13,9 @@ from markupsafe import Markup
 from PIL import Image
 
 from core.datasets import DATASETS
+from core.files import atomic
 from core.images import read_image
-from utils import atomic, progress
+from utils import progress
 
 CROP = (256, 128)  # height, width of an embedded image: enough to enlarge it, at about 7 KB each
 PROTOCOL = ("dataset", "mode", "direction", "protocol", "shots")

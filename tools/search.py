@@ -37,22 +37,15 @@ from torch.utils.data import DataLoader, default_collate
 
 from ChannelAug import normalise
 from core import engine
+from core.checkpoint import load_checkpoint
+from core.files import file_sha256
 from core.images import FORMATS
+from core.run import run_lock
 from data_loader import ImageFiles, worker_options
 from model import FEATURES, MODALITIES, load_network
 from tools import figures
 from tools.index import arrange, drop_rows, read_index, save_index
-from utils import (
-    ArgumentParser,
-    InputError,
-    cli,
-    file_sha256,
-    load_checkpoint,
-    number,
-    progress,
-    run_lock,
-    select_device,
-)
+from utils import ArgumentParser, InputError, cli, number, progress, select_device
 
 SAVE_MINUTES = 15  # between two saves of an index that is being made
 SHEET_LIMIT = 100  # queries, and images of each, that a sheet has room for

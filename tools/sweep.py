@@ -30,23 +30,12 @@ from tqdm import tqdm
 
 import testa
 import train_ext_test0
+from core.files import atomic, check_output, save_json
 from core.results import result_title
+from core.run import Pauses, read_json_lines, run_lock
 from loss import Health, Losses
 from tools import figures
-from utils import (
-    ArgumentParser,
-    InputError,
-    Pauses,
-    Stopped,
-    atomic,
-    check_output,
-    claim,
-    cli,
-    number,
-    progress,
-    read_json_lines,
-    save_json,
-)
+from utils import ArgumentParser, InputError, Stopped, cli, number, progress
 
 SCRIPTS = {"train": train_ext_test0, "test": testa}
 PROGRAMS = {name: script.__file__ for name, script in SCRIPTS.items()}
@@ -56,7 +45,7 @@ NOTE = (
     "to the first row, seed by seed, with its 95 % interval (Student's t)."
 )
 METRICS = ("Rank-1", "mAP", "mINP")
-LOGGED = (*Losses._fields, *Health._fields, "lr", "skipped")
+LOGGED = (*Losses._fields, *Health._fields, "lr")
 LOGGED += tuple(f"{feature}/{metric}" for feature in ("FC", "POOL") for metric in METRICS)
 # Flags that the sweep gives its runs.
 OWN = {"train": {"seed", "model_path", "log_path", "resume"}}
@@ -146,7 +135,7 @@ def main(argv=None):
         runs = plan_runs(plan, out)
         for run in runs:
             run.check_unchanged()
-        with claim(out / "sweep", "another --out"):
+        with run_lock(out / "sweep", "another --out"):
             save_json(plan, out / PLAN)
             run_all(runs, args.gpus or [None] * args.jobs, args.retry)
     table = tabulate(runs, plan)

@@ -21,22 +21,15 @@ import torch.nn.functional as F
 
 from ChannelAug import normalise
 from core import engine, evaluation
+from core.checkpoint import find_checkpoint
 from core.datasets import DATASETS, Search, search_title
 from core.images import read_image
 from core.results import choose_queries, pair_distances, rank_images, result_title
+from core.run import read_json_lines
 from data_manager import NUMBER
 from model import FEATURES
 from tools import figures
-from utils import (
-    ArgumentParser,
-    InputError,
-    cli,
-    find_checkpoint,
-    number,
-    progress,
-    read_json_lines,
-    select_device,
-)
+from utils import ArgumentParser, InputError, cli, number, progress, select_device
 
 
 def get_args_parser():

@@ -1,0 +1,112 @@
+"""Files that are whole or not there: written beside their place, then moved to it."""
+
+import contextlib
+import errno
+import glob
+import hashlib
+import json
+import os
+import socket
+import tempfile
+from pathlib import Path
+
+from utils import InputError
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Give a temporary path beside `path`; move it there when the block ends, remove it if the block fails.
+
+    What a process that was killed has left there is removed, too. Raises InputError when the disk is full.
+    """
+    path = Path(path)
+    check_output(path)
+    mine = f".{path.name}.{socket.gethostname()}."
+    for other in path.parent.glob(f"{glob.escape(mine)}*"):
+        if not _is_alive(other.name.removeprefix(mine).split(".")[0]):
+            other.unlink(missing_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{mine}{os.getpid()}.")
+    os.close(handle)
+    os.chmod(name, 0o666 & ~_umask())
+    try:
+        with writing(path):
+            yield Path(name)
+            flush(name)
+            os.replace(name, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def flush(path):
+    """Have the disk hold what was written: or a power failure could leave a new name with nothing in it."""
+    with writing(path), open(path, "r+b") as file:
+        os.fsync(file)
+
+
+def _is_alive(process):
+    """Whether another process of this number lives, or may live: Windows, where signal 0 is Ctrl-C, is not asked."""
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return int(process) != os.getpid()
+
+
+@contextlib.contextmanager
+def writing(path):
+    """A block that writes `path`: raises InputError when the disk is full."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save fails again, over the OSError
+        if getattr(cause, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise InputError(
+            f"{path}: cannot be written ({cause.strerror}); make room there, and go on; what was there before is whole"
+        ) from error
+
+
+def check_output(path):
+    """Make the folder of `path`, and raise InputError if no file can be written there: before the work, not after."""
+    check_folder(path)
+    if Path(path).is_dir():
+        raise InputError(f"{path}: is a folder; name a file")
+
+
+def check_folder(path):
+    """Make the folder of `path`, and raise InputError if nothing can be written there."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        reason = next((f"{there} is a file" for there in path.parents if there.is_file()), error.strerror)
+        raise InputError(f"{path}: cannot write there ({reason}); choose another folder") from error
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def save_json(value, path):
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def file_sha256(path):
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def locate(name, folder=""):
+    """A file by its path, or by its name in a folder; a path that exists wins. None if there is neither."""
+    return next((path for path in (Path(name), Path(folder) / name) if path.is_file()), None)
