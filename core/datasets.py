@@ -240,11 +240,11 @@ def llcm_searches(data_path, directions=("visible to infrared",), trials=TRIALS)
     """LLCM's searches, one for each direction and trial: every image of one modality in a gallery of the other."""
     test = Searches("llcm")
     for direction in directions:
-        asking, searched = direction.split(" to ")
-        query = test.images(asking, data_manager.process_query_llcm(data_path, asking))
-        folders = data_manager.llcm_folders(data_path, searched)
+        from_modality, to_modality = direction.split(" to ")
+        query = test.images(from_modality, data_manager.process_query_llcm(data_path, from_modality))
+        folders = data_manager.llcm_folders(data_path, to_modality)
         for trial in trials:
-            gallery = test.images(searched, data_manager.draw_gallery(folders, trial))
+            gallery = test.images(to_modality, data_manager.draw_gallery(folders, trial))
             test.add(query, gallery, direction, "seeded", trial)
     return test
 

@@ -131,7 +131,7 @@ CASES = {
         "prepare",
         lambda: write(jpeg(), jpeg().read_bytes()[:300]),
         [],
-        ["cam1/", "remove it, or go on without it: --skip_bad"],
+        ["cam1/", "remove it, or continue without it: --skip_bad"],
     ),
     "empty image": ("prepare", lambda: write(jpeg()), [], ["cam1/", "cannot be read"]),
     "text as image": ("prepare", lambda: write(jpeg(), "no image"), [], ["cam1/", "cannot be read"]),

@@ -76,27 +76,27 @@ def test_rankings_and_distances_against_plain_loops(dataset):
         features, paths, search = random_search(dataset, seed)
         query, gallery = search.query, search.gallery
         expected, same, other = {}, [], []
-        for q, (row, *asked) in enumerate(zip(query.rows, query.ids, query.cameras, strict=True)):
+        for q, (row, *person) in enumerate(zip(query.rows, query.ids, query.cameras, strict=True)):
             seen = []
-            for g_row, *there in zip(gallery.rows, gallery.ids, gallery.cameras, strict=True):
-                if not HIDDEN[dataset](tuple(asked), tuple(there)):
+            for g_row, *other_person in zip(gallery.rows, gallery.ids, gallery.cameras, strict=True):
+                if not HIDDEN[dataset](tuple(person), tuple(other_person)):
                     similarity = float(features["infrared"]["FC"][row] @ features["visible"]["FC"][g_row])
-                    seen.append((similarity, f"visible{g_row}", *there))
-                    (same if asked[0] == there[0] else other).append(1 - similarity)
+                    seen.append((similarity, f"visible{g_row}", *other_person))
+                    (same if person[0] == other_person[0] else other).append(1 - similarity)
             seen.sort(key=lambda image: -image[0])
-            hits = [rank for rank, image in enumerate(seen, 1) if image[2] == asked[0]]
+            hits = [rank for rank, image in enumerate(seen, 1) if image[2] == person[0]]
             if hits:
                 precision = np.mean([(i + 1) / rank for i, rank in enumerate(hits)])
-                expected[q] = (f"infrared{row}", *asked, precision, seen)
+                expected[q] = (f"infrared{row}", *person, precision, seen)
 
-        found = match_ranks(
+        matches = match_ranks(
             DATASETS[dataset].rules,
             -features["infrared"]["FC"][query.rows] @ features["visible"]["FC"][gallery.rows].T,
             *(query.ids, gallery.ids, query.cameras, gallery.cameras),
         )
         for which, sign in (("worst", 1), ("best", -1)):
-            chosen = choose_queries(found, search, which, 5)
-            ranked = rank_images(features, paths, search, "FC", found, chosen, 7)
+            positions = choose_queries(matches, search, which, 5)
+            ranked = rank_images(features, paths, search, "FC", matches, positions, 7)
             order = sorted(expected.values(), key=lambda row: sign * row[3])[:5]
             for drawn, (path, identity, camera, precision, seen) in zip(ranked, order, strict=True):
                 assert (drawn["path"], drawn["id"], drawn["camera"]) == (path, identity, camera)
@@ -107,12 +107,12 @@ def test_rankings_and_distances_against_plain_loops(dataset):
                     assert [image["path"], image["id"], image["camera"]] == where
                     assert image["similarity"] == pytest.approx(similarity, abs=1e-6)
                     assert image["correct"] == (where[1] == identity)
-        identity = int(query.ids[found.rows[0]])
-        of_one = choose_queries(found, search, str(identity), 50)
+        identity = int(query.ids[matches.rows[0]])
+        of_one = choose_queries(matches, search, str(identity), 50)
         rows = [i for i, q in enumerate(expected) if query.ids[q] == identity]
         assert sorted(of_one) == rows
-        drawn = choose_queries(found, search, "random", 4)
-        assert drawn == choose_queries(found, search, "random", 4)
+        drawn = choose_queries(matches, search, "random", 4)
+        assert drawn == choose_queries(matches, search, "random", 4)
         assert len({*drawn}) == len(drawn) == min(4, len(expected))
         for actual, plain in zip(pair_distances(features, search, "FC"), (same, other), strict=True):
             np.testing.assert_allclose(actual, plain, atol=1e-6)
@@ -120,6 +120,6 @@ def test_rankings_and_distances_against_plain_loops(dataset):
 
 def test_an_identity_without_a_query_is_named():
     features, _, search = random_search("regdb", 0)
-    found = engine.run_search(features, search)["FC", "none"]
+    matches = engine.run_search(features, search)["FC", "none"]
     with pytest.raises(InputError, match="--which 77: no query of that identity has a match; choose one of 1, 2, 3, 4"):
-        choose_queries(found, search, "77", 1)
+        choose_queries(matches, search, "77", 1)
