@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import data_manager
 from ChannelAug import TrainAugmentation, normalise
-from core import engine
+from core import engine, results
 from core.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from core.datasets import DATASETS, check_options, option_values, search_title
 from core.distributed import (
     broadcast_buffers,
     generator_states,
@@ -25,7 +25,7 @@ from core.distributed import (
     wait_for_processes,
 )
 from core.run import Pauses, RunLog, read_json_lines, run_lock
-from data_loader import CACHES, IdentitySampler, eval_loader, llcm_train, regdb_train, sysu_train, train_loader
+from data_loader import CACHES, IdentitySampler, eval_loader, train_loader
 from loss import WEIGHTINGS, MethodLoss
 from model import ARCHS, GFMNet, method_options
 from tools import figures
@@ -65,10 +65,10 @@ MAY_CHANGE = {
 def get_args_parser():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", choices=data_manager.DATA_PATHS, default="sysu")
+    data.add_argument("--dataset", choices=DATASETS, default="sysu")
     data.add_argument("--data_path", help="folder of the data set (default: by --dataset)")
     data.add_argument("--trial", type=number(int, 1, 10), default=1, help="RegDB's trial to train on, 1 to 10")
-    data.add_argument("--mode", choices=("all", "indoor"), default="all", help="SYSU-MM01's search to test with")
+    data.add_argument("--mode", choices=option_values("mode"), default="all", help="SYSU-MM01's search to test with")
     data.add_argument("--img_h", type=number(int, 48, 4096), default=288, help="image height, pixels")
     data.add_argument("--img_w", type=number(int, 16, 4096), default=144, help="image width, pixels")
     data.add_argument("--workers", type=number(int, 0, 1024), default=4, help="loading processes, at most one a core")
@@ -166,15 +166,13 @@ def main(argv=None):
 
 
 def load_data(args):
-    """-> (`data_loader.TrainData`, `data_manager.Searches` of one search)."""
-    data_path = args.data_path or data_manager.DATA_PATHS[args.dataset]
-    size = (args.img_h, args.img_w)
-    if args.dataset == "sysu":
-        data = sysu_train(data_path, size, args.select)
-        return data, data_manager.sysu_test(data_path, [args.mode], trials=[0], split=args.select)
-    if args.dataset == "regdb":
-        return regdb_train(data_path, args.trial, size), data_manager.regdb_test(data_path, args.trial)
-    return llcm_train(data_path, size), data_manager.llcm_test(data_path, trials=[0])
+    """-> (`data_loader.TrainData`, `datasets.Searches` of one search)."""
+    dataset, size = DATASETS[args.dataset], (args.img_h, args.img_w)
+    data_path = args.data_path or dataset.path
+    data = dataset.train(data_path, size, **dataset.own(trial=args.trial, select=args.select))
+    trials = [args.trial] if "trial" in dataset.options else dataset.trials[:1]
+    options = dataset.own(mode=[args.mode], select=args.select)
+    return data, dataset.searches(data_path, dataset.directions[:1], trials, **options)
 
 
 def train(args, data, test, device, pauses, name, checkpoints, log_folder, resumed_path):
@@ -182,7 +180,7 @@ def train(args, data, test, device, pauses, name, checkpoints, log_folder, resum
     size = (args.img_h, args.img_w)
     seed_everything(args.seed)
     (search,) = test.searches
-    engine.check_matches(search)
+    search.check_matches()
     sampler = IdentitySampler(data, args.batch_size, args.num_pos, args.seed)
     loader = train_loader(data, sampler, args.workers, device, args.cache)
     eval_loaders = {
@@ -222,7 +220,7 @@ def train(args, data, test, device, pauses, name, checkpoints, log_folder, resum
         begun = f", after step {sums['step']} of {sampler.steps}" if within else ""
         done = f"finished: all {args.epochs} epochs" if first_epoch >= args.epochs else f"epoch {first_epoch}{begun}"
         log.text(f"resumed {resumed_path}: {done}" if resumed_path else "no checkpoint to resume yet: from the start")
-    log.text(f"The best epoch is chosen by Rank-1 (FC), {data_manager.describe(search.setting)}, on {chosen_on}.")
+    log.text(f"The best epoch is chosen by Rank-1 (FC), {search_title(search.setting)}, on {chosen_on}.")
 
     def checkpoint(epoch, **more):
         weights = {"net": net.state_dict(), "options": net.options, "image_size": size, "args": vars(args)}
@@ -277,7 +275,7 @@ def train(args, data, test, device, pauses, name, checkpoints, log_folder, resum
             except Stopped as stopped:
                 pauses.stop = stopped.number
                 save_within(epoch, sums)
-            scores = {feature: engine.scores(ranks) for feature, ranks in found.items()}
+            scores = {feature: results.scores(ranks) for feature, ranks in found.items()}
             entry |= {f"{feature}/{metric}": value for feature, s in scores.items() for metric, value in s.items()}
             line += "".join(f"  {metric} {scores['FC'][metric]:.2f}" for metric in ("Rank-1", "mAP", "mINP"))
             improved = scores["FC"]["Rank-1"] > best["Rank-1"]
@@ -323,10 +321,10 @@ def draw(log, desc, features, test, found):
         return
     entries, (search,) = read_json_lines(log.json_path), test.searches
     curves = figures.epoch_curves({log.json_path.stem: entries}, ["total", "correct", "FC/Rank-1", "FC/mAP"])
-    chosen = engine.choose_queries(found, search, "random", FIGURE_QUERIES)
-    ranked = engine.rank_images(features, test.paths, search, "FC", found, chosen, FIGURE_IMAGES)
+    chosen = results.choose_queries(found, search, "random", FIGURE_QUERIES)
+    ranked = results.rank_images(features, test.paths, search, "FC", found, chosen, FIGURE_IMAGES)
     ids = {"test": "test ids", "val": "VALIDATION ids"}[search.setting["split"]]
-    title = f"{desc}: {ids}, {data_manager.describe(search.setting)}, trial {search.setting['trial']}; FC"
+    title = f"{desc}: {ids}, {search_title(search.setting)}, trial {search.setting['trial']}; FC"
     sheet = figures.ranking_sheet(figures.ranking_tiles(ranked), title)
     epoch, folder = entries[-1]["epoch"], log.json_path.with_suffix("")
     for tag, figure, name in (("curves", curves, "curves"), ("ranking", sheet, f"ranking_epoch_{epoch}")):
@@ -350,13 +348,8 @@ def warnings(entry, args):
 
 
 def check_flags(args):
-    """Raise InputError for flags that the data set has no use for."""
-    if args.dataset != "sysu" and args.select == "val":
-        raise InputError(f"--select val: --dataset {args.dataset} has no validation ids; use a fixed epoch, ..._last.t")
-    if args.dataset != "sysu" and args.mode != "all":
-        raise InputError(f"--mode {args.mode}: is SYSU-MM01's; leave it out with --dataset {args.dataset}")
-    if args.dataset != "regdb" and args.trial != 1:
-        raise InputError(f"--trial {args.trial}: is RegDB's; leave it out with --dataset {args.dataset}")
+    """Raise InputError for flags that do not go together."""
+    check_options(args)
 
 
 def build_optimizer(net, optim, lr):

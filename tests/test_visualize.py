@@ -17,7 +17,8 @@ import testa
 import train_ext_test0
 from conftest import flags, save_network
 from core import engine
-from data_manager import Images, Search
+from core.datasets import Images, Search
+from core.results import choose_queries, pair_distances, rank_images
 from eval_metrics import match_ranks
 from model import method_options
 from tests.oracles import plain_embedding
@@ -175,8 +176,8 @@ def test_rankings_and_distances_against_plain_loops(dataset):
             *(query.ids, gallery.ids, query.cameras, gallery.cameras),
         )
         for which, sign in (("worst", 1), ("best", -1)):
-            chosen = engine.choose_queries(found, search, which, 5)
-            ranked = engine.rank_images(features, paths, search, "FC", found, chosen, 7)
+            chosen = choose_queries(found, search, which, 5)
+            ranked = rank_images(features, paths, search, "FC", found, chosen, 7)
             order = sorted(expected.values(), key=lambda row: sign * row[3])[:5]
             for drawn, (path, identity, camera, precision, seen) in zip(ranked, order, strict=True):
                 assert (drawn["path"], drawn["id"], drawn["camera"]) == (path, identity, camera)
@@ -188,13 +189,13 @@ def test_rankings_and_distances_against_plain_loops(dataset):
                     assert image["similarity"] == pytest.approx(similarity, abs=1e-6)
                     assert image["correct"] == (where[1] == identity)
         identity = int(query.ids[found.rows[0]])
-        of_one = engine.choose_queries(found, search, str(identity), 50)
+        of_one = choose_queries(found, search, str(identity), 50)
         rows = [i for i, q in enumerate(expected) if query.ids[q] == identity]
         assert sorted(of_one) == rows
-        drawn = engine.choose_queries(found, search, "random", 4)
-        assert drawn == engine.choose_queries(found, search, "random", 4)
+        drawn = choose_queries(found, search, "random", 4)
+        assert drawn == choose_queries(found, search, "random", 4)
         assert len({*drawn}) == len(drawn) == min(4, len(expected))
-        for actual, plain in zip(engine.pair_distances(features, search, "FC"), (same, other), strict=True):
+        for actual, plain in zip(pair_distances(features, search, "FC"), (same, other), strict=True):
             np.testing.assert_allclose(actual, plain, atol=1e-6)
 
 
@@ -202,7 +203,7 @@ def test_an_identity_without_a_query_is_named():
     features, _, search = random_search("regdb", 0)
     found = engine.run_search(features, search)["FC", "none"]
     with pytest.raises(InputError, match="--which 77: no query of that identity has a match; there are 1, 2, 3, 4"):
-        engine.choose_queries(found, search, "77", 1)
+        choose_queries(found, search, "77", 1)
 
 
 def plain_overlap(same, other):
