@@ -15,14 +15,14 @@ import numpy as np
 from core.files import atomic, flush, writing
 from data_loader import check_readable, sysu_train_files, write_images
 from data_manager import DATA_PATHS, SYSU_INFRARED, SYSU_VISIBLE, read_ids, sysu_images
-from utils import ArgumentParser, InputError, cli, number
+from utils import ArgumentParser, InputError, bounded, cli
 
 
 def get_args_parser():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_path", default=DATA_PATHS["sysu"], help="folder with cam1 .. cam6 and exp")
-    parser.add_argument("--img_h", type=number(int, 1, 4096), default=288, help="height of the arrays' images, pixels")
-    parser.add_argument("--img_w", type=number(int, 1, 4096), default=144, help="width of the arrays' images, pixels")
+    parser.add_argument("--img_h", type=bounded(int, 1, 4096), default=288, help="height of the arrays' images, pixels")
+    parser.add_argument("--img_w", type=bounded(int, 1, 4096), default=144, help="width of the arrays' images, pixels")
     parser.add_argument("--skip_bad", action="store_true", help="go on without the images that cannot be read")
     return parser
 

@@ -22,8 +22,7 @@ from core import engine, protocol
 from core.features import load_features, save_features, select_features
 from core.files import check_output, locate, save_json
 from model import GFMNet
-from tools import figures, report
-from utils import ArgumentParser, InputError, cli, progress, select_device
+from utils import ArgumentParser, InputError, cli, import_tools, progress, select_device
 
 PAGE = "report.html"
 HARDEST, NEAREST = 40, 10  # queries, and gallery images of each, on the page
@@ -111,6 +110,7 @@ def write_report(args, results, features, test, found, origin):
     """The page of `--report`. Rankings and distances are of the first search, by the network's FC feature.
 
     found: of that search, as `engine.run_search` gives it."""
+    figures, report = import_tools("--report", "figures", "report")
     search, names = test.searches[0], list(features["visible"])
     name = next((name for name in names if name[1] == "FC" and name[0] not in BASELINES), names[-1])
     found = found[name, "none"]
@@ -158,6 +158,8 @@ def check_flags(args):
         raise InputError(f"{', '.join(files)}: name the same file twice; what is read and written must differ")
     for output in filter(None, (args.features, args.json, page)):
         check_output(output)
+    if args.report:
+        import_tools("--report", "figures", "report")
 
 
 def source_name(args):

@@ -22,7 +22,7 @@ from conftest import flags, plain_embedding, save_network
 from core import engine
 from data_manager import Images, Search
 from eval_metrics import match_ranks
-from model import method_options
+from loss import METHODS
 from tools import figures, visualize
 from utils import InputError
 
@@ -312,7 +312,7 @@ def test_ranking_shows_what_the_query_may_see(sysu_tree, checkpoint, tmp_path):
 
 def test_heat_is_what_each_place_adds_to_the_similarity(sysu_tree, tmp_path):
     """With average pooling and no bottleneck, the similarity is a mean over places of a product of features."""
-    path = save_network(tmp_path / "net.t", 1, "sysu", **method_options("base"))
+    path = save_network(tmp_path / "net.t", 1, "sysu", **METHODS["base"].network)
     args = visualize.get_args_parser().parse_args(
         ["heatmap", "--resume", str(path), "--data_path", str(sysu_tree), "--gpu", "cpu", "--out", "a.png"]
     )

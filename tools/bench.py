@@ -56,7 +56,7 @@ from eval_metrics import CosineDistances, eval_regdb, eval_sysu
 from loss import AlignedLocalLoss, Losses, MethodLoss, SquaredTripletLoss
 from model import ARCHS, GFMNet
 from tools import index as image_index
-from utils import ArgumentParser, InputError, autocast, cli, cores, number, progress, seed_everything, select_device
+from utils import ArgumentParser, InputError, autocast, bounded, cli, cores, progress, seed_everything, select_device
 
 REPO = Path(__file__).parent.parent
 SCALING_IMAGES, SCALING_REPEATS = 2000, 3  # prepared on all cores and on one
@@ -69,26 +69,28 @@ def get_args_parser():
     data = commands.add_parser("data", help="prepare the data set's arrays anew; one epoch of loading and augmenting")
     step = commands.add_parser("step", help="training steps, on random images, against the plain recipe")
     step.add_argument("--compile", action="store_true", help="compile the network's steps with torch.compile")
-    step.add_argument("--steps", type=number(int, 1), default=10, help="steps of a turn")
+    step.add_argument("--steps", type=bounded(int, 1), default=10, help="steps of a turn")
     test = commands.add_parser("test", help="from image files to the measures, against ten extractions of a gallery")
     loss = commands.add_parser("loss", help="the aligned local loss against a walk sample by sample")
     metrics = commands.add_parser("metrics", help="the measures against Python lists query by query")
-    metrics.add_argument("--queries", type=number(int, 1), default=20_000, help="of the search straight from features")
-    metrics.add_argument("--gallery", type=number(int, 1), default=200_000, help="of the search straight from features")
+    metrics.add_argument("--queries", type=bounded(int, 1), default=20_000, help="of the search straight from features")
+    metrics.add_argument(
+        "--gallery", type=bounded(int, 1), default=200_000, help="of the search straight from features"
+    )
     rerank = commands.add_parser("rerank", help="k-reciprocal re-ranking against plain loops over images")
-    rerank.add_argument("--queries", type=number(int, 1), default=3803)
-    rerank.add_argument("--gallery", type=number(int, 1), default=301)
+    rerank.add_argument("--queries", type=bounded(int, 1), default=3803)
+    rerank.add_argument("--gallery", type=bounded(int, 1), default=301)
     search = commands.add_parser("search", help="inverted lists against exact search, in made-up vectors")
-    search.add_argument("--vectors", type=number(int, 1000), default=1_000_000)
-    search.add_argument("--people", type=number(int, 1), default=20_000, help="clusters of the vectors")
-    search.add_argument("--dim", type=number(int, 2), default=512)
-    cosine = number(float, 0.01, 0.99)
+    search.add_argument("--vectors", type=bounded(int, 1000), default=1_000_000)
+    search.add_argument("--people", type=bounded(int, 1), default=20_000, help="clusters of the vectors")
+    search.add_argument("--dim", type=bounded(int, 2), default=512)
+    cosine = bounded(float, 0.01, 0.99)
     search.add_argument("--cosine", type=cosine, nargs="+", default=[0.3, 0.45, 0.6], help="of two vectors of a person")
     gpu = commands.add_parser("gpu", help="the GPU tests, then every measurement on the GPU, each as a process")
     gpu.add_argument("--out", required=True, metavar="FILE", help="write all figures to this file, after each stage")
     gpu.add_argument("--only", nargs="+", choices=GPU_STAGES, default=GPU_STAGES, help="these stages only")
     gpu.add_argument("--like", metavar="FILE", help="test at the full size of SYSU-MM01, by its rand_perm_cam.mat")
-    gpu.add_argument("--timeout", type=number(int, 1), default=540, help="seconds after which a process is given up")
+    gpu.add_argument("--timeout", type=bounded(int, 1), default=540, help="seconds after which a process is given up")
     gpu.add_argument("--gpu", default="0", help="number of the GPU")
     for command in (data, step):
         command.add_argument(
@@ -100,20 +102,20 @@ def get_args_parser():
         command.add_argument("--arch", choices=ARCHS, default="resnet50")
         command.add_argument("--amp", choices=("off", "bf16"), default="off", help="mixed precision of the network")
     for command in (data, step, test):
-        command.add_argument("--img_h", type=number(int, 48), default=288, help="image height, pixels")
-        command.add_argument("--img_w", type=number(int, 16), default=144, help="image width, pixels")
-        command.add_argument("--workers", type=number(int, 0), default=4, help="loading processes, at most one a core")
+        command.add_argument("--img_h", type=bounded(int, 48), default=288, help="image height, pixels")
+        command.add_argument("--img_w", type=bounded(int, 16), default=144, help="image width, pixels")
+        command.add_argument("--workers", type=bounded(int, 0), default=4, help="loading processes, at most one a core")
     images = "images of an identity and modality in a batch"
     for command in (data, step, loss):
-        command.add_argument("--batch_size", type=number(int, 2), default=8, help="identities in a batch")
-        command.add_argument("--num_pos", type=number(int, 1), default=4, help=images)
+        command.add_argument("--batch_size", type=bounded(int, 2), default=8, help="identities in a batch")
+        command.add_argument("--num_pos", type=bounded(int, 1), default=4, help=images)
     for command in (data, step, loss, metrics, test, rerank):
         command.add_argument("--gpu", default="0", help="number of the GPU, or cpu")
     search.set_defaults(gpu="cpu")
     for command in (data, step, loss, metrics, test, rerank, search):
         command.add_argument("--json", metavar="FILE", help="write the figures to this file")
         if command is not data:
-            command.add_argument("--repeats", type=number(int, 1), default=5)
+            command.add_argument("--repeats", type=bounded(int, 1), default=5)
     return parser
 
 
@@ -253,10 +255,10 @@ def bench_data(args, device):
     loader = train_loader(data, sampler, args.workers, device, args.cache)
     next(iter(loader))  # starts the loading processes
     loaded, start = 0, time.perf_counter()
-    for visible, infrared, _ in progress(loader, desc="epoch", unit="step"):
-        views = augment(visible.to(device, non_blocking=True), infrared.to(device, non_blocking=True))
-        loaded += sum(len(view) for view in views)
-    float(views[0].sum())  # waits for the device
+    for batch in progress(loader, desc="epoch", unit="step"):
+        visible, _, labels = augment(*(x.to(device, non_blocking=True) for x in batch))
+        loaded += len(labels)
+    float(visible.sum())  # waits for the device
     taken = time.perf_counter() - start
     print(f"an epoch: {len(sampler)} steps, {loaded} network inputs, {taken:.1f} s, {loaded / taken:.0f} a second")
     return {**figures, "epoch_steps": len(sampler), "epoch_inputs": loaded, "epoch_seconds": taken}
@@ -323,8 +325,8 @@ def bench_step(args, device):
             for _ in islice(waiting, 2 * args.workers):
                 pass
 
-    visible, infrared, labels = (x.to(device) for x in next(batches))
-    output = net(*augment(visible, infrared))
+    visible, infrared, labels = augment(*(x.to(device) for x in next(batches)))
+    output = net(visible, infrared)
     for plain, mine in zip(plain_loss(output, labels), criterion(output, labels), strict=True):
         torch.testing.assert_close(plain, mine, rtol=1e-4, atol=1e-6)
     print_head()
@@ -346,7 +348,7 @@ def bench_step(args, device):
         print(f"peak memory without the cached images: {figures['peak_gib_without_cache']:.1f} GiB")
     budget = step_budget(train, net, criterion, augment, optimizer, device)
     uncompiled = GFMNet(people, args.arch).to(device)
-    floors = step_floors(uncompiled, criterion, augment(visible, infrared), labels, args.amp)
+    floors = step_floors(uncompiled, criterion, (visible, infrared), labels, args.amp)
     if device.type == "cuda":
         budget["gaps, the device waiting (part of the above)"] = device_gaps(train) / args.steps
     print("where a step's time goes, and how fast it could be:")

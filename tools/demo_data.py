@@ -677,7 +677,7 @@ def draw_sheet(tree: Path, layout: str, folders: list) -> Image.Image:
 
 def get_args_parser() -> utils.ArgumentParser:
     parser = utils.ArgumentParser(description=__doc__.split("\n")[0])
-    count = utils.number(int, 1)
+    count = utils.bounded(int, 1)
     parser.add_argument("--out", type=Path, required=True, help="folder to make: a new or an empty one")
     parser.add_argument("--layout", choices=SPECTRA, default="sysu", help="data set to look like")
     parser.add_argument("--ids", type=count, help="number of people; else 100")
@@ -687,7 +687,7 @@ def get_args_parser() -> utils.ArgumentParser:
     parser.add_argument(
         "--like", type=Path, metavar="FILE", help="ids and counts of SYSU-MM01 itself, from its rand_perm_cam.mat"
     )
-    parser.add_argument("--seed", type=utils.number(int, 0), default=0, help="same seed, same bytes")
+    parser.add_argument("--seed", type=utils.bounded(int, 0), default=0, help="same seed, same bytes")
     parser.add_argument("--workers", type=count, default=os.cpu_count(), help="processes")
     parser.add_argument("--sheet", type=Path, help="also write a contact sheet of a dozen people to this .png file")
     return parser

@@ -44,7 +44,7 @@ from data_loader import FORMATS, ImageFiles, worker_options
 from model import FEATURES, MODALITIES, load_network
 from tools import figures
 from tools.index import arrange, drop_rows, read_index, save_index
-from utils import ArgumentParser, InputError, cli, number, progress, select_device
+from utils import ArgumentParser, InputError, bounded, cli, progress, select_device
 
 SAVE_MINUTES = 15  # between two saves of an index that is being made
 SHEET_LIMIT = 100  # queries, and images of each, that a sheet has room for
@@ -64,11 +64,11 @@ def get_args_parser():
     query = commands.add_parser("query", help="rank the images of an index by their similarity to others")
     query.add_argument("images", nargs="+", metavar="IMAGE")
     query.add_argument("--modality", choices=MODALITIES, required=True, help="of these images")
-    query.add_argument("--top", type=number(int, 1, 10**6), default=10, help="images to find")
+    query.add_argument("--top", type=bounded(int, 1, 10**6), default=10, help="images to find")
     query.add_argument("--save", metavar="FILE", help="draw them on a sheet: .png, .svg or .pdf")
     query.add_argument("--json", action="store_true", help="print JSON, and nothing else, to stdout")
     serve = commands.add_parser("serve", help="a web page to search with, on this machine alone")
-    serve.add_argument("--port", type=number(int, 1, 65535), default=7860, help="of 127.0.0.1")
+    serve.add_argument("--port", type=bounded(int, 1, 65535), default=7860, help="of 127.0.0.1")
     for command in (index, query, serve):
         command.add_argument(
             "--resume",
@@ -80,8 +80,8 @@ def get_args_parser():
     for command in (query, serve):
         command.add_argument("--index", required=True, metavar="INDEX", help="folder that `index` made")
     for command in (index, query):
-        command.add_argument("--batch", type=number(int, 1, 65536), default=64, help="images in a batch")
-        command.add_argument("--workers", type=number(int, 0, 1024), default=4, help="loading processes, one a core")
+        command.add_argument("--batch", type=bounded(int, 1, 65536), default=64, help="images in a batch")
+        command.add_argument("--workers", type=bounded(int, 0, 1024), default=4, help="loading processes, one a core")
     return parser
 
 

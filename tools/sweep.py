@@ -32,10 +32,11 @@ import data_manager
 import testa
 import train_ext_test0
 from core.files import atomic, check_output, save_json
-from core.run import Pauses, read_json_lines, run_lock
+from core.log import read_json_lines
+from core.run import SaveTimer, run_lock
 from loss import Health, Losses
 from tools import figures
-from utils import ArgumentParser, InputError, Stopped, cli, number, progress
+from utils import ArgumentParser, InputError, Stopped, bounded, cli, progress
 
 SCRIPTS = {"train": train_ext_test0, "test": testa}
 PROGRAMS = {name: script.__file__ for name, script in SCRIPTS.items()}
@@ -75,7 +76,7 @@ def get_args_parser():
         "--row", action="append", type=row, metavar="'NAME: FLAGS'", help="a row by its flags, such as 'paper: --lr 1'"
     )
     what.add_argument("--table", action="store_true", help="run nothing; tables and figures of what is finished")
-    parser.add_argument("--seeds", nargs="+", type=number(int, 0), metavar="N", help="(default: 0 1 2)")
+    parser.add_argument("--seeds", nargs="+", type=bounded(int, 0), metavar="N", help="(default: 0 1 2)")
     parser.add_argument("--test", type=shlex.split, metavar="'FLAGS'", help="more flags of testa.py, such as '--all'")
     parser.add_argument(
         "--checkpoint",
@@ -83,8 +84,8 @@ def get_args_parser():
         help="the one that is tested (default: last, so that no epoch is chosen)",
     )
     many = parser.add_mutually_exclusive_group()
-    many.add_argument("--jobs", type=number(int, 1, 1024), default=1, help="runs at once")
-    many.add_argument("--gpus", nargs="+", type=number(int, 0), metavar="N", help="one run on each of these at once")
+    many.add_argument("--jobs", type=bounded(int, 1, 1024), default=1, help="runs at once")
+    many.add_argument("--gpus", nargs="+", type=bounded(int, 0), metavar="N", help="one run on each of these at once")
     parser.add_argument("--retry", action="store_true", help="go on with failed runs, too")
     parser.add_argument(
         "--curves",
@@ -311,12 +312,12 @@ def run_all(runs, gpus, retry):
     pending = deque(run for run in runs if not run.results.exists() and (retry or not run.failure.exists()))
     free, jobs, told = list(gpus), [], set()
     with (
-        Pauses(math.inf, torch.device("cpu")) as pauses,
+        SaveTimer(math.inf, torch.device("cpu")) as timer,
         progress(total=len(runs), initial=len(runs) - len(pending), desc="runs", unit="run") as bar,
     ):
-        pauses.hold = True
+        timer.hold = True
         try:
-            while (pending or jobs) and not pauses.due():
+            while (pending or jobs) and not timer.due():
                 for _ in range(min(len(free), len(pending))):
                     run = pending.popleft()
                     if lock := begin(run):
@@ -343,9 +344,9 @@ def run_all(runs, gpus, retry):
                 job.process.terminate()
             for job in jobs:
                 job.process.wait()
-    if pauses.stop:
+    if timer.stop:
         done = sum(run.results.exists() for run in runs)
-        raise Stopped(pauses.stop, f"; {done} of {len(runs)} runs are finished: the same command goes on")
+        raise Stopped(timer.stop, f"; {done} of {len(runs)} runs are finished: the same command goes on")
 
 
 def begin(run):

@@ -23,11 +23,11 @@ import data_manager
 from ChannelAug import normalise
 from core import engine, protocol
 from core.checkpoint import find_checkpoint
-from core.run import read_json_lines
+from core.log import read_json_lines
 from data_loader import read_image
 from model import FEATURES
 from tools import figures
-from utils import ArgumentParser, InputError, cli, number, progress, select_device
+from utils import ArgumentParser, InputError, bounded, cli, progress, select_device
 
 
 def get_args_parser():
@@ -41,7 +41,7 @@ def get_args_parser():
             sub.add_argument("--resume", required=True, **resume)
             protocol.add_flags(sub)
             sub.add_argument("--feature", choices=FEATURES, default="FC")
-            sub.add_argument("--gallery", type=number(int, 0, 9), help="SYSU-MM01, LLCM: gallery's trial (default: 0)")
+            sub.add_argument("--gallery", type=bounded(int, 0, 9), help="SYSU-MM01, LLCM: gallery's trial (default: 0)")
         return sub
 
     one = {"help": "checkpoint: a path, or a name under --model_path"}
@@ -51,12 +51,12 @@ def get_args_parser():
         sub.add_argument(
             "--which", type=which, default="worst", help="queries: worst or best by average precision, random, or an ID"
         )
-        sub.add_argument("--queries", type=number(int, 1, 100), default=queries, help="how many")
-        sub.add_argument("--seed", type=number(int, 0), default=0, help="of --which random")
-    ranking.add_argument("--top", type=number(int, 1, 50), default=10, help="gallery images of each")
+        sub.add_argument("--queries", type=bounded(int, 1, 100), default=queries, help="how many")
+        sub.add_argument("--seed", type=bounded(int, 0), default=0, help="of --which random")
+    ranking.add_argument("--top", type=bounded(int, 1, 50), default=10, help="gallery images of each")
     tsne = command("tsne", "features of some identities, both modalities, on a map", one)
-    tsne.add_argument("--people", type=number(int, 2, 100), default=10, help="identities")
-    tsne.add_argument("--seed", type=number(int, 0), default=0, help="of the identities' choice and of the map")
+    tsne.add_argument("--people", type=bounded(int, 2, 100), default=10, help="identities")
+    tsne.add_argument("--seed", type=bounded(int, 0), default=0, help="of the identities' choice and of the map")
     two = {"help": "one checkpoint, or two: from before and after", "nargs": "+"}
     command("distances", "distances of images of one identity and of two", two)
     curves = command("curves", "losses and metrics by epoch, or CMC curves", None)
