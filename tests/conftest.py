@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-from torchvision.transforms import functional
 
 import pre_process_sysu
 import train_ext_test0
@@ -62,24 +60,6 @@ def save_network(path, seed, dataset=None, **options):
     content = {"net": net.state_dict(), "options": net.options, "image_size": list(SIZE), "args": {"dataset": dataset}}
     save_checkpoint(content, path)
     return path
-
-
-def plain_embedding(checkpoint):
-    """The path of a checkpoint -> embed(image file, modality) -> FC feature [C], image by image, in plain steps."""
-    content = torch.load(checkpoint)
-    net = GFMNet(**content["options"])
-    net.load_state_dict(content["net"])
-    net.eval()
-
-    @torch.no_grad()
-    def embed(path, modality):
-        with Image.open(path) as image:
-            image = image.convert("RGB").resize(SIZE[::-1], Image.Resampling.LANCZOS)
-        image = functional.normalize(functional.to_tensor(image), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])[None]
-        mean = (net.embed(image, modality)[1] + net.embed(image.flip(3), modality)[1]) / 2
-        return (mean / mean.norm())[0].numpy()
-
-    return embed
 
 
 def pytest_addoption(parser):

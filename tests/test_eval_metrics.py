@@ -8,7 +8,7 @@ import torch
 
 import eval_metrics
 from eval_metrics import CosineDistances, eval_regdb, eval_sysu, match_ranks
-from tools.bench import plain_metrics
+from tests.oracles import plain_match_ranks, plain_metrics
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "metrics.npz")
 GOLDEN_CASES = sorted({key.split("/")[0] for key in GOLDEN.files})
@@ -231,22 +231,6 @@ def test_no_query_with_a_match(problem, evaluate, keys):
     problem["q_pids"] = problem["q_pids"] + 10_000
     with pytest.raises(ValueError, match=ANY_MESSAGE):
         evaluate(*(problem[key] for key in keys))
-
-
-def plain_match_ranks(dataset, distmat, q_pids, g_pids, q_camids, g_camids):
-    """Of each query with a match: its row, the rank of its first match, and the ranks of all among images."""
-    found = []
-    for q in range(len(q_pids)):
-        order = sorted(range(len(g_pids)), key=lambda g: distmat[q, g])  # equal ones stay in gallery order
-        if dataset == "sysu":
-            order = [g for g in order if not (q_camids[q] == 3 and g_camids[g] == 2)]
-        elif dataset == "llcm":
-            order = [g for g in order if not (g_pids[g] == q_pids[q] and g_camids[g] == q_camids[q])]
-        ranks = [rank for rank, g in enumerate(order, 1) if g_pids[g] == q_pids[q]]
-        if ranks:
-            before = [g_pids[g] for g in order[: ranks[0] - 1]]
-            found.append((q, 1 + len(before if dataset == "regdb" else set(before)), ranks))
-    return found
 
 
 @pytest.mark.parametrize("dataset", ["sysu", "regdb", "llcm"])

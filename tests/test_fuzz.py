@@ -17,7 +17,7 @@ from core import features as feature_store
 from core.log import RunLog, read_json_lines
 from eval_metrics import eval_regdb, eval_sysu
 from loss import aligned_distance
-from tools.bench import plain_aligned_distance, plain_metrics
+from tests.oracles import plain_aligned_distance, plain_metrics
 from utils import InputError
 
 many = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)

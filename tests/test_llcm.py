@@ -7,10 +7,10 @@ import data_loader
 import data_manager
 import testa
 import train_ext_test0
-from conftest import SIZE, flags, plain_embedding
+from conftest import SIZE, flags
 from eval_metrics import eval_llcm
 from test_eval_metrics import random_problem
-from tools.bench import plain_metrics
+from tests.oracles import plain_embedding, plain_llcm_metrics
 
 
 @pytest.fixture(scope="module")
@@ -18,17 +18,6 @@ def llcm_run(llcm_tree, tmp_path_factory):
     """A short run -> main's result."""
     out = tmp_path_factory.mktemp("llcm_run")
     return train_ext_test0.main(flags(llcm_tree, out, "--dataset", "llcm", "--epochs", "1"))
-
-
-def naive_llcm(distances, q_pids, g_pids, q_camids, g_camids):
-    """Query by query: drop what it does not see, then SYSU-MM01's measure of the rest."""
-    results = []
-    for q, pid in enumerate(q_pids):
-        seen = [g for g in range(len(g_pids)) if not (g_pids[g] == pid and g_camids[g] == q_camids[q])]
-        if pid in g_pids[seen]:
-            cameras = [6], [1] * len(seen)  # nothing is hidden among these
-            results.append(plain_metrics(distances[q : q + 1, seen], [pid], g_pids[seen].tolist(), *cameras))
-    return [np.mean(metric, axis=0) for metric in zip(*results, strict=True)]
 
 
 def test_measure_against_a_plain_loop():
@@ -41,7 +30,7 @@ def test_measure_against_a_plain_loop():
         )
         problem["g_camids"][0] = problem["q_camids"][0] % 9 + 1  # one match stays
         problem["g_pids"][0] = problem["q_pids"][0]
-        for actual, expected in zip(eval_llcm(*problem.values()), naive_llcm(*problem.values()), strict=True):
+        for actual, expected in zip(eval_llcm(*problem.values()), plain_llcm_metrics(*problem.values()), strict=True):
             np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
         same_id = problem["q_pids"][:, None] == problem["g_pids"]
         hidden += (same_id & (problem["q_camids"][:, None] == problem["g_camids"])).any()
@@ -96,7 +85,7 @@ def test_both_directions_against_a_plain_loop_over_files(llcm_run, llcm_tree):
         query, q_ids, q_cameras = data_manager.process_query_llcm(llcm_tree, asked)
         gallery, g_ids, g_cameras = data_manager.process_gallery_llcm(llcm_tree, searched, 4)
         distances = -np.stack([embed(p, asked) for p in query]) @ np.stack([embed(p, searched) for p in gallery]).T
-        cmc, mean_ap, _ = naive_llcm(distances, q_ids, g_ids, q_cameras, g_cameras)
+        cmc, mean_ap, _ = plain_llcm_metrics(distances, q_ids, g_ids, q_cameras, g_cameras)
         found = row["per_trial"][4]
         assert (found["queries"], found["gallery"]) == (len(query), len(gallery))
         assert found["metrics"]["Rank-1"] == pytest.approx(100 * cmc[0], abs=1e-6)

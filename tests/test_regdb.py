@@ -7,9 +7,10 @@ import torch
 import data_manager
 import testa
 import train_ext_test0
-from conftest import flags, plain_embedding
+from conftest import flags
 from core.checkpoint import save_checkpoint
 from eval_metrics import eval_regdb
+from tests.oracles import plain_embedding
 from utils import InputError
 
 

@@ -17,10 +17,11 @@ import pre_process_sysu
 import testa
 import train_ext_test0
 import utils
-from conftest import exit_status, flags, plain_embedding, save_network
+from conftest import exit_status, flags, save_network
 from core import engine, re_rank
 from core import features as feature_store
 from eval_metrics import eval_sysu
+from tests.oracles import plain_embedding
 from tools import report
 from utils import InputError
 
