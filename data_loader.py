@@ -194,10 +194,8 @@ class IdentitySampler(Sampler):
 
 
 class TrainBatches(Dataset):
-    """Maps a pair of index arrays to (visible uint8 [A, 3, H, W], infrared uint8 [B, 3, H, W], labels [2A + B]).
-
-    The labels are those of the three views that `ChannelAug.TrainAugmentation` makes: visible, visible, infrared.
-    """
+    """Maps a pair of index arrays of `IdentitySampler` to (visible uint8 [A, 3, H, W], infrared uint8 [A, 3, H, W],
+    labels [A] of both)."""
 
     def __init__(self, data):
         self.data = data
@@ -211,8 +209,8 @@ class TrainBatches(Dataset):
 
     def __getitem__(self, indices):
         visible, infrared = indices
-        labels = np.concatenate([self.data.visible_labels[visible]] * 2 + [self.data.infrared_labels[infrared]])
-        return _channels_first(self.data.visible[visible]), _channels_first(self.data.infrared[infrared]), labels
+        images = _channels_first(self.data.visible[visible]), _channels_first(self.data.infrared[infrared])
+        return *images, self.data.visible_labels[visible]
 
 
 def _mapped_batches(*arrays):
@@ -238,7 +236,7 @@ class CachedBatches:
     def __init__(self, data, sampler, device):
         self.sampler, self.device = sampler, device
         self.images = [_on_device(array, device) for array in (data.visible, data.infrared)]
-        self.labels = [torch.from_numpy(labels).to(device) for labels in (data.visible_labels, data.infrared_labels)]
+        self.labels = torch.from_numpy(data.visible_labels).to(device)
 
     def __len__(self):
         return len(self.sampler)
@@ -247,8 +245,7 @@ class CachedBatches:
         # The draws of the whole epoch in one copy: a copy for each batch would wait for the device.
         for indices in torch.from_numpy(np.array([*self.sampler])).to(self.device):
             visible, infrared = (images[i].movedim(-1, -3) for images, i in zip(self.images, indices, strict=True))
-            labels, infrared_labels = (labels[i] for labels, i in zip(self.labels, indices, strict=True))
-            yield visible, infrared, torch.cat([labels, labels, infrared_labels])
+            yield visible, infrared, self.labels[indices[0]]
 
 
 def _on_device(array, device):

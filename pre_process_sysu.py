@@ -17,14 +17,14 @@ from core.files import atomic, flush, writing
 from core.images import check_readable, write_images
 from data_loader import sysu_train_files
 from data_manager import SYSU_INFRARED, SYSU_VISIBLE, read_ids, sysu_images
-from utils import ArgumentParser, InputError, cli, number
+from utils import ArgumentParser, InputError, bounded, cli
 
 
 def get_args_parser():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_path", default=DATASETS["sysu"].path, help="folder with cam1 .. cam6 and exp")
-    parser.add_argument("--img_h", type=number(int, 1, 4096), default=288, help="height of the arrays' images, pixels")
-    parser.add_argument("--img_w", type=number(int, 1, 4096), default=144, help="width of the arrays' images, pixels")
+    parser.add_argument("--img_h", type=bounded(int, 1, 4096), default=288, help="height of the arrays' images, pixels")
+    parser.add_argument("--img_w", type=bounded(int, 1, 4096), default=144, help="width of the arrays' images, pixels")
     parser.add_argument("--skip_bad", action="store_true", help="continue without unreadable images")
     return parser
 

@@ -22,8 +22,7 @@ from core.datasets import DATASETS, Search, search_title
 from core.features import load_features, save_features, select_features
 from core.files import check_output, locate, save_json
 from model import GFMNet
-from tools import figures, report
-from utils import ArgumentParser, InputError, cli, progress, select_device
+from utils import ArgumentParser, InputError, cli, import_tools, progress, select_device
 
 PAGE = "report.html"
 HARDEST, NEAREST = 40, 10  # queries, and gallery images of each, on the page
@@ -128,6 +127,7 @@ class FirstSearch(NamedTuple):
 def write_report(args, table, first):
     """Write the page of `--report`. Its rankings and distances are those of the network's FC feature."""
     search, names = first.search, list(first.features["visible"])
+    figures, report = import_tools("--report", "figures", "report")
     name = next((name for name in names if name[1] == "FC" and name[0] not in BASELINES), names[-1])
     matches = first.matches[name, "none"]
     hardest = results.choose_queries(matches, search, "worst", HARDEST)
@@ -173,6 +173,8 @@ def check_flags(args):
         raise InputError(f"{', '.join(files)}: the same file twice; use a different file for each input and output")
     for output in filter(None, (args.features, args.json, page)):
         check_output(output)
+    if args.report:
+        import_tools("--report", "figures", "report")
 
 
 def source_name(args):

@@ -8,8 +8,9 @@ from core.checkpoint import load_checkpoint
 from core.datasets import DATASETS, check_options, option_values
 from data_loader import eval_loader
 from data_manager import is_demo
-from model import load_network, method_name
-from utils import InputError, number
+from loss import method_name
+from model import load_network
+from utils import InputError, bounded
 
 
 def add_flags(parser):
@@ -33,12 +34,12 @@ def add_flags(parser):
         default=1,
         help="SYSU-MM01: gallery images of an identity and camera",
     )
-    parser.add_argument("--trial", type=number(int, 1, 10), help="RegDB's trial (default: the checkpoint's own)")
+    parser.add_argument("--trial", type=bounded(int, 1, 10), help="RegDB's trial (default: the checkpoint's own)")
     parser.add_argument(
         "--tvsearch", action="store_true", help="RegDB: thermal to visible; LLCM: infrared to visible; not from visible"
     )
-    parser.add_argument("--test_batch", type=number(int, 1, 65536), default=64, help="images in a batch")
-    parser.add_argument("--workers", type=number(int, 0, 1024), default=4, help="loading processes, at most one a core")
+    parser.add_argument("--test_batch", type=bounded(int, 1, 65536), default=64, help="images in a batch")
+    parser.add_argument("--workers", type=bounded(int, 0, 1024), default=4, help="loading processes, one a core")
     parser.add_argument("--amp", choices=("off", "bf16"), default="off", help="mixed precision of the network")
     parser.add_argument("--gpu", default="0", help="number of the GPU, or cpu")
 

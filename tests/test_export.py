@@ -18,7 +18,8 @@ from torchvision.transforms import functional
 
 from conftest import SIZE
 from data_manager import process_query_sysu
-from model import GFMNet, convert_published_state, method_options
+from loss import METHODS
+from model import GFMNet, convert_published_state
 from tests.oracles import plain_embedding, plain_features
 from tools import export
 from utils import InputError
@@ -217,7 +218,7 @@ def test_safetensors_load_into_a_whole_network(exported):
     ],
 )
 def test_every_method_and_share_net(method, share_net, file, tmp_path):
-    path = save(tmp_path / "a.t", share_net=share_net, **method_options(method))
+    path = save(tmp_path / "a.t", share_net=share_net, **METHODS[method].network)
     argv = ["--resume", str(path), "--format", file, "--modality", "infrared", "--out", str(tmp_path)]
     (result,) = export.main([*argv, "--json", str(tmp_path / "r.json")])
     assert json.loads((tmp_path / "r.json").read_text())["results"] == [result]

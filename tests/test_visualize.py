@@ -16,11 +16,8 @@ import data_manager
 import testa
 import train_ext_test0
 from conftest import flags, save_network
-from core import engine
 from core.datasets import Images, Search
-from core.results import choose_queries, pair_distances, rank_images
-from eval_metrics import match_ranks
-from model import method_options
+from loss import METHODS
 from tests.oracles import plain_embedding
 from tools import figures, visualize
 from utils import InputError
@@ -151,61 +148,6 @@ def sees(dataset, query, gallery):
     return dataset == "regdb" or query != gallery
 
 
-@pytest.mark.parametrize("dataset", ["sysu", "llcm", "regdb"])
-def test_rankings_and_distances_against_plain_loops(dataset):
-    for seed in range(20):
-        features, paths, search = random_search(dataset, seed)
-        query, gallery = search.query, search.gallery
-        expected, same, other = {}, [], []
-        for q, (row, *asked) in enumerate(zip(query.rows, query.ids, query.cameras, strict=True)):
-            seen = []
-            for g_row, *there in zip(gallery.rows, gallery.ids, gallery.cameras, strict=True):
-                if sees(dataset, asked, there):
-                    similarity = float(features["infrared"]["FC"][row] @ features["visible"]["FC"][g_row])
-                    seen.append((similarity, f"visible{g_row}", *there))
-                    (same if asked[0] == there[0] else other).append(1 - similarity)
-            seen.sort(key=lambda image: -image[0])
-            hits = [rank for rank, image in enumerate(seen, 1) if image[2] == asked[0]]
-            if hits:
-                precision = np.mean([(i + 1) / rank for i, rank in enumerate(hits)])
-                expected[q] = (f"infrared{row}", *asked, precision, seen)
-
-        found = match_ranks(
-            dataset,
-            -features["infrared"]["FC"][query.rows] @ features["visible"]["FC"][gallery.rows].T,
-            *(query.ids, gallery.ids, query.cameras, gallery.cameras),
-        )
-        for which, sign in (("worst", 1), ("best", -1)):
-            chosen = choose_queries(found, search, which, 5)
-            ranked = rank_images(features, paths, search, "FC", found, chosen, 7)
-            order = sorted(expected.values(), key=lambda row: sign * row[3])[:5]
-            for drawn, (path, identity, camera, precision, seen) in zip(ranked, order, strict=True):
-                assert (drawn["path"], drawn["id"], drawn["camera"]) == (path, identity, camera)
-                assert drawn["average_precision"] == pytest.approx(precision)
-                assert drawn["first_match"] == 1 + [image[2] for image in seen].index(identity)
-                assert len(drawn["gallery"]) == min(7, len(seen))
-                for image, (similarity, *where) in zip(drawn["gallery"], seen, strict=False):
-                    assert [image["path"], image["id"], image["camera"]] == where
-                    assert image["similarity"] == pytest.approx(similarity, abs=1e-6)
-                    assert image["correct"] == (where[1] == identity)
-        identity = int(query.ids[found.rows[0]])
-        of_one = choose_queries(found, search, str(identity), 50)
-        rows = [i for i, q in enumerate(expected) if query.ids[q] == identity]
-        assert sorted(of_one) == rows
-        drawn = choose_queries(found, search, "random", 4)
-        assert drawn == choose_queries(found, search, "random", 4)
-        assert len({*drawn}) == len(drawn) == min(4, len(expected))
-        for actual, plain in zip(pair_distances(features, search, "FC"), (same, other), strict=True):
-            np.testing.assert_allclose(actual, plain, atol=1e-6)
-
-
-def test_an_identity_without_a_query_is_named():
-    features, _, search = random_search("regdb", 0)
-    found = engine.run_search(features, search)["FC", "none"]
-    with pytest.raises(InputError, match="--which 77: no query of that identity has a match; there are 1, 2, 3, 4"):
-        choose_queries(found, search, "77", 1)
-
-
 def plain_overlap(same, other):
     """Of all thresholds: the smallest share of wrong decisions, those of both kinds added."""
     thresholds = [-np.inf, *same, *other]
@@ -312,7 +254,7 @@ def test_ranking_shows_what_the_query_may_see(sysu_tree, checkpoint, tmp_path):
 
 def test_heat_is_what_each_place_adds_to_the_similarity(sysu_tree, tmp_path):
     """With average pooling and no bottleneck, the similarity is a mean over places of a product of features."""
-    path = save_network(tmp_path / "net.t", 1, "sysu", **method_options("base"))
+    path = save_network(tmp_path / "net.t", 1, "sysu", **METHODS["base"].network)
     args = visualize.get_args_parser().parse_args(
         ["heatmap", "--resume", str(path), "--data_path", str(sysu_tree), "--gpu", "cpu", "--out", "a.png"]
     )

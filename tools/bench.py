@@ -28,7 +28,7 @@ from tools.benchmarks.gpu import STAGES, bench_gpu
 from tools.benchmarks.inverted_lists import bench_search
 from tools.benchmarks.step import bench_loss, bench_step
 from tools.benchmarks.testing import bench_metrics, bench_rerank, bench_test
-from utils import ArgumentParser, cli, cores, number, select_device
+from utils import ArgumentParser, bounded, cli, cores, select_device
 
 COMMANDS = {
     "data": bench_data,
@@ -41,15 +41,15 @@ COMMANDS = {
 }
 FLAGS = {
     "--data_path": {"default": DATASETS["sysu"].path, "help": "folder of SYSU-MM01 or of demo data"},
-    "--img_h": {"type": number(int, 48), "default": 288, "help": "image height in pixels"},
-    "--img_w": {"type": number(int, 16), "default": 144, "help": "image width in pixels"},
-    "--workers": {"type": number(int, 0), "default": 4, "help": "loading processes, at most one per core"},
+    "--img_h": {"type": bounded(int, 48), "default": 288, "help": "image height in pixels"},
+    "--img_w": {"type": bounded(int, 16), "default": 144, "help": "image width in pixels"},
+    "--workers": {"type": bounded(int, 0), "default": 4, "help": "loading processes, at most one per core"},
     "--cache": {"choices": CACHES, "default": "auto", "help": "where training images are kept"},
-    "--batch_size": {"type": number(int, 2), "default": 8, "help": "identities per batch"},
-    "--num_pos": {"type": number(int, 1), "default": 4, "help": "images per identity and modality in a batch"},
+    "--batch_size": {"type": bounded(int, 2), "default": 8, "help": "identities per batch"},
+    "--num_pos": {"type": bounded(int, 1), "default": 4, "help": "images per identity and modality in a batch"},
     "--arch": {"choices": ARCHS, "default": "resnet50", "help": "backbone"},
     "--amp": {"choices": ("off", "bf16"), "default": "off", "help": "mixed precision of the network"},
-    "--repeats": {"type": number(int, 1), "default": 5, "help": "turns of each side of a comparison"},
+    "--repeats": {"type": bounded(int, 1), "default": 5, "help": "turns of each side of a comparison"},
     "--gpu": {"default": "0", "help": "number of the GPU, or cpu"},
     "--json": {"metavar": "FILE", "help": "write the results to this file"},
 }
@@ -74,28 +74,28 @@ def get_args_parser():
     text = "training steps on random images, against the published recipe"
     step = command("step", text, data=f"cache {images}", training=f"arch amp {batch}", run=run)
     step.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
-    step.add_argument("--steps", type=number(int, 1), default=10, help="steps per turn")
+    step.add_argument("--steps", type=bounded(int, 1), default=10, help="steps per turn")
     command("loss", "the aligned local loss against a walk sample by sample", training=batch, run=run)
     metrics = command("metrics", "the metrics against Python lists query by query", run=run)
-    metrics.add_argument("--queries", type=number(int, 1), default=20_000, help="queries of the search from features")
-    metrics.add_argument("--gallery", type=number(int, 1), default=200_000, help="gallery of the search from features")
+    metrics.add_argument("--queries", type=bounded(int, 1), default=20_000, help="queries of the search from features")
+    metrics.add_argument("--gallery", type=bounded(int, 1), default=200_000, help="gallery of the search from features")
     text = "from image files to metrics, against reading the files again for each gallery"
     command("test", text, data=f"data_path {images}", network="arch amp", run=run)
     rerank = command("rerank", "k-reciprocal re-ranking against loops over images", run=run)
-    rerank.add_argument("--queries", type=number(int, 1), default=3803, help="number of queries")
-    rerank.add_argument("--gallery", type=number(int, 1), default=301, help="number of gallery images")
+    rerank.add_argument("--queries", type=bounded(int, 1), default=3803, help="number of queries")
+    rerank.add_argument("--gallery", type=bounded(int, 1), default=301, help="number of gallery images")
     search = command("search", "inverted lists against exact search, on random vectors", run="repeats json")
-    search.add_argument("--vectors", type=number(int, 1000), default=1_000_000, help="vectors in the index")
-    search.add_argument("--people", type=number(int, 1), default=20_000, help="clusters of the vectors")
-    search.add_argument("--dim", type=number(int, 2), default=512, help="values per vector")
-    cosine, text = number(float, 0.01, 0.99), "mean cosine of two vectors of a person"
+    search.add_argument("--vectors", type=bounded(int, 1000), default=1_000_000, help="vectors in the index")
+    search.add_argument("--people", type=bounded(int, 1), default=20_000, help="clusters of the vectors")
+    search.add_argument("--dim", type=bounded(int, 2), default=512, help="values per vector")
+    cosine, text = bounded(float, 0.01, 0.99), "mean cosine of two vectors of a person"
     search.add_argument("--cosine", type=cosine, nargs="+", default=[0.3, 0.45, 0.6], help=text)
     search.set_defaults(gpu="cpu")
     gpu = commands.add_parser("gpu", help="the GPU tests, then every measurement, each in a process of its own")
     gpu.add_argument("--out", required=True, metavar="FILE", help="write all results to this file, after each stage")
     gpu.add_argument("--only", nargs="+", choices=STAGES, default=STAGES, help="run only these stages")
     gpu.add_argument("--like", metavar="FILE", help="SYSU-MM01's rand_perm_cam.mat, to test at its full size")
-    gpu.add_argument("--timeout", type=number(int, 1), default=540, help="seconds after which a process is stopped")
+    gpu.add_argument("--timeout", type=bounded(int, 1), default=540, help="seconds after which a process is stopped")
     gpu.add_argument("--gpu", default="0", help="number of the GPU")
     return parser
 

@@ -678,7 +678,7 @@ def draw_sheet(tree: Path, layout: str, folders: list) -> Image.Image:
 
 def get_args_parser() -> utils.ArgumentParser:
     parser = utils.ArgumentParser(description=__doc__.split("\n")[0])
-    count = utils.number(int, 1)
+    count = utils.bounded(int, 1)
     parser.add_argument("--out", type=Path, required=True, help="folder to create, new or empty")
     parser.add_argument("--layout", choices=SPECTRA, default="sysu", help="data set to imitate")
     parser.add_argument("--ids", type=count, help="number of people (default: 100)")
@@ -690,7 +690,7 @@ def get_args_parser() -> utils.ArgumentParser:
     parser.add_argument(
         "--like", type=Path, metavar="FILE", help="SYSU-MM01's rand_perm_cam.mat: use its ids and counts"
     )
-    parser.add_argument("--seed", type=utils.number(int, 0), default=0, help="the same seed gives the same bytes")
+    parser.add_argument("--seed", type=utils.bounded(int, 0), default=0, help="the same seed gives the same bytes")
     parser.add_argument("--workers", type=count, default=os.cpu_count(), help="drawing processes")
     parser.add_argument("--sheet", type=Path, help="also draw a dozen people on this .png file")
     return parser

@@ -19,7 +19,7 @@ from core.files import atomic, check_output
 from data_loader import IdentitySampler, sysu_train, train_loader
 from loss import MethodLoss
 from model import ARCHS, GFMNet, backbone
-from utils import ArgumentParser, cli, number, progress, seed_everything, select_device
+from utils import ArgumentParser, bounded, cli, progress, seed_everything, select_device
 
 BATCH = 64  # images per step
 RATE = 1e-3  # learning rate of Adam
@@ -31,12 +31,12 @@ def get_args_parser():
     parser.add_argument("--out", required=True, metavar="FILE", help="state dict of torchvision's ResNet to write")
     group = parser.add_argument_group("training")
     group.add_argument("--arch", choices=ARCHS, default="resnet18", help="backbone")
-    group.add_argument("--img_h", type=number(int, 48, 4096), default=288, help="image height in pixels")
-    group.add_argument("--img_w", type=number(int, 16, 4096), default=144, help="image width in pixels")
-    group.add_argument("--steps", type=number(int, 1), default=220, help="training steps")
+    group.add_argument("--img_h", type=bounded(int, 48, 4096), default=288, help="image height in pixels")
+    group.add_argument("--img_w", type=bounded(int, 16, 4096), default=144, help="image width in pixels")
+    group.add_argument("--steps", type=bounded(int, 1), default=220, help="training steps")
     text = "mean distance of the pooled features of two people after rescaling (default: no rescaling)"
-    group.add_argument("--distance", type=number(float, 0, above=True), help=text)
-    group.add_argument("--seed", type=number(int, 0), default=0, help="seed of the training")
+    group.add_argument("--distance", type=bounded(float, 0, above=True), help=text)
+    group.add_argument("--seed", type=bounded(int, 0), default=0, help="seed of the training")
     group.add_argument("--gpu", default="0", help="number of the GPU, or cpu")
     return parser
 
@@ -48,7 +48,7 @@ def main(argv=None):
     device = select_device(args.gpu)
     seed_everything(args.seed)
     data = sysu_train(args.data_path, (args.img_h, args.img_w))
-    resnet = pretrain(backbone(args.arch), data, args.steps, device)
+    resnet = pretrain(backbone(args.arch).network, data, args.steps, device)
     with atomic(args.out) as temporary:
         torch.save(resnet.state_dict(), temporary)
         within, across = pooled_distances(temporary, args.arch, data, device)
@@ -89,7 +89,7 @@ def pooled_distances(weights, arch, data, device, batches=10):
     with torch.no_grad():
         for visible, infrared, labels in islice(train_loader(data, sampler, workers=0), batches):
             visible = augment(torch.cat([visible, visible]).to(device))
-            health = criterion.health(net(visible, augment(infrared.to(device))), labels.to(device))
+            health = criterion.health(net(visible, augment(infrared.to(device))), labels.repeat(3).to(device))
             distances.append((health.distance_within.item(), health.distance_across.item()))
     return tuple(np.mean(distances, axis=0).tolist())
 

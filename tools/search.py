@@ -26,7 +26,7 @@ from model import FEATURES, MODALITIES
 from tools import figures, search_page
 from tools.embedder import Embedder  # noqa: F401 (the library)
 from tools.indexer import Finder, index_folder
-from utils import ArgumentParser, InputError, cli, number
+from utils import ArgumentParser, InputError, bounded, cli
 
 SHEET_LIMIT = 100  # queries, and images of each, that fit on a sheet
 
@@ -46,11 +46,11 @@ def get_args_parser():
     query.add_argument("images", nargs="+", metavar="IMAGE", help="query images")
     group = query.add_argument_group("query")
     group.add_argument("--modality", choices=MODALITIES, required=True, help="modality of the query images")
-    group.add_argument("--top", type=number(int, 1, 10**6), default=10, help="number of images to find")
+    group.add_argument("--top", type=bounded(int, 1, 10**6), default=10, help="number of images to find")
     group.add_argument("--save", metavar="FILE", help="draw the images on a sheet: .png, .svg or .pdf")
     group.add_argument("--json", action="store_true", help="print JSON, and nothing else, to stdout")
     serve = commands.add_parser("serve", help="a local web page to search with")
-    serve.add_argument("--port", type=number(int, 1, 65535), default=7860, help="port on 127.0.0.1")
+    serve.add_argument("--port", type=bounded(int, 1, 65535), default=7860, help="port on 127.0.0.1")
     serve.set_defaults(batch=64, workers=0)  # one image at a time
     for command in (query, serve):
         command.add_argument("--index", required=True, metavar="INDEX", help="folder that `index` made")
@@ -60,9 +60,9 @@ def get_args_parser():
         group.add_argument("--resume", metavar="CKPT", help=text)
         group.add_argument("--gpu", default="0", help="number of the GPU, or cpu")
         if command is not serve:
-            group.add_argument("--batch", type=number(int, 1, 65536), default=64, help="images per batch")
+            group.add_argument("--batch", type=bounded(int, 1, 65536), default=64, help="images per batch")
             text = "loading processes, at most one per core"
-            group.add_argument("--workers", type=number(int, 0, 1024), default=4, help=text)
+            group.add_argument("--workers", type=bounded(int, 0, 1024), default=4, help=text)
     return parser
 
 

@@ -26,10 +26,11 @@ from tqdm import tqdm
 import testa
 import train_ext_test0
 from core.files import check_output, save_json
-from core.run import read_json_lines, run_lock
+from core.log import read_json_lines
+from core.run import run_lock
 from tools import sweep_tables
 from tools.sweep_tables import read_json
-from utils import ArgumentParser, InputError, Stopped, cli, cores, number, progress
+from utils import ArgumentParser, InputError, Stopped, bounded, cli, cores, progress
 
 SCRIPTS = {"train": train_ext_test0, "test": testa}
 PROGRAMS = {name: script.__file__ for name, script in SCRIPTS.items()}
@@ -61,16 +62,16 @@ def get_args_parser():
     rows.add_argument("--row", action="append", type=row, metavar="'NAME: FLAGS'", help=text)
     text = "run nothing; write tables and figures of the finished runs"
     rows.add_argument("--table", action="store_true", help=text)
-    group.add_argument("--seeds", nargs="+", type=number(int, 0), metavar="N", help="seeds (default: 0 1 2)")
+    group.add_argument("--seeds", nargs="+", type=bounded(int, 0), metavar="N", help="seeds (default: 0 1 2)")
     text = "more flags for testa.py, such as '--all'"
     group.add_argument("--test", type=shlex.split, metavar="'FLAGS'", help=text)
     text = "the checkpoint to test (default: last, so that the test does not select an epoch)"
     group.add_argument("--checkpoint", choices=("last", "best"), help=text)
     group = parser.add_argument_group("execution")
     parallel = group.add_mutually_exclusive_group()
-    parallel.add_argument("--jobs", type=number(int, 1, 1024), default=1, help="parallel runs")
+    parallel.add_argument("--jobs", type=bounded(int, 1, 1024), default=1, help="parallel runs")
     text = "GPUs to use, one run at a time on each"
-    parallel.add_argument("--gpus", nargs="+", type=number(int, 0), metavar="N", help=text)
+    parallel.add_argument("--gpus", nargs="+", type=bounded(int, 0), metavar="N", help=text)
     group.add_argument("--retry", action="store_true", help="also continue failed runs")
     group = parser.add_argument_group("output")
     text = f"values of the logs to draw by epoch, of {', '.join(sweep_tables.LOGGED)}"

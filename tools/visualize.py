@@ -29,7 +29,7 @@ from data_loader import read_image
 from data_manager import NUMBER
 from model import FEATURES
 from tools import figures
-from utils import ArgumentParser, InputError, cli, number, progress, select_device
+from utils import ArgumentParser, InputError, bounded, cli, progress, select_device
 
 
 def get_args_parser():
@@ -43,7 +43,7 @@ def get_args_parser():
         group.add_argument("--out", required=True, metavar="FILE", help="figure to write: .png, .svg or .pdf")
         group.add_argument("--feature", choices=FEATURES, default="FC", help="feature after or before the bottleneck")
         text = "trial of the gallery, for SYSU-MM01 and LLCM (default: 0)"
-        group.add_argument("--gallery", type=number(int, 0, 9), help=text)
+        group.add_argument("--gallery", type=bounded(int, 0, 9), help=text)
         source = sub.add_argument_group("checkpoint and protocol")
         text = "checkpoint (or two, to compare them)" if nargs else "checkpoint"
         source.add_argument("--resume", required=True, nargs=nargs, help=f"{text}: a path, or a name in --model_path")
@@ -55,12 +55,12 @@ def get_args_parser():
     for group, queries in ((ranking, 6), (heatmap, 3)):
         text = "queries: worst or best by average precision, random, or an ID"
         group.add_argument("--which", type=which, default="worst", help=text)
-        group.add_argument("--queries", type=number(int, 1, 100), default=queries, help="number of queries")
-        group.add_argument("--seed", type=number(int, 0), default=0, help="seed of --which random")
-    ranking.add_argument("--top", type=number(int, 1, 50), default=10, help="gallery images per query")
+        group.add_argument("--queries", type=bounded(int, 1, 100), default=queries, help="number of queries")
+        group.add_argument("--seed", type=bounded(int, 0), default=0, help="seed of --which random")
+    ranking.add_argument("--top", type=bounded(int, 1, 50), default=10, help="gallery images per query")
     tsne = command("tsne", "a map of the features of some identities")
-    tsne.add_argument("--people", type=number(int, 2, 100), default=10, help="number of identities")
-    tsne.add_argument("--seed", type=number(int, 0), default=0, help="seed of the map and of the identities")
+    tsne.add_argument("--people", type=bounded(int, 2, 100), default=10, help="number of identities")
+    tsne.add_argument("--seed", type=bounded(int, 0), default=0, help="seed of the map and of the identities")
     command("distances", "distances within and between identities", nargs="+")
     curves = commands.add_parser("curves", help="losses and metrics by epoch, or CMC curves")
     curves.add_argument("logs", nargs="+", metavar="FILE", help="{name}.jsonl of runs, or .json of testa.py")

@@ -57,10 +57,10 @@ def load_epoch(data, args, device):
     loader = train_loader(data, sampler, args.workers, device, args.cache)
     next(iter(loader))  # starts the loading processes
     inputs, start = 0, time.perf_counter()
-    for visible, infrared, _ in progress(loader, desc="epoch", unit="step"):
-        views = augment(visible.to(device, non_blocking=True), infrared.to(device, non_blocking=True))
-        inputs += sum(len(view) for view in views)
-    float(views[0].sum())  # waits for the device
+    for batch in progress(loader, desc="epoch", unit="step"):
+        visible, _, labels = augment(*(x.to(device, non_blocking=True) for x in batch))
+        inputs += len(labels)
+    float(visible.sum())  # waits for the device
     seconds = time.perf_counter() - start
     print(f"an epoch: {len(sampler)} steps, {inputs} network inputs, {seconds:.1f} s, {inputs / seconds:.0f} a second")
     return {"epoch_steps": len(sampler), "epoch_inputs": inputs, "epoch_seconds": seconds}

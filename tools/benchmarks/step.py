@@ -77,8 +77,8 @@ class Training:
 
 def bench_step(args, device):
     run = Training(args, device)
-    visible, infrared, labels = (x.to(device) for x in next(run.batches))
-    output = run.net(*run.augment(visible, infrared))
+    visible, infrared, labels = run.augment(*(x.to(device) for x in next(run.batches)))
+    output = run.net(visible, infrared)
     for plain, ours in zip(plain_loss(output, labels), run.criterion(output, labels), strict=True):
         torch.testing.assert_close(plain, ours, rtol=1e-4, atol=1e-6)
     del output
@@ -100,7 +100,7 @@ def bench_step(args, device):
         print(f"peak memory without the cached images: {results['peak_gib_without_cache']:.1f} GiB")
 
     budget = step_budget(run)
-    floors = step_floors(run.net, run.criterion, run.augment(visible, infrared), labels, args.amp)
+    floors = step_floors(run.net, run.criterion, (visible, infrared), labels, args.amp)
     if device.type == "cuda":
         budget["gaps, the device waiting (part of the above)"] = device_gaps(run.train) / args.steps
     print("where the time of a step goes, and how fast it could be:")
