@@ -16,7 +16,6 @@ import data_manager
 import testa
 import train_ext_test0
 from conftest import flags, save_network
-from core.datasets import Images, Search
 from loss import METHODS
 from tests.oracles import plain_embedding
 from tools import figures, visualize
@@ -125,27 +124,6 @@ def test_training_draws_after_each_test(sysu_tree, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------- what is drawn
-
-
-def random_search(dataset, seed):
-    """A small search and features of its images: (features, paths, search)."""
-    rng = np.random.default_rng(seed)
-    cameras = {"sysu": ([3, 6], [1, 2, 4, 5]), "llcm": ([1, 2, 3], [1, 2, 3]), "regdb": ([2], [1])}[dataset]
-    features, images = {}, []
-    for modality, count, seen_by in (("infrared", 12, cameras[0]), ("visible", 30, cameras[1])):
-        rows = rng.permutation(count + 5)[:count]  # of more images, in another order
-        images.append(Images(modality, rows, rng.integers(1, 5, count), rng.choice(seen_by, count)))
-        x = torch.from_numpy(rng.normal(size=(count + 5, 6))).float()
-        features[modality] = {"FC": torch.nn.functional.normalize(x)}
-    paths = {modality: [f"{modality}{i}" for i in range(len(x["FC"]))] for modality, x in features.items()}
-    return features, paths, Search({"dataset": dataset}, *images)
-
-
-def sees(dataset, query, gallery):
-    """query, gallery: (identity, camera)."""
-    if dataset == "sysu":
-        return not (query[1] == 3 and gallery[1] == 2)
-    return dataset == "regdb" or query != gallery
 
 
 def plain_overlap(same, other):
