@@ -129,7 +129,14 @@ def match_ranks(rules, distmat, q_pids, g_pids, q_camids=None, g_camids=None):
     Arguments and errors are those of `eval_sysu`. Cameras are needed where the rules hide something.
     """
     distmat = distmat if isinstance(distmat, CosineDistances) else torch.as_tensor(distmat)
-    query, gallery = _labels(rules, distmat, q_pids, g_pids, q_camids, g_camids)
+    query, gallery = ([q_pids, q_camids], [g_pids, g_camids]) if rules.not_seen else ([q_pids], [g_pids])
+    query, gallery = ([torch.as_tensor(x, device=distmat.device) for x in labels] for labels in (query, gallery))
+    if any(tuple(distmat.shape) != (len(q), len(g)) for q, g in zip(query, gallery, strict=True)):
+        raise ValueError(
+            f"distances of shape {tuple(distmat.shape)} do not fit {len(query[0])} queries and {len(gallery[0])} images"
+        )
+    if not (len(query[0]) and len(gallery[0])):
+        raise ValueError("no queries, or an empty gallery")
     images, grouped, blocks = distmat.shape[1], _Grouped(gallery[0]), []
     for rows in torch.arange(len(query[0]), device=distmat.device).split(max(1, CHUNK // images)):
         distances = distmat[rows]
@@ -157,19 +164,6 @@ def match_ranks(rules, distmat, q_pids, g_pids, q_camids=None, g_camids=None):
     most = max(block.shape[1] for block in positions)
     positions = [torch.nn.functional.pad(block, (0, most - block.shape[1])) for block in positions]
     return MatchRanks(torch.cat(rows), torch.cat(first), torch.cat(positions))
-
-
-def _labels(rules, distmat, q_pids, g_pids, q_camids, g_camids):
-    """Identities, and cameras where the rules need them, on the distances' device: (query's, gallery's)."""
-    query, gallery = ([q_pids, q_camids], [g_pids, g_camids]) if rules.not_seen else ([q_pids], [g_pids])
-    query, gallery = ([torch.as_tensor(x, device=distmat.device) for x in labels] for labels in (query, gallery))
-    if any(tuple(distmat.shape) != (len(q), len(g)) for q, g in zip(query, gallery, strict=True)):
-        raise ValueError(
-            f"distances of shape {tuple(distmat.shape)} do not fit {len(query[0])} queries and {len(gallery[0])} images"
-        )
-    if not (len(query[0]) and len(gallery[0])):
-        raise ValueError("no queries, or an empty gallery")
-    return query, gallery
 
 
 class _Grouped:

@@ -32,7 +32,13 @@ def get_args_parser():
 def main(argv=None):
     """Returns {split: {camera: images}}, with "train" and "val" as splits."""
     args = get_args_parser().parse_args(argv)
-    splits = read_splits(args.data_path)
+    splits = {split: set(read_ids(args.data_path, split)) for split in ("train", "val", "test")}
+    for one, other in combinations(splits, 2):
+        if both := splits[one] & splits[other]:
+            raise InputError(
+                f"{args.data_path}: id {min(both)} is in exp/{one}_id.txt and in exp/{other}_id.txt; remove it from one"
+            )
+    del splits["test"]
     identities = sorted(splits["train"] | splits["val"])
     kinds = {"visible": SYSU_VISIBLE["all"], "infrared": SYSU_INFRARED}
     images = {kind: sysu_images(args.data_path, identities, cameras) for kind, cameras in kinds.items()}
@@ -55,18 +61,6 @@ def main(argv=None):
     visible, infrared = (len(paths) for paths, _, _ in images.values())
     print(f"{visible} visible and {infrared} infrared images of {len(identities)} ids, {args.img_h}x{args.img_w}")
     return counts
-
-
-def read_splits(data_path):
-    """-> {"train" or "val": set of ids}. Raises InputError for an id in two splits, of which "test" is the third."""
-    splits = {split: set(read_ids(data_path, split)) for split in ("train", "val", "test")}
-    for one, other in combinations(splits, 2):
-        if both := splits[one] & splits[other]:
-            raise InputError(
-                f"{data_path}: id {min(both)} is in exp/{one}_id.txt and in exp/{other}_id.txt; remove it from one"
-            )
-    del splits["test"]
-    return splits
 
 
 def write_arrays(args, identities, images, files, temporary):

@@ -8,7 +8,6 @@ image and its mirror: POOL, before the batch-norm bottleneck, and FC, after it. 
 
 import os
 import platform
-from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -18,7 +17,7 @@ import torchvision
 
 from ChannelAug import GRAY, normalise
 from core import engine, evaluation, results
-from core.datasets import DATASETS, Search, search_title
+from core.datasets import DATASETS, search_title
 from core.features import load_features, save_features, select_features
 from core.files import check_output, locate, save_json
 from model import GFMNet
@@ -62,17 +61,27 @@ def main(argv=None):
         test, features, origin = embed_test(args, path, trial, data_path, device)
         for search in progress(test.searches, desc="searching", unit="search", leave=False):
             matches = engine.run_search(features, search, args.rerank)
-            first = first or FirstSearch(search, features, test.paths, matches, origin)
+            first = first or (search, features, test.paths, matches, origin)
             for ((model, feature), reranking), ranks_of_matches in matches.items():
-                labels = origin_labels(origin, path, model, feature)
-                rows.append(results.result_row(search, ranks_of_matches, reranking=reranking, **labels))
+                labels = {
+                    "model": model,
+                    "feature": feature,
+                    "flip_averaging": feature in origin["flipped"] if origin.get("flipped") is not None else None,
+                    "reranking": reranking,
+                    "selection": None if model in BASELINES else origin.get("selection") or "unknown",
+                    "images": origin.get("data_path") or "unknown",
+                    "demo": origin.get("demo"),
+                    "checkpoint": origin.get("checkpoint") or str(path),
+                    "network": origin.get("network"),
+                }
+                rows.append(results.result_row(search, ranks_of_matches, **labels))
 
     table = results.summarise(rows)
     if args.json:
         save_json({"flags": vars(args), "torch": torch.__version__, "results": table}, args.json)
     results.print_results(table, by_trial=not args.all)
     if args.report:
-        write_report(args, table, first)
+        write_report(args, table, *first)
     return table
 
 
@@ -99,37 +108,15 @@ def embed_test(args, path, trial, data_path, device):
     return test, features, origin
 
 
-def origin_labels(origin, path, model, feature):
-    """What a row of results says of its features."""
-    flipped = origin.get("flipped")
-    return {
-        "model": model,
-        "feature": feature,
-        "flip_averaging": None if flipped is None else feature in flipped,
-        "selection": None if model in BASELINES else origin.get("selection") or "unknown",
-        "images": origin.get("data_path") or "unknown",
-        "demo": origin.get("demo"),
-        "checkpoint": origin.get("checkpoint") or str(path),
-        "network": origin.get("network"),
-    }
+def write_report(args, table, search, features, paths, matches, origin):
+    """Write the page of `--report`. Its rankings and distances are those of one search by the network's FC feature.
 
-
-class FirstSearch(NamedTuple):
-    """The search whose images and distances are on the page; matches: as `engine.run_search` gives them."""
-
-    search: Search
-    features: dict
-    paths: dict
-    matches: dict
-    origin: dict
-
-
-def write_report(args, table, first):
-    """Write the page of `--report`. Its rankings and distances are those of the network's FC feature."""
-    search, names = first.search, list(first.features["visible"])
+    matches: as `engine.run_search` gives them.
+    """
+    names = list(features["visible"])
     figures, report = import_tools("--report", "figures", "report")
     name = next((name for name in names if name[1] == "FC" and name[0] not in BASELINES), names[-1])
-    matches = first.matches[name, "none"]
+    matches = matches[name, "none"]
     hardest = results.choose_queries(matches, search, "worst", HARDEST)
     setting = f"{search_title(search.setting)}, trial {search.setting['trial']}, model {name[0]}, feature {name[1]}"
     pictures = {}
@@ -138,19 +125,19 @@ def write_report(args, table, first):
         pictures[f"CMC: {title}"] = figures.result_curves({"": rows}, "cmc", titled=False)
         pictures[f"Precision by recall: {title}"] = figures.result_curves({"": rows}, "precision", titled=False)
         if len(pictures) == 2 and len(np.unique(search.gallery.ids)) > 1:
-            pairs = {"": results.pair_distances(first.features, search, name)}
+            pairs = {"": results.pair_distances(features, search, name)}
             pictures[f"Distances of queries to gallery images: {setting}"] = figures.distance_histograms(pairs)
     modules, path = (torch, torchvision, np, PIL), os.path.join(args.report, PAGE)
     report.write_page(
         path,
-        f"Test results: {DATASETS[args.dataset].title(first.origin.get('demo'), len(search.query.rows))}",
+        f"Test results: {DATASETS[args.dataset].title(origin.get('demo'), len(search.query.rows))}",
         table,
-        results.rank_images(first.features, first.paths, search, name, matches, hardest, NEAREST),
+        results.rank_images(features, paths, search, name, matches, hardest, NEAREST),
         setting,
         pictures,
         {
             "Flags of this test": vars(args),
-            "Flags of the training": first.origin.get("flags") or {},
+            "Flags of the training": origin.get("flags") or {},
             "Versions": {"Python": platform.python_version(), **{m.__name__: m.__version__ for m in modules}},
         },
     )

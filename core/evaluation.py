@@ -46,14 +46,10 @@ def add_flags(parser):
 
 def check_search_flags(args, names=()):
     """Raise InputError for flags that have no meaning for the data set. names: of checkpoints or feature files."""
-    dataset = DATASETS[args.dataset]
-    if "trial" not in dataset.options and (args.trial or any("{trial}" in name for name in names)):
-        names = " and ".join(other.name for other in DATASETS.values() if "trial" in other.options)
-        raise InputError(
-            f"--trial and {{trial}} are for {names}, with a checkpoint for each trial; leave them out with --dataset "
-            f"{args.dataset}, which has one for all"
-        )
     check_options(args)
+    trials = args.trial or any("{trial}" in name for name in names)
+    if trials and "trial" not in DATASETS[args.dataset].options:
+        raise InputError(f"--trial, {{trial}}: --dataset {args.dataset} has one checkpoint for all; leave them out")
 
 
 def is_default(args):

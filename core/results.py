@@ -87,8 +87,13 @@ def result_title(row):
 
 def print_results(results, by_trial):
     """Print a table of means and standard deviations, below a line for each protocol; by_trial: first each trial."""
-    if by_trial:
-        print_trials(results)
+    for row in results if by_trial else ():
+        if row["selection"]:  # the baselines have none
+            print(f"\n{_sized_title(row)}")
+            labels = f"flip {FLIPS[row['flip_averaging']]}, re-ranking {row['reranking']}, chosen on {row['selection']}"
+            print(f"{row['model']}, {row['feature']}, {labels}:")
+            for trial in row["per_trial"]:
+                print(f"trial {trial['trial']:>2}" + "".join(f"  {k} {v:6.2f}" for k, v in trial["metrics"].items()))
 
     def origin(name):
         return ", ".join(dict.fromkeys(str(trial[name]) for row in results for trial in row["per_trial"]))
@@ -109,17 +114,6 @@ def print_results(results, by_trial):
         print(title)
         for row, labels in rows:
             print(labels + "".join(_cell(row, metric) for metric in row["mean"]))
-
-
-def print_trials(results):
-    """Print each trial of a network, but not of the baselines, which have no selection."""
-    for row in results:
-        if row["selection"]:
-            print(f"\n{_sized_title(row)}")
-            labels = f"flip {FLIPS[row['flip_averaging']]}, re-ranking {row['reranking']}, chosen on {row['selection']}"
-            print(f"{row['model']}, {row['feature']}, {labels}:")
-            for trial in row["per_trial"]:
-                print(f"trial {trial['trial']:>2}" + "".join(f"  {k} {v:6.2f}" for k, v in trial["metrics"].items()))
 
 
 def _sized_title(row):

@@ -241,7 +241,7 @@ def test_table_can_be_cut_off_and_needs_no_unicode(saved, sysu_tree, tmp_path):
 def test_a_checkpoint_whose_flags_are_none_is_named(args, sysu_tree, tmp_path):
     path = save_network(tmp_path / "net.t", 0, "sysu")
     torch.save(torch.load(path) | {"args": args}, path)
-    with pytest.raises(InputError, match=r"net\.t: its 'args' are no training flags"):
+    with pytest.raises(InputError, match=r"net\.t: its 'args' are not training flags"):
         testa.main(["--data_path", str(sysu_tree), "--gpu", "cpu", "--resume", str(path)])
 
 
@@ -270,7 +270,7 @@ def test_every_row_of_ten_trials_is_on_the_page(regdb_tree, tmp_path):
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(testa.results, "summarise", lambda rows: results)
-        patch.setattr(testa.report, "write_page", lambda *page: drawn.append(page[5]))
+        patch.setattr("tools.report.write_page", lambda *page: drawn.append(page[5]))
         testa.main([*argv, "--resume", str(tmp_path / "net_1.t"), "--report", str(tmp_path)])
     (pictures,) = drawn
     cmc = [figure for caption, figure in pictures.items() if caption.startswith("CMC")]
