@@ -11,18 +11,17 @@ from typing import NamedTuple
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import data_manager
 from ChannelAug import TrainAugmentation, normalise
-from core import engine
+from core import engine, results
+from core.datasets import DATASETS, check_options, option_values, search_title
 from core.distributed import broadcast_buffers, leave_processes, start_processes
 from core.log import read_json_lines
 from core.run import Run
-from data_loader import CACHES, IdentitySampler, eval_loader, llcm_train, regdb_train, sysu_train, train_loader
+from data_loader import CACHES, IdentitySampler, eval_loader, train_loader
 from loss import METHODS, WEIGHTINGS, MethodLoss
 from model import ARCHS, GFMNet
 from utils import (
     ArgumentParser,
-    InputError,
     bounded,
     check_device,
     cli,
@@ -55,10 +54,10 @@ MAY_CHANGE = {
 def get_args_parser():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     flag = parser.add_argument_group("data").add_argument
-    flag("--dataset", choices=data_manager.DATA_PATHS, default="sysu", help="data set to train on")
+    flag("--dataset", choices=DATASETS, default="sysu", help="data set to train on")
     flag("--data_path", help="folder of the data set (default: see docs/data.md)")
     flag("--trial", type=bounded(int, 1, 10), default=1, help="RegDB: trial to train on, 1 to 10")
-    flag("--mode", choices=("all", "indoor"), default="all", help="SYSU-MM01: search that tests use")
+    flag("--mode", choices=option_values("mode"), default="all", help="SYSU-MM01: search that tests use")
     flag("--img_h", type=bounded(int, 48, 4096), default=288, help="image height in pixels")
     flag("--img_w", type=bounded(int, 16, 4096), default=144, help="image width in pixels")
     flag("--workers", type=bounded(int, 0, 1024), default=4, help="loading processes, at most one per core")
@@ -178,22 +177,20 @@ def main(argv=None):
 
 
 def load_data(args):
-    """-> (`data_loader.TrainData`, `data_manager.Searches` of one search)."""
-    data_path = args.data_path or data_manager.DATA_PATHS[args.dataset]
-    size = (args.img_h, args.img_w)
-    if args.dataset == "sysu":
-        data = sysu_train(data_path, size, args.select)
-        return data, data_manager.sysu_test(data_path, [args.mode], trials=[0], split=args.select)
-    if args.dataset == "regdb":
-        return regdb_train(data_path, args.trial, size), data_manager.regdb_test(data_path, args.trial)
-    return llcm_train(data_path, size), data_manager.llcm_test(data_path, trials=[0])
+    """-> (`data_loader.TrainData`, `datasets.Searches` of one search)."""
+    dataset, size = DATASETS[args.dataset], (args.img_h, args.img_w)
+    data_path = args.data_path or dataset.path
+    data = dataset.train(data_path, size, **dataset.own(trial=args.trial, select=args.select))
+    trials = [args.trial] if "trial" in dataset.options else dataset.trials[:1]
+    options = dataset.own(mode=[args.mode], select=args.select)
+    return data, dataset.searches(data_path, dataset.directions[:1], trials, **options)
 
 
 def train(args, run, data, test, device):
     """`main`, once the data is there and the processes have joined."""
     seed_everything(args.seed)
     (search,) = test.searches
-    engine.check_matches(search)
+    search.check_matches()
     sampler = IdentitySampler(data, args.batch_size, args.num_pos, args.seed)
     loader = train_loader(data, sampler, args.workers, device, args.cache)
     size = (args.img_h, args.img_w)
@@ -258,7 +255,7 @@ def describe(args, data, search, steps, device):
     return (
         f"{data.num_classes} identities, {visible} visible and {infrared} infrared images, {steps} steps an epoch, "
         f"on {device.type} x {process_count()} (PyTorch {torch.__version__})\n"
-        f"The best epoch is chosen by Rank-1 (FC), {data_manager.describe(search.setting)}, on {chosen_on}."
+        f"The best epoch is chosen by Rank-1 (FC), {search_title(search.setting)}, on {chosen_on}."
     )
 
 
@@ -270,7 +267,7 @@ class Tested(NamedTuple):
 
     def metrics(self):
         """{"FC/Rank-1": percent, ...}"""
-        scores = {feature: engine.scores(matches) for feature, matches in self.matches.items()}
+        scores = {feature: results.scores(matches) for feature, matches in self.matches.items()}
         return {f"{feature}/{metric}": value for feature, s in scores.items() for metric, value in s.items()}
 
 
@@ -336,10 +333,10 @@ def draw(figures, log, title, tested, test):
         return
     entries, (search,), matches = read_json_lines(log.json_path), test.searches, tested.matches["FC"]
     curves = figures.epoch_curves({log.json_path.stem: entries}, ["total", "correct", "FC/Rank-1", "FC/mAP"])
-    chosen = engine.choose_queries(matches, search, "random", FIGURE_QUERIES)
-    ranked = engine.rank_images(tested.features, test.paths, search, "FC", matches, chosen, FIGURE_IMAGES)
+    chosen = results.choose_queries(matches, search, "random", FIGURE_QUERIES)
+    ranked = results.rank_images(tested.features, test.paths, search, "FC", matches, chosen, FIGURE_IMAGES)
     ids = {"test": "test ids", "val": "VALIDATION ids"}[search.setting["split"]]
-    title = f"{title}: {ids}, {data_manager.describe(search.setting)}, trial {search.setting['trial']}; FC"
+    title = f"{title}: {ids}, {search_title(search.setting)}, trial {search.setting['trial']}; FC"
     sheet = figures.ranking_sheet(figures.ranking_tiles(ranked), title)
     epoch, folder = entries[-1]["epoch"], log.json_path.with_suffix("")
     for tag, figure, name in (("curves", curves, "curves"), ("ranking", sheet, f"ranking_epoch_{epoch}")):
@@ -348,13 +345,8 @@ def draw(figures, log, title, tested, test):
 
 
 def check_flags(args):
-    """Raise InputError for flags that the data set has no use for."""
-    if args.dataset != "sysu" and args.select == "val":
-        raise InputError(f"--select val: --dataset {args.dataset} has no validation ids; use a fixed epoch, ..._last.t")
-    if args.dataset != "sysu" and args.mode != "all":
-        raise InputError(f"--mode {args.mode}: is SYSU-MM01's; leave it out with --dataset {args.dataset}")
-    if args.dataset != "regdb" and args.trial != 1:
-        raise InputError(f"--trial {args.trial}: is RegDB's; leave it out with --dataset {args.dataset}")
+    """Raise InputError for flags that do not go together."""
+    check_options(args)
 
 
 def build_optimizer(net, optim, lr):

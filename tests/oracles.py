@@ -63,31 +63,20 @@ def lean_metrics(distances, q_pids, g_pids, q_camids=None, g_camids=None, max_ra
     return curve / len(precisions), np.mean(precisions), np.mean(penalties)
 
 
-def plain_llcm_metrics(distances, q_pids, g_pids, q_camids, g_camids):
-    """Query by query: drop images of the same identity and camera, then SYSU-MM01's metrics of the rest."""
-    results = []
-    for q, pid in enumerate(q_pids):
-        visible = [g for g in range(len(g_pids)) if not (g_pids[g] == pid and g_camids[g] == q_camids[q])]
-        if pid in g_pids[visible]:
-            cameras = [6], [1] * len(visible)  # SYSU-MM01 hides nothing among these
-            results.append(plain_metrics(distances[q : q + 1, visible], [pid], g_pids[visible].tolist(), *cameras))
-    return [np.mean(metric, axis=0) for metric in zip(*results, strict=True)]
+def plain_match_ranks(hidden, identities, distmat, q_pids, g_pids, q_camids, g_camids):
+    """Of each query with a match: its row, the rank of its first match, and the ranks of all among images.
 
-
-def plain_match_ranks(dataset, distmat, q_pids, g_pids, q_camids, g_camids):
-    """For each query with a match: its row, the rank of its first match, and the ranks of all matches among images."""
-    results = []
+    hidden(query, gallery image), of (identity, camera) each; identities: whether these count for the first match.
+    """
+    matches = []
     for q in range(len(q_pids)):
-        order = sorted(range(len(g_pids)), key=lambda g: distmat[q, g])  # ties keep the gallery's order
-        if dataset == "sysu":
-            order = [g for g in order if not (q_camids[q] == 3 and g_camids[g] == 2)]
-        elif dataset == "llcm":
-            order = [g for g in order if not (g_pids[g] == q_pids[q] and g_camids[g] == q_camids[q])]
+        order = sorted(range(len(g_pids)), key=lambda g: distmat[q, g])  # equal ones stay in gallery order
+        order = [g for g in order if not hidden((q_pids[q], q_camids[q]), (g_pids[g], g_camids[g]))]
         ranks = [rank for rank, g in enumerate(order, 1) if g_pids[g] == q_pids[q]]
         if ranks:
             before = [g_pids[g] for g in order[: ranks[0] - 1]]
-            results.append((q, 1 + len(before if dataset == "regdb" else set(before)), ranks))
-    return results
+            matches.append((q, 1 + len(set(before) if identities else before), ranks))
+    return matches
 
 
 def plain_k_reciprocal(query, gallery, k1=20, k2=6, lambda_value=0.3):

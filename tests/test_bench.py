@@ -11,6 +11,8 @@ import data_manager
 from ChannelAug import normalise
 from conftest import SIZE
 from core import engine
+from core.datasets import sysu_searches
+from core.results import scores
 from data_loader import eval_loader
 from eval_metrics import eval_regdb, eval_sysu
 from loss import Losses
@@ -111,14 +113,14 @@ def test_floors_count_what_a_layer_computes():
 @pytest.mark.slow
 def test_test(sysu_tree, capsys):
     """The baseline's metrics, from ten galleries a mode, are those of one pass over the images."""
-    test = data_manager.sysu_test(sysu_tree, data_manager.SYSU_VISIBLE)
+    test = sysu_searches(sysu_tree, mode=("all", "indoor"))
     net = GFMNet(5, "resnet18").eval()
     plain = plain_test(net, test, SIZE, 0, torch.device("cpu"))
     embed = engine.network_embedding(net, torch.device("cpu"), normalise)
     features = {m: engine.extract(embed, eval_loader(p, SIZE, 64, 0), m, "") for m, p in test.paths.items()}
     for search, (_, mean_ap, mean_inp) in zip(test.searches, plain, strict=True):
-        scores = engine.scores(engine.run_search(features, search)["FC", "none"])
-        assert (scores["mAP"], scores["mINP"]) == pytest.approx((100 * mean_ap, 100 * mean_inp), abs=1e-6)
+        measured = scores(engine.run_search(features, search)["FC", "none"])
+        assert (measured["mAP"], measured["mINP"]) == pytest.approx((100 * mean_ap, 100 * mean_inp), abs=1e-6)
 
     results = bench.main(["test", *NETWORK, "--data_path", str(sysu_tree)])
     assert results["images"] == {m: len(paths) for m, paths in test.paths.items()}

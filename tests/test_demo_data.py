@@ -139,7 +139,7 @@ def test_like_needs_the_files_beside_it_and_takes_no_sizes(like, tmp_path):
     (tmp_path / "rand_perm_cam.mat").write_bytes((folder / "rand_perm_cam.mat").read_bytes())
     with pytest.raises(utils.InputError, match=r"train_id\.mat: cannot be read as a list of ids"):
         demo_data.main(["--out", str(tmp_path / "out"), "--like", str(tmp_path / "rand_perm_cam.mat")])
-    with pytest.raises(utils.InputError, match=r"test_id\.mat: is no rand_perm_cam\.mat"):
+    with pytest.raises(utils.InputError, match=r"test_id\.mat: is not a rand_perm_cam\.mat"):
         demo_data.main(["--out", str(tmp_path / "out"), "--like", str(folder / "test_id.mat")])
     assert files(tmp_path) == ["rand_perm_cam.mat"]
 

@@ -20,6 +20,7 @@ import train_ext_test0
 import utils
 from conftest import SIZE, flags, log_entries, tiny_flags
 from core import engine
+from core.datasets import regdb_train
 from core.distributed import leave_processes, sum_over_processes
 from core.meter import Diverged, EpochMeter
 from core.run import SaveTimer
@@ -108,7 +109,7 @@ def test_images_are_decoded_before_the_processes_start(regdb_tree, tmp_path, mon
     monkeypatch.setattr(data_loader, "process_index", lambda: 1)
     monkeypatch.setattr(data_loader, "write_images", lambda *_: pytest.fail("decoded by another process"))
     monkeypatch.setattr(data_loader.time, "sleep", lambda _: [(tmp_path / a.name).rename(a) for a in arrays])
-    assert len(data_loader.regdb_train(tree, 1, SIZE).visible)
+    assert len(regdb_train(tree, SIZE, 1).visible)
 
 
 def launch(tree, out, *more):

@@ -22,7 +22,7 @@ VOID = {"meta", "link", "br", "input", "img"}
 
 
 def result(number, mode, model, feature, trials=10):
-    """A row as `engine.summarise` makes it; its numbers differ from those of other rows and are in no order."""
+    """A row as `summarise` makes it; its numbers differ from those of other rows and are in no order."""
     mean = {name: (37.123 * (number + 1) * (k + 1)) % 100 for k, name in enumerate(METRICS)}
     count = {"queries": 200, "evaluated": 181 if mode == "indoor" else 200, "gallery": 55 if mode == "indoor" else 1040}
     where = {"checkpoint": "runs/best.t", "network": "resnet18, adp"}

@@ -23,6 +23,7 @@ from PIL import Image
 import data_loader
 import utils
 from conftest import SIZE, save_network
+from core.images import read_image
 from tests.oracles import plain_embedding
 from tools import export, indexer, search, search_page
 from tools import index as image_index
@@ -555,7 +556,7 @@ def test_a_photograph_is_turned_as_its_orientation_says(pictures, tmp_path):
         exif = Image.Exif()
         exif[0x0112] = 6  # to be turned by 90 degrees clockwise
         image.rotate(90, expand=True).save(turned, exif=exif)
-    a, b = (data_loader.read_image(path, SIZE) for path in (upright, turned))
+    a, b = (read_image(path, SIZE) for path in (upright, turned))
     np.testing.assert_array_equal(a, b)
 
 

@@ -16,9 +16,6 @@ import data_manager
 import testa
 import train_ext_test0
 from conftest import flags, save_network
-from core import engine
-from data_manager import Images, Search
-from eval_metrics import match_ranks
 from loss import METHODS
 from tests.oracles import plain_embedding
 from tools import figures, visualize
@@ -127,82 +124,6 @@ def test_training_draws_after_each_test(sysu_tree, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------- what is drawn
-
-
-def random_search(dataset, seed):
-    """A small search and features of its images: (features, paths, search)."""
-    rng = np.random.default_rng(seed)
-    cameras = {"sysu": ([3, 6], [1, 2, 4, 5]), "llcm": ([1, 2, 3], [1, 2, 3]), "regdb": ([2], [1])}[dataset]
-    features, images = {}, []
-    for modality, count, seen_by in (("infrared", 12, cameras[0]), ("visible", 30, cameras[1])):
-        rows = rng.permutation(count + 5)[:count]  # of more images, in another order
-        images.append(Images(modality, rows, rng.integers(1, 5, count), rng.choice(seen_by, count)))
-        x = torch.from_numpy(rng.normal(size=(count + 5, 6))).float()
-        features[modality] = {"FC": torch.nn.functional.normalize(x)}
-    paths = {modality: [f"{modality}{i}" for i in range(len(x["FC"]))] for modality, x in features.items()}
-    return features, paths, Search({"dataset": dataset}, *images)
-
-
-def sees(dataset, query, gallery):
-    """query, gallery: (identity, camera)."""
-    if dataset == "sysu":
-        return not (query[1] == 3 and gallery[1] == 2)
-    return dataset == "regdb" or query != gallery
-
-
-@pytest.mark.parametrize("dataset", ["sysu", "llcm", "regdb"])
-def test_rankings_and_distances_against_plain_loops(dataset):
-    for seed in range(20):
-        features, paths, search = random_search(dataset, seed)
-        query, gallery = search.query, search.gallery
-        expected, same, other = {}, [], []
-        for q, (row, *asked) in enumerate(zip(query.rows, query.ids, query.cameras, strict=True)):
-            seen = []
-            for g_row, *there in zip(gallery.rows, gallery.ids, gallery.cameras, strict=True):
-                if sees(dataset, asked, there):
-                    similarity = float(features["infrared"]["FC"][row] @ features["visible"]["FC"][g_row])
-                    seen.append((similarity, f"visible{g_row}", *there))
-                    (same if asked[0] == there[0] else other).append(1 - similarity)
-            seen.sort(key=lambda image: -image[0])
-            hits = [rank for rank, image in enumerate(seen, 1) if image[2] == asked[0]]
-            if hits:
-                precision = np.mean([(i + 1) / rank for i, rank in enumerate(hits)])
-                expected[q] = (f"infrared{row}", *asked, precision, seen)
-
-        found = match_ranks(
-            dataset,
-            -features["infrared"]["FC"][query.rows] @ features["visible"]["FC"][gallery.rows].T,
-            *(query.ids, gallery.ids, query.cameras, gallery.cameras),
-        )
-        for which, sign in (("worst", 1), ("best", -1)):
-            chosen = engine.choose_queries(found, search, which, 5)
-            ranked = engine.rank_images(features, paths, search, "FC", found, chosen, 7)
-            order = sorted(expected.values(), key=lambda row: sign * row[3])[:5]
-            for drawn, (path, identity, camera, precision, seen) in zip(ranked, order, strict=True):
-                assert (drawn["path"], drawn["id"], drawn["camera"]) == (path, identity, camera)
-                assert drawn["average_precision"] == pytest.approx(precision)
-                assert drawn["first_match"] == 1 + [image[2] for image in seen].index(identity)
-                assert len(drawn["gallery"]) == min(7, len(seen))
-                for image, (similarity, *where) in zip(drawn["gallery"], seen, strict=False):
-                    assert [image["path"], image["id"], image["camera"]] == where
-                    assert image["similarity"] == pytest.approx(similarity, abs=1e-6)
-                    assert image["correct"] == (where[1] == identity)
-        identity = int(query.ids[found.rows[0]])
-        of_one = engine.choose_queries(found, search, str(identity), 50)
-        rows = [i for i, q in enumerate(expected) if query.ids[q] == identity]
-        assert sorted(of_one) == rows
-        drawn = engine.choose_queries(found, search, "random", 4)
-        assert drawn == engine.choose_queries(found, search, "random", 4)
-        assert len({*drawn}) == len(drawn) == min(4, len(expected))
-        for actual, plain in zip(engine.pair_distances(features, search, "FC"), (same, other), strict=True):
-            np.testing.assert_allclose(actual, plain, atol=1e-6)
-
-
-def test_an_identity_without_a_query_is_named():
-    features, _, search = random_search("regdb", 0)
-    found = engine.run_search(features, search)["FC", "none"]
-    with pytest.raises(InputError, match="--which 77: no query of that identity has a match; there are 1, 2, 3, 4"):
-        engine.choose_queries(found, search, "77", 1)
 
 
 def plain_overlap(same, other):

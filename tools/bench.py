@@ -19,9 +19,9 @@ import platform
 
 import torch
 
+from core.datasets import DATASETS
 from core.files import check_output, save_json
 from data_loader import CACHES
-from data_manager import DATA_PATHS
 from model import ARCHS
 from tools.benchmarks.data import bench_data
 from tools.benchmarks.gpu import STAGES, bench_gpu
@@ -40,7 +40,7 @@ COMMANDS = {
     "search": bench_search,
 }
 FLAGS = {
-    "--data_path": {"default": DATA_PATHS["sysu"], "help": "folder of SYSU-MM01 or of demo data"},
+    "--data_path": {"default": DATASETS["sysu"].path, "help": "folder of SYSU-MM01 or of demo data"},
     "--img_h": {"type": bounded(int, 48), "default": 288, "help": "image height in pixels"},
     "--img_w": {"type": bounded(int, 16), "default": 144, "help": "image width in pixels"},
     "--workers": {"type": bounded(int, 0), "default": 4, "help": "loading processes, at most one per core"},

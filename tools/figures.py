@@ -13,8 +13,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
-import data_manager
 from core.files import atomic, check_output
+from core.results import result_title
 from data_loader import read_image
 from utils import InputError
 
@@ -92,7 +92,7 @@ def _wrapped(title, width):
 
 
 def ranking_tiles(ranked):
-    """`engine.rank_images`' queries as the rows of a `ranking_sheet`."""
+    """`rank_images`' queries as the rows of a `ranking_sheet`."""
     rows = []
     for query in ranked:
         precision = f"AP {100 * query['average_precision']:.0f} %"
@@ -213,7 +213,7 @@ def epoch_curves(runs, values):
 
 
 def result_curves(tables, curve, titled=True):
-    """tables: {label: rows of `engine.summarise`} -> Figure with a panel for each protocol. FC hides POOL.
+    """tables: {label: rows of `summarise`} -> Figure with a panel for each protocol. FC hides POOL.
 
     curve: "cmc", by rank, or "precision", by recall. titled: whether panels have titles.
     """
@@ -228,7 +228,7 @@ def result_curves(tables, curve, titled=True):
         texts["images"] = row["images"]
         texts = [text for key, text in texts.items() if text != "none" and len({other[key] for other in alike}) > 1]
         name = ", ".join([label] * (len(tables) > 1) + [row["model"]] + texts)
-        panel = panels.setdefault(data_manager.describe_result(row) if titled else "", {})
+        panel = panels.setdefault(result_title(row) if titled else "", {})
         if name in panel:
             raise InputError(f"two rows of results have the same name, {name}; draw them separately")
         values = row["curves"][curve]

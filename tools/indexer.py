@@ -9,8 +9,8 @@ import faiss
 import numpy as np
 from PIL import Image
 
+from core.images import FORMATS
 from core.run import run_lock
-from data_loader import FORMATS
 from tools.embedder import Embedder
 from tools.index import arrange, drop_rows, read_index, save_index
 from utils import InputError

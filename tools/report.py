@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-import data_manager
+from core.datasets import DATASETS
 from core.files import atomic
 from data_loader import read_image
 from utils import progress
@@ -26,7 +26,7 @@ COLOURS = {"#000000": "currentColor", "#ffffff": "var(--page)", "#0072b2": "var(
 def write_page(path, title, results, rankings, rankings_title, plots, settings):
     """Write test results to one self-contained HTML file.
 
-    results: rows of `engine.summarise`. rankings: a dict for each query, the hardest first: {"path", "id", "camera",
+    results: rows of `summarise`. rankings: a dict for each query, the hardest first: {"path", "id", "camera",
     "modality", "average_precision" (0 to 1), "first_match" (a rank from 1), "gallery": at most ten nearest images, a
     list of {"path", "id", "camera", "similarity", "correct"}}; may be empty. rankings_title: search, feature and trial
     of the rankings. plots: {caption: matplotlib Figure}. settings: {heading: {name: plain value}}.
@@ -98,7 +98,7 @@ def row_labels(row):
     """What the numbers of a row mean, in the words of `testa.py`: {column: text}."""
     count, trials = row["per_trial"][0], row["trials"]
     values = {
-        "data": data_manager.data_name(row["dataset"], row["demo"], count["queries"]),
+        "data": DATASETS[row["dataset"]].title(row["demo"], count["queries"]),
         **{name: row[name] for name in ("mode", "direction", "protocol", "shots")},
         "trials": f"trial {trials[0]}" if len(trials) == 1 else len(trials),
         "similarity": row["similarity"],

@@ -7,8 +7,8 @@ import textwrap
 
 import numpy as np
 
-import data_manager
 from core.files import atomic, save_json
+from core.results import result_title
 from loss import Health, Losses
 from tools import figures
 from utils import InputError
@@ -40,7 +40,7 @@ def network_rows(results):
 def setting_text(result):
     reranked = "" if result["reranking"] == "none" else f", re-ranked by {result['reranking']}"
     epoch = "fixed" if result["selection"] == "none" else f"chosen on {result['selection']} ids"
-    return f"{data_manager.describe_result(result)}; FC{reranked}; epoch {epoch}"
+    return f"{result_title(result)}; FC{reranked}; epoch {epoch}"
 
 
 def tabulate(runs, plan):

@@ -19,12 +19,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import data_manager
 from ChannelAug import normalise
-from core import engine, protocol
+from core import engine, evaluation
 from core.checkpoint import find_checkpoint
-from core.log import read_json_lines
+from core.datasets import DATASETS, Search, search_title
+from core.results import choose_queries, pair_distances, rank_images, result_title
+from core.run import read_json_lines
 from data_loader import read_image
+from data_manager import NUMBER
 from model import FEATURES
 from tools import figures
 from utils import ArgumentParser, InputError, bounded, cli, progress, select_device
@@ -45,7 +47,7 @@ def get_args_parser():
         source = sub.add_argument_group("checkpoint and protocol")
         text = "checkpoint (or two, to compare them)" if nargs else "checkpoint"
         source.add_argument("--resume", required=True, nargs=nargs, help=f"{text}: a path, or a name in --model_path")
-        protocol.add_flags(source)
+        evaluation.add_flags(source)
         return group
 
     ranking = command("ranking", "queries with their nearest gallery images")
@@ -70,7 +72,7 @@ def get_args_parser():
 
 def which(text):
     """An argparse type: the choice of queries."""
-    if text not in ("worst", "best", "random") and not re.fullmatch(data_manager.NUMBER, text):
+    if text not in ("worst", "best", "random") and not re.fullmatch(NUMBER, text):
         raise argparse.ArgumentTypeError(f"{text!r} is not worst, best, random, or the number of an identity")
     return text
 
@@ -98,7 +100,7 @@ class Tested(NamedTuple):
     device: torch.device
     size: tuple
     paths: dict
-    search: data_manager.Search
+    search: Search
     features: dict
     network: str
     setting: str
@@ -106,29 +108,29 @@ class Tested(NamedTuple):
 
 def embed_test(args, resume):
     """The checkpoint `resume` and the search of the flags -> `Tested`."""
-    protocol.check_flags(args)
+    evaluation.check_search_flags(args)
     if args.dataset == "regdb" and args.gallery is not None:
         raise InputError("--gallery is for SYSU-MM01 and LLCM; RegDB has one gallery per trial: leave it out")
-    device, data_path = select_device(args.gpu, args.amp), protocol.data_folder(args)
+    device, data_path = select_device(args.gpu, args.amp), evaluation.data_folder(args)
     path = find_checkpoint(resume, args.model_path)
-    net, size, origin = protocol.open_checkpoint(path, data_path)
-    trial = protocol.tested_trial(path, origin, args.dataset, args.trial)
-    test = protocol.searches(args, data_path, trial, [args.gallery or 0])
+    net, size, origin = evaluation.open_checkpoint(path, data_path)
+    trial = evaluation.tested_trial(path, origin, args.dataset, args.trial)
+    test = evaluation.find_searches(args, data_path, trial, [args.gallery or 0])
     net.to(device, memory_format=torch.channels_last)
     embed = engine.network_embedding(net, device, normalise, args.amp)
-    features = protocol.embed_images(embed, test.paths, size, args)
+    features = evaluation.embed_images(embed, test.paths, size, args)
     (search,) = test.searches
-    setting = f"{data_manager.describe(search.setting)}, trial {search.setting['trial']}"
-    name = data_manager.data_name(args.dataset, origin["demo"], len(search.query.rows))
+    setting = f"{search_title(search.setting)}, trial {search.setting['trial']}"
+    name = DATASETS[args.dataset].title(origin["demo"], len(search.query.rows))
     setting = f"{name}, {setting}; {args.feature}"
     return Tested(net, device, size, test.paths, search, features, origin["network"], setting)
 
 
 def rank_queries(args, tested, top=None):
-    """The queries of `--which` with their `top` nearest images, or all: as `engine.rank_images` gives them."""
+    """The queries of `--which` with their `top` nearest images, or all: as `rank_images` gives them."""
     matches = engine.run_search(tested.features, tested.search)[args.feature, "none"]
-    queries = engine.choose_queries(matches, tested.search, args.which, args.queries, args.seed)
-    return engine.rank_images(tested.features, tested.paths, tested.search, args.feature, matches, queries, top)
+    queries = choose_queries(matches, tested.search, args.which, args.queries, args.seed)
+    return rank_images(tested.features, tested.paths, tested.search, args.feature, matches, queries, top)
 
 
 def draw_ranking(args):
@@ -241,7 +243,7 @@ def draw_distances(args):
     labels = [one.network for one in tested]
     if len(set(labels)) < len(labels):
         labels = args.resume
-    pairs = [engine.pair_distances(one.features, one.search, args.feature) for one in tested]
+    pairs = [pair_distances(one.features, one.search, args.feature) for one in tested]
     return figures.distance_histograms(dict(zip(labels, pairs, strict=True)), tested[0].setting)
 
 
@@ -280,7 +282,7 @@ def read_results(path):
     try:
         results = json.loads(Path(path).read_text())["results"]
         for row in results or [{}]:
-            data_manager.describe_result(row)
+            result_title(row)
             _ = [row[name] for name in ("model", "selection", "feature", "reranking")], row["curves"]["cmc"][0]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise InputError(

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 from ChannelAug import normalise
 from core import engine, re_rank
+from core.datasets import sysu_searches
+from core.results import scores
 from data_loader import eval_loader
-from data_manager import SYSU_VISIBLE, sysu_test
 from eval_metrics import CosineDistances, eval_regdb, eval_sysu
 from model import GFMNet
 from tests.oracles import lean_metrics, plain_extract, plain_k_reciprocal, plain_metrics, plain_test
@@ -61,20 +62,20 @@ def bench_test(args, device):
     embed = engine.network_embedding(net, device, normalise, args.amp)
 
     def ours():
-        test = sysu_test(args.data_path, SYSU_VISIBLE)
+        test = sysu_searches(args.data_path, mode=("all", "indoor"))
         loaders = {m: eval_loader(paths, size, 64, args.workers) for m, paths in test.paths.items()}
         features = {m: engine.extract(embed, loader, m, f"embedding {m}") for m, loader in loaders.items()}
-        return test, features, [engine.scores(engine.run_search(features, s)["FC", "none"]) for s in test.searches]
+        return test, features, [scores(engine.run_search(features, s)["FC", "none"]) for s in test.searches]
 
     def baseline():
-        return plain_test(plain_net, sysu_test(args.data_path, SYSU_VISIBLE), size, args.workers, device)
+        return plain_test(plain_net, sysu_searches(args.data_path, mode=("all", "indoor")), size, args.workers, device)
 
-    test, features, scores = ours()
+    test, features, metrics = ours()
     images = {modality: len(paths) for modality, paths in test.paths.items()}
     if args.amp == "off":
         expected = plain_extract(plain_net, test.paths["infrared"][:64], "infrared", size, 0, device)
         np.testing.assert_allclose(features["infrared"]["FC"][:64].cpu().numpy(), expected, rtol=0, atol=1e-3)
-    name = f"test: {images['infrared']} queries, {images['visible']} images in {len(scores)} galleries, {args.amp}"
+    name = f"test: {images['infrared']} queries, {images['visible']} images in {len(metrics)} galleries, {args.amp}"
     print_head()
     results = compare(name, ours, baseline, args.repeats, device)
     return results | {"images": images, "images_per_second": sum(images.values()) / results["ours_seconds"]}
