@@ -415,6 +415,7 @@ def test_one_line_and_nothing_lost(case, capsys):
 
 
 @pytest.mark.usefixtures("trees")
+@pytest.mark.slow
 def test_an_error_ends_the_loading_processes():
     """The processes that load images ignore SIGTERM; an error in one of them must not leave the script waiting."""
     damage_query(lambda data: data[:200])
@@ -526,6 +527,7 @@ def test_bad_images_are_left_out_if_asked(capsys):
     assert len(data_loader.sysu_train("sysu", SIZE).visible) == len(expected[0]) - 1
 
 
+@pytest.mark.slow
 def test_one_image_of_an_identity_and_modality_is_enough(sysu_tree, tmp_path):
     result = train_ext_test0.main([*SMALL, *flags(sysu_tree, tmp_path, "--num_pos", "1", "--epochs", "1")])
     assert torch.load(result["last"])["epoch"] == 0

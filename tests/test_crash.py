@@ -212,7 +212,7 @@ def signal_at(step, number, monkeypatch):
 @pytest.mark.parametrize(
     ("step", "where", "more"),
     [
-        (3, "epoch 0, after step 3 of 8", ["--optim", "sgd", "--workers", "2"]),
+        pytest.param(3, "epoch 0, after step 3 of 8", ["--optim", "sgd", "--workers", "2"], marks=pytest.mark.slow),
         (16, "epoch 1, after step 8 of 8", ["--optim", "sgd", "--lr", "0.001"]),
     ],
 )
@@ -245,6 +245,7 @@ def shorter_epochs():
         yield patch
 
 
+@pytest.mark.slow
 def test_epoch_begun_when_epochs_had_a_step_less_goes_on(tiny_tree, tmp_path, shorter_epochs):
     """Also after what was its last step: it takes the one more, and is the same epoch as one in one go."""
     torch.set_num_threads(1)
@@ -291,7 +292,7 @@ def test_a_run_that_diverges_keeps_its_last_checkpoint(unbroken, tiny_tree, tmp_
     with monkeypatch.context() as patch:
         patch.setattr(TrainAugmentation, "__call__", spoil_a_step)
         with pytest.raises(
-            utils.InputError, match="^epoch 1/2: .* from step 3 on; lower --lr.*_last.t is intact: --res"
+            utils.InputError, match="^epoch 1/2: .* from step 2 on; lower --lr.*_last.t is intact: --res"
         ):
             train_ext_test0.main(command)
     (last,) = tmp_path.glob("models/*_last.t")
@@ -300,6 +301,7 @@ def test_a_run_that_diverges_keeps_its_last_checkpoint(unbroken, tiny_tree, tmp_
     assert_same_runs([unbroken, tmp_path])
 
 
+@pytest.mark.slow
 def test_training_stopped_while_it_tests_repeats_no_step(unbroken, tiny_tree, tmp_path, monkeypatch):
     command = tiny_flags(tiny_tree, tmp_path, *MORE, "--resume", "auto")
     with monkeypatch.context() as patch:

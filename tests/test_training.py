@@ -193,6 +193,7 @@ def far_apart(tmp_path_factory):
     return file
 
 
+@pytest.mark.slow
 def test_the_clamp_is_told(far_apart, sysu_tree, tmp_path, capsys):
     result = train_ext_test0.main(flags(sysu_tree, tmp_path, "--weights", str(far_apart), "--epochs", "1"))
     (entry,) = log_entries(result["log"])
