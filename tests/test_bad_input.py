@@ -206,12 +206,7 @@ CASES = {
     "fewer labels": ("train", lambda: edit_array(1, lambda a: a[1:]), [], ["62 images, but 61 labels"]),
     "labels in columns": ("train", lambda: edit_array(1, lambda a: a[:, None]), [], ["labels", "pre_process_sysu.py"]),
     "labels of floats": ("train", lambda: edit_array(3, lambda a: a + 0.5), [], ["float64, not integers"]),
-    "negative labels": (
-        "train",
-        lambda: edit_array(1, lambda a: a - 1),
-        [],
-        ["without a gap (-1)"],
-    ),
+    "negative labels": ("train", lambda: edit_array(1, lambda a: a - 1), [], ["without a gap (-1)"]),
     "labels with a gap": (
         "train",
         lambda: [edit_array(number, lambda a: a + (a > 4)) for number in (1, 3)],
@@ -257,12 +252,7 @@ CASES = {
         ["idx/train_nir.txt and a test image; remove"],
     ),
     "LLCM's test ids without images": ("llcm", lambda: write("llcm/idx/test_id.txt", "998"), [], ["none of the 1"]),
-    "no LLCM test ids": (
-        "llcm",
-        lambda: os.unlink("llcm/idx/test_id.txt"),
-        [],
-        ["llcm/idx/test_id.txt", "put the"],
-    ),
+    "no LLCM test ids": ("llcm", lambda: os.unlink("llcm/idx/test_id.txt"), [], ["llcm/idx/test_id.txt", "put the"]),
     # flags of training
     "more identities than there are": ("train", lambda: None, ["--batch_size", "11"], ["--batch_size 11", "only 10"]),
     "unknown gpu": ("train", lambda: None, ["--gpu", "one"], ["--gpu one", "cpu"]),
