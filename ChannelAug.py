@@ -96,10 +96,11 @@ def _repeat_channel(images, channel):
 
 
 class TrainAugmentation:
-    """The recipe of `--augc` and `--rande`: uint8 batches -> the network's float32 inputs.
+    """The recipe of `--augc` and `--rande`: uint8 batches -> the network's float32 inputs and their labels.
 
-    __call__(visible [A, 3, H, W], infrared [B, 3, H, W]) -> (visible [2A, 3, H, W], infrared [B, 3, H, W]): the plain
-    visible views, then second views of the same images, channel-exchanged with `augc`.
+    __call__(visible [A, 3, H, W], infrared [A, 3, H, W], labels [A]) -> (visible [2A, 3, H, W], infrared [A, 3, H, W],
+    labels [3A]): the plain visible views, second views of the same images, which are channel-exchanged with `augc`,
+    and the infrared views. Image i of either modality shows identity labels[i].
     rande: probability of random erasing. All views are cropped, mirrored and erased independently. As published, the
     plain views are erased before they are normalised, the others after it.
     """
@@ -107,7 +108,7 @@ class TrainAugmentation:
     def __init__(self, augc=1, rande=0.5):
         self.augc, self.rande = augc, rande
 
-    def __call__(self, visible, infrared):
+    def __call__(self, visible, infrared, labels):
         views = normalise(random_flip(random_crop(torch.cat([visible, visible, infrared]))))
         count = len(visible)
         fill = _constant(ERASE_FILL, views.device).repeat(len(views), 1, 1, 1)
@@ -116,4 +117,4 @@ class TrainAugmentation:
         if self.augc:  # in place: joined anew, the views would lose their memory order
             views[count : 2 * count] = channel_exchange(views[count : 2 * count])
             views[2 * count :] = channel_or_gray(views[2 * count :])
-        return views[: 2 * count], views[2 * count :]
+        return views[: 2 * count], views[2 * count :], labels.repeat(3)

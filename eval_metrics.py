@@ -1,13 +1,14 @@
-"""Rank-k (CMC), mAP and mINP of SYSU-MM01, RegDB and LLCM, as the field computes them.
+"""Rank-k (CMC), mAP and mINP, as the field computes them.
 
 mAP: mean average precision (Zheng et al., "Scalable Person Re-identification", ICCV 2015). mINP: mean inverse
 negative penalty (Ye et al., "Deep Learning for Person Re-identification", TPAMI 2021): the number of correct matches
-over the rank of the last one.
+divided by the rank of the last one.
 
-Only the ranks of the correct matches count, so no image is followed through a ranking: distances are sorted as bare
+Only the ranks of the correct matches count, so images are not carried through a ranking: distances are sorted as plain
 numbers, and a match ranks where its distance stands among them.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -19,8 +20,10 @@ CHUNK = 2**22  # entries of the distance matrix that are ranked at a time: bound
 
 
 class CosineDistances:
-    """Negative cosine similarities [Q, G] of features of unit length, query [Q, C] and gallery [G, C] (torch), computed
-    for the rows that are asked for: for the measures below, a distance matrix that takes no memory."""
+    """Negative cosine similarities [Q, G] of features of unit length, query [Q, C] and gallery [G, C] (torch).
+
+    They are computed on access, row by row: for the measures below, a distance matrix that takes no memory.
+    """
 
     def __init__(self, query, gallery):
         self.query, self.gallery = query, gallery
@@ -30,10 +33,31 @@ class CosineDistances:
         return -self.query[rows] @ self.gallery.T
 
 
+class Rules(NamedTuple):
+    """What counts as a match in a data set.
+
+    not_seen(q_pids, q_camids, g_pids, g_camids), of labels that broadcast -> bool: gallery images that the query does
+    not see; None: it sees everything. unseen: the same in words. counts_identities: whether the CMC counts identities,
+    each at its nearest image, or images.
+    """
+
+    not_seen: Callable | None
+    unseen: str | None
+    counts_identities: bool
+
+
+SYSU_RULES = Rules(
+    not_seen=lambda q_pids, q_camids, g_pids, g_camids: (q_camids == 3) & (g_camids == 2),  # they share their place
+    unseen="camera 2 by queries of camera 3",
+    counts_identities=True,
+)
+REGDB_RULES = Rules(not_seen=None, unseen=None, counts_identities=False)
+
+
 def eval_sysu(distmat, q_pids, g_pids, q_camids, g_camids, max_rank=20):
     """SYSU-MM01's measure -> (cmc [max_rank], mAP, mINP), a float64 NumPy array and two floats, all from 0 to 1.
 
-    distmat [Q, G]: distances, finite, smaller is nearer; NumPy, torch or `CosineDistances`; they are ranked on their
+    distmat [Q, G]: finite distances, smaller is nearer: NumPy, torch or `CosineDistances`. They are ranked on their
     device. q_pids, q_camids [Q] and g_pids, g_camids [G]: identities and cameras, integers. Equal distances rank in
     gallery order. A query of camera 3 does not see gallery images of camera 2, which stands in the same place. The CMC
     counts identities: each is ranked by its nearest image. mAP and mINP count images. Queries without a match are
@@ -41,37 +65,19 @@ def eval_sysu(distmat, q_pids, g_pids, q_camids, g_camids, max_rank=20):
 
     Raises ValueError for shapes that disagree, distances that are not finite, or no query with a match.
     """
-    return match_ranks("sysu", distmat, q_pids, g_pids, q_camids, g_camids).means(max_rank)
+    return match_ranks(SYSU_RULES, distmat, q_pids, g_pids, q_camids, g_camids).means(max_rank)
 
 
 def eval_regdb(distmat, q_pids, g_pids, max_rank=20):
     """RegDB's measure; as `eval_sysu`, but every query sees the whole gallery, and the CMC counts images."""
-    return match_ranks("regdb", distmat, q_pids, g_pids).means(max_rank)
-
-
-def eval_llcm(distmat, q_pids, g_pids, q_camids, g_camids, max_rank=20):
-    """LLCM's measure; as `eval_sysu`, but what a query does not see are the images of its own identity and camera.
-
-    Source: Zhang and Wang, "Diverse Embedding Expansion Network and Low-Light Cross-Modality Benchmark for
-    Visible-Infrared Person Re-identification", CVPR 2023. Its cameras take both modalities.
-    """
-    return match_ranks("llcm", distmat, q_pids, g_pids, q_camids, g_camids).means(max_rank)
-
-
-# Data set -> what a query does not see, of identities and cameras that broadcast; None: it sees everything.
-NOT_SEEN = {
-    "sysu": lambda q_pids, q_camids, g_pids, g_camids: (q_camids == 3) & (g_camids == 2),
-    "regdb": None,
-    "llcm": lambda q_pids, q_camids, g_pids, g_camids: (q_pids == g_pids) & (q_camids == g_camids),
-}
-COUNTS_IDENTITIES = {"sysu": True, "regdb": False, "llcm": True}  # or images, before the first match
+    return match_ranks(REGDB_RULES, distmat, q_pids, g_pids).means(max_rank)
 
 
 class MatchRanks(NamedTuple):
-    """Where the matches of each query rank; E queries have one. On the distances' device.
+    """The ranks of the matches of the E queries that have one, on the distances' device.
 
-    rows [E]: the queries. first [E]: rank of the first match, from 1, among identities (RegDB: images). positions
-    [E, M]: ranks of all matches among images, from 1, ascending; 0 where a query has fewer than M.
+    rows [E]: the queries. first [E]: rank of the first match, from 1, among identities or images (see `Rules`).
+    positions [E, M]: ranks of all matches among images, from 1, ascending; 0 where a query has fewer than M.
     """
 
     rows: torch.Tensor
@@ -79,9 +85,9 @@ class MatchRanks(NamedTuple):
     positions: torch.Tensor
 
     def cmc(self, max_rank=20):
-        """Share of the queries whose first match ranks by 1 .. max_rank: float64 [max_rank]."""
-        found = torch.bincount(self.first[self.first <= max_rank] - 1, minlength=max_rank).cumsum(0)
-        return found.double() / len(self.first)
+        """Share of the queries with a match among the first 1 .. max_rank: float64 [max_rank]."""
+        hits = torch.bincount(self.first[self.first <= max_rank] - 1, minlength=max_rank).cumsum(0)
+        return hits.double() / len(self.first)
 
     def average_precision(self):
         """Of each query: float64 [E]."""
@@ -99,11 +105,12 @@ class MatchRanks(NamedTuple):
         precision = self._precision()
         best = precision.flip(1).cummax(dim=1).values.flip(1)
         levels = torch.linspace(0, 1, points, dtype=torch.float64, device=best.device)
-        # The match that reaches a recall; a small step back, for 0.1 x 10 is not to become the eleventh.
+        # The match that reaches a recall. The small step back keeps 0.1 x 10 from becoming the eleventh.
         needed = (levels * self._matches()[:, None] - 1e-9).ceil().long().clamp_min(1)
         return best.gather(1, needed - 1).mean(dim=0)
 
     def means(self, max_rank):
+        """(cmc [max_rank], mAP, mINP), as `eval_sysu` returns them."""
         cmc = self.cmc(max_rank).cpu().numpy()
         return cmc, self.average_precision().mean().item(), self.inverse_negative_penalty().mean().item()
 
@@ -111,62 +118,60 @@ class MatchRanks(NamedTuple):
         return (self.positions > 0).sum(dim=1).double()
 
     def _precision(self):
-        """At each match; 0 where there is none: float64 [E, M]."""
+        """Precision at each match, 0 where there is none: float64 [E, M]."""
         number = torch.arange(1, self.positions.shape[1] + 1, device=self.positions.device)
         return torch.where(self.positions > 0, number / self.positions.clamp_min(1).double(), 0)
 
 
-def match_ranks(dataset, distmat, q_pids, g_pids, q_camids=None, g_camids=None):
-    """Rank each query's matches by the rules of a data set, "sysu", "regdb" or "llcm" -> `MatchRanks`.
+def match_ranks(rules, distmat, q_pids, g_pids, q_camids=None, g_camids=None):
+    """Rank each query's matches by `Rules` -> `MatchRanks`.
 
-    Arguments and errors are those of `eval_sysu`; RegDB's rules need no cameras.
+    Arguments and errors are those of `eval_sysu`. Cameras are needed where the rules hide something.
     """
     distmat = distmat if isinstance(distmat, CosineDistances) else torch.as_tensor(distmat)
-    device, not_seen = distmat.device, NOT_SEEN[dataset]
-    query, gallery = [q_pids], [g_pids]
-    if not_seen:
-        query, gallery = [q_pids, q_camids], [g_pids, g_camids]
-    query, gallery = ([torch.as_tensor(x, device=device) for x in labels] for labels in (query, gallery))
+    query, gallery = ([q_pids, q_camids], [g_pids, g_camids]) if rules.not_seen else ([q_pids], [g_pids])
+    query, gallery = ([torch.as_tensor(x, device=distmat.device) for x in labels] for labels in (query, gallery))
     if any(tuple(distmat.shape) != (len(q), len(g)) for q, g in zip(query, gallery, strict=True)):
         raise ValueError(
             f"distances of shape {tuple(distmat.shape)} do not fit {len(query[0])} queries and {len(gallery[0])} images"
         )
-    images = distmat.shape[1]
-    if not (len(query[0]) and images):
+    if not (len(query[0]) and len(gallery[0])):
         raise ValueError("no queries, or an empty gallery")
-    grouped = _Grouped(gallery[0])
-
-    found = []
-    for rows in torch.arange(len(query[0]), device=device).split(max(1, CHUNK // images)):
+    images, grouped, blocks = distmat.shape[1], _Grouped(gallery[0]), []
+    for rows in torch.arange(len(query[0]), device=distmat.device).split(max(1, CHUNK // images)):
         distances = distmat[rows]
-        # Infinity marks what is not seen, so integers become floats: of 64 bits, for 32 would round them together.
+        # Infinity marks what is not seen, so integers become floats: of 64 bits, as 32 would merge some of them.
         distances = full_precision(distances if distances.is_floating_point() else distances.double())
         if not torch.isfinite(torch.stack(torch.aminmax(distances))).all():
             raise ValueError("the distances are not all finite")
-        if not_seen:
-            distances = distances.masked_fill(not_seen(*(q[rows, None] for q in query), *gallery), torch.inf)
+        if rules.not_seen:
+            distances = distances.masked_fill(rules.not_seen(*(q[rows, None] for q in query), *gallery), torch.inf)
         index = grouped.matches(query[0][rows])
-        at = distances.gather(1, index.clamp_min(0)).masked_fill(index < 0, torch.inf)
-        seen = (at < torch.inf).any(dim=1)
-        if not seen.all():
-            rows, distances, index, at = rows[seen], distances[seen], index[seen], at[seen]
-        if not len(at):
+        matches = distances.gather(1, index.clamp_min(0)).masked_fill(index < 0, torch.inf)
+        some = (matches < torch.inf).any(dim=1)
+        if not some.all():
+            rows, distances, index, matches = rows[some], distances[some], index[some], matches[some]
+        if not len(rows):
             continue
-        positions = _positions(distances, index, at).sort(dim=1).values
-        before = _identities_before(distances, grouped, index, at) if COUNTS_IDENTITIES[dataset] else None
-        first = positions[:, 0] if before is None else before + 1
-        found.append((rows, first, positions.masked_fill(positions > images, 0)))
-    if not found:
+        positions = _positions(distances, index, matches).sort(dim=1).values
+        first = positions[:, 0]
+        if rules.counts_identities:
+            first = _identities_before(distances, grouped, index, matches) + 1
+        blocks.append((rows, first, positions.masked_fill(positions > images, 0)))
+    if not blocks:
         raise ValueError("no query has a match in the gallery")
-    rows, first, positions = zip(*found, strict=True)
+    rows, first, positions = zip(*blocks, strict=True)
     most = max(block.shape[1] for block in positions)
     positions = [torch.nn.functional.pad(block, (0, most - block.shape[1])) for block in positions]
     return MatchRanks(torch.cat(rows), torch.cat(first), torch.cat(positions))
 
 
 class _Grouped:
-    """A gallery's images by identity: the sorted `identities` [I], `group` [G] of each image, and the images in the
-    `order` [G] of their groups, which `start` [I] there and have `size` [I]."""
+    """A gallery's images by identity.
+
+    identities [I]: sorted. group [G]: index of each image's identity. order [G]: the images, group by group; start [I],
+    size [I]: of each group in that order.
+    """
 
     def __init__(self, g_pids):
         self.identities, self.group, self.size = torch.unique(g_pids, return_inverse=True, return_counts=True)
@@ -174,7 +179,7 @@ class _Grouped:
         self.start = self.size.cumsum(0) - self.size
 
     def matches(self, q_pids):
-        """Images of each query's identity, in gallery order, then -1: [B, most images of any]."""
+        """Images of each query's identity, in gallery order, padded with -1: [B, M]."""
         group = torch.searchsorted(self.identities, q_pids).clamp_max(len(self.identities) - 1)
         size = self.size[group].masked_fill(self.identities[group] != q_pids, 0)
         number = torch.arange(int(size.max()), device=size.device)
@@ -190,35 +195,36 @@ class _Grouped:
         return nearest.scatter_reduce_(1, self.group.expand_as(distances), distances, "amin")
 
 
-def _positions(distances, index, at):
-    """Ranks, from 1, of matches [B, M] at distances `at` (inf: none, which ranks behind all) among distances [B, G]."""
-    cpu = distances.device.type == "cpu"  # NumPy's sort of bare numbers is many times faster there
-    ranked = torch.from_numpy(np.sort(distances.numpy(), axis=1)) if cpu else distances.sort(dim=1).values
-    position = torch.searchsorted(ranked, at) + 1
-    tied = (torch.searchsorted(ranked, at, right=True) > position) & (at < torch.inf)
-    for entries in tied.nonzero().split(max(1, len(distances))):
+def _positions(distances, index, matches):
+    """Ranks, from 1, of images `index` [B, M] at distances `matches` (inf: none, last) among distances [B, G]."""
+    cpu = distances.device.type == "cpu"  # NumPy's sort of plain numbers is many times faster there
+    ranking = torch.from_numpy(np.sort(distances.numpy(), axis=1)) if cpu else distances.sort(dim=1).values
+    position = torch.searchsorted(ranking, matches) + 1
+    tie = (torch.searchsorted(ranking, matches, right=True) > position) & (matches < torch.inf)
+    for entries in tie.nonzero().split(max(1, len(distances))):
         row, column = entries.unbind(dim=1)
-        position[row, column] += _equal_before(distances[row], at[row, column], index[row, column]).sum(dim=1)
-    return position.masked_fill(at == torch.inf, distances.shape[1] + 1)
+        earlier = _equal_before(distances[row], matches[row, column], index[row, column])
+        position[row, column] += earlier.sum(dim=1)
+    return position.masked_fill(matches == torch.inf, distances.shape[1] + 1)
 
 
-def _identities_before(distances, grouped, index, at):
+def _identities_before(distances, grouped, index, matches):
     """Number of identities whose nearest image ranks before the nearest match: [B]."""
-    nearest, own = grouped.nearest(distances), at.amin(dim=1)
+    nearest, own = grouped.nearest(distances), matches.amin(dim=1)
     before = (nearest < own[:, None]).sum(dim=1)
-    tied = (nearest == own[:, None]).sum(dim=1) > 1
-    if tied.any():
+    tie = (nearest == own[:, None]).sum(dim=1) > 1
+    if tie.any():
         images = distances.shape[1]
-        distances, nearest, own, index, at = (x[tied] for x in (distances, nearest, own, index, at))
-        first = index.masked_fill(at != own[:, None], images).amin(dim=1)
+        distances, nearest, own, index, matches = (x[tie] for x in (distances, nearest, own, index, matches))
+        first = index.masked_fill(matches != own[:, None], images).amin(dim=1)
         earlier = torch.zeros_like(nearest, dtype=torch.uint8)
         equal = _equal_before(distances, own, first).byte()
         earlier.scatter_reduce_(1, grouped.group.expand_as(distances), equal, "amax")
-        before[tied] += (earlier.bool() & (nearest == own[:, None])).sum(dim=1)
+        before[tie] += (earlier.bool() & (nearest == own[:, None])).sum(dim=1)
     return before
 
 
-def _equal_before(distances, at, index):
-    """Images [B, G] as far away as `at` [B] that stand before `index` [B] in the gallery."""
+def _equal_before(distances, distance, index):
+    """Images [B, G] at exactly `distance` [B] that stand before image `index` [B] in the gallery."""
     earlier = torch.arange(distances.shape[1], device=distances.device) < index[:, None]
-    return (distances == at[:, None]) & earlier
+    return (distances == distance[:, None]) & earlier

@@ -4,6 +4,7 @@ d+ and d- are an anchor's distances to its positives (itself included, as publis
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -243,7 +244,7 @@ class AlignedLocalLoss(nn.Module):
 
 
 class _Gather(torch.autograd.Function):
-    """Every rank uses the rows of every rank: a row's gradient is the sum of theirs."""
+    """Every process uses the rows of all processes: a row's gradient is the sum of theirs."""
 
     @staticmethod
     def forward(ctx, tensor):
@@ -264,7 +265,7 @@ def gather(tensor):
 
 
 class Losses(NamedTuple):
-    """A batch's losses, each a scalar tensor; `correct` is the share of anchors whose triplet is in order."""
+    """The losses of a batch, each a scalar tensor. `correct` is the share of anchors with d- >= d+."""
 
     total: torch.Tensor
     identity: torch.Tensor
@@ -286,10 +287,42 @@ class Health(NamedTuple):
     at_ln2: torch.Tensor
 
 
-class MethodLoss(nn.Module):
-    """The loss of a `--method`: base, agw, caj or adp (GFMNet). forward(output of GFMNet, labels [N]) -> Losses.
+def _squared(alpha, gamma, square, weighting, **_):
+    return SquaredTripletLoss(alpha, gamma, square, weighting)
 
-    Cross-entropy of the logits + a triplet loss of the pooled features, + 0.5 x the aligned local loss for adp.
+
+class Method(NamedTuple):
+    """What a `--method` trains.
+
+    network: the parts of GFMNet that it uses, as keyword arguments.
+    triplet, local: functions that make its losses from the flags of `MethodLoss`; local is None for no local loss.
+    """
+
+    network: dict
+    triplet: Callable
+    local: Callable | None = None
+
+
+_BASE = {"attention": False, "non_local": False, "pool": "avg", "local": False}
+_AGW = _BASE | {"non_local": True, "pool": "gem"}
+METHODS = {
+    "base": Method(_BASE, lambda margin, **_: HardTripletLoss(margin)),
+    "agw": Method(_AGW, lambda weighting, **_: WeightedTripletLoss(weighting)),
+    "caj": Method(_AGW, _squared),
+    "adp": Method(_AGW | {"attention": True, "local": True}, _squared, lambda margin, **_: AlignedLocalLoss(margin)),
+}
+
+
+def method_name(options):
+    """The methods that use a network with these options: "base", "agw or caj", "adp" or "custom"."""
+    names = [name for name, method in METHODS.items() if method.network.items() <= options.items()]
+    return " or ".join(names) or "custom"
+
+
+class MethodLoss(nn.Module):
+    """The loss of a `--method`, one of METHODS. forward(output of GFMNet, labels [N]) -> Losses.
+
+    Cross-entropy of the logits + the triplet loss of the pooled features + 0.5 x the local loss, if there is one.
     Everything is computed in float32, whatever precision the network ran in. Of several processes, each computes
     the triplet and local losses of the whole batch and the cross-entropy of its own rows. `DistributedDataParallel`
     takes the mean of their gradients, which is then the gradient of the whole batch.
@@ -299,13 +332,9 @@ class MethodLoss(nn.Module):
 
     def __init__(self, method="adp", margin=0.3, alpha=1.0, gamma=1.0, square=1, weighting="published"):
         super().__init__()
-        self.triplet = {
-            "base": lambda: HardTripletLoss(margin),
-            "agw": lambda: WeightedTripletLoss(weighting),
-            "caj": lambda: SquaredTripletLoss(alpha, gamma, square, weighting),
-            "adp": lambda: SquaredTripletLoss(alpha, gamma, square, weighting),
-        }[method]()
-        self.local = AlignedLocalLoss(margin) if method == "adp" else None
+        flags = {"margin": margin, "alpha": alpha, "gamma": gamma, "square": square, "weighting": weighting}
+        self.triplet = METHODS[method].triplet(**flags)
+        self.local = METHODS[method].local(**flags) if METHODS[method].local else None
 
     def forward(self, output, labels):
         with torch.autocast(output.pooled.device.type, enabled=False):

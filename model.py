@@ -21,7 +21,6 @@ from utils import InputError, full_precision
 
 MODALITIES = ("visible", "infrared")
 FEATURES = ("POOL", "FC")  # what the tables call the two that `GFMNet.embed` gives
-ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101")
 NON_LOCAL_BLOCKS = {"layer2": 2, "layer3": 3}  # after that many of a stage's last blocks
 STRIPE_ROWS = 3  # rows of the feature map in one stripe of the local branch
 LOCAL_WIDTH = 128
@@ -78,14 +77,12 @@ class Attention(nn.Module):
 
 
 class Stage(nn.Module):
-    """One stage of a ResNet, with non-local blocks after its last blocks."""
+    """One stage of a backbone, with non-local blocks after its last blocks."""
 
-    def __init__(self, blocks, non_local):
+    def __init__(self, blocks, channels, non_local):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
-        count = min(non_local, len(self.blocks))
-        channels = [m for m in self.blocks[-1].modules() if isinstance(m, nn.BatchNorm2d)][-1].num_features
-        self.non_local = nn.ModuleList(NonLocal(channels) for _ in range(count))
+        self.non_local = nn.ModuleList(NonLocal(channels) for _ in range(min(non_local, len(self.blocks))))
 
     def forward(self, x):
         first = len(self.blocks) - len(self.non_local)
@@ -100,7 +97,7 @@ class GeM(nn.Module):
     """Generalised mean pooling with fixed p = 3 (Radenovic et al., TPAMI 2019). [B, C, H, W] -> [B, C]."""
 
     def forward(self, x):
-        # After a ReLU nothing is negative. With share_net=5 the attention comes last, and a mean may be.
+        # After a ReLU nothing is negative. After attention (share_net=5), or in other backbones, a mean may be.
         return (x.pow(3).mean(dim=(2, 3)).clamp_min(0) + 1e-12).pow(1 / 3)
 
 
@@ -129,7 +126,7 @@ class GFMNet(nn.Module):
     share_net: 1 to 5. Each modality has its own stem and first share_net - 1 stages; the others are shared.
     pool: "gem" or "avg".
     weights: what the backbone starts from: None (random), "imagenet" (torchvision's V1), or the path of a state dict
-        of torchvision's ResNet. Both streams start from the same values.
+        of torchvision's network. Both streams start from the same values.
 
     `net.options` holds these arguments but for the weights: GFMNet(**net.options) is the same network, untrained.
 
@@ -154,19 +151,19 @@ class GFMNet(nn.Module):
             )
         if pool not in ("gem", "avg"):
             raise InputError(f"pool {pool!r}: neither 'gem' nor 'avg'")
-        resnet = backbone(arch, weights)
+        _, stem, stages, widths = backbone(arch, weights)
         self.options = {"num_classes": num_classes, "arch": arch, "share_net": share_net, "attention": attention}
         self.options |= {"non_local": non_local, "pool": pool, "local": local}
-        stages = {"conv1": resnet.conv1, "bn1": resnet.bn1, "relu": resnet.relu, "maxpool": resnet.maxpool}
-        for name in ("layer1", "layer2", "layer3", "layer4"):
-            stages[name] = Stage(getattr(resnet, name), NON_LOCAL_BLOCKS.get(name, 0) if non_local else 0)
-        own = [*stages][: share_net + 3]  # the stem is four modules
+        parts, width = dict(stem), widths[-1]
+        for number, blocks in enumerate(stages, 1):
+            name = f"layer{number}"
+            parts[name] = Stage(blocks, widths[number], NON_LOCAL_BLOCKS.get(name, 0) if non_local else 0)
+        own = [*parts][: len(stem) + share_net - 1]
 
-        self.visible = nn.Sequential(OrderedDict((name, stages[name]) for name in own))
+        self.visible = nn.Sequential(OrderedDict((name, parts[name]) for name in own))
         self.infrared = copy.deepcopy(self.visible)
-        width = resnet.fc.in_features
-        self.attention = Attention(64 if share_net == 1 else width >> (5 - share_net)) if attention else nn.Identity()
-        self.shared = nn.Sequential(OrderedDict(item for item in stages.items() if item[0] not in own))
+        self.attention = Attention(widths[share_net - 1]) if attention else nn.Identity()
+        self.shared = nn.Sequential(OrderedDict(item for item in parts.items() if item[0] not in own))
         self.pool = GeM() if pool == "gem" else nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.bottleneck = nn.BatchNorm1d(width)
         self.bottleneck.bias.requires_grad_(False)
@@ -209,35 +206,50 @@ class GFMNet(nn.Module):
         return self.shared(self.attention(x))
 
 
-def method_options(method):
-    """The parts of GFMNet that a `--method` (base, agw, caj, adp) uses, as keyword arguments."""
-    full = method == "adp"
-    plain = method == "base"
-    return {"attention": full, "local": full, "non_local": not plain, "pool": "avg" if plain else "gem"}
+# ---------------------------------------------------------------------------------------------------- backbones
 
 
-def method_name(options):
-    """The `--method` that a network's options are of: agw and caj differ in their losses only."""
-    if options["attention"] or options["local"]:
-        return "adp"
-    return "agw or caj" if options["non_local"] else "base"
+class Backbone(NamedTuple):
+    """A network of torchvision's, and its parts that GFMNet uses; the last stage has stride 1.
+
+    stem: {name: module}, in the order in which they run. stages: the blocks of each of the four stages, in order.
+    widths: channels after the stem and after each stage, five numbers.
+    """
+
+    network: nn.Module
+    stem: dict
+    stages: list
+    widths: list
+
+
+def resnet(network):
+    """torchvision's ResNet -> Backbone."""
+    first = network.layer4[0]
+    for module in (first.conv1, first.conv2, first.downsample[0]):
+        module.stride = (1, 1)
+    stem = {name: getattr(network, name) for name in ("conv1", "bn1", "relu", "maxpool")}
+    stages = [network.layer1, network.layer2, network.layer3, network.layer4]
+    width = network.fc.in_features
+    return Backbone(network, stem, stages, [64, width // 8, width // 4, width // 2, width])
+
+
+# torchvision's name: the function that takes its network apart
+ARCHS = dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101"), resnet)
+HEADS = ("fc.", "classifier.", "head.")  # torchvision's names of the ImageNet classifier, which is not used
 
 
 def backbone(arch, weights=None):
-    """torchvision's ResNet with a last stage of stride 1. weights: as `GFMNet` has them."""
+    """One of ARCHS -> Backbone. weights: as in `GFMNet`."""
     if arch not in ARCHS:
-        raise InputError(f"arch {arch!r}: not one of {', '.join(ARCHS)}")
-    resnet = getattr(torchvision.models, arch)()
+        raise InputError(f"arch {arch!r}: unknown; choose one of {', '.join(ARCHS)}")
+    network = getattr(torchvision.models, arch)()
     if weights is not None:
-        resnet.load_state_dict(_backbone_state(arch, resnet, weights))
-    first = resnet.layer4[0]
-    for module in (first.conv1, first.conv2, first.downsample[0]):
-        module.stride = (1, 1)
-    return resnet
+        network.load_state_dict(_backbone_state(arch, network, weights))
+    return ARCHS[arch](network)
 
 
-def _backbone_state(arch, resnet, weights):
-    """State dict for `resnet` from torchvision's server or a file; the ImageNet classifier may be missing in a file."""
+def _backbone_state(arch, network, weights):
+    """State dict for `network` from torchvision's server or a file, in which the classifier may be missing."""
     if weights == "imagenet":
         source = torchvision.models.get_model_weights(arch).IMAGENET1K_V1
         try:
@@ -249,22 +261,21 @@ def _backbone_state(arch, resnet, weights):
             ) from error
     state = load_weights(Path(weights))
     check_state(state, f"--weights {weights}")
-    want = resnet.state_dict()
-    state = {"fc.weight": want["fc.weight"], "fc.bias": want["fc.bias"]} | {
-        # Files saved from a wrapped model; a classifier of another size is not used anyway.
-        key.removeprefix("module."): value
-        for key, value in state.items()
-        if not key.removeprefix("module.").startswith("fc.")
+    state = {name.removeprefix("module."): value for name, value in state.items()}  # saved from a wrapped model
+    wanted = network.state_dict()
+    state = {name: wanted[name] for name in wanted if name.startswith(HEADS)} | {
+        name: value for name, value in state.items() if not name.startswith(HEADS)
     }
-    wrong = [key for key in want if key not in state or state[key].shape != want[key].shape]
-    wrong = [key for key in wrong if not key.endswith("num_batches_tracked")]
+    wrong = [name for name in wanted if name not in state or state[name].shape != wanted[name].shape]
+    wrong = [name for name in wrong if not name.endswith("num_batches_tracked")]
     if wrong:
         raise InputError(
-            f"--weights {weights}: not a state dict of torchvision's {arch} ({wrong[0]} is missing or differs)"
+            f"--weights {weights}: {wrong[0]} is missing or has another shape than in torchvision's {arch}; pass a "
+            f"state dict of {arch}, or the --arch that it belongs to"
         )
-    if bad := [key for key in want if not torch.isfinite(state.get(key, want[key])).all()]:
+    if bad := [name for name in wanted if not torch.isfinite(state.get(name, wanted[name])).all()]:
         raise InputError(f"--weights {weights}: {bad[0]} holds values that are not finite; use another file")
-    return {key: state.get(key, value) for key, value in want.items()}
+    return {name: state.get(name, value) for name, value in wanted.items()}
 
 
 # ------------------------------------------------------------------------------------------------- checkpoints

@@ -2,13 +2,12 @@
 
     python testa.py --mode all --resume save_model/..._best.t
 
-Network and options come from the checkpoint: this repo's, or one of the published GFMNet code. Features are those of
-an image and its mirror, averaged; POOL before and FC after the batch-norm bottleneck; cosine similarity.
+Network and options come from the checkpoint, of this repository or of the published code. Features are averaged over an
+image and its mirror: POOL, before the batch-norm bottleneck, and FC, after it. The similarity is the cosine.
 """
 
 import os
 import platform
-from itertools import groupby
 
 import numpy as np
 import PIL
@@ -16,14 +15,13 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-import data_manager
 from ChannelAug import GRAY, normalise
-from core import engine, protocol
+from core import engine, evaluation, results
+from core.datasets import DATASETS, search_title
 from core.features import load_features, save_features, select_features
 from core.files import check_output, locate, save_json
 from model import GFMNet
-from tools import figures, report
-from utils import ArgumentParser, InputError, cli, progress, select_device
+from utils import ArgumentParser, InputError, cli, import_tools, progress, select_device
 
 PAGE = "report.html"
 HARDEST, NEAREST = 40, 10  # queries, and gallery images of each, on the page
@@ -37,7 +35,7 @@ def get_args_parser():
     source.add_argument("--resume", help=f"checkpoint: a path, or a name under --model_path{several}")
     source.add_argument("--from_features", metavar="FILE", help=f"test the features in this .npz file{several}")
     parser.add_argument("--features", metavar="FILE", help=f"save the features to this .npz file{several}")
-    protocol.add_flags(parser)
+    evaluation.add_flags(parser)
     parser.add_argument("--all", action="store_true", help="every protocol and direction of the data set, in one table")
     parser.add_argument(
         "--rerank",
@@ -53,85 +51,89 @@ def get_args_parser():
 
 
 def main(argv=None):
-    """Returns the results: a list of `engine.summarise`'s rows."""
+    """Returns the rows of the table: a list, as `results.summarise` gives it."""
     args = get_args_parser().parse_args(argv)
     check_flags(args)
-    device = select_device(args.gpu, args.amp)
-    data_path = protocol.data_folder(args)
+    device, data_path = select_device(args.gpu, args.amp), evaluation.data_folder(args)
 
-    rows, leading = [], None
+    rows, first = [], None
     for path, trial in sources(args):
-        if args.from_features:
-            stored, origin = load_features(path)
-        else:
-            net, size, origin = protocol.open_checkpoint(path, data_path)
-        origin["trial"] = trial = protocol.tested_trial(path, origin, args.dataset, trial)
-        test = protocol.searches(args, data_path, trial, everything=args.all)
-        if args.from_features:
-            features = select_features(path, stored, test.paths, data_path, device)
-        else:
-            net.to(device, memory_format=torch.channels_last)
-            embeddings = {"trained": engine.network_embedding(net, device, normalise, args.amp)}
-            if args.baselines:
-                embeddings = baselines(net.options, device, args.amp) | embeddings
-            features = protocol.embed_images(together(embeddings), test.paths, size, args)
-            if args.features:
-                save_features(for_trial(args.features, trial), features, test.paths, data_path, origin)
-
-        flipped = origin.get("flipped")
+        test, features, origin = embed_test(args, path, trial, data_path, device)
         for search in progress(test.searches, desc="searching", unit="search", leave=False):
-            counts = {"queries": len(search.query.rows), "gallery": len(search.gallery.rows)}
-            measured = engine.run_search(features, search, args.rerank)
-            leading = leading or (features, test, measured, origin)
-            for ((model, feature), reranking), found in measured.items():
+            matches = engine.run_search(features, search, args.rerank)
+            first = first or (search, features, test.paths, matches, origin)
+            for ((model, feature), reranking), ranks_of_matches in matches.items():
                 labels = {
                     "model": model,
                     "feature": feature,
-                    "flip_averaging": None if flipped is None else feature in flipped,
+                    "flip_averaging": feature in origin["flipped"] if origin.get("flipped") is not None else None,
                     "reranking": reranking,
                     "selection": None if model in BASELINES else origin.get("selection") or "unknown",
                     "images": origin.get("data_path") or "unknown",
                     "demo": origin.get("demo"),
+                    "checkpoint": origin.get("checkpoint") or str(path),
+                    "network": origin.get("network"),
                 }
-                where = {"checkpoint": origin.get("checkpoint") or str(path), "network": origin.get("network")}
-                counts["evaluated"] = len(found.rows)
-                values = {"metrics": engine.scores(found), "curves": engine.curves(found)}
-                rows.append({**search.setting, **labels, **where, **counts, **values})
+                rows.append(results.result_row(search, ranks_of_matches, **labels))
 
-    results = engine.summarise(rows)
+    table = results.summarise(rows)
     if args.json:
-        save_json({"flags": vars(args), "torch": torch.__version__, "results": results}, args.json)
-    print_results(results, by_trial=not args.all)
+        save_json({"flags": vars(args), "torch": torch.__version__, "results": table}, args.json)
+    results.print_results(table, by_trial=not args.all)
     if args.report:
-        write_report(args, results, *leading)
-    return results
+        write_report(args, table, *first)
+    return table
 
 
-def write_report(args, results, features, test, found, origin):
-    """The page of `--report`. Rankings and distances are of the first search, by the network's FC feature.
+def embed_test(args, path, trial, data_path, device):
+    """The images of the searches, embedded by a checkpoint or found in a file of features.
 
-    found: of that search, as `engine.run_search` gives it."""
-    search, names = test.searches[0], list(features["visible"])
+    Returns `datasets.Searches`, features {modality: {(model, feature): [N, C]}}, and where they come from.
+    """
+    if args.from_features:
+        stored, origin = load_features(path)
+    else:
+        net, size, origin = evaluation.open_checkpoint(path, data_path)
+    origin["trial"] = trial = evaluation.tested_trial(path, origin, args.dataset, trial)
+    test = evaluation.find_searches(args, data_path, trial, everything=args.all)
+    if args.from_features:
+        return test, select_features(path, stored, test.paths, data_path, device), origin
+    net.to(device, memory_format=torch.channels_last)
+    embeddings = {"trained": engine.network_embedding(net, device, normalise, args.amp)}
+    if args.baselines:
+        embeddings = baselines(net.options, device, args.amp) | embeddings
+    features = evaluation.embed_images(stack_embeddings(embeddings), test.paths, size, args)
+    if args.features:
+        save_features(for_trial(args.features, trial), features, test.paths, data_path, origin)
+    return test, features, origin
+
+
+def write_report(args, table, search, features, paths, matches, origin):
+    """Write the page of `--report`. Its rankings and distances are those of one search by the network's FC feature.
+
+    matches: as `engine.run_search` gives them.
+    """
+    names = list(features["visible"])
+    figures, report = import_tools("--report", "figures", "report")
     name = next((name for name in names if name[1] == "FC" and name[0] not in BASELINES), names[-1])
-    found = found[name, "none"]
-    chosen = engine.choose_queries(found, search, "worst", HARDEST)
-    setting = f"{data_manager.describe(search.setting)}, trial {search.setting['trial']}"
-    where = f"{setting}, model {name[0]}, feature {name[1]}"
+    matches = matches[name, "none"]
+    hardest = results.choose_queries(matches, search, "worst", HARDEST)
+    setting = f"{search_title(search.setting)}, trial {search.setting['trial']}, model {name[0]}, feature {name[1]}"
     pictures = {}
-    for described in dict.fromkeys(map(data_manager.describe_result, results)):
-        rows = [row for row in results if data_manager.describe_result(row) == described]
-        pictures[f"CMC: {described}"] = figures.result_curves({"": rows}, "cmc", titled=False)
-        pictures[f"Precision by recall: {described}"] = figures.result_curves({"": rows}, "precision", titled=False)
+    for title in dict.fromkeys(map(results.result_title, table)):
+        rows = [row for row in table if results.result_title(row) == title]
+        pictures[f"CMC: {title}"] = figures.result_curves({"": rows}, "cmc", titled=False)
+        pictures[f"Precision by recall: {title}"] = figures.result_curves({"": rows}, "precision", titled=False)
         if len(pictures) == 2 and len(np.unique(search.gallery.ids)) > 1:
-            distances = engine.pair_distances(features, search, name)
-            pictures[f"Distances of queries to gallery images: {where}"] = figures.distance_histograms({"": distances})
+            pairs = {"": results.pair_distances(features, search, name)}
+            pictures[f"Distances of queries to gallery images: {setting}"] = figures.distance_histograms(pairs)
     modules, path = (torch, torchvision, np, PIL), os.path.join(args.report, PAGE)
     report.write_page(
         path,
-        f"Test results: {data_manager.data_name(args.dataset, origin.get('demo'), len(search.query.rows))}",
-        results,
-        engine.rank_images(features, test.paths, search, name, found, chosen, NEAREST),
-        where,
+        f"Test results: {DATASETS[args.dataset].title(origin.get('demo'), len(search.query.rows))}",
+        table,
+        results.rank_images(features, paths, search, name, matches, hardest, NEAREST),
+        setting,
         pictures,
         {
             "Flags of this test": vars(args),
@@ -147,17 +149,19 @@ def check_flags(args):
     name = source_name(args)
     page = args.report and os.path.join(args.report, PAGE)
     files = [file for file in (name, args.features, args.json, page) if file is not None]
-    protocol.check_flags(args, files)
-    if args.all and (args.tvsearch or not protocol.is_default(args)):
-        raise InputError("--all tests them all: leave --mode, --protocol, --shots and --tvsearch out, or --all")
+    evaluation.check_search_flags(args, files)
+    if args.all and not evaluation.is_default(args):
+        raise InputError("--all already covers --mode, --protocol, --shots and --tvsearch; leave them out, or --all")
     if args.from_features is not None and (args.baselines or args.features):
-        raise InputError("--baselines and --features need images: give them with --resume, not with --from_features")
+        raise InputError("--baselines and --features need images; use them with --resume, not with --from_features")
     if args.features and "{trial}" in name and not args.trial and "{trial}" not in args.features:
-        raise InputError(f"--features {args.features}: would hold one trial of ten; put {{trial}} into the name")
+        raise InputError(f"--features {args.features}: would keep only one of the trials; put {{trial}} into the name")
     if len({os.path.realpath(file) for file in files}) < len(files):
-        raise InputError(f"{', '.join(files)}: name the same file twice; what is read and written must differ")
+        raise InputError(f"{', '.join(files)}: the same file twice; use a different file for each input and output")
     for output in filter(None, (args.features, args.json, page)):
         check_output(output)
+    if args.report:
+        import_tools("--report", "figures", "report")
 
 
 def source_name(args):
@@ -165,28 +169,29 @@ def source_name(args):
 
 
 def sources(args):
-    """(path, RegDB's trial or None) of each checkpoint or file of features: one, or one a trial if named {trial}."""
-    name, own = source_name(args), args.from_features is None
-    trials = data_manager.REGDB_TRIALS if "{trial}" in name and not args.trial else [args.trial]
-    found = {trial: locate(for_trial(name, trial), args.model_path if own else "") for trial in trials}
-    if missing := [trial for trial, path in found.items() if not path]:
-        there = ", ".join(str(trial) for trial in found if trial not in missing)
-        if there:
-            remedy = f"of the ten there are those of trial {there}: make the others, or test one with --trial"
-        elif own:
-            remedy = f"nor one of that name under --model_path {args.model_path}; train first, or name another"
-        else:
-            remedy = "save one with --features"
+    """(path, --trial or None) of each checkpoint or file of features: one, or one for each trial if named {trial}."""
+    name, resumed = source_name(args), args.from_features is None
+    trials = [args.trial]
+    if "{trial}" in name and not args.trial:
+        trials = DATASETS[args.dataset].trials
+    paths = {trial: locate(for_trial(name, trial), args.model_path if resumed else "") for trial in trials}
+    if missing := [trial for trial, path in paths.items() if not path]:
+        others = ", ".join(str(trial) for trial in trials if trial not in missing)
+        remedy = "save one with --features"
+        if others:
+            remedy = f"of the {len(trials)}, only trials {others} exist; make the others, or test one with --trial"
+        elif resumed:
+            remedy = f"nor is one in --model_path {args.model_path}; train first, or correct the name"
         raise InputError(f"{for_trial(name, missing[0])}: no such file; {remedy}")
-    return [(path, trial) for trial, path in found.items()]
+    return [(path, trial) for trial, path in paths.items()]
 
 
 def for_trial(name, trial):
     return name.replace("{trial}", str(trial))
 
 
-def together(embeddings):
-    """Several embeddings {model: embed} as one whose features are named (model, feature): one pass over the images."""
+def stack_embeddings(embeddings):
+    """Combine embeddings {model: embed} into one, with features named (model, feature): one pass over the images."""
 
     def embed(images, modality):
         return {
@@ -199,7 +204,7 @@ def together(embeddings):
 
 
 def baselines(options, device, amp):
-    """What is to be beaten, as embeddings for `engine.extract`: raw pixels, colours, the network before training."""
+    """The embeddings to beat, for `engine.extract`: raw pixels, colours, the network before training."""
     torch.manual_seed(0)
     untrained = GFMNet(**options).to(device, memory_format=torch.channels_last)
     embeddings = (
@@ -211,7 +216,7 @@ def baselines(options, device, amp):
 
 
 def gray_pixels(images):
-    """uint8 [B, 3, H, W] -> luminance of all pixels, its mean taken out, of unit length: [B, H W]."""
+    """uint8 [B, 3, H, W] -> luminance of all pixels less its mean, of unit length: [B, H W]."""
     gray = (images * torch.tensor(GRAY).view(3, 1, 1)).sum(dim=1).flatten(1)
     return F.normalize(gray - gray.mean(dim=1, keepdim=True))
 
@@ -221,55 +226,6 @@ def colour_histogram(images):
     red, green, blue = (images.long() // 32).flatten(2).unbind(dim=1)
     colour = (red * 8 + green) * 8 + blue
     return F.normalize(torch.zeros(len(images), 512).scatter_add_(1, colour, torch.ones_like(colour).float()))
-
-
-def print_results(results, by_trial):
-    """A table of means and standard deviations, each protocol's rows under a line that names it; before it, the single
-    trials if asked for."""
-
-    def origin(name):
-        return ", ".join(dict.fromkeys(str(trial[name]) for row in results for trial in row["per_trial"]))
-
-    flips = {True: "yes", False: "no", None: "unknown"}
-    for row in results if by_trial else []:
-        if row["model"] not in BASELINES:
-            print(f"\n{describe(row)}")
-            labels = f"flip {flips[row['flip_averaging']]}, re-ranking {row['reranking']}, chosen on {row['selection']}"
-            print(f"{row['model']}, {row['feature']}, {labels}:")
-            for trial in row["per_trial"]:
-                print(f"trial {trial['trial']:>2}" + "".join(f"  {k} {v:6.2f}" for k, v in trial["metrics"].items()))
-    print(f"\nImages: {', '.join(dict.fromkeys(row['images'] for row in results))}")
-    print(f"Checkpoint: {origin('checkpoint')} ({origin('network')})")
-    print("Mean ± standard deviation over the trials, in %, by cosine similarity.")
-    print("flip: features of image and mirror, averaged; chosen on: the ids that chose the epoch (none: a fixed one).")
-    head = ["model", "feature", "flip", "re-ranking", "chosen on"]
-    cells = [
-        [row["model"], row["feature"], flips[row["flip_averaging"]], row["reranking"], row["selection"] or "-"]
-        for row in results
-    ]
-    widths = [max(map(len, column)) + 2 for column in zip(head, *cells, strict=True)]
-    lines = ["  " + "".join(map(str.ljust, labels, widths)) for labels in (head, *cells)]
-    print(lines[0] + "".join(f"{metric:>14}" for metric in results[0]["mean"]))
-    for title, rows in groupby(zip(results, lines[1:], strict=True), lambda row: describe(row[0])):
-        print(title)
-        for row, labels in rows:
-            print(labels + "".join(cell(row, metric) for metric in row["mean"]))
-
-
-def cell(row, metric):
-    """One number of the table: without a deviation where there is one trial only."""
-    deviation = f" ±{row['std'][metric]:5.2f}" if row["std"] else 7 * " "
-    return f"{row['mean'][metric]:7.2f}{deviation}"
-
-
-def describe(row):
-    """What was searched, in words: data set, mode, direction, protocol, shots, trials, sizes."""
-    count = row["per_trial"][0]
-    return (
-        f"{data_manager.describe_result(row)}: {count['queries']} queries"
-        + (f" ({count['evaluated']} with a match)" if count["evaluated"] < count["queries"] else "")
-        + f", gallery of {count['gallery']}"
-    )
 
 
 if __name__ == "__main__":

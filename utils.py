@@ -1,6 +1,7 @@
-"""What every script shares: flags, errors, device, seed, precision, checkpoint files, logs and progress bars."""
+"""What every script shares: errors, command line, device, processes, seed, precision and progress bars."""
 
 import argparse
+import importlib
 import math
 import multiprocessing
 import os
@@ -41,8 +42,8 @@ def cli(main):
         if process_count() == 1 or not re.search("Connection (closed|reset)|[Tt]imed out", str(error)):
             raise
         line = str(error).strip().splitlines()[0]
-        name = f"{Path(sys.argv[0]).name}: rank {process_index()}"
-        sys.exit(_one_line_exit(name, f"another rank has ended; its own lines say why ({line})"))
+        name = f"{Path(sys.argv[0]).name}: process {process_index()}"
+        sys.exit(_one_line_exit(name, f"another process has ended; see its own message ({line})"))
     except (KeyboardInterrupt, Stopped) as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         print(f"\n{Path(sys.argv[0]).name}: stopped by {number.name}{stop}", file=sys.stderr)
@@ -113,7 +114,7 @@ class ArgumentParser(argparse.ArgumentParser):
         sys.exit(_one_line_exit(self.prog, f"{message} (--help lists the flags)"))
 
 
-def number(kind, low, high=10**9, above=False):
+def bounded(kind, low, high=10**9, above=False):
     """An argparse type: an int or float of at least `low` (strictly more, with `above`) and at most `high`."""
 
     def parse(text):
@@ -131,9 +132,17 @@ def number(kind, low, high=10**9, above=False):
     return parse
 
 
+def import_tools(flag, *names):
+    """Modules of tools/ that a flag needs. Raises InputError when a package that they need is not installed."""
+    try:
+        return [importlib.import_module(f"tools.{name}") for name in names]
+    except ImportError as error:
+        raise InputError(f"{flag}: {error.name} is not installed; run: pip install {error.name}") from error
+
+
 def check_device(gpu):
     """Raise InputError for a `--gpu` that is not here -> its number, or "cpu". Under `torchrun`, `--gpu` only chooses
-    CUDA or the CPU: rank r of a machine takes its CUDA device r."""
+    CUDA or the CPU: process i of a machine takes its CUDA device i."""
     if gpu == "cpu":
         return gpu
     if not (gpu.isascii() and gpu.isdigit()):
@@ -144,7 +153,7 @@ def check_device(gpu):
     if dist.is_torchelastic_launched():
         number = int(os.environ["LOCAL_RANK"])
         if number >= count:
-            raise InputError(f"rank {number} of this machine has no GPU of its {count}; pass --nproc_per_node={count}")
+            raise InputError(f"process {number} finds only {count} GPUs on this machine; pass --nproc_per_node={count}")
     elif (number := int(gpu)) >= count:
         has = "one GPU: use --gpu 0" if count == 1 else f"{count} GPUs: use --gpu 0 to {count - 1}"
         raise InputError(f"--gpu {gpu}: this machine has {has}")

@@ -50,12 +50,12 @@ def broadcast_buffers(net):
 
 
 def generator_states(device):
-    """States of PyTorch's generators, of the CPU and of the device, on each rank: what augmentation draws from."""
-    mine = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
-    states = [mine]
+    """States of PyTorch's generators, of the CPU and of the device, in each process: what augmentation draws from."""
+    own = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+    states = [own]
     if process_count() > 1:
         states = [None] * process_count()
-        dist.all_gather_object(states, mine)
+        dist.all_gather_object(states, own)
     return states
 
 

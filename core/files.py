@@ -67,7 +67,7 @@ def writing(path):
         if getattr(cause, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise InputError(
-            f"{path}: cannot be written ({cause.strerror}); make room there, and go on; what was there before is whole"
+            f"{path}: cannot be written ({cause.strerror}); free some space and run again; the previous file is intact"
         ) from error
 
 

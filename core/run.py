@@ -1,44 +1,255 @@
-"""A training run on disk: its lock, its log, and when it stops and saves."""
+"""A training run on disk: its lock and checkpoints, and when it saves and stops."""
 
 import contextlib
 import errno
 import json
-import logging
 import os
 import signal
 import socket
-import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
-from tqdm import tqdm
 
-from core.files import atomic, check_folder, writing
-from utils import InputError, Stopped, process_count, process_index
+from core.checkpoint import Checkpoint, find_checkpoint, load_training_state, save_checkpoint
+from core.distributed import generator_states, set_generators, wait_for_processes
+from core.files import check_folder
+from core.log import RunLog, read_json_lines
+from core.meter import Diverged, EpochMeter
+from utils import InputError, Stopped, process_count, process_index, seed_everything
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
-PROCESSES_AGREE = 10  # steps between two times that the processes agree on whether to pause: it waits for the device
+PROCESSES_AGREE = 10  # steps between two times that the processes agree on whether to save: it waits for the device
 
 
-class Pauses:
-    """When a loop of training is left, to save: every `minutes`, and when a signal asks it to stop.
+class Run:
+    """A training run on disk: its lock, its log, its checkpoints, and when it saves and stops.
 
-    Within the context, SIGTERM and Ctrl-C raise `Stopped`. While `hold` is set, they wait for `due`, which is asked
-    after each step: `stop` is then the signal's number. A second signal ends the process at once, if it comes a second
-    later or more (some launchers send each signal twice).
+        with Run(name, args, recipe) as run:        # nobody else writes these files now
+            run.start(net, optimizer, device, ...)  # from here on, signals wait for the end of a step
+            for epoch in range(run.first_epoch, args.epochs):
+                meter = run.begin_epoch(epoch)
+                engine.train_epoch(..., meter=meter, saver=run)
+                with run.testing(meter):
+                    ...
+                run.end_epoch(entry)
+            run.finish()
+
+    args: the flags, which checkpoints keep. recipe: {flag: default} of those that decide what is computed: a resumed
+    run must have the same, where a checkpoint from before there was a flag counts as one with its default.
+    resumed: the path of the checkpoint that --resume names, or None. best: see `Checkpoint`.
+    """
+
+    def __init__(self, name, args, recipe):
+        self.name, self.args, self.recipe = name, args, recipe
+        self.best_path, self.last_path = (Path(args.model_path) / f"{name}_{kind}.t" for kind in ("best", "last"))
+        self.log_path = Path(args.log_path) / f"{args.dataset}_log" / f"{name}.jsonl"
+        self.first_epoch, self.best, self._begun = 0, {"Rank-1": -1.0}, None
+
+    def __enter__(self):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(run_lock(Path(self.args.model_path) / self.name))
+            stack.enter_context(run_lock(self.log_path.with_suffix("")))
+            self.resumed = self._find_resumed()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self._stack.__exit__(kind, error, trace)
+        if kind is Diverged:
+            raise InputError(f"{error} ({self.last_path} is intact: --resume auto continues from it)") from error
+
+    def start(self, net, optimizer, device, num_images, steps):
+        """Load the checkpoint to resume into net and optimizer, or save a first one; begin the log.
+
+        num_images: visible, infrared images to train on. steps: of an epoch.
+        """
+        self.net, self.optimizer, self.device, self.num_images, self.steps = (
+            net,
+            optimizer,
+            device,
+            [*num_images],
+            steps,
+        )
+        self.timer = self._stack.enter_context(SaveTimer(self.args.save_minutes, device))
+        if self.resumed:
+            self._load()
+        self.log = self._stack.enter_context(
+            contextlib.closing(RunLog(self.log_path.parent, self.name, self.first_epoch - 1))
+        )
+        self.log.text(f"{self.name}\n{json.dumps(vars(self.args))}")
+        if self.args.resume:
+            self.log.text(self._resumed_from())
+        if not self.resumed:
+            # A run has a checkpoint before its log has an entry: a log without one is another run's, and is not erased.
+            self._save_last(-1)
+        self.timer.hold = True
+
+    def begin_epoch(self, epoch):
+        """Seed the generators -> `EpochMeter`, not empty if the epoch was begun before the run was resumed."""
+        self.epoch = epoch
+        # Seeded anew each epoch (the plain seed was the network's), so that a resumed run draws as an unbroken one.
+        # Each process augments by draws of its own.
+        seed_everything(self.args.seed, epoch + 1, process_index())
+        if not self._begun:
+            return EpochMeter(self.device)
+        sums, generators = self._begun
+        self._begun = None
+        set_generators(generators, self.device)
+        return EpochMeter.from_checkpoint(sums, self.device)
+
+    def due(self):
+        """Whether to `save` after this step."""
+        return self.timer.due()
+
+    def save(self, meter):
+        """Save within an epoch, measured so far by `meter`; raise Stopped if a signal asks the run to stop."""
+        within = {"generators": generator_states(self.device)}
+        self._save_last(self.epoch - 1, sums=meter.to_checkpoint(), within=within)
+        if self.timer.stop:
+            wait_for_processes()
+            where = f"in epoch {self.epoch}, after step {meter.step} of {self.steps}"
+            raise Stopped(self.timer.stop, f" {where}; {self.last_path} is saved: continue with --resume auto")
+
+    @contextlib.contextmanager
+    def testing(self, meter):
+        """A block that a signal may break off: the run then saves as after the epoch's last step, and stops."""
+        try:
+            with self.timer.at_once():
+                yield
+        except Stopped as stopped:
+            self.timer.stop = stopped.number
+            self.save(meter)
+
+    def end_epoch(self, entry):
+        """Log an epoch's entry, a flat dict, and save. It is the best if its "FC/Rank-1" is the highest so far."""
+        epoch = entry["epoch"]
+        self.log.epoch(entry)
+        if entry.get("FC/Rank-1", -1) > self.best["Rank-1"]:
+            scores = {name.removeprefix("FC/"): value for name, value in entry.items() if name.startswith("FC/")}
+            self.best = {"epoch": epoch, **scores}
+            self._save(self.best_path, epoch, selection=self.args.select)
+        if epoch % self.args.save_epoch == 0 and epoch > 0:
+            self._save(self.last_path.with_name(f"{self.name}_epoch_{epoch}.t"), epoch)
+        # After the others, so that a run which is killed before this line repeats the epoch, and so the files above.
+        self._save_last(epoch)
+
+    def finish(self):
+        """Log the best epoch -> {"best", "last", "log": paths; "metrics": the best epoch's}."""
+        tested = "epoch" in self.best
+        if tested:
+            self.log.text(
+                f"best: epoch {self.best['epoch']}, Rank-1 {self.best['Rank-1']:.2f}, mAP {self.best['mAP']:.2f}, "
+                f"{self.best_path}"
+            )
+        else:
+            self.log.text(
+                "warning: no epoch was tested successfully, so there is no best one; test the last: "
+                f"--resume {self.last_path}"
+            )
+        paths = {"best": self.best_path if tested else None, "last": self.last_path, "log": self.log_path}
+        return {kind: path and str(path) for kind, path in paths.items()} | {"metrics": self.best}
+
+    def _save_last(self, epoch, **within):
+        self._save(self.last_path, epoch, optimizer=self.optimizer.state_dict(), **within)
+
+    def _save(self, path, epoch, selection="none", **training):
+        checkpoint = Checkpoint(
+            net=self.net.state_dict(),
+            options=self.net.options,
+            image_size=(self.args.img_h, self.args.img_w),
+            args=vars(self.args),
+            epoch=epoch,
+            best=self.best,
+            selection=selection,
+            num_images=self.num_images,
+            processes=process_count(),
+            **training,
+        )
+        save_checkpoint(checkpoint.to_file(), path)
+
+    def _find_resumed(self):
+        """The checkpoint that `--resume` names, or None. Raises InputError where this run would overwrite another."""
+        resume, last = self.args.resume, self.last_path
+        if resume == "auto":
+            path = last if last.exists() else None
+        else:
+            path = find_checkpoint(resume, self.args.model_path) if resume else None
+        if last.exists() and not (path and last.samefile(path)):
+            raise InputError(
+                f"{last}: already exists; continue that run with --resume auto, choose another --model_path and "
+                "--log_path, or delete it"
+            )
+        if read_json_lines(self.log_path) and not path:
+            raise InputError(
+                f"{self.log_path}: already contains another run's log; delete it or choose another --log_path"
+            )
+        return path
+
+    def _load(self):
+        path, checkpoint = self.resumed, load_training_state(self.resumed)
+        try:
+            self._check_same(checkpoint)
+            self.net.load_state_dict(checkpoint.net)
+            self.optimizer.load_state_dict(checkpoint.optimizer)
+            self.first_epoch, self.best = checkpoint.epoch + 1, checkpoint.best
+            if checkpoint.within:
+                self._begun = checkpoint.sums, checkpoint.within["generators"]
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise InputError(
+                f"{path}: is not a complete ..._last.t ({type(error).__name__}); resume from another"
+            ) from error
+
+    def _check_same(self, checkpoint):
+        """Raise InputError unless this run computes what the run of a checkpoint did."""
+        path, flags = self.resumed, self.recipe | checkpoint.args
+        self.args.weights = flags["weights"]  # what the run started from; not read again
+        for flag in sorted(self.recipe):
+            if flags[flag] != (value := getattr(self.args, flag)):
+                raise InputError(
+                    f"{path}: was saved with --{flag} {flags[flag]}, but this run uses --{flag} {value}; pass the same "
+                    "value to resume"
+                )
+        if checkpoint.processes != process_count():
+            raise InputError(
+                f"{path}: was saved by {checkpoint.processes} processes, but this run has {process_count()}; resume "
+                f"with --nproc_per_node={checkpoint.processes}"
+            )
+        for option, value in self.net.options.items():
+            if (saved := checkpoint.options.get(option)) != value:
+                raise InputError(f"{path}: has {option} {saved}, not {value}; resume with the data it was trained on")
+        if (checkpoint.num_images or self.num_images) != self.num_images:
+            raise InputError(
+                f"{path}: was trained on {checkpoint.num_images} images, not {self.num_images}; prepare the same ones"
+            )
+
+    def _resumed_from(self):
+        if not self.resumed:
+            return "no checkpoint to resume yet: from the start"
+        if self.first_epoch >= self.args.epochs:
+            return f"resumed {self.resumed}: finished: all {self.args.epochs} epochs"
+        begun = f", after step {self._begun[0]['step']} of {self.steps}" if self._begun else ""
+        return f"resumed {self.resumed}: epoch {self.first_epoch}{begun}"
+
+
+class SaveTimer:
+    """When a training loop is to save, or to save and stop: every `minutes`, and when a signal asks it to stop.
+
+    Within the context, SIGTERM and Ctrl-C raise `Stopped`. While `hold` is set, they wait for `due`, which the loop
+    calls after each step: `stop` is then the number of the signal. A second signal ends the process at once, if it
+    comes a second later or more (some launchers send each signal twice).
     """
 
     def __init__(self, minutes, device):
         self.seconds, self.device, self.hold, self.stop, self._received = 60 * minutes, device, False, 0, 0
-        self._asked, self._next = 0, time.monotonic() + self.seconds
+        self._calls, self._next = 0, time.monotonic() + self.seconds
 
     def __enter__(self):
         self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -59,16 +270,16 @@ class Pauses:
             raise Stopped(number)
 
     def due(self):
-        """Whether to leave the loop now. Ranks agree on it; on GPUs, every few times that they ask."""
-        wanted = [self._received, int(time.monotonic() > self._next)]
-        self._asked += 1
+        """Whether to save now. Processes agree on it; on GPUs, in every few calls."""
+        wishes = [self._received, int(time.monotonic() > self._next)]
+        self._calls += 1
         if process_count() > 1:
-            if self.device.type == "cuda" and self._asked % PROCESSES_AGREE:
+            if self.device.type == "cuda" and self._calls % PROCESSES_AGREE:
                 return False
-            agreed = torch.tensor(wanted, device=self.device)
+            agreed = torch.tensor(wishes, device=self.device)
             dist.all_reduce(agreed, dist.ReduceOp.MAX)
-            wanted = agreed.tolist()
-        self.stop, time_is_up = wanted
+            wishes = agreed.tolist()
+        self.stop, time_is_up = wishes
         if time_is_up:
             self._next = time.monotonic() + self.seconds
         return bool(self.stop or time_is_up)
@@ -76,12 +287,14 @@ class Pauses:
     @contextlib.contextmanager
     def at_once(self):
         """A block that changes nothing worth saving, within held ones: a signal, also one that waits, raises `Stopped`.
-        (Of several processes, all finish it.)"""
+        Of several processes, all finish the block."""
         if self._received and process_count() == 1:
             raise Stopped(self._received)
         self.hold = process_count() > 1
-        yield
-        self.hold = True
+        try:
+            yield
+        finally:
+            self.hold = True
 
 
 @contextlib.contextmanager
@@ -100,7 +313,7 @@ def run_lock(path, remedy="another --model_path and --log_path"):
     try:
         file = lock.open("a+")
     except OSError as error:
-        raise InputError(f"{lock}: cannot be opened ({error.strerror}); remove it, or write elsewhere") from error
+        raise InputError(f"{lock}: cannot be opened ({error.strerror}); delete it, or choose {remedy}") from error
     with file:
         try:
             if not fcntl:
@@ -108,7 +321,7 @@ def run_lock(path, remedy="another --model_path and --log_path"):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             file.seek(0)
-            who = file.read() or "it does not say where"
+            who = file.read() or "place unknown"
             raise InputError(
                 f"{path}: another run of this name is writing now ({who}); wait for it, or choose {remedy}"
             ) from error
@@ -118,82 +331,3 @@ def run_lock(path, remedy="another --model_path and --log_path"):
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
-
-
-class RunLog:
-    """The record of a run: a text log (echoed to the console), one JSON line an epoch, and TensorBoard scalars.
-
-    Files: `{folder}/{name}.txt`, `{folder}/{name}.jsonl`, `{folder}/{name}/events.*`. A run that is resumed after
-    `resumed_epoch` drops what is past it from JSON lines and scalars, so that each epoch stands there once; a new run
-    starts anew. All processes but the first write nothing.
-    """
-
-    def __init__(self, folder, name, resumed_epoch=-1):
-        from torch.utils.tensorboard import SummaryWriter  # slow to import: only where a run is logged
-
-        self.json_path = Path(folder) / f"{name}.jsonl"
-        self.writes = process_index() == 0
-        if not self.writes:
-            return
-        kept = [entry for entry in read_json_lines(self.json_path) if entry["epoch"] <= resumed_epoch]
-        with atomic(self.json_path) as temporary:
-            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-        self.logger = logging.Logger(name)
-        self.logger.addHandler(_TqdmHandler())
-        self.logger.addHandler(_FileHandler(Path(folder) / f"{name}.txt", mode="w" if resumed_epoch < 0 else "a"))
-        # Purging makes TensorBoard forget the steps of an earlier run of this name.
-        self.board = SummaryWriter(Path(folder) / name, purge_step=resumed_epoch + 1)
-
-    def text(self, line):
-        if self.writes:
-            self.logger.info(line)
-
-    def epoch(self, entry):
-        """Append one epoch's values, a flat dict with "epoch" in it, to the JSON lines and the TensorBoard scalars."""
-        if not self.writes:
-            return
-        with writing(self.json_path), self.json_path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-        for key, value in entry.items():
-            if isinstance(value, int | float) and key != "epoch":
-                self.board.add_scalar(key, value, entry["epoch"])
-        self.board.flush()
-
-    def image(self, tag, path, epoch):
-        """Show a .png in TensorBoard, too."""
-        if self.writes:
-            with Image.open(path) as image:
-                self.board.add_image(tag, np.asarray(image.convert("RGB")), epoch, dataformats="HWC")
-
-    def close(self):
-        if not self.writes:
-            return
-        self.board.close()
-        for handler in self.logger.handlers:
-            handler.close()
-
-
-class _FileHandler(logging.FileHandler):
-    """Fails when it cannot write, as the other files do."""
-
-    def handleError(self, record):
-        with writing(self.baseFilename):
-            raise  # the error that is being handled
-
-
-class _TqdmHandler(logging.Handler):
-    """Prints above a running progress bar instead of through it."""
-
-    def emit(self, record):
-        tqdm.write(self.format(record))
-        sys.stdout.flush()  # into a file or a pipe as soon as onto a terminal
-
-
-def read_json_lines(path):
-    """The entries of a log, dicts with an "epoch", from a file that may not exist; anything else in it, such as a line
-    cut off by a crash, is left out."""
-    entries = []
-    for line in path.read_text(errors="replace").split("\n") if path.is_file() else []:
-        with contextlib.suppress(ValueError, RecursionError):
-            entries.append(json.loads(line))
-    return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("epoch"), int)]

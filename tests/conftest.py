@@ -1,15 +1,17 @@
 """Small demo trees shared by the tests, and the GPU tests' skip."""
 
+import json
 import os
 import shutil
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-from torchvision.transforms import functional
 
 import pre_process_sysu
+import train_ext_test0
 import utils
 from core.checkpoint import save_checkpoint
 from model import GFMNet
@@ -18,6 +20,7 @@ from tools import demo_data
 os.environ["PYTHONPATH"] = str(Path(utils.__file__).parent)  # `python -m tools.NAME` from the tests' own folders
 
 SIZE = (96, 48)  # height, width of the tests' images
+TINY = (48, 16)  # of those of training runs
 SMALL = ["--arch", "resnet18", "--weights", "none", "--gpu", "cpu", "--workers", "0"]
 SMALL += ["--img_h", str(SIZE[0]), "--img_w", str(SIZE[1]), "--batch_size", "4", "--num_pos", "2", "--optim", "adam"]
 SMALL += ["--lr", "0.01"]
@@ -27,6 +30,29 @@ def flags(tree, out, *more):
     return [*SMALL, "--data_path", str(tree), "--model_path", f"{out}/models/", "--log_path", f"{out}/log/", *more]
 
 
+def tiny_flags(tree, out, *more):
+    """As `flags`, for `tiny_tree`."""
+    return flags(tree, out, "--img_h", str(TINY[0]), "--img_w", str(TINY[1]), *more)
+
+
+def log_entries(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def exit_status(script, arguments):
+    """Run a script's `main` in this process as its command line would."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [Path(script.__file__).name, *map(str, arguments)])
+            utils.cli(script.main)
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
 def save_network(path, seed, dataset=None, **options):
     """A checkpoint of a random ResNet-18, as training writes them."""
     torch.manual_seed(seed)
@@ -34,24 +60,6 @@ def save_network(path, seed, dataset=None, **options):
     content = {"net": net.state_dict(), "options": net.options, "image_size": list(SIZE), "args": {"dataset": dataset}}
     save_checkpoint(content, path)
     return path
-
-
-def plain_embedding(checkpoint):
-    """The path of a checkpoint -> embed(image file, modality) -> FC feature [C], image by image, in plain steps."""
-    content = torch.load(checkpoint)
-    net = GFMNet(**content["options"])
-    net.load_state_dict(content["net"])
-    net.eval()
-
-    @torch.no_grad()
-    def embed(path, modality):
-        with Image.open(path) as image:
-            image = image.convert("RGB").resize(SIZE[::-1], Image.Resampling.LANCZOS)
-        image = functional.normalize(functional.to_tensor(image), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])[None]
-        mean = (net.embed(image, modality)[1] + net.embed(image.flip(3), modality)[1]) / 2
-        return (mean / mean.norm())[0].numpy()
-
-    return embed
 
 
 def pytest_addoption(parser):
@@ -72,6 +80,23 @@ def sysu_tree(tmp_path_factory):
     demo_data.main(["--out", str(tree), "--layout", "sysu", "--ids", "14", "--images", "2", "--seed", "1"])
     pre_process_sysu.main(["--data_path", str(tree), "--img_h", str(SIZE[0]), "--img_w", str(SIZE[1])])
     return tree
+
+
+@pytest.fixture(scope="session")
+def tiny_tree(sysu_tree, tmp_path_factory):
+    """`sysu_tree`, prepared at TINY. Shared: tests must not change it."""
+    tree = tmp_path_factory.mktemp("demo") / "tiny"
+    shutil.copytree(sysu_tree, tree, copy_function=os.link, ignore=shutil.ignore_patterns("*.npy"))
+    pre_process_sysu.main(["--data_path", str(tree), "--img_h", str(TINY[0]), "--img_w", str(TINY[1])])
+    return tree
+
+
+@pytest.fixture(scope="session")
+def trained(sysu_tree, tmp_path_factory):
+    """A run of three epochs on the demo tree -> (main's result, its folder)."""
+    out = tmp_path_factory.mktemp("run")
+    more = ["--epochs", "3", "--eval_every", "2", "--save_epoch", "1"]
+    return train_ext_test0.main(flags(sysu_tree, out, *more)), out
 
 
 @pytest.fixture(scope="session")

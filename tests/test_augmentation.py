@@ -184,23 +184,24 @@ def test_channel_or_gray_has_the_published_shares():
 def test_recipe_gives_three_views(monkeypatch):
     monkeypatch.setattr(ChannelAug, "random_crop", lambda x: x)
     monkeypatch.setattr(ChannelAug, "random_flip", lambda x: x)
-    visible, infrared = images(6), images(4)
-    views, heat = TrainAugmentation(augc=1, rande=0.0)(visible, infrared)
+    visible, infrared, labels = images(6), images(6), torch.arange(6) // 2
+    views, heat, all_labels = TrainAugmentation(augc=1, rande=0.0)(visible, infrared, labels)
     assert views.shape == (12, 3, 32, 16)
-    assert heat.shape == (4, 3, 32, 16)
+    assert heat.shape == (6, 3, 32, 16)
+    assert all_labels.tolist() == 3 * [0, 0, 1, 1, 2, 2]
     torch.testing.assert_close(views[:6], normalise(visible))
     second = views[6:]
     assert torch.equal(second[:, 0], second[:, 1])
     for sample in range(6):  # of the same image, in the same order
         assert any(torch.equal(second[sample, 0], normalise(visible)[sample, channel]) for channel in range(3))
-    views, heat = TrainAugmentation(augc=0, rande=0.0)(visible, infrared)
+    views, heat, _ = TrainAugmentation(augc=0, rande=0.0)(visible, infrared, labels)
     torch.testing.assert_close(views, normalise(torch.cat([visible, visible])))
     torch.testing.assert_close(heat, normalise(infrared))
 
 
 def test_recipe_draws_independently_for_each_view():
     visible = images(1, 64, 32).expand(50, -1, -1, -1)
-    views, _ = TrainAugmentation(augc=0, rande=0.5)(visible, images(2, 64, 32))
+    views, _, _ = TrainAugmentation(augc=0, rande=0.5)(visible, visible, torch.arange(50))
     assert views.is_contiguous(memory_format=torch.channels_last)  # what convolutions like best
     different = {tuple(view.flatten()[:500].tolist()) for view in views}
     assert len(different) > 60  # of 100
@@ -218,7 +219,7 @@ def deviations():
     image = torch.from_numpy(PUBLISHED["image"]).permute(2, 0, 1).expand(batch, -1, -1, -1)
     views = {"visible": [], "exchanged": [], "infrared": []}
     for _ in range(number // batch):
-        visible, infrared = TrainAugmentation(augc=1, rande=0.5)(image, image)
+        visible, infrared, _ = TrainAugmentation(augc=1, rande=0.5)(image, image, torch.zeros(batch))
         for view, values in zip(views, (visible[:batch], visible[batch:], infrared), strict=True):
             gray = (values[:, :1] == values[:, 1:]).flatten(1).all(dim=1)
             z = (values - torch.from_numpy(PUBLISHED[f"{view}_mean"])) / torch.from_numpy(PUBLISHED[f"{view}_std"])
@@ -261,7 +262,7 @@ def test_views_are_distributed_as_the_published_ones(deviations, view):
 
 @pytest.mark.gpu
 def test_recipe_runs_on_the_gpu():
-    views, heat = TrainAugmentation()(images(8).cuda(), images(8).cuda())
+    views, heat, _ = TrainAugmentation()(*(x.cuda() for x in (images(8), images(8), torch.arange(8))))
     assert views.is_cuda
     assert heat.is_cuda
     assert torch.isfinite(views).all()

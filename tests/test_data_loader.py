@@ -1,10 +1,8 @@
 """Prepared arrays, the identity sampler and the loaders."""
 
-import multiprocessing
 import os
 import pickle
 import shutil
-import types
 from functools import partial
 
 import numpy as np
@@ -16,7 +14,9 @@ import data_loader
 import data_manager
 import pre_process_sysu
 from conftest import SIZE
-from data_loader import IdentitySampler, TrainData, eval_loader, regdb_train, sysu_train, train_loader, write_images
+from core.datasets import regdb_train
+from core.images import read_image
+from data_loader import IdentitySampler, TrainData, eval_loader, sysu_train, train_loader
 from utils import InputError
 
 
@@ -62,29 +62,6 @@ def test_preparing_counts_each_split_and_camera(sysu_tree, capsys):
             folders = [sysu_tree / f"cam{camera}" / f"{i:04d}" for i in data_manager.read_ids(sysu_tree, split)]
             assert counts[split][camera] == sum(len(list(folder.glob("*.jpg"))) for folder in folders)
     assert str(sum(counts["train"].values())) in capsys.readouterr().out
-
-
-def test_chunks_and_processes_do_not_change_the_array(sysu_tree, tmp_path, monkeypatch):
-    paths, _, _ = data_manager.process_query_sysu(sysu_tree)
-    write_images(paths, (16, 8), tmp_path / "whole.npy", "whole", workers=1)
-    monkeypatch.setattr(data_loader, "PREPARE_CHUNK", 7)
-    write_images(paths, (16, 8), tmp_path / "chunks.npy", "chunks", workers=3)
-    assert (tmp_path / "whole.npy").read_bytes() == (tmp_path / "chunks.npy").read_bytes()
-
-
-def test_room_is_taken_where_the_system_has_no_call_for_it(sysu_tree, tmp_path, monkeypatch):
-    """As on macOS."""
-    paths, _, _ = data_manager.process_query_sysu(sysu_tree)
-    write_images(paths, (16, 8), tmp_path / "one.npy", "one", workers=1)
-    monkeypatch.delattr(os, "posix_fallocate", raising=False)
-    write_images(paths, (16, 8), tmp_path / "other.npy", "other", workers=1)
-    assert (tmp_path / "one.npy").read_bytes() == (tmp_path / "other.npy").read_bytes()
-    monkeypatch.setattr(multiprocessing, "Pool", lambda *_: pytest.fail("the room is taken before the work"))
-    if os.path.exists("/dev/full"):
-        (tmp_path / "full.npy").symlink_to("/dev/full")
-        monkeypatch.setattr(np.lib.format, "open_memmap", lambda *_: types.SimpleNamespace(offset=0))
-        with pytest.raises(OSError, match="No space left"):
-            write_images(paths, (16, 8), tmp_path / "full.npy", "full", workers=1)
 
 
 def test_loading_processes_map_the_arrays_themselves(sysu_tree):
@@ -140,7 +117,7 @@ def test_crash_among_the_renames_leaves_no_mixed_set_and_loses_nothing(sysu_tree
         with pytest.raises(KeyboardInterrupt):
             pre_process_sysu.main(["--data_path", str(tree), "--img_h", str(SIZE[0]), "--img_w", str(SIZE[1])])
     if renames:
-        with pytest.raises(InputError, match="no whole prepared array"):
+        with pytest.raises(InputError, match="cannot be read as a prepared array"):
             sysu_train(tree, SIZE)
     for file, content in before.items():
         old = file.with_suffix(".npy.old")
@@ -164,17 +141,9 @@ def test_regdb_labels_agree_between_lists_with_different_ids(regdb_tree, tmp_pat
     listing = tree / "idx" / "train_thermal_3.txt"
     lines = listing.read_text().splitlines()
     listing.write_text("\n".join(line for line in lines if not line.endswith(" 0")))
-    data = regdb_train(tree, 3, (32, 16))
+    data = regdb_train(tree, (32, 16), 3)
     assert set(data.visible_labels) == set(range(6))
     assert set(data.infrared_labels) == set(range(1, 6))
-
-
-@pytest.mark.parametrize("content", [b"", b"not an image", b"\xff\xd8\xff\xe0 cut off"])
-def test_unreadable_image_is_named(tmp_path, content):
-    file = tmp_path / "0007.jpg"
-    file.write_bytes(content)
-    with pytest.raises(InputError, match=r"0007\.jpg"):
-        data_loader.read_image(file, (16, 8))
 
 
 def test_unprepared_or_other_size_says_what_to_run(sysu_tree, tmp_path):
@@ -187,20 +156,20 @@ def test_unprepared_or_other_size_says_what_to_run(sysu_tree, tmp_path):
 def test_regdb_is_decoded_once_and_again_when_a_file_changes(regdb_tree, tmp_path, monkeypatch):
     tree = tmp_path / "regdb"
     shutil.copytree(regdb_tree, tree)
-    first = regdb_train(tree, 3, (32, 16))
+    first = regdb_train(tree, (32, 16), 3)
     paths, ids = data_manager.read_list(tree, "train_thermal_3")
     assert len(first.infrared) == len(paths)
     assert first.infrared_labels.tolist() == ids.tolist()
-    assert np.array_equal(first.infrared[4], data_loader.read_image(paths[4], (32, 16)))
+    assert np.array_equal(first.infrared[4], read_image(paths[4], (32, 16)))
 
     with monkeypatch.context() as patch:
-        patch.setattr(data_loader, "read_image", lambda *_: pytest.fail("decoded again"))
-        regdb_train(tree, 3, (32, 16))
+        patch.setattr(data_loader, "write_images", lambda *_, **__: pytest.fail("decoded again"))
+        regdb_train(tree, (32, 16), 3)
     Image.new("RGB", (64, 128), "red").save(paths[4])
-    changed = regdb_train(tree, 3, (32, 16))
+    changed = regdb_train(tree, (32, 16), 3)
     assert changed.infrared[4, 0, 0].tolist() == [255, 0, 0]
     assert len(list((tree / "cache").iterdir())) == 2  # the outdated array is gone
-    regdb_train(tree, 3, (16, 16))
+    regdb_train(tree, (16, 16), 3)
     assert len(list((tree / "cache").iterdir())) == 4  # those of another size, which a run may have mapped, are not
 
 
@@ -284,7 +253,7 @@ def test_identities_seen_in_one_modality_only_are_not_drawn():
 
 
 @pytest.mark.parametrize(("workers", "cache"), [(0, "auto"), (2, "disk"), (0, "ram"), (0, "gpu")])
-def test_train_batches_carry_the_sampler_s_images_and_the_labels_of_three_views(workers, cache, monkeypatch):
+def test_train_batches_carry_the_sampler_s_images_and_their_labels(workers, cache, monkeypatch):
     data = toy_data()
     sampler = IdentitySampler(data, 3, 2, 0)
     if cache == "gpu":  # the same steps on any device
@@ -300,7 +269,7 @@ def test_train_batches_carry_the_sampler_s_images_and_the_labels_of_three_views(
             assert visible.dtype == torch.uint8
             assert visible[:, 1, 0, 0].tolist() == rows.tolist()
             assert infrared[:, 1, 3, 1].tolist() == heat_rows.tolist()
-            assert labels.tolist() == [*visible[:, 0, 0, 0], *visible[:, 0, 0, 0], *infrared[:, 0, 0, 0]]
+            assert labels.tolist() == visible[:, 0, 0, 0].tolist() == infrared[:, 0, 0, 0].tolist()
 
 
 @pytest.mark.parametrize(
@@ -338,7 +307,7 @@ def test_test_images_come_in_order(sysu_tree, workers):
     images = torch.cat(list(eval_loader(paths, (20, 10), 5, workers)))
     assert images.shape == (len(paths), 3, 20, 10)
     for i in (0, len(paths) - 1):
-        expected = data_loader.read_image(paths[i], (20, 10))
+        expected = read_image(paths[i], (20, 10))
         assert np.array_equal(images[i].permute(1, 2, 0).numpy(), expected)
 
 

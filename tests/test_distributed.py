@@ -1,6 +1,5 @@
-"""Several ranks compute what one does: two gloo processes on the CPU."""
+"""Several processes compute what one does: two gloo processes on the CPU."""
 
-import json
 import os
 import shutil
 import signal
@@ -19,12 +18,15 @@ import data_loader
 import testa
 import train_ext_test0
 import utils
-from conftest import SIZE, flags
+from conftest import SIZE, flags, log_entries, tiny_flags
 from core import engine
+from core.datasets import regdb_train
 from core.distributed import leave_processes, sum_over_processes
+from core.meter import Diverged, EpochMeter
+from core.run import SaveTimer
 from data_loader import IdentitySampler
-from loss import MethodLoss
-from model import GFMNet, method_options
+from loss import METHODS, MethodLoss
+from model import GFMNet
 from test_data_loader import toy_data
 from test_training import Criterion, Net, batches, plain
 from utils import InputError
@@ -34,39 +36,40 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 PEOPLE, SHOTS = 4, 2
 
 
-def gradients(rank, ranks, method, file):
-    """One step's gradients, with batch norm frozen; the batch's identities are shared by the ranks.
+def gradients(index, count, method, file):
+    """One step's gradients, with batch norm frozen; the batch's identities are shared by the processes.
 
     In float64: in float32, batches of another size round otherwise, and that alone changes gradients by 4e-3.
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    net = GFMNet(PEOPLE, "resnet18", **method_options(method)).train().double()
+    net = GFMNet(PEOPLE, "resnet18", **METHODS[method].network).train().double()
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
             module.eval()
     images = {view: torch.randn(PEOPLE * SHOTS, 3, 96, 48).double() for view in ("plain", "exchanged", "infrared")}
     labels = torch.arange(PEOPLE).repeat_interleave(SHOTS)
-    own = (labels % ranks) == rank
+    own = (labels % count) == index
     visible = torch.cat([images["plain"][own], images["exchanged"][own]])
-    if ranks > 1:
-        dist.init_process_group("gloo", init_method=f"file://{file}.store", rank=rank, world_size=ranks)
-    model = DistributedDataParallel(net) if ranks > 1 else net
+    if count > 1:
+        dist.init_process_group("gloo", init_method=f"file://{file}.store", rank=index, world_size=count)
+    model = DistributedDataParallel(net) if count > 1 else net
     losses = MethodLoss(method)(model(visible, images["infrared"][own]), labels[own].repeat(3))
     losses.total.backward()
-    total = sum_over_processes(losses.total.detach().clone()) / ranks
-    if rank == 0:
+    total = sum_over_processes(losses.total.detach().clone()) / count
+    if index == 0:
         grads = {name: parameter.grad for name, parameter in net.named_parameters() if parameter.grad is not None}
-        torch.save({"total": total, "correct": losses.correct, "grads": grads}, f"{file}.{ranks}")
+        torch.save({"total": total, "correct": losses.correct, "grads": grads}, f"{file}.{count}")
     del model, losses
     leave_processes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["adp", "base"])
-def test_gradients_of_two_ranks_are_those_of_the_whole_batch(tmp_path, method):
-    for ranks in (1, 2):
-        torch.multiprocessing.spawn(gradients, (ranks, method, tmp_path / "grads"), nprocs=ranks)
-    one, two = (torch.load(tmp_path / f"grads.{ranks}") for ranks in (1, 2))
+def test_gradients_of_two_processes_are_those_of_the_whole_batch(tmp_path, method):
+    for count in (1, 2):
+        torch.multiprocessing.spawn(gradients, (count, method, tmp_path / "grads"), nprocs=count)
+    one, two = (torch.load(tmp_path / f"grads.{count}") for count in (1, 2))
     assert one["grads"].keys() == two["grads"].keys()
     torch.testing.assert_close(two["total"], one["total"], rtol=1e-10, atol=0)
     assert two["correct"] == one["correct"]
@@ -79,8 +82,8 @@ def test_identities_of_a_batch_are_shared_without_repetition(monkeypatch):
     whole = list(IdentitySampler(data, 4, 2, seed=0))
     shares = []
     monkeypatch.setattr(data_loader, "process_count", lambda: 2)
-    for rank in range(2):
-        monkeypatch.setattr(data_loader, "process_index", lambda rank=rank: rank)
+    for index in range(2):
+        monkeypatch.setattr(data_loader, "process_index", lambda index=index: index)
         shares.append(list(IdentitySampler(data, 4, 2, seed=0)))
     for batch, first, second in zip(whole, *shares, strict=True):
         for images, one, other in zip(batch, first, second, strict=True):
@@ -91,7 +94,7 @@ def test_identities_of_a_batch_are_shared_without_repetition(monkeypatch):
         IdentitySampler(data, 3, 2, seed=0)
 
 
-def test_images_are_decoded_before_the_ranks_start(regdb_tree, tmp_path, monkeypatch):
+def test_images_are_decoded_before_the_processes_start(regdb_tree, tmp_path, monkeypatch):
     """The others wait for the file, not in a collective operation, which has a time limit."""
     tree = tmp_path / "regdb"
     shutil.copytree(regdb_tree, tree)
@@ -104,104 +107,111 @@ def test_images_are_decoded_before_the_ranks_start(regdb_tree, tmp_path, monkeyp
     for array in arrays:
         array.rename(tmp_path / array.name)
     monkeypatch.setattr(data_loader, "process_index", lambda: 1)
-    monkeypatch.setattr(data_loader, "write_images", lambda *_: pytest.fail("decoded by another rank"))
+    monkeypatch.setattr(data_loader, "write_images", lambda *_: pytest.fail("decoded by another process"))
     monkeypatch.setattr(data_loader.time, "sleep", lambda _: [(tmp_path / a.name).rename(a) for a in arrays])
-    assert len(data_loader.regdb_train(tree, 1, SIZE).visible)
+    assert len(regdb_train(tree, SIZE, 1).visible)
 
 
-def launch(tree, out, *more, **options):
-    command = [*TORCHRUN, str(REPO / "train_ext_test0.py"), *flags(tree, out, *more)]
+def launch(tree, out, *more):
+    command = [*TORCHRUN, str(REPO / "train_ext_test0.py"), *tiny_flags(tree, out, *MORE, *more)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, **options)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, start_new_session=True
+    )
+
+
+MORE = ["--epochs", "2", "--eval_every", "1", "--test_batch", "5"]
 
 
 @pytest.mark.slow
-def test_two_ranks_train_and_test_as_one_run(sysu_tree, tmp_path):
-    run = launch(sysu_tree, tmp_path, "--epochs", "2", "--eval_every", "1", "--test_batch", "5")
-    text, _ = run.communicate(timeout=300)
-    assert run.returncode == 0, text
-    (log,) = (tmp_path / "log" / "sysu_log").glob("*.jsonl")
-    entries = [json.loads(line) for line in log.read_text().splitlines()]
+def test_two_processes_train_and_test_as_one_run(tiny_tree, tmp_path):
+    """And a run that has lost a process within an epoch ends, and goes on where it was."""
+    states = []
+    for folder, killed in ((tmp_path / "whole", False), (tmp_path / "killed", True)):
+        run = launch(tiny_tree, folder, *["--save_minutes", "0.00001"] * killed)
+        if killed:
+            kill_a_process_within_an_epoch(run, folder / "models")
+            run = launch(tiny_tree, folder, "--resume", "auto")
+        text, _ = run.communicate(timeout=300)
+        assert run.returncode == 0, text
+        assert text.count("epoch 1/1") == 1
+        assert "on cpu x 2" in text
+        (last,) = (folder / "models").glob("*_last.t")
+        states.append(torch.load(last))
+    assert all(torch.equal(states[0]["net"][name], states[1]["net"][name]) for name in states[0]["net"])
+    assert states[0]["processes"] == 2
+    entries = log_entries(next(folder.glob("log/sysu_log/*.jsonl")))
     assert [entry["epoch"] for entry in entries] == [0, 1]
-    assert text.count("epoch 1/1") == 1
-    assert "on cpu x 2" in text
-    assert entries[1]["total"] < entries[0]["total"]
-    (last,) = (tmp_path / "models").glob("*_last.t")
 
-    with pytest.raises(InputError, match="is of a run on 2 ranks, not 1"):
-        train_ext_test0.main(flags(sysu_tree, tmp_path, "--epochs", "3", "--eval_every", "1", "--resume", str(last)))
+    with pytest.raises(InputError, match="was saved by 2 processes, but this run has 1; resume"):
+        train_ext_test0.main(tiny_flags(tiny_tree, folder, *MORE, "--resume", str(last)))
 
     # One process on the same images in the same batches: the same numbers, to the last digit.
     torch.set_num_threads(1)
-    common = ["--data_path", str(sysu_tree), "--gpu", "cpu", "--workers", "0", "--test_batch", "5"]
+    common = ["--data_path", str(tiny_tree), "--gpu", "cpu", "--workers", "0", "--test_batch", "5"]
     rows = testa.main([*common, "--resume", str(last)])
     for row in rows:
         for metric, value in row["per_trial"][0]["metrics"].items():
             assert entries[1][f"{row['feature']}/{metric}"] == value
 
 
-@pytest.mark.slow
-def test_two_ranks_that_are_stopped_go_on_where_they_were(sysu_tree, tmp_path):
-    """Both ranks leave an epoch after the same step, and the weights end as those of ranks that nothing stopped."""
-    states = []
-    for folder, stopped in ((tmp_path / "whole", False), (tmp_path / "stopped", True)):
-        more = ["--epochs", "4", "--eval_every", "9", "--resume", "auto"]
-        run = launch(sysu_tree, folder, *more)
-        if stopped:
-            for line in run.stdout:
-                if line.startswith("epoch 0/"):
-                    break
-            run.terminate()
-            assert "stopped by SIGTERM in epoch" in run.stdout.read()
-            assert run.wait(timeout=120) != 0
-            (last,) = (folder / "models").glob("*_last.t")
-            assert torch.load(last)["sums"]["step"] > 0
-            assert len(torch.load(last)["within"]["generators"]) == 2
-            run = launch(sysu_tree, folder, *more)
-        text, _ = run.communicate(timeout=300)
-        assert run.returncode == 0, text
-        (last,) = (folder / "models").glob("*_last.t")
-        states.append(torch.load(last)["net"])
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-
-
-@pytest.mark.slow
-def test_a_killed_rank_ends_the_run(sysu_tree, tmp_path):
-    run = launch(sysu_tree, tmp_path, "--epochs", "1000", start_new_session=True)
+def kill_a_process_within_an_epoch(run, models):
     try:
-        for line in run.stdout:
-            if line.startswith("epoch 0/"):
-                break
+        end = time.monotonic() + 120
+        while not any("within" in torch.load(file) for file in models.glob("*_last.t")):
+            assert time.monotonic() < end
+            assert run.poll() is None
+            time.sleep(0.1)
         children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
         os.kill(int(children[1]), signal.SIGKILL)
-        start = time.monotonic()
-        rest = run.stdout.read()
-        assert run.wait(timeout=120) != 0
-        assert time.monotonic() - start < 120
-        assert "SIGKILL" in rest or "Signal 9" in rest
+        text, _ = run.communicate(timeout=120)
+        assert run.returncode != 0
+        assert "SIGKILL" in text or "Signal 9" in text
     finally:
         if run.poll() is None:
             os.killpg(run.pid, signal.SIGKILL)
 
 
-def diverging_epoch(rank, ranks, file):
-    """An epoch whose loss is not finite in one step of the last rank."""
+def stopping_epoch(index, count, file):
+    """A loop of steps of which the last process, alone, is asked to stop after the third."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}.store", rank=rank, world_size=ranks)
-    criterion = Criterion(loss=[3] if rank == ranks - 1 else [])
-    model, epoch = DistributedDataParallel(Net()), engine.Epoch(torch.device("cpu"))
+    dist.init_process_group("gloo", init_method=f"file://{file}.store", rank=index, world_size=count)
+    with SaveTimer(60, torch.device("cpu")) as timer:
+        timer.hold, step = True, 1
+        while not timer.due():
+            step += 1
+            if step == 3 and index == count - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        Path(f"{file}.{index}").write_text(f"{step} {timer.stop}")
+    leave_processes()
+
+
+def diverging_epoch(index, count, file):
+    """An epoch whose loss is not finite in one step of the last process."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}.store", rank=index, world_size=count)
+    criterion = Criterion(loss=[3] if index == count - 1 else [])
+    model, meter = DistributedDataParallel(Net()), EpochMeter(torch.device("cpu"))
     try:
         engine.train_epoch(
-            model, criterion, torch.optim.Adam(model.parameters()), batches(25), plain, epoch.losses.device, epoch=epoch
+            model, criterion, torch.optim.Adam(model.parameters()), batches(25), plain, meter.losses.device, meter=meter
         )
-    except engine.Diverged as error:
-        Path(f"{file}.{rank}").write_text(f"{epoch.step} {error}")
+    except Diverged as error:
+        Path(f"{file}.{index}").write_text(f"{meter.step} {error}")
     del model, criterion
     leave_processes()
 
 
-def test_ranks_stop_together_where_one_of_them_diverges(tmp_path):
-    torch.multiprocessing.spawn(diverging_epoch, (2, tmp_path / "said"), nprocs=2)
-    first, second = ((tmp_path / f"said.{rank}").read_text() for rank in range(2))
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("epoch", "said"),
+    [
+        (stopping_epoch, "3 15"),
+        (diverging_epoch, "10 train: the loss, its gradient or a weight is not finite from step 3 on"),
+    ],
+)
+def test_processes_stop_together_where_one_of_them_has_to(epoch, said, tmp_path):
+    torch.multiprocessing.spawn(epoch, (2, tmp_path / "said"), nprocs=2)
+    first, second = ((tmp_path / f"said.{index}").read_text() for index in range(2))
     assert first == second
-    assert first.startswith("10 train: the loss, its gradient or a weight is not finite from step 3 on")
+    assert first.startswith(said)

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 import data_manager
 from core import features as feature_store
-from core.run import RunLog, read_json_lines
+from core.log import RunLog, read_json_lines
 from eval_metrics import eval_regdb, eval_sysu
 from loss import aligned_distance
-from tools.bench import plain_aligned_distance, plain_metrics
+from tests.oracles import plain_aligned_distance, plain_metrics
 from utils import InputError
 
 many = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)

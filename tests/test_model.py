@@ -79,7 +79,7 @@ def published_net(published):
     [
         ("visible", "visible", lambda: images(12, 1, 144, 72)[:4]),
         ("infrared", "infrared", lambda: images(12, 1, 144, 72)[4:8]),
-        ("full", "visible", lambda: images(2, 2, 288, 144)),
+        pytest.param("full", "visible", lambda: images(2, 2, 288, 144), marks=pytest.mark.slow),
     ],
 )
 def test_embeddings_golden(published_net, name, modality, pictures):
@@ -275,7 +275,7 @@ def test_embed_equals_the_joint_forward_pass(options):
     ("arch", "width", "share_net"),
     [
         *[("resnet18", 512, share_net) for share_net in range(1, 6)],
-        *[("resnet50", 2048, share_net) for share_net in range(1, 6)],
+        *[("resnet50", 2048, share_net) for share_net in (1, 3, 5)],
         ("resnet34", 512, 2),
         ("resnet101", 2048, 2),
     ],

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import model
 import testa
 from core import published
+from loss import METHODS, method_name
 from tools import demo_data
 from utils import InputError
 
@@ -49,7 +50,7 @@ def test_features_golden(network, method):
     """Measured deviation 3e-7, allowed 1e-3."""
     net, size = model.load_network(checkpoint(weights(network), "module."), "x.t")
     assert size == (288, 144)
-    assert model.method_name(net.options) == method
+    assert method_name(net.options) == method
     pictures = torch.from_numpy(published_state.images(12, 144, 72, 1))
     golden = np.load(GOLDEN_DIR / "forerunners.npz")
     for modality, rows in (("visible", slice(0, 4)), ("infrared", slice(4, 8))):
@@ -74,10 +75,10 @@ def test_options_and_weights_come_from_the_names(options):
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in loaded.state_dict().items())
 
 
-@pytest.mark.parametrize("method", ["base", "agw", "caj", "adp"])
+@pytest.mark.parametrize("method", METHODS)
 def test_method_names(method):
-    options = model.GFMNet(7, "resnet18", **model.method_options(method)).options
-    assert method in model.method_name(options).split(" or ")
+    options = model.GFMNet(7, "resnet18", **METHODS[method].network).options
+    assert method in method_name(options).split(" or ")
 
 
 def test_conversion_leaves_its_argument_alone(agw):

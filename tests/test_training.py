@@ -1,10 +1,10 @@
 """What a training does when it goes wrong, and how long it can go on."""
 
-import json
+import copy
 import math
 import os
+import re
 import resource
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +14,9 @@ import torchvision
 
 import train_ext_test0
 from ChannelAug import TrainAugmentation
-from conftest import SIZE, flags
+from conftest import SIZE, flags, log_entries
 from core import engine
+from core.meter import Diverged, EpochMeter
 from data_loader import CachedBatches, IdentitySampler, TrainData, sysu_train
 from loss import Losses, MethodLoss, SquaredTripletLoss
 from model import Output
@@ -63,27 +64,41 @@ def batches(steps):
     return CachedBatches(data, sampler, CPU)
 
 
-def plain(visible, infrared):
-    return visible / 255, infrared / 255
+def plain(visible, infrared, labels):
+    return visible / 255, infrared / 255, labels.repeat(2)
+
+
+class Saver:
+    """Saves after some steps, as a run does."""
+
+    def __init__(self, meter, *steps):
+        self.meter, self.steps, self.saved = meter, steps, []
+
+    def due(self):
+        return self.meter.step in self.steps
+
+    def save(self, meter):
+        self.saved.append(copy.deepcopy(meter.to_checkpoint()))
 
 
 @pytest.mark.parametrize(
-    ("bad", "pauses", "first", "last"),
+    ("bad", "saves", "first", "last"),
     [
         ({"loss": [1]}, (), 1, 1),
         ({"loss": [5]}, (), 5, 10),
-        ({"gradient": [5]}, (7,), 5, 7),
+        ({"gradient": [5]}, (3, 7), 5, 7),
         ({"gradient": [18], "loss": [15]}, (), 15, 20),
         ({"loss": [23]}, (), 23, 23),
     ],
 )
-def test_a_step_that_is_not_finite_stops_the_run(bad, pauses, first, last):
-    """At the next reading, and before the epoch returns what might be saved."""
-    loader, net, criterion, epoch = batches(23), Net(), Criterion(**bad), engine.Epoch(CPU)
-    optimizer, pause = torch.optim.Adam(net.parameters()), partial(is_step_of, epoch, pauses)
-    with pytest.raises(engine.Diverged, match=f"^epoch 3/9: the loss.* is not finite from step {first} on; lower --lr"):
-        engine.train_epoch(net, criterion, optimizer, loader, plain, CPU, desc="epoch 3/9", epoch=epoch, pause=pause)
-    assert epoch.step == last
+def test_a_step_that_is_not_finite_stops_the_run(bad, saves, first, last):
+    """At the next reading, and before anything is saved."""
+    loader, net, criterion, meter = batches(23), Net(), Criterion(**bad), EpochMeter(CPU)
+    optimizer, saver = torch.optim.Adam(net.parameters()), Saver(meter, *saves)
+    with pytest.raises(Diverged, match=f"^epoch 3/9: the loss.* is not finite from step {first} on; lower --lr"):
+        engine.train_epoch(net, criterion, optimizer, loader, plain, CPU, "off", "epoch 3/9", meter, saver)
+    assert meter.step == last
+    assert [state["step"] for state in saver.saved] == [step for step in saves if step < first]
 
 
 @pytest.mark.parametrize("broken", ["linear.weight", "norm.running_var"])
@@ -91,36 +106,35 @@ def test_a_network_with_a_weight_that_is_not_finite_is_not_returned(broken):
     """Though its losses and gradients were finite."""
     net = Net()
 
-    def augment(visible, infrared):
+    def augment(*batch):
         net.state_dict()[broken].fill_(math.inf)
-        return plain(visible, infrared)
+        return plain(*batch)
 
     class Blind(Criterion):
         def __call__(self, output, labels):
             return Losses(*[torch.zeros((), requires_grad=True)] * 5)
 
-    with pytest.raises(engine.Diverged, match="is not finite from step 3 on"):
+    with pytest.raises(Diverged, match="is not finite from step 3 on"):
         engine.train_epoch(net, Blind(), torch.optim.Adam(net.parameters()), batches(3), augment, CPU)
 
 
-def is_step_of(epoch, pauses):
-    return epoch.step in pauses
-
-
-def test_health_is_read_at_fixed_steps_however_often_the_epoch_pauses():
-    readings = []
-    for pauses in ((), (3, 10, 17)):
-        loader, net, criterion = batches(25), Net(), Criterion()
-        optimizer, epoch = torch.optim.Adam(net.parameters(), fused=True), engine.Epoch(CPU)
-        while epoch.step < 25:
-            loader.sampler.set_epoch(0, epoch.step)
-            engine.train_epoch(
-                net, criterion, optimizer, loader, plain, CPU, epoch=epoch, pause=partial(is_step_of, epoch, pauses)
-            )
-            epoch = engine.Epoch(CPU, vars(epoch))  # as a checkpoint brings it back
-        readings.append((criterion.read, {k: v for k, v in epoch.summary().items() if "second" not in k}))
-    assert readings[0] == readings[1]
-    assert readings[0][0] == [1, 10, 20]
+def test_an_epoch_goes_on_from_any_checkpoint_of_its_meter():
+    loader, net, criterion, meter = batches(25), Net(), Criterion(), EpochMeter(CPU)
+    optimizer, saver = torch.optim.Adam(net.parameters(), lr=0), Saver(meter, 3, 10, 17, 25)
+    engine.train_epoch(net, criterion, optimizer, loader, plain, CPU, meter=meter, saver=saver)
+    assert criterion.read == [1, 10, 20]
+    whole = meter.summary()
+    assert whole["images_per_second"] == pytest.approx(25 * 8 / whole["seconds"], rel=0.1)
+    for state in saver.saved:
+        assert list(state) == list(EpochMeter.FIELDS)
+        older = {name: value for name, value in state.items() if name != "first_bad"} | {"skipped": torch.zeros(())}
+        resumed, rest = EpochMeter.from_checkpoint(older, CPU), Criterion()
+        rest.step = state["step"]
+        loader.sampler.set_epoch(0, state["step"])
+        engine.train_epoch(net, rest, optimizer, loader, plain, CPU, meter=resumed)
+        for name, value in resumed.summary().items():
+            if "second" not in name:
+                assert value == pytest.approx(whole[name]), name
 
 
 def test_health_by_hand():
@@ -179,25 +193,39 @@ def far_apart(tmp_path_factory):
     return file
 
 
+@pytest.mark.slow
 def test_the_clamp_is_told(far_apart, sysu_tree, tmp_path, capsys):
-    more = ["--weights", str(far_apart), "--epochs", "2", "--eval_every", "9"]
-    result = train_ext_test0.main(flags(sysu_tree, tmp_path, *more))
-    entries = [json.loads(line) for line in Path(result["log"]).read_text().splitlines()]
-    assert entries[0]["distance_across"] > 20
-    assert all(entry["beyond_clamp"] > 0.95 for entry in entries)
-    assert all(entry["triplet"] == pytest.approx(44, abs=0.5) for entry in entries)
-    printed = capsys.readouterr().out
-    assert printed.count("of the anchors are beyond the triplet's clamp and get no gradient") == 2
-    assert "use --weighting stable" in printed
+    result = train_ext_test0.main(flags(sysu_tree, tmp_path, "--weights", str(far_apart), "--epochs", "1"))
+    (entry,) = log_entries(result["log"])
+    assert entry["distance_across"] > 20
+    assert entry["beyond_clamp"] > 0.95
+    assert entry["triplet"] == pytest.approx(44, abs=0.5)
+    assert "of the anchors are beyond the triplet's clamp and get no gradient" in capsys.readouterr().out
 
 
-def test_what_is_at_ln_2_is_told():
-    entry = {"beyond_clamp": 0.0, "at_ln2": 0.6, "distance_within": 1.0, "distance_across": 1.0}
-    args = train_ext_test0.get_args_parser().parse_args([])
-    (point,) = train_ext_test0.warnings(entry, args)
-    assert "60% of the anchors are at ln 2" in point
-    assert "--weighting stable" in point
-    assert not list(train_ext_test0.warnings({**entry, "at_ln2": 0.4}, args))
+@pytest.mark.parametrize(
+    ("change", "weighting", "words"),
+    [
+        ({"at_ln2": 0.6}, "published", "60% of the anchors are at ln 2.*use --weighting stable"),
+        (
+            {"beyond_clamp": 0.6},
+            "published",
+            "60% of the anchors are beyond the.*clamp.*use --weighting stable",
+        ),
+        ({"beyond_clamp": 0.6}, "exact", None),
+        ({"at_ln2": 0.5, "beyond_clamp": 0.5}, "published", None),
+        ({"epoch": 1}, "published", None),
+        ({"epoch": 2}, "published", "no test result for epoch 2: the features are not finite in evaluation"),
+        ({"epoch": 100}, "published", "no test result for epoch 100"),
+        ({"epoch": 2, "FC/Rank-1": 3.0}, "published", None),
+    ],
+)
+def test_warnings(change, weighting, words):
+    entry = {"epoch": 1, "beyond_clamp": 0.0, "at_ln2": 0.0, "distance_within": 1.0, "distance_across": 1.0} | change
+    args = train_ext_test0.get_args_parser().parse_args(["--weighting", weighting])
+    told = list(train_ext_test0.warnings(entry, args))
+    assert len(told) == bool(words)
+    assert re.match(words or "", "".join(told))
 
 
 class SmallNet(torch.nn.Module):
@@ -229,8 +257,8 @@ def test_two_thousand_steps_take_no_more_memory_than_a_hundred(sysu_tree):
         return memory, len(os.listdir("/proc/self/fd")), len(children)
 
     measured = []
-    for number in range(20):
-        sampler.set_epoch(number)
+    for epoch in range(20):
+        sampler.set_epoch(epoch)
         engine.train_epoch(net, MethodLoss(), optimizer, loader, augment, CPU)
         measured.append(held())
     memory, files, children = zip(*measured, strict=True)

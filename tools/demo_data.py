@@ -1,12 +1,12 @@
 """Demo data: procedural pedestrians in the folder layouts of SYSU-MM01, RegDB and LLCM.
 
-The data sets are given out on a signed form only; this stand-in lets anybody run the whole path from folders of
-images to a tested network. A person is a list of solids of revolution (limbs, garments, hair, bag) hung on a walking
-skeleton and painted with patterns. Visible, infrared and thermal images show the SAME solids and patterns, in tones
-that are drawn apart for each spectrum: shape, cut and texture carry over between modalities, colour does not.
+The real data sets require a signed form; with this stand-in anyone can run everything, from folders of images to a
+tested network. A person is a list of solids of revolution (limbs, garments, hair, bag) on a walking skeleton, painted
+with patterns. Visible, infrared and thermal images show the SAME solids and patterns in tones drawn independently for
+each spectrum: shape, cut and texture carry over between modalities, colour does not.
 
     python -m tools.demo_data --out ../data/demo --layout sysu --ids 100 --seed 0 --sheet people.png
-    python -m tools.demo_data --out ../data/rehearsal --like .../rand_perm_cam.mat     (as many images as SYSU-MM01 has)
+    python -m tools.demo_data --out ../data/rehearsal --like .../rand_perm_cam.mat     (image counts of SYSU-MM01)
 
 Lengths are in body heights, angles in radians, tones and noise in 0..1.
 """
@@ -28,21 +28,22 @@ from PIL import Image, ImageDraw, ImageFilter
 from scipy.io import loadmat, savemat
 
 import utils
+from core.files import check_output
 from data_manager import DEMO_FILE, load_permutations
 
-SPECTRA = {  # layout -> camera -> what it sees
+SPECTRA = {  # layout -> camera -> spectrum
     "sysu": {1: "visible", 2: "visible", 3: "infrared", 4: "visible", 5: "visible", 6: "infrared"},
     "regdb": {1: "visible", 2: "thermal"},
-    # LLCM's nine cameras take both: here, what camera c sees at night is called camera 10 + c
+    # LLCM's nine cameras take both: camera c at night is called 10 + c here
     "llcm": {camera: "visible" if camera < 10 else "infrared" for camera in (*range(1, 10), *range(11, 20))},
 }
-SYSU_NAMES = "cam{}/{:04d}/{{:04d}}.jpg"  # of a camera and id: format string of the number
+SYSU_NAMES = "cam{}/{:04d}/{{:04d}}.jpg"  # of a camera and id; leaves a format string of the number
 FEWEST_IDS = {"sysu": 6, "regdb": 4, "llcm": 6}
 IMAGES = {"sysu": 8, "regdb": 10, "llcm": 5}  # per person, camera and spectrum
 HELD_OUT = {"val": 0.1, "test": 0.3}  # SYSU-MM01 holds out 0.2 and 0.2; few people need a larger share to learn from
 TRIALS = 10  # of RegDB, and of SYSU-MM01's official protocol
 
-TRAITS = {  # what makes a person recognisable in every spectrum; listed twice: drawn twice as often
+TRAITS = {  # recognisable in every spectrum; values listed twice are drawn twice as often
     "build": (0.72, 0.95, 1.2, 1.5),
     "hair": ("bald", "short", "short", "bob", "long", "bun", "afro"),
     "hat": ("none", "none", "none", "cap", "beanie", "brim"),
@@ -83,15 +84,15 @@ class Shot(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A solid of revolution about the segment `start` - `end` (x to the person's left, y up, z forward)."""
+    """A solid of revolution about the segment `start` - `end` (x to the left of the person, y up, z forward)."""
 
     start: np.ndarray
     end: np.ndarray
     profile: np.ndarray  # [stations, 4]: fraction of the segment, offset along it, half width (x), half depth (z)
     material: str
     pattern: str = "plain"
-    along: float = 0.0  # length of the garment above `start`: a pattern runs on from part to part
-    lift: float = 0.0  # towards the camera, in the order of painting
+    along: float = 0.0  # length of the garment above `start`: patterns continue from part to part
+    lift: float = 0.0  # moves the part towards the camera in the order of painting
 
 
 class Camera(NamedTuple):
@@ -108,7 +109,7 @@ class Camera(NamedTuple):
 
 
 def level_apart(rng: np.random.Generator, other: float, gap: float) -> float:
-    """A brightness that differs from `other` by at least `gap`."""
+    """A random brightness that differs from `other` by at least `gap`."""
     while True:
         level = rng.uniform(0.06, 0.94)
         if abs(level - other) >= gap:
@@ -119,12 +120,12 @@ def colour(rng: np.random.Generator, luminance: float) -> np.ndarray:
     """A random hue of the given luminance, [3]."""
     rgb = np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.05, 0.75), 1.0))
     rgb *= luminance / (rgb @ (0.299, 0.587, 0.114))
-    fade = min(1.0, (1 - luminance) / max(rgb.max() - luminance, 1e-6))  # towards gray, where the hue would overflow
+    fade = min(1.0, (1 - luminance) / max(rgb.max() - luminance, 1e-6))  # towards gray if the hue would overflow
     return luminance + (rgb - luminance) * fade
 
 
 def draw_tones(rng: np.random.Generator, spectrum: str) -> dict:
-    """Tones of all materials in one spectrum. Garments that touch stand apart, and so do the two tones of a pattern."""
+    """Tones of all materials in one spectrum. Adjacent garments differ, and so do the two tones of a pattern."""
     top = rng.uniform(0.06, 0.94)
     bottom = level_apart(rng, top, 0.3)
     own = {"top": top, "bottom": bottom, "shoes": level_apart(rng, bottom, 0.2), "bag": level_apart(rng, top, 0.3)}
@@ -137,7 +138,7 @@ def draw_tones(rng: np.random.Generator, spectrum: str) -> dict:
     elif spectrum == "infrared":
         tones = levels
         skin = 0.55 + 0.25 * skin
-    else:  # thermal: cloth insulates by its thickness, its print shows weakly, and a bag is as cold as the street
+    else:  # thermal: cloth insulates by its thickness, prints show weakly, bags are as cold as the street
         tones = {name: 0.3 + 0.45 * np.array([a, a + 0.55 * (b - a)]) for name, (a, b) in levels.items()}
         tones["bag"] = np.array([[0.2], [0.3]])
         skin, hair = 0.97, 0.6
@@ -147,7 +148,7 @@ def draw_tones(rng: np.random.Generator, spectrum: str) -> dict:
 
 
 def draw_people(identities: list, seed: int) -> dict:
-    """identity -> Person. Each is, of a few candidates, the one least like the most similar person before it."""
+    """identity -> Person. Each is the candidate that is least similar to all people before it."""
     people, earlier = {}, []
     for identity in identities:
         rng = np.random.default_rng((seed, 1, identity))
@@ -177,7 +178,7 @@ def ball(centre: tuple, width: float, height: float, depth: float, material: str
 
 
 def limb(start: tuple, end: tuple, first: float, last: float, material: str, hemmed: bool = False, **more) -> Part:
-    """A tapered capsule with radii `first` and `last`; `hemmed` cuts it off flat at its end."""
+    """A tapered capsule with radii `first` and `last`; `hemmed` cuts its end off flat."""
     turn = np.linspace(0, np.pi / 2, 4)
     tail = turn[: 1 if hemmed else 4]
     radius = np.append(first * np.sin(turn), last * np.cos(tail))
@@ -205,7 +206,7 @@ def lower_body(person: Person, shot: Shot) -> Iterator[Part]:
     cut = traits["cut"]
     thigh, shin, thin = 0.05 * girth, 0.036 * girth, 0.024 * girth
     bone = (person.hip - 0.035) / 2
-    under = -0.25  # legs are painted before whatever hangs over them
+    under = -0.25  # legs are painted before clothes that cover them
     cloth = partial(limb, material="bottom", pattern=traits["bottom"])
     for side in (-1, 1):
         angle = side * shot.stride * math.sin(shot.phase)
@@ -273,7 +274,7 @@ def upper_body(person: Person, shot: Shot) -> Iterator[Part]:
 
 
 def bag(kind: str, shoulder: float, reach: float, belly: float, hand: np.ndarray) -> Iterator[Part]:
-    """A bag on the back, in the (left) hand, or on a strap over the near or the far shoulder."""
+    """A bag on the back, in the left hand, or on a strap over the near or the far shoulder."""
     if kind == "tote":
         stations = [(0, 0.005, 0.03), (0.35, 0.012, 0.05), (0.36, 0.02, 0.085), (1, 0.025, 0.095)]
         yield tube(hand, hand - (0, 0.19, 0), stations, "bag", lift=0.15)
@@ -308,7 +309,7 @@ def head(person: Person) -> Iterator[Part]:
     elif hair == "afro":
         yield ball((0, eyes + half * 0.35, -half * 0.25), half * 1.3, half * 1.2, half * 1.25, "hair", lift=0.13)
 
-    puff = 1.4 if hair == "afro" else 1.0  # a hat goes over the hair
+    puff = 1.4 if hair == "afro" else 1.0  # a hat covers the hair
     brow, crown = eyes + half * 0.3, eyes + half * 1.15 * puff
     if hat != "none":
         dome = [(0, 0.1, 0.1), (0.12, 0.5, 0.55), (0.4, 0.78, 0.84), (1, 0.84, 0.9)]
@@ -326,14 +327,14 @@ def head(person: Person) -> Iterator[Part]:
 
 
 def face(along: np.ndarray, turn: np.ndarray) -> np.ndarray:
-    """Eyes and a mouth in front, as in PATTERNS."""
+    """Eyes and a mouth in front, a function of PATTERNS."""
     eyes = 0.3 - np.hypot((np.abs(turn) - 0.42) / 0.4, (along + 0.005) / 0.018)
     mouth = 0.3 - np.hypot(turn / 0.8, (along - 0.033) / 0.013)
     return np.where(np.abs(turn) < 1.5, 2 * np.maximum(eyes, mouth), -1)
 
 
 # pattern -> function of `along` (body heights from the garment's top), `turn` about the body (0 in front) and `wave`
-# (radians of the pattern's period along the garment), above 0 where the second tone shows
+# (radians of the pattern's period along the garment); positive where the second tone shows
 PATTERNS = {
     "plain": lambda along, turn, wave: -1 + 0 * turn,
     "raglan": lambda along, turn, wave: -1 + 0 * turn,  # its sleeves are solid
@@ -370,7 +371,7 @@ def paint(canvas: np.ndarray, part: Part, tones: np.ndarray, pitch: float, shot:
     """Draw one part, of two tones [2, C], onto the canvas [H, W, C]."""
     start, end = project(np.stack([part.start, part.end]), shot)[:, :2]
     length = math.hypot(*(end - start))
-    down = (end - start) / length if length > 0.5 else np.array([0.0, 1.0])  # seen end on, or a ball
+    down = (end - start) / length if length > 0.5 else np.array([0.0, 1.0])  # seen from its end, or a ball
     fraction, offset, width, depth = part.profile.T
     stations = fraction * length + offset * shot.scale
     halves = shot.scale * np.hypot(width * math.cos(shot.yaw), depth * math.sin(shot.yaw))
@@ -400,7 +401,7 @@ def paint(canvas: np.ndarray, part: Part, tones: np.ndarray, pitch: float, shot:
 
 
 def draw_shot(rng: np.random.Generator, width: int, height: int) -> Shot:
-    """People are seen from all sides, mostly front and back; they mostly walk, and some hold a hand to the ear."""
+    """A random moment: from all sides, mostly front and back; mostly walking; some hold a hand to the ear."""
     facing = rng.choice((0.0, math.pi, math.pi / 2, -math.pi / 2), p=(0.35, 0.3, 0.175, 0.175))
     scale = rng.uniform(0.72, 1.0)
     return Shot(
@@ -470,7 +471,7 @@ def make_camera(layout: str, camera: int, seed: int) -> Camera:
     place, spectrum = camera % 10, SPECTRA[layout][camera]
     rng = np.random.default_rng((seed, 2, place))
     scene = draw_scene(rng, outdoor=place > 3)
-    if spectrum == "thermal":  # walls are cold, and alike
+    if spectrum == "thermal":  # walls are uniformly cold
         scene = scene.filter(ImageFilter.GaussianBlur(3)).point(lambda value: value * 0.35)
     if spectrum != "visible":
         scene = scene.convert("L")
@@ -479,7 +480,7 @@ def make_camera(layout: str, camera: int, seed: int) -> Camera:
 
 
 def occlude(canvas: np.ndarray, rng: np.random.Generator) -> None:
-    """Put a pole or a low wall before the person."""
+    """Draw a pole or a low wall in front of the person."""
     height, width, channels = canvas.shape
     tone = rng.uniform(0.1, 0.8) * rng.uniform(0.8, 1.2, channels)
     if rng.uniform() < 0.5:
@@ -491,7 +492,7 @@ def occlude(canvas: np.ndarray, rng: np.random.Generator) -> None:
 
 
 def render(person: Person, camera: Camera, size: tuple, rng: np.random.Generator) -> Image.Image:
-    """One RGB image of `size` (width, height): scene, person, perhaps an obstacle, then light, blur and noise."""
+    """One RGB image of `size` (width, height): scene, person, sometimes an obstacle, then light, blur and noise."""
     width, height = size
     scene, span = camera.scene, rng.uniform(0.63, 0.99) * camera.scene.height
     left = rng.uniform(0, scene.width - span * width / height)
@@ -519,7 +520,7 @@ def render(person: Person, camera: Camera, size: tuple, rng: np.random.Generator
 
 
 class Folder(NamedTuple):
-    """The images of one person before one camera, numbered from 1."""
+    """The images of one person by one camera, numbered from 1."""
 
     names: str  # format string of the number, relative to the tree
     identity: int
@@ -528,7 +529,7 @@ class Folder(NamedTuple):
 
 
 def plan_sysu(ids: int, images: int, rng: np.random.Generator) -> tuple:
-    """The folders, and file -> bytes of the lists. As in SYSU-MM01, ids have holes and cameras miss people."""
+    """The folders, and file -> bytes of the lists. As in SYSU-MM01, ids have gaps and cameras miss people."""
     identities = 1 + rng.permutation(max(533, ids + ids // 12))[:ids]
     everywhere, indoors, outdoors = (1, 2, 3, 4, 5, 6), (1, 2, 3), (4, 5, 6)
     folders = []
@@ -545,10 +546,10 @@ def plan_sysu(ids: int, images: int, rng: np.random.Generator) -> tuple:
 
 
 def plan_like(path: Path) -> tuple:
-    """The folders and lists of SYSU-MM01 itself, as its `rand_perm_cam.mat` tells: every person-camera count.
+    """The folders and lists of SYSU-MM01 itself, from its `rand_perm_cam.mat`: every person-camera count.
 
-    `train_id.mat` and `test_id.mat` lie beside it, as they are published. Val ids are all others that both modalities
-    show. (The real file also counts 22 people whom one modality shows: they have images, but are in no list.)
+    `train_id.mat` and `test_id.mat` must be in the same folder, as published. Val ids are all others with images of
+    both modalities. (The real file also counts 22 people with images of one modality: they are in no list.)
     """
     counts = {key: rows.shape[1] for key, rows in load_permutations(path).items()}
     parts, seen_as = {}, {"visible": set(), "infrared": set()}
@@ -560,7 +561,7 @@ def plan_like(path: Path) -> tuple:
             parts[part] = sorted(loadmat(file)["id"].ravel().astype(int).tolist())
         except Exception as error:  # scipy's reader raises anything when a file is damaged
             raise utils.InputError(
-                f"{file}: no list of ids; it is published beside {path.name}: put it there"
+                f"{file}: cannot be read as a list of ids; copy it from the publication of {path.name}"
             ) from error
     parts["val"] = sorted((seen_as["visible"] & seen_as["infrared"]).difference(*parts.values()))
     folders = [
@@ -576,7 +577,7 @@ def sysu_id_files(parts: dict) -> dict:
 
 
 def draw_permutations(folders: list, rng: np.random.Generator) -> bytes:
-    """The official protocol's draws for these folders, in the form of SYSU-MM01's rand_perm_cam.mat."""
+    """The draws of the official protocol for these folders, in the format of SYSU-MM01's rand_perm_cam.mat."""
     people = max(folder.identity for folder in folders)
     cells = np.empty((len(SPECTRA["sysu"]), 1), object)
     for camera in range(len(cells)):
@@ -587,11 +588,11 @@ def draw_permutations(folders: list, rng: np.random.Generator) -> bytes:
         cells[folder.camera - 1, 0][folder.identity - 1, 0] = order.astype(np.min_scalar_type(folder.images))
     file = io.BytesIO()
     savemat(file, {"rand_perm_cam": cells})
-    return b"MATLAB 5.0 MAT-file".ljust(116) + file.getvalue()[116:]  # without the date in this free text
+    return b"MATLAB 5.0 MAT-file".ljust(116) + file.getvalue()[116:]  # without the date
 
 
 def plan_regdb(ids: int, images: int, rng: np.random.Generator) -> tuple:
-    """The folders, and file -> bytes of the lists: in each trial one random half of the people trains."""
+    """The folders, and file -> bytes of the lists: in each trial, a random half of the people is for training."""
     names = {"visible": "Visible/{}/v_{{:04d}}.bmp", "thermal": "Thermal/{}/t_{{:04d}}.bmp"}
     folders = [
         Folder(names[spectrum].format(identity), identity, camera, images)
@@ -613,7 +614,7 @@ def plan_regdb(ids: int, images: int, rng: np.random.Generator) -> tuple:
 
 
 def plan_llcm(ids: int, images: int, rng: np.random.Generator) -> tuple:
-    """The folders, and file -> bytes of the lists: a third of the people are test ids; each passes a few cameras."""
+    """The folders, and file -> bytes of the lists: a third of the people are test ids; a few cameras see each."""
     identities = 1 + rng.permutation(ids)
     test = np.sort(identities[: round(ids / 3)])
     train = np.sort(identities[round(ids / 3) :])
@@ -632,7 +633,7 @@ def plan_llcm(ids: int, images: int, rng: np.random.Generator) -> tuple:
 
 
 def render_folder(job: tuple) -> int:
-    """Write the images of one folder. Each has a generator of its own: the bytes do not depend on who draws it when."""
+    """Write the images of one folder. Each has its own generator: bytes do not depend on processes or their order."""
     tree, layout, seed, person, folder = job
     camera = make_camera(layout, folder.camera, seed)
     (tree / folder.names).parent.mkdir(parents=True)
@@ -645,11 +646,11 @@ def render_folder(job: tuple) -> int:
 
 
 def draw_sheet(tree: Path, layout: str, folders: list) -> Image.Image:
-    """A dozen people, two in a row, those seen by most cameras first; of each, visible images and then the others."""
-    seen = {}
+    """A dozen people, two in a row, those with most cameras first; visible images of each before the others."""
+    people = {}
     for folder in folders:
-        seen.setdefault(folder.identity, {})[folder.camera] = folder
-    chosen = sorted(seen, key=lambda identity: (-len(seen[identity]), identity))[:12]
+        people.setdefault(folder.identity, {})[folder.camera] = folder
+    chosen = sorted(people, key=lambda identity: (-len(people[identity]), identity))[:12]
     fixed = {"sysu": (1, 2, 4, 5, 3, 6), "regdb": (1, 1, 1, 2, 2, 2)}
 
     wide, high, gap = 92, 194, 16
@@ -657,19 +658,19 @@ def draw_sheet(tree: Path, layout: str, folders: list) -> Image.Image:
     pen = ImageDraw.Draw(sheet)
     for index, identity in enumerate(chosen):
         x, y = gap // 2 + index % 2 * (6 * wide + 2 * gap), index // 2 * (high + gap)
-        places = sorted(camera for camera in seen[identity] if camera < 10)[:3]
+        places = sorted(camera for camera in people[identity] if camera < 10)[:3]
         columns = fixed.get(layout, (*places, *(10 + place for place in places)))
         for column, camera in enumerate(columns):
             if SPECTRA[layout][camera] != "visible" and SPECTRA[layout][columns[column - 1]] == "visible":
                 x += gap // 2
             pen.text((x, y + 2), f"{identity:04d} cam{camera % 10}", "black")
-            if folder := seen[identity].get(camera):
+            if folder := people[identity].get(camera):
                 with Image.open(tree / folder.names.format(1 + column % folder.images)) as image:
-                    calm = image.filter(ImageFilter.GaussianBlur(1))  # noise would double the file
+                    calm = image.filter(ImageFilter.GaussianBlur(1))  # noise would double the size
                     sheet.paste(calm.resize((wide - 2, high - 2)), (x, y + gap - 1))
             x += wide
     palette = sheet.resize((sheet.width // 4, sheet.height // 4), Image.Resampling.NEAREST).quantize(128, kmeans=1)
-    return sheet.quantize(palette=palette, dither=Image.Dither.NONE)  # a quarter of the bytes
+    return sheet.quantize(palette=palette, dither=Image.Dither.NONE)  # a quarter of the size
 
 
 # -------------------------------------------------------------------------------------------------------------- script
@@ -677,35 +678,38 @@ def draw_sheet(tree: Path, layout: str, folders: list) -> Image.Image:
 
 def get_args_parser() -> utils.ArgumentParser:
     parser = utils.ArgumentParser(description=__doc__.split("\n")[0])
-    count = utils.number(int, 1)
-    parser.add_argument("--out", type=Path, required=True, help="folder to make: a new or an empty one")
-    parser.add_argument("--layout", choices=SPECTRA, default="sysu", help="data set to look like")
-    parser.add_argument("--ids", type=count, help="number of people; else 100")
+    count = utils.bounded(int, 1)
+    parser.add_argument("--out", type=Path, required=True, help="folder to create, new or empty")
+    parser.add_argument("--layout", choices=SPECTRA, default="sysu", help="data set to imitate")
+    parser.add_argument("--ids", type=count, help="number of people (default: 100)")
     parser.add_argument(
-        "--images", type=count, help="images per person and camera; else about 8 (sysu), 10 (regdb), about 5 (llcm)"
+        "--images",
+        type=count,
+        help="images per person and camera (default: about 8 for sysu, 10 for regdb, about 5 for llcm)",
     )
     parser.add_argument(
-        "--like", type=Path, metavar="FILE", help="ids and counts of SYSU-MM01 itself, from its rand_perm_cam.mat"
+        "--like", type=Path, metavar="FILE", help="SYSU-MM01's rand_perm_cam.mat: use its ids and counts"
     )
-    parser.add_argument("--seed", type=utils.number(int, 0), default=0, help="same seed, same bytes")
-    parser.add_argument("--workers", type=count, default=os.cpu_count(), help="processes")
-    parser.add_argument("--sheet", type=Path, help="also write a contact sheet of a dozen people to this .png file")
+    parser.add_argument("--seed", type=utils.bounded(int, 0), default=0, help="the same seed gives the same bytes")
+    parser.add_argument("--workers", type=count, default=os.cpu_count(), help="drawing processes")
+    parser.add_argument("--sheet", type=Path, help="also draw a dozen people on this .png file")
     return parser
 
 
 def main(argv=None) -> dict:
+    """Returns {"out", "ids", "images": counts}."""
     args = get_args_parser().parse_args(argv)
     layout, out, ids = args.layout, args.out.resolve(), args.ids or 100
     if args.like and (args.ids or args.images or layout != "sysu"):
         raise utils.InputError(
-            f"--like {args.like}: fixes ids, images and layout; leave --ids, --images and --layout out"
+            f"--like {args.like}: sets ids, images and layout; leave out --ids, --images and --layout"
         )
     if ids < FEWEST_IDS[layout]:
-        raise utils.InputError(f"--ids {ids}: too few to split; {layout} needs at least {FEWEST_IDS[layout]}")
+        raise utils.InputError(f"--ids {ids}: too few to split; pass at least {FEWEST_IDS[layout]} for {layout}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise utils.InputError(f"--out {args.out}: exists and is not an empty folder; name a new one or remove it")
-    if args.sheet and not (args.sheet.suffix == ".png" and args.sheet.parent.is_dir()):
-        raise utils.InputError(f"--sheet {args.sheet}: name a .png file in a folder that exists")
+        raise utils.InputError(f"--out {args.out}: exists and is not an empty folder; choose a new one or remove it")
+    if args.sheet and args.sheet.suffix != ".png":
+        raise utils.InputError(f"--sheet {args.sheet}: is not a .png file; choose such a name")
 
     if args.like:
         folders, lists = plan_like(args.like)
@@ -714,11 +718,13 @@ def main(argv=None) -> dict:
         folders, lists = plan(ids, args.images or IMAGES[layout], np.random.default_rng((args.seed, 0)))
     people = draw_people(sorted({folder.identity for folder in folders}), args.seed)
 
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}.unfinished")  # takes its name once it is whole
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}.unfinished")  # takes its name when it is complete
+    if args.sheet:
+        check_output(args.sheet)
     try:
         unfinished.mkdir(parents=True)
     except OSError as error:
-        raise utils.InputError(f"--out {args.out}: {error.strerror}; name a folder that can be made") from error
+        raise utils.InputError(f"--out {args.out}: {error.strerror}; choose a folder that can be created") from error
     try:
         jobs = [(unfinished, layout, args.seed, people[folder.identity], folder) for folder in folders]
         with multiprocessing.Pool(args.workers, utils.end_with_the_main_process) as pool:
@@ -728,12 +734,12 @@ def main(argv=None) -> dict:
         for name, content in lists.items():
             (unfinished / name).parent.mkdir(exist_ok=True)
             (unfinished / name).write_bytes(content)
-        if args.sheet:
-            draw_sheet(unfinished, layout, folders).save(args.sheet, optimize=True)
         unfinished.rename(out)
     except BaseException:
         shutil.rmtree(unfinished)
         raise
+    if args.sheet:
+        draw_sheet(out, layout, folders).save(args.sheet, optimize=True)
     print(f"{out}: {images:,} images of {len(people)} people")
     return {"out": out, "ids": len(people), "images": images}
 

@@ -1,20 +1,19 @@
-"""Write the embedding network of a checkpoint, one file a modality, as ONNX, TorchScript or safetensors.
+"""Export the embedding network of a checkpoint, one file per modality, as ONNX or safetensors.
 
     python -m tools.export --resume save_model/..._best.t --format onnx
 
-An ONNX or TorchScript file needs nothing of this repo. Input "images" [B, 3, H, W], of the network's H and W and any B;
-output "features" [B, C], float32, of unit length: what testa.py tests, of each image and its mirror, averaged. Resizing
-stays outside: RESIZE is the line. A safetensors file holds weights under GFMNet's names; `load_embedding` reads it.
+An ONNX file needs nothing of this repo. Its input "images" is [B, 3, H, W], with the network's H and W and any B; its
+output "features" is [B, C], float32, of unit length: the features that testa.py tests, averaged over image and mirror.
+Resize images before, as RESIZE does. A safetensors file holds weights under GFMNet's names; `load_embedding` reads it.
 
-Each holds JSON named "gfmnet" (in metadata_props, _extra_files, metadata): modality, feature, input, image_size [H, W],
-num_classes, dataset, epoch and training flags (no flags of published checkpoints), the checkpoint's sha256, mean and
-std of the normalisation, for values in [0, 1], and options, those of the GFMNet.
+Each file contains JSON named "gfmnet" (in metadata_props or metadata): modality, feature, input, image_size [H, W],
+num_classes, dataset, epoch and training flags (empty for published checkpoints), the checkpoint's sha256, mean and std
+of the normalisation (of values in [0, 1]), and the options of the GFMNet.
 
 A file takes its name only after it has been loaded and its features agree with the checkpoint's.
 """
 
 import copy
-import io
 import json
 import os
 import warnings
@@ -36,31 +35,27 @@ from model import FEATURES, MODALITIES, GFMNet, load_network
 from utils import ArgumentParser, InputError, cli, progress
 
 RESIZE = 'np.asarray(Image.open(FILE).convert("RGB").resize(({1}, {0}), Image.Resampling.LANCZOS)).transpose(2, 0, 1)'
-OPSET = 18  # the one that the exporter writes without a conversion
-COSINE = 0.9999  # at least, between a file's features and the checkpoint's
-BATCHES = (1, 5)  # images in the batches that verify a file
+OPSET = 18  # the exporter writes this one without a conversion
+COSINE = 0.9999  # smallest allowed cosine between a file's features and the checkpoint's
+BATCHES = (1, 5)  # sizes of the batches that verify a file
 
 
 def get_args_parser():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--resume", required=True, help="checkpoint: a path, or a name under --model_path")
     parser.add_argument("--model_path", default="save_model/", help="folder of the checkpoints")
-    parser.add_argument("--format", required=True, choices=FORMATS)
-    parser.add_argument("--modality", nargs="+", choices=MODALITIES, default=MODALITIES, help="a file for each")
+    parser.add_argument("--format", required=True, choices=FORMATS, help="file format")
+    parser.add_argument("--modality", nargs="+", choices=MODALITIES, default=MODALITIES, help="one file for each")
     parser.add_argument("--feature", choices=FEATURES, default="FC", help="after the bottleneck, or before (POOL)")
-    parser.add_argument(
-        "--input",
-        choices=("uint8", "normalised"),
-        default="uint8",
-        help="bytes, or float32 (bytes / 255 - mean) / std of ImageNet",
-    )
+    text = "bytes, or float32: (bytes / 255 - mean) / std of ImageNet"
+    parser.add_argument("--input", choices=("uint8", "normalised"), default="uint8", help=text)
     parser.add_argument("--out", default="exported/", help="folder of the files")
-    parser.add_argument("--json", metavar="FILE", help="write what was verified to this file")
+    parser.add_argument("--json", metavar="FILE", help="write the results of the verification to this file")
     return parser
 
 
 def main(argv=None):
-    """Returns what was verified: a list of {"path", "modality", "cosine" (smallest), "difference" (largest)}."""
+    """Returns the verification: a list of {"path", "modality", "cosine" (smallest), "difference" (largest)}."""
     args = get_args_parser().parse_args(argv)
     source = find_checkpoint(args.resume, args.model_path)
     suffix, to_bytes, load = FORMATS[args.format]
@@ -69,25 +64,25 @@ def main(argv=None):
         check_output(output)
     if args.json:
         if os.path.realpath(args.json) in map(os.path.realpath, (source, *outputs.values())):
-            raise InputError(f"{args.json}: is read or written already; name another file with --json")
+            raise InputError(f"--json {args.json}: is an input or output already; choose another file")
         check_output(args.json)
     checkpoint = load_checkpoint(source)
     net, size = load_network(checkpoint, source)
     embed = engine.network_embedding(net, torch.device("cpu"), normalise)
-    shared = describe(source, checkpoint, net, size) | {"feature": args.feature, "input": args.input}
+    shared = checkpoint_metadata(source, checkpoint, net, size) | {"feature": args.feature, "input": args.input}
 
     results = []
     for modality, output in progress(outputs.items(), desc="exporting", unit="file", leave=False):
         about = shared | {"modality": modality}
         text = json.dumps(about, default=str)  # published checkpoints may hold NumPy's numbers
         pairs = expected(embed, about)
-        with atomic(output) as temporary, warnings.catch_warnings(action="ignore"):  # PyTorch's, of what will change
+        with atomic(output) as temporary, warnings.catch_warnings(action="ignore"):  # PyTorch's, about future changes
             temporary.write_bytes(to_bytes(Embedding(net, about), pairs[-1][0], text))
-            cosine, difference = compare(load(temporary), pairs)
+            cosine, difference = agreement(load(temporary), pairs)
             if not cosine >= COSINE:  # NaN is not
                 raise InputError(
-                    f"{output}: not written, as its features are not the checkpoint's (a cosine of {cosine:.6f}, not "
-                    f"{COSINE} or more); take another --format, and report this"
+                    f"{output}: not written, because its features differ from the checkpoint's (cosine {cosine:.6f}, "
+                    f"below {COSINE}); use another --format, and report this"
                 )
         results.append({"path": str(output), "modality": modality, "cosine": cosine, "difference": difference})
     if args.json:
@@ -98,14 +93,12 @@ def main(argv=None):
             f"against the checkpoint, in batches of {' and '.join(map(str, BATCHES))}: smallest cosine "
             f"{result['cosine']:.7f}, largest difference {result['difference']:.1e}"
         )
-    print(
-        f"input: {args.input} [B, 3, {size[0]}, {size[1]}]; resize an image (of 8 bits) before: {RESIZE.format(*size)}"
-    )
+    print(f"input: {args.input} [B, 3, {size[0]}, {size[1]}]; resize an 8-bit image before: {RESIZE.format(*size)}")
     return results
 
 
-def describe(source, checkpoint, net, size):
-    """What every file says of its checkpoint."""
+def checkpoint_metadata(source, checkpoint, net, size):
+    """The metadata that all files of a checkpoint share."""
     flags = checkpoint.get("args", {})
     return {
         "image_size": list(size),
@@ -121,9 +114,9 @@ def describe(source, checkpoint, net, size):
 
 
 class Embedding(nn.Module):
-    """A copy of one stream of a GFMNet, without what its features do not need, as a network of images [B, 3, H, W].
+    """A copy of one stream of a GFMNet without unused parts, as a network of images [B, 3, H, W].
 
-    about: {"modality", "feature", "input"}. Its features are those of `engine.network_embedding`.
+    about: {"modality", "feature", "input"}. Gives the features of `engine.network_embedding`.
     """
 
     def __init__(self, net, about):
@@ -139,13 +132,13 @@ class Embedding(nn.Module):
 
     def forward(self, images):
         images = normalise(images) if self.bytes else images
-        # Image and mirror in one batch: in two passes, the graph would hold the network twice.
+        # Image and mirror in one batch: with two passes, the graph would contain the network twice.
         both = self.net.embed(torch.cat([images, images.flip(3)]), self.modality)[self.row]
         return F.normalize(both.unflatten(0, (2, -1)).sum(dim=0))
 
 
 def to_onnx(embedding, images, about):
-    """-> an ONNX file's bytes. images: a batch of more than one, or the exporter would fix its size."""
+    """-> bytes of an ONNX file. images: a batch of more than one, otherwise the exporter fixes its size."""
     program = torch.onnx.export(
         embedding,
         (images,),
@@ -157,7 +150,7 @@ def to_onnx(embedding, images, about):
         verbose=False,
     )
     for node in program.model.graph:
-        node.metadata_props.clear()  # where each line of this code lies
+        node.metadata_props.clear()  # paths of this machine
     program.model.metadata_props["gfmnet"] = about
     onnx.checker.check_model(program.model_proto, full_check=True)
     return program.model_proto.SerializeToString()
@@ -168,42 +161,33 @@ def load_onnx(path):
     return lambda images: torch.from_numpy(session.run(["features"], {"images": images.numpy()})[0])
 
 
-def to_torchscript(embedding, images, about):
-    """-> a TorchScript file's bytes."""
-    with io.BytesIO() as file:
-        traced = torch.jit.trace(embedding, images, check_trace=False)  # what is written is checked
-        torch.jit.save(torch.jit.freeze(traced), file, _extra_files={"gfmnet": about})
-        return file.getvalue()
-
-
 def to_safetensors(embedding, _, about):
-    """-> a safetensors file's bytes. Its weights also load into the GFMNet of `options`, with strict=False."""
+    """-> bytes of a safetensors file. Its weights also load into the GFMNet of `options`, with strict=False."""
     return safetensors.torch.save(embedding.net.state_dict(), {"gfmnet": about})
 
 
 def load_embedding(path):
-    """A safetensors file of this script -> its `Embedding`. Raises InputError for any other file."""
+    """A safetensors file of this program -> its `Embedding`. Raises InputError for any other file."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["gfmnet"])
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         embedding = Embedding(GFMNet(**about["options"]), about)
         embedding.net.load_state_dict(state)
     except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: no safetensors file of tools.export ({error}); write it again") from error
+        raise InputError(f"{path}: not a safetensors file of tools.export ({error}); export it again") from error
     return embedding
 
 
 FORMATS = {
     "onnx": (".onnx", to_onnx, load_onnx),
-    "torchscript": (".pt", to_torchscript, torch.jit.load),
     "safetensors": (".safetensors", to_safetensors, load_embedding),
 }
 
 
 @torch.inference_mode()
 def expected(embed, about):
-    """Batches of random bytes and of smooth random images, as a file takes them, each with its features [B, C]."""
+    """Batches of random bytes and of smooth random images, as a file takes them, with their features [B, C]."""
     pairs, generator = [], torch.Generator().manual_seed(0)
     for count in BATCHES:
         noise = torch.randint(256, (count, 3, *about["image_size"]), dtype=torch.uint8, generator=generator)
@@ -215,10 +199,11 @@ def expected(embed, about):
 
 
 @torch.inference_mode()
-def compare(run, pairs):
+def agreement(run, pairs):
     """run: images -> features. -> (smallest cosine of an image's two features, largest difference of two values)."""
-    actual, wanted = (torch.cat(rows) for rows in zip(*((run(images), known) for images, known in pairs), strict=True))
-    return F.cosine_similarity(actual, wanted).min().item(), (actual - wanted).abs().max().item()
+    actual = torch.cat([run(images) for images, _ in pairs])
+    features = torch.cat([features for _, features in pairs])
+    return F.cosine_similarity(actual, features).min().item(), (actual - features).abs().max().item()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Figures: plain values in, a matplotlib `Figure` out, which `save` writes. Nothing here needs a display.
+"""Figures: functions from plain values to a matplotlib `Figure`, which `save` writes. No display is needed.
 
-Colours are Okabe and Ito's, which colour-blind readers tell apart, and never the only difference: lines have dashes,
-modalities markers, and frames of wrong images are dashed.
+Colours are Okabe and Ito's, which colour-blind readers can distinguish. Colour is never the only difference: lines have
+dashes, modalities have markers, and frames of wrong images are dashed.
 """
 
 import textwrap
@@ -13,8 +13,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
-import data_manager
 from core.files import atomic, check_output
+from core.results import result_title
 from data_loader import read_image
 from utils import InputError
 
@@ -25,26 +25,26 @@ FRAMES = {
     "wrong": {"edgecolor": COLOURS[1], "linestyle": (0, (3, 1.5))},
     "query": {"edgecolor": "black", "linestyle": "-"},
 }
-matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
+matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is no formula
 SUFFIXES = (".png", ".svg", ".pdf")
 DPI = 150
 
 
 def check_picture(path, flag="--out"):
-    """Raise InputError unless a picture can be written to `path`."""
+    """Raise InputError unless a figure can be written to `path`."""
     if Path(path).suffix not in SUFFIXES:
-        raise InputError(f"{flag} {path}: name a .png, .svg or .pdf")
+        raise InputError(f"{flag} {path}: is not a .png, .svg or .pdf; choose such a name")
     check_output(path)
 
 
 def save(figure, path):
-    """Write a figure as .png, .svg or .pdf, by the path's ending. Text stays text in an .svg."""
+    """Write a figure as .png, .svg or .pdf, by the suffix of the path. Text in an .svg stays text."""
     with atomic(path) as temporary, matplotlib.rc_context({"svg.fonttype": "none"}):
         figure.savefig(temporary, dpi=DPI, format=Path(path).suffix[1:])
 
 
 class Tile(NamedTuple):
-    """An image of a sheet: its file, the lines under it, and what its frame says: "query", "correct", "wrong", None."""
+    """An image of a sheet: its file, the lines below it, and its frame: "query", "correct", "wrong" or None."""
 
     path: str
     caption: str
@@ -52,15 +52,15 @@ class Tile(NamedTuple):
 
 
 def ranking_sheet(rows, title=""):
-    """Queries with their ranked gallery images. rows: lists of `Tile`s, the query's first, the nearest image's next."""
+    """Queries with their ranked gallery images. rows: lists of `Tile`s, the query first, then the nearest images."""
     columns = max(map(len, rows))
     lines = max(tile.caption.count("\n") + 1 for row in rows for tile in row)
     width, height, text = 0.92, 1.6, 0.125 * lines + 0.1  # inches
     whole_width = columns * width + 0.35
     title = _wrapped(title, whole_width)
     legend = "black frame: query; blue, \N{CHECK MARK}: same identity; orange, dashed, \N{MULTIPLICATION SIGN}: another"
-    told = any(tile.frame in ("correct", "wrong") for row in rows for tile in row)
-    legend = _wrapped(legend, whole_width) if told else ""
+    judged = any(tile.frame in ("correct", "wrong") for row in rows for tile in row)
+    legend = _wrapped(legend, whole_width) if judged else ""
     top = 0.2 + 0.16 * title.count("\n") + 0.2 * bool(title)
     whole_height = len(rows) * (height + text) + top + 0.1 + 0.15 * (legend.count("\n") + 1)
     figure = Figure(figsize=(whole_width, whole_height))
@@ -87,12 +87,12 @@ def thumbnail(path, height=256):
 
 
 def _wrapped(title, width):
-    """A title of size 9 in lines that fit into so many inches."""
+    """A title of font size 9 in lines that fit into `width` inches."""
     return "\n".join(textwrap.wrap(title, int(width / 0.075)))
 
 
 def ranking_tiles(ranked):
-    """`engine.rank_images`' queries as the rows of a `ranking_sheet`."""
+    """`rank_images`' queries as the rows of a `ranking_sheet`."""
     rows = []
     for query in ranked:
         precision = f"AP {100 * query['average_precision']:.0f} %"
@@ -106,7 +106,7 @@ def ranking_tiles(ranked):
 
 
 def heatmap_sheet(pairs, title):
-    """Where the network looks. pairs: of each a list of (caption, image file, {name: heat [h, w], from 0 to 1})."""
+    """Where the network looks. pairs: a list of (caption, image file, {name: heat [h, w], from 0 to 1}) for each."""
     names = list(pairs[0][0][2])
     parts = len(names) + 1
     columns = parts * max(map(len, pairs))
@@ -125,7 +125,7 @@ def heatmap_sheet(pairs, title):
                 box = [left / whole_width, bottom / whole_height, 1 / whole_width, (height - 0.05) / whole_height]
                 panel = figure.add_axes(box, xticks=[], yticks=[])
                 panel.imshow(image if heat is None else image.mean(axis=2), cmap="gray", vmin=0, vmax=255)
-                if heat is not None:  # over gray, so that the image's colours are not taken for heat
+                if heat is not None:  # over gray: colours of the image would look like heat
                     extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
                     panel.imshow(
                         heat, cmap="inferno", alpha=0.6, extent=extent, interpolation="bilinear", vmin=0, vmax=1
@@ -149,12 +149,12 @@ def feature_map(points, ids, modalities, title):
         for modality, marker in markers.items():
             chosen = (ids == person) & (modalities == modality)
             look = {"facecolors": COLOURS[number % len(COLOURS)], "edgecolors": "black"}
-            if number >= len(COLOURS):  # the colours come again, as outlines
+            if number >= len(COLOURS):  # colours repeat as outlines
                 look = {"facecolors": "none", "edgecolors": COLOURS[number % len(COLOURS)]}
             panel.scatter(
                 *points[chosen].T, s=42, marker=marker, linewidths=0.6 if number < len(COLOURS) else 1.6, **look
             )
-            # So many colours are hard to tell apart: the identity stands above its points, too.
+            # Many colours are hard to distinguish: the identity is also written above its points.
             top = points[chosen][points[chosen][:, 1].argmax()]
             panel.annotate(str(person), top, (0, 6), textcoords="offset points", fontsize=7.5, ha="center")
     for modality, marker in markers.items():
@@ -167,7 +167,7 @@ def feature_map(points, ids, modalities, title):
 
 
 def distance_histograms(pairs, title=""):
-    """pairs {label: (distances of the same identity, of two identities)} -> a panel each, with the overlap of both."""
+    """pairs {label: (distances of the same identity, of two identities)} -> Figure with a panel and an overlap each."""
     figure = Figure(figsize=(4.6 * len(pairs), 3.2), layout="constrained")
     panels = figure.subplots(1, len(pairs), squeeze=False, sharex=True)[0]
     both = np.concatenate([values for pair in pairs.values() for values in pair])
@@ -177,8 +177,8 @@ def distance_histograms(pairs, title=""):
             look = {"color": COLOURS[style], "linestyle": DASHES[style]}
             panel.hist(values, bins, density=True, alpha=0.3, color=COLOURS[style])
             panel.hist(values, bins, density=True, histtype="step", linewidth=1.6, label=name, **look)
-        named = f"{label}: " if label else ""
-        panel.set_title(f"{named}overlap {100 * overlap(same, other):.1f} %", fontsize=9, loc="left")
+        prefix = f"{label}: " if label else ""
+        panel.set_title(f"{prefix}overlap {100 * overlap(same, other):.1f} %", fontsize=9, loc="left")
         panel.set(xlabel="cosine distance, query to gallery", yticks=[])
         panel.spines[["top", "right", "left"]].set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()
@@ -188,9 +188,9 @@ def distance_histograms(pairs, title=""):
 
 
 def overlap(a, b):
-    """How much two samples overlap, 0 (a threshold parts them) to 1 (alike): the share of wrong decisions, those of
-    both kinds added, that the best threshold makes. It is 1 less the Kolmogorov-Smirnov distance, and, where the
-    densities cross once, the area that they share."""
+    """Overlap of two samples, from 0 (a threshold separates them) to 1 (alike): the error rates of both samples at the
+    best threshold, added. This is 1 minus the Kolmogorov-Smirnov distance and, if the densities cross once, the area
+    under both."""
     from scipy.stats import ks_2samp  # slow to import
 
     return 1 - ks_2samp(a, b, method="asymp").statistic
@@ -199,23 +199,23 @@ def overlap(a, b):
 def epoch_curves(runs, values):
     """runs: {label: entries of a `run.RunLog`} -> Figure with a panel for each of `values`, by epoch.
 
-    Raises InputError for a value that no log has."""
+    Raises InputError for a value that no log contains."""
     known = {
         key for entries in runs.values() for entry in entries for key, v in entry.items() if not isinstance(v, str)
     }
     panels = {}
     for value in values:
         if value not in known:
-            raise InputError(f"--values {value}: no number of these logs; they have {', '.join(sorted(known))}")
+            raise InputError(f"--values {value}: is not a number in these logs; choose from {', '.join(sorted(known))}")
         points = {label: [(e["epoch"], e[value]) for e in entries if value in e] for label, entries in runs.items()}
-        panels[value] = {label: tuple(zip(*there, strict=True)) for label, there in points.items() if there}
-    return curves(panels, "epoch")
+        panels[value] = {label: tuple(zip(*pairs, strict=True)) for label, pairs in points.items() if pairs}
+    return line_panels(panels, "epoch")
 
 
 def result_curves(tables, curve, titled=True):
-    """tables: {label: rows of `engine.summarise`} -> Figure with a panel for each protocol. POOL is left out beside FC.
+    """tables: {label: rows of `summarise`} -> Figure with a panel for each protocol. FC hides POOL.
 
-    curve: "cmc", by rank, or "precision", by recall. titled: whether panels say what they are of.
+    curve: "cmc", by rank, or "precision", by recall. titled: whether panels have titles.
     """
     every = [(label, row) for label, rows in tables.items() for row in rows]
     panels = {}
@@ -223,26 +223,29 @@ def result_curves(tables, curve, titled=True):
         alike = [other for _, other in every if other["model"] == row["model"]]
         if row["feature"] == "POOL" and any(other["feature"] == "FC" for other in alike):
             continue
-        # What tells a model's rows apart, and no more.
-        told = {"feature": row["feature"], "reranking": row["reranking"], "selection": f"chosen on {row['selection']}"}
-        told["images"] = row["images"]
-        told = [text for key, text in told.items() if text != "none" and len({other[key] for other in alike}) > 1]
-        name = ", ".join([label] * (len(tables) > 1) + [row["model"]] + told)
-        panel = panels.setdefault(data_manager.describe_result(row) if titled else "", {})
+        # A name contains what distinguishes the rows of a model, and no more.
+        texts = {"feature": row["feature"], "reranking": row["reranking"], "selection": f"chosen on {row['selection']}"}
+        texts["images"] = row["images"]
+        texts = [text for key, text in texts.items() if text != "none" and len({other[key] for other in alike}) > 1]
+        name = ", ".join([label] * (len(tables) > 1) + [row["model"]] + texts)
+        panel = panels.setdefault(result_title(row) if titled else "", {})
         if name in panel:
-            raise InputError(f"two rows of results are of one name, {name}; draw them apart")
+            raise InputError(f"two rows of results have the same name, {name}; draw them separately")
         values = row["curves"][curve]
         panel[name] = np.arange(1, len(values) + 1) if curve == "cmc" else np.linspace(0, 100, len(values)), values
-    return curves(panels, *{"cmc": ("rank", "matching rate, %"), "precision": ("recall, %", "precision, %")}[curve])
+    return line_panels(
+        panels, *{"cmc": ("rank", "matching rate, %"), "precision": ("recall, %", "precision, %")}[curve]
+    )
 
 
-def curves(panels, x_label, y_label=""):
-    """panels {title: {label: (x values, y values, and if there is a band, its lower and upper values)}} -> Figure; a
-    label looks the same in all of them."""
+def line_panels(panels, x_label, y_label=""):
+    """panels {title: {label: (x values, y values, and the lower and upper values of a band, if any)}} -> Figure.
+
+    A label looks the same in all panels."""
     names = list(dict.fromkeys(label for lines in panels.values() for label in lines))
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
-    # As many names side by side as there is room for.
+    # As many names side by side as fit.
     beside = max(1, min(len(names), 48 * columns // (8 + max(map(len, names)))))
     figure = Figure(figsize=(4 * columns, 2.9 * rows + 0.2 + 0.25 * -(-len(names) // beside)), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -268,9 +271,9 @@ def curves(panels, x_label, y_label=""):
     return figure
 
 
-def dots(tables):
-    """tables {title: {panel's title: {label: (values, their mean, its interval or None)}}} -> Figure: a row of panels
-    for each table, in it a line for each label, a dot for each value, and the mean as a stroke on its interval."""
+def dot_panels(tables):
+    """tables {title: {panel's title: {label: (values, their mean, its interval or None)}}} -> Figure with a row of
+    panels for each table: a line for each label, a dot for each value, and the mean as a stroke on its interval."""
     labels = {title: list(next(iter(panels.values()))) for title, panels in tables.items()}
     heights = [1.1 + 0.32 * len(names) for names in labels.values()]
     width = 2.2 + 2.6 * len(next(iter(tables.values())))
@@ -286,7 +289,7 @@ def dots(tables):
                     panel.plot(interval, [i, i], color=colour, linewidth=2, solid_capstyle="butt")
                 panel.plot(mean, i, marker="|", markersize=15, markeredgewidth=2.5, color=colour)
                 panel.plot(values, [i] * len(values), "o", markersize=5, mfc="white", mec=colour, zorder=3)
-            # An interval of few values may be so wide that it would hide them: it then runs out of the panel.
+            # A wide interval of a few values would hide them: it is cut at the edge of the panel.
             every = [value for values, *_ in lines.values() for value in values]
             room = max(1, max(every) - min(every))
             ends = every + [end for *_, interval in lines.values() for end in interval or ()]
@@ -298,5 +301,5 @@ def dots(tables):
             panel.grid(axis="x", alpha=0.3)
             panel.tick_params(axis="y", length=0)
             panel.spines[["top", "right", "left"]].set_visible(False)
-    parts[-1].supxlabel("dots: seeds; stroke, bar: mean, its 95 % interval (cut where the panel ends)", fontsize=8)
+    parts[-1].supxlabel("dots: seeds; stroke, bar: mean, its 95 % interval (cut at the edge)", fontsize=8)
     return figure

@@ -1,10 +1,10 @@
-"""Pretrain a backbone on visible images of drawn people: a start for `--weights FILE` where no ImageNet weights are.
+"""Pretrain a backbone on visible images of demo data, for `--weights FILE` where ImageNet weights are not available.
 
     python -m tools.pretrain --data_path people/ --img_h 64 --img_w 32 --distance 20 --out start.pt
 
-The people must be others than those to train on: draw them with another seed (tools.demo_data --seed). `--distance`
-rescales the last stage, and nothing else, so that the pooled features of two people lie that far apart: the triplet
-losses depend on this scale, and pretrained weights come with one of their own.
+Pretrain on other people than those of the training: draw them with another seed (tools.demo_data --seed). `--distance`
+rescales only the last stage, so that the pooled features of two people have that mean distance. The triplet losses
+depend on this scale, and ImageNet weights have their own.
 """
 
 from itertools import islice
@@ -19,38 +19,36 @@ from core.files import atomic, check_output
 from data_loader import IdentitySampler, sysu_train, train_loader
 from loss import MethodLoss
 from model import ARCHS, GFMNet, backbone
-from utils import ArgumentParser, cli, number, progress, seed_everything, select_device
+from utils import ArgumentParser, bounded, cli, progress, seed_everything, select_device
 
-BATCH = 64  # images of a step
-RATE = 1e-3  # of Adam
+BATCH = 64  # images per step
+RATE = 1e-3  # learning rate of Adam
 
 
 def get_args_parser():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data_path", required=True, help="folder laid out and prepared as SYSU-MM01")
+    parser.add_argument("--data_path", required=True, help="prepared folder in the layout of SYSU-MM01")
     parser.add_argument("--out", required=True, metavar="FILE", help="state dict of torchvision's ResNet to write")
-    parser.add_argument("--arch", choices=ARCHS, default="resnet18")
-    parser.add_argument("--img_h", type=number(int, 48, 4096), default=288, help="image height, pixels")
-    parser.add_argument("--img_w", type=number(int, 16, 4096), default=144, help="image width, pixels")
-    parser.add_argument("--steps", type=number(int, 1), default=220)
-    parser.add_argument(
-        "--distance",
-        type=number(float, 0, above=True),
-        help="mean distance of the pooled features of two people to rescale to (default: as trained)",
-    )
-    parser.add_argument("--seed", type=number(int, 0), default=0)
-    parser.add_argument("--gpu", default="0", help="number of the GPU, or cpu")
+    group = parser.add_argument_group("training")
+    group.add_argument("--arch", choices=ARCHS, default="resnet18", help="backbone")
+    group.add_argument("--img_h", type=bounded(int, 48, 4096), default=288, help="image height in pixels")
+    group.add_argument("--img_w", type=bounded(int, 16, 4096), default=144, help="image width in pixels")
+    group.add_argument("--steps", type=bounded(int, 1), default=220, help="training steps")
+    text = "mean distance of the pooled features of two people after rescaling (default: no rescaling)"
+    group.add_argument("--distance", type=bounded(float, 0, above=True), help=text)
+    group.add_argument("--seed", type=bounded(int, 0), default=0, help="seed of the training")
+    group.add_argument("--gpu", default="0", help="number of the GPU, or cpu")
     return parser
 
 
 def main(argv=None):
-    """Returns the mean distances of pooled features in a batch at the saved start: (within, across) identities."""
+    """Returns the mean distances of pooled features in a batch with the saved weights: (within, across) identities."""
     args = get_args_parser().parse_args(argv)
     check_output(args.out)
     device = select_device(args.gpu)
     seed_everything(args.seed)
     data = sysu_train(args.data_path, (args.img_h, args.img_w))
-    resnet = pretrain(backbone(args.arch), data, args.steps, device)
+    resnet = pretrain(backbone(args.arch).network, data, args.steps, device)
     with atomic(args.out) as temporary:
         torch.save(resnet.state_dict(), temporary)
         within, across = pooled_distances(temporary, args.arch, data, device)
@@ -84,23 +82,23 @@ def augment(images):
 
 
 def pooled_distances(weights, arch, data, device, batches=10):
-    """Mean distances (within, across) that training GFMNet from a file of weights begins with."""
+    """Mean distances (within, across) at the start of a training from a file of weights."""
     net = GFMNet(data.num_classes, arch, weights=weights).to(device).train()
-    criterion, found = MethodLoss(), []
+    criterion, distances = MethodLoss(), []
     sampler = IdentitySampler(data, batch_size=8, num_pos=4, seed=0)
     with torch.no_grad():
         for visible, infrared, labels in islice(train_loader(data, sampler, workers=0), batches):
             visible = augment(torch.cat([visible, visible]).to(device))
-            health = criterion.health(net(visible, augment(infrared.to(device))), labels.to(device))
-            found.append((health.distance_within.item(), health.distance_across.item()))
-    return tuple(np.mean(found, axis=0).tolist())
+            health = criterion.health(net(visible, augment(infrared.to(device))), labels.repeat(3).to(device))
+            distances.append((health.distance_within.item(), health.distance_across.item()))
+    return tuple(np.mean(distances, axis=0).tolist())
 
 
 def scale_last_stage(resnet, factor):
-    """Multiply the output of a ResNet's last stage by `factor`, in training and in evaluation, and change nothing else.
+    """Multiply the output of a ResNet's last stage by `factor`, in training and evaluation, and change nothing else.
 
-    Each block ends in batch norm, a sum and a ReLU: scaled affine parameters scale its output. The next block's first
-    batch norm takes the scale out again, so only its running statistics must follow.
+    Each block ends with batch norm, a sum and a ReLU: scaled affine parameters scale its output. The first batch norm
+    of the next block removes the scale again, so only its running statistics must be scaled.
     """
     with torch.no_grad():
         for i, block in enumerate(resnet.layer4):

@@ -1,4 +1,4 @@
-"""A page of test results in one HTML file: tables, figures and ranked images, without a server or a network."""
+"""A page of test results in one HTML file: tables, figures and ranked images. It needs no server and no network."""
 
 import base64
 import hashlib
@@ -12,31 +12,31 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-import data_manager
+from core.datasets import DATASETS
 from core.files import atomic
 from data_loader import read_image
 from utils import progress
 
-CROP = (256, 128)  # height, width of an embedded image: enough to enlarge it, at about 7 KB each
+CROP = (256, 128)  # height, width of an embedded image; about 7 KB each
 PROTOCOL = ("dataset", "mode", "direction", "protocol", "shots")
-# A figure's black, white and blue in the page's colours, so that it suits light and dark.
+# Black, white and blue of a figure become colours of the page, which suit light and dark.
 COLOURS = {"#000000": "currentColor", "#ffffff": "var(--page)", "#0072b2": "var(--correct)"}
 
 
-def write_page(path, title, results, rankings, rankings_title, figures, settings):
-    """Write test results to one HTML file that asks for no other, not even from a network.
+def write_page(path, title, results, rankings, rankings_title, plots, settings):
+    """Write test results to one self-contained HTML file.
 
-    results: rows of `engine.summarise`. rankings: a dict for each query, the hardest first: {"path", "id", "camera",
-    "modality", "average_precision" of 0 to 1, "first_match", a rank from 1, "gallery": its ten nearest images or fewer,
-    a list of {"path", "id", "camera", "similarity", "correct"}}; may be empty. rankings_title: of which search, feature
-    and trial they are. figures: {caption: matplotlib Figure}. settings: {heading: {name: plain value}}.
+    results: rows of `summarise`. rankings: a dict for each query, the hardest first: {"path", "id", "camera",
+    "modality", "average_precision" (0 to 1), "first_match" (a rank from 1), "gallery": at most ten nearest images, a
+    list of {"path", "id", "camera", "similarity", "correct"}}; may be empty. rankings_title: search, feature and trial
+    of the rankings. plots: {caption: matplotlib Figure}. settings: {heading: {name: plain value}}.
 
     Raises InputError for an image that is missing or cannot be read, and if `path` cannot be written.
     """
     files = dict.fromkeys(image["path"] for query in rankings for image in (query, *query["gallery"]))
     bar = progress(files, desc="embedding images", unit="img", leave=False)
     trials = [trial for row in results for trial in row["per_trial"]]
-    common, columns, rows = tabulate(results)
+    common, columns, rows = table_parts(results)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -59,19 +59,19 @@ def write_page(path, title, results, rankings, rankings_title, figures, settings
         pictures={file: (f"i{number}", data_uri(file)) for number, file in enumerate(bar)},
         rankings=rankings,
         rankings_title=rankings_title,
-        figures={caption: inline_svg(figure, caption, f"f{i}-") for i, (caption, figure) in enumerate(figures.items())},
+        plots={caption: inline_svg(figure, caption, f"f{i}-") for i, (caption, figure) in enumerate(plots.items())},
         content={"settings": settings, "results": results},
     )
     with atomic(path) as temporary:
-        temporary.write_text(page, encoding="utf-8", errors="replace")  # a file's name may be no Unicode
+        temporary.write_text(page, encoding="utf-8", errors="replace")  # a file name may not be Unicode
 
 
-def tabulate(results):
-    """-> (what is the same in all rows {column: text}, the other columns, rows of the table).
+def table_parts(results):
+    """-> (labels that all rows share {column: text}, the other columns, rows of the table).
 
-    A row is {"labels": its columns' texts, "metrics": [(mean, deviation or None, whether its protocol has no better)]}.
+    A row is {"labels": texts of its columns, "metrics": [(mean, deviation or None, whether no other is better)]}.
     """
-    labels = [describe(row) for row in results]
+    labels = [row_labels(row) for row in results]
     shared = {
         name: value
         for name, value in labels[0].items()
@@ -79,26 +79,26 @@ def tabulate(results):
     }
     columns = [name for name in labels[0] if name not in shared]
     rows = []
-    for row, named in zip(results, labels, strict=True):
+    for row, texts in zip(results, labels, strict=True):
         rivals = [other for other in results if other is not row and all(other[key] == row[key] for key in PROTOCOL)]
         metrics = [
             (mean, row["std"] and row["std"][name], is_best(mean, [other["mean"][name] for other in rivals]))
             for name, mean in row["mean"].items()
         ]
-        rows.append({"labels": [named[name] for name in columns], "metrics": metrics})
+        rows.append({"labels": [texts[name] for name in columns], "metrics": metrics})
     return shared, columns, rows
 
 
 def is_best(value, others):
-    """Whether there are others, and none is better to the two decimals that the table shows."""
+    """Whether there are others and none is better, to the two decimals of the table."""
     return bool(others) and round(value, 2) >= round(max(others), 2)
 
 
-def describe(row):
-    """What a row's numbers mean, in the words of `testa.py`: {column: text}."""
+def row_labels(row):
+    """What the numbers of a row mean, in the words of `testa.py`: {column: text}."""
     count, trials = row["per_trial"][0], row["trials"]
     values = {
-        "data": data_manager.data_name(row["dataset"], row["demo"], count["queries"]),
+        "data": DATASETS[row["dataset"]].title(row["demo"], count["queries"]),
         **{name: row[name] for name in ("mode", "direction", "protocol", "shots")},
         "trials": f"trial {trials[0]}" if len(trials) == 1 else len(trials),
         "similarity": row["similarity"],
@@ -117,32 +117,34 @@ def describe(row):
 
 
 def data_uri(path):
-    """An image file as a JPEG of CROP's size, in a URI of its own."""
+    """An image file as the data URI of a JPEG of size CROP."""
     buffer = io.BytesIO()
     Image.fromarray(read_image(path, CROP)).save(buffer, "JPEG", quality=80, optimize=True)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def inline_svg(figure, caption, prefix):
-    """A figure as an <svg> among others of a page: its ids begin with `prefix`, its text is text, in COLOURS."""
+    """A figure as an <svg> element: its ids begin with `prefix`, its text stays text, its colours are COLOURS."""
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):  # the same figure, the same ids
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):  # makes ids reproducible
         figure.savefig(buffer, format="svg", transparent=True)
     root = ElementTree.fromstring(buffer.getvalue())
     for parent in (root, *root):
-        for child in parent.findall("{*}metadata") + parent.findall("{*}style"):  # a style would be the whole page's
+        for child in parent.findall("{*}metadata") + parent.findall(
+            "{*}style"
+        ):  # a style would apply to the whole page
             parent.remove(child)
     for element in root.iter():
         element.tag = element.tag.split("}")[1]
         for name, value in [*element.attrib.items()]:
             del element.attrib[name]
             value = prefix + value if name == "id" else re.sub(r"(?<=^#)|(?<=url\(#)", prefix, value)
-            value = re.sub("|".join(COLOURS), lambda found: COLOURS[found[0]], value)
+            value = re.sub("|".join(COLOURS), lambda match: COLOURS[match[0]], value)
             element.attrib[name.split("}")[-1]] = value
-    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": caption}  # the page sets its size
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": caption}  # the page sets the size
     return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
 def digest(script):
-    """SHA-256 by which a content security policy knows the one script that may run."""
+    """SHA-256 by which the content security policy allows this script and no other."""
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -1,12 +1,12 @@
-"""Pictures of a checkpoint and of runs: rankings, heat maps, feature maps, distances, curves.
+"""Draw figures of a checkpoint or of runs: rankings, heat maps, feature maps, distances, curves.
 
     python -m tools.visualize ranking --resume save_model/..._best.t --out ranking.png
 
-ranking     queries with the gallery images nearest to them, as the protocol lets them see it
-heatmap     where the network looks, over queries and their matches
-tsne        the features of some identities, both modalities, on a map
-distances   how far images of one identity and of two identities are apart
-curves      losses and metrics of runs by epoch, from their logs; or CMC curves, from testa.py's --json
+ranking     queries with their nearest gallery images under the protocol
+heatmap     where the network looks, for queries and their matches
+tsne        a map of the features of some identities in both modalities
+distances   distances between images of the same identity and of different ones
+curves      losses and metrics by epoch, from the logs of runs; or CMC curves, from testa.py's --json
 """
 
 import argparse
@@ -19,146 +19,150 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import data_manager
 from ChannelAug import normalise
-from core import engine, protocol
+from core import engine, evaluation
 from core.checkpoint import find_checkpoint
+from core.datasets import DATASETS, Search, search_title
+from core.results import choose_queries, pair_distances, rank_images, result_title
 from core.run import read_json_lines
 from data_loader import read_image
+from data_manager import NUMBER
 from model import FEATURES
 from tools import figures
-from utils import ArgumentParser, InputError, cli, number, progress, select_device
+from utils import ArgumentParser, InputError, bounded, cli, progress, select_device
 
 
 def get_args_parser():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name, text, resume):
+    def command(name, text, nargs=None):
+        """A command that draws a checkpoint's figure -> the group of its own flags."""
         sub = commands.add_parser(name, help=text)
-        sub.add_argument("--out", required=True, metavar="FILE", help="picture to write: .png, .svg or .pdf")
-        if resume:
-            sub.add_argument("--resume", required=True, **resume)
-            protocol.add_flags(sub)
-            sub.add_argument("--feature", choices=FEATURES, default="FC")
-            sub.add_argument("--gallery", type=number(int, 0, 9), help="SYSU-MM01, LLCM: gallery's trial (default: 0)")
-        return sub
+        group = sub.add_argument_group("figure")
+        group.add_argument("--out", required=True, metavar="FILE", help="figure to write: .png, .svg or .pdf")
+        group.add_argument("--feature", choices=FEATURES, default="FC", help="feature after or before the bottleneck")
+        text = "trial of the gallery, for SYSU-MM01 and LLCM (default: 0)"
+        group.add_argument("--gallery", type=bounded(int, 0, 9), help=text)
+        source = sub.add_argument_group("checkpoint and protocol")
+        text = "checkpoint (or two, to compare them)" if nargs else "checkpoint"
+        source.add_argument("--resume", required=True, nargs=nargs, help=f"{text}: a path, or a name in --model_path")
+        evaluation.add_flags(source)
+        return group
 
-    one = {"help": "checkpoint: a path, or a name under --model_path"}
-    ranking = command("ranking", "queries with their nearest gallery images", one)
-    heatmap = command("heatmap", "where the network looks, over queries and their matches", one)
-    for sub, queries in ((ranking, 6), (heatmap, 3)):
-        sub.add_argument(
-            "--which", type=which, default="worst", help="queries: worst or best by average precision, random, or an ID"
-        )
-        sub.add_argument("--queries", type=number(int, 1, 100), default=queries, help="how many")
-        sub.add_argument("--seed", type=number(int, 0), default=0, help="of --which random")
-    ranking.add_argument("--top", type=number(int, 1, 50), default=10, help="gallery images of each")
-    tsne = command("tsne", "features of some identities, both modalities, on a map", one)
-    tsne.add_argument("--people", type=number(int, 2, 100), default=10, help="identities")
-    tsne.add_argument("--seed", type=number(int, 0), default=0, help="of the identities' choice and of the map")
-    two = {"help": "one checkpoint, or two: from before and after", "nargs": "+"}
-    command("distances", "distances of images of one identity and of two", two)
-    curves = command("curves", "losses and metrics by epoch, or CMC curves", None)
-    curves.add_argument("logs", nargs="+", metavar="FILE", help="runs' {name}.jsonl, or testa.py's .json")
-    curves.add_argument("--values", nargs="+", help="what of a log's entries (default: total correct FC/Rank-1)")
+    ranking = command("ranking", "queries with their nearest gallery images")
+    heatmap = command("heatmap", "where the network looks, for queries and their matches")
+    for group, queries in ((ranking, 6), (heatmap, 3)):
+        text = "queries: worst or best by average precision, random, or an ID"
+        group.add_argument("--which", type=which, default="worst", help=text)
+        group.add_argument("--queries", type=bounded(int, 1, 100), default=queries, help="number of queries")
+        group.add_argument("--seed", type=bounded(int, 0), default=0, help="seed of --which random")
+    ranking.add_argument("--top", type=bounded(int, 1, 50), default=10, help="gallery images per query")
+    tsne = command("tsne", "a map of the features of some identities")
+    tsne.add_argument("--people", type=bounded(int, 2, 100), default=10, help="number of identities")
+    tsne.add_argument("--seed", type=bounded(int, 0), default=0, help="seed of the map and of the identities")
+    command("distances", "distances within and between identities", nargs="+")
+    curves = commands.add_parser("curves", help="losses and metrics by epoch, or CMC curves")
+    curves.add_argument("logs", nargs="+", metavar="FILE", help="{name}.jsonl of runs, or .json of testa.py")
+    curves.add_argument("--out", required=True, metavar="FILE", help="figure to write: .png, .svg or .pdf")
+    curves.add_argument("--values", nargs="+", help="values of the logs (default: total correct FC/Rank-1)")
     curves.add_argument("--labels", nargs="+", help="names of the runs (default: those of their files)")
     return parser
 
 
 def which(text):
-    """An argparse type: which queries."""
-    if text not in ("worst", "best", "random") and not re.fullmatch(data_manager.NUMBER, text):
+    """An argparse type: the choice of queries."""
+    if text not in ("worst", "best", "random") and not re.fullmatch(NUMBER, text):
         raise argparse.ArgumentTypeError(f"{text!r} is not worst, best, random, or the number of an identity")
     return text
 
 
 def main(argv=None):
-    """Returns the picture's path."""
+    """Returns the path of the figure."""
     args = get_args_parser().parse_args(argv)
     figures.check_picture(args.out)
-    draw = {"ranking": ranking, "heatmap": heatmap, "tsne": tsne, "distances": distances, "curves": curves}
+    draw = {
+        "ranking": draw_ranking,
+        "heatmap": draw_heatmaps,
+        "tsne": draw_feature_map,
+        "distances": draw_distances,
+        "curves": draw_curves,
+    }
     figures.save(draw[args.command](args), args.out)
     print(args.out)
     return args.out
 
 
 class Tested(NamedTuple):
-    """A checkpoint's network, the search that the flags ask for with its images' paths and features, and what both are
-    in words."""
+    """A checkpoint's network, one search with paths and features of its images, and both in words."""
 
     net: torch.nn.Module
     device: torch.device
     size: tuple
     paths: dict
-    search: data_manager.Search
+    search: Search
     features: dict
     network: str
     setting: str
 
 
 def embed_test(args, resume):
-    """-> `Tested`: all images of the flags' search, embedded by the checkpoint that `resume` names."""
-    protocol.check_flags(args)
+    """The checkpoint `resume` and the search of the flags -> `Tested`."""
+    evaluation.check_search_flags(args)
     if args.dataset == "regdb" and args.gallery is not None:
-        raise InputError("--gallery is SYSU-MM01's and LLCM's: RegDB's galleries are whole; leave it out")
-    device, data_path = select_device(args.gpu, args.amp), protocol.data_folder(args)
+        raise InputError("--gallery is for SYSU-MM01 and LLCM; RegDB has one gallery per trial: leave it out")
+    device, data_path = select_device(args.gpu, args.amp), evaluation.data_folder(args)
     path = find_checkpoint(resume, args.model_path)
-    net, size, origin = protocol.open_checkpoint(path, data_path)
-    trial = protocol.tested_trial(path, origin, args.dataset, args.trial)
-    test = protocol.searches(args, data_path, trial, [args.gallery or 0])
+    net, size, origin = evaluation.open_checkpoint(path, data_path)
+    trial = evaluation.tested_trial(path, origin, args.dataset, args.trial)
+    test = evaluation.find_searches(args, data_path, trial, [args.gallery or 0])
     net.to(device, memory_format=torch.channels_last)
     embed = engine.network_embedding(net, device, normalise, args.amp)
-    features = protocol.embed_images(embed, test.paths, size, args)
+    features = evaluation.embed_images(embed, test.paths, size, args)
     (search,) = test.searches
-    setting = f"{data_manager.describe(search.setting)}, trial {search.setting['trial']}"
-    name = data_manager.data_name(args.dataset, origin["demo"], len(search.query.rows))
+    setting = f"{search_title(search.setting)}, trial {search.setting['trial']}"
+    name = DATASETS[args.dataset].title(origin["demo"], len(search.query.rows))
     setting = f"{name}, {setting}; {args.feature}"
     return Tested(net, device, size, test.paths, search, features, origin["network"], setting)
 
 
-def choose(args, tested, top=None):
-    """The queries that `--which` asks for, with `top` images each, or all: as `engine.rank_images` gives them."""
-    found = engine.run_search(tested.features, tested.search)[args.feature, "none"]
-    chosen = engine.choose_queries(found, tested.search, args.which, args.queries, args.seed)
-    return engine.rank_images(tested.features, tested.paths, tested.search, args.feature, found, chosen, top)
+def rank_queries(args, tested, top=None):
+    """The queries of `--which` with their `top` nearest images, or all: as `rank_images` gives them."""
+    matches = engine.run_search(tested.features, tested.search)[args.feature, "none"]
+    queries = choose_queries(matches, tested.search, args.which, args.queries, args.seed)
+    return rank_images(tested.features, tested.paths, tested.search, args.feature, matches, queries, top)
 
 
-def ranking(args):
+def draw_ranking(args):
     tested = embed_test(args, args.resume)
-    ranked = choose(args, tested, args.top)
+    ranked = rank_queries(args, tested, args.top)
     title = (
         f"{tested.setting}; {tested.network}; queries: {args.which}. AP: average precision; numbers: cosine similarity"
     )
     return figures.ranking_sheet(figures.ranking_tiles(ranked), title)
 
 
-def heatmap(args):
+def draw_heatmaps(args):
     tested = embed_test(args, args.resume)
     pairs = []
-    for query in progress(choose(args, tested), desc="heat maps", unit="pair"):
+    for query in progress(rank_queries(args, tested), desc="heat maps", unit="pair"):
         match = next(image for image in query["gallery"] if image["correct"])
         images = [(query, tested.search.query.modality), (match, tested.search.gallery.modality)]
-        captions = ["query", f"match, rank {query['first_match']}"]
-        pairs.append(
-            [
-                (f"{caption}: id {image['id']}, camera {image['camera']}", image["path"], heat)
-                for caption, (image, _), heat in zip(
-                    captions, images, pair_heats(tested, images, args.feature), strict=True
-                )
-            ]
-        )
-    title = f"{tested.setting}; {tested.network}; queries: {args.which}. Dark: least, yellow: most of each map"
+        names, heats = ("query", f"match, rank {query['first_match']}"), pair_heats(tested, images, args.feature)
+        captions = [f"{name}: id {i['id']}, camera {i['camera']}" for name, (i, _) in zip(names, images, strict=True)]
+        pairs.append(list(zip(captions, (image["path"] for image, _ in images), heats, strict=True)))
+    title = (
+        f"{tested.setting}; {tested.network}; queries: {args.which}. Dark: smallest, yellow: largest value of each map"
+    )
     return figures.heatmap_sheet(pairs, title)
 
 
 def pair_heats(tested, images, feature):
-    """Where the network looks in two images, [(image, modality), ...] -> of each {name: heat [H, W], 0 to 1}.
+    """Where the network looks in two images [(image, modality), ...] -> for each {name: heat [H, W], 0 to 1}.
 
-    "similarity": what each place of the last feature map adds to the similarity to the other image, or 0 where it takes
-    away: HiResCAM (Draelos and Carin, 2020), Grad-CAM without its averaging of gradients over places. Of the images
-    without their mirrors. "attention": AFAM's spatial attention, where the network has it. Each from its smallest to
-    its largest value.
+    "similarity": the contribution of each position of the last feature map to the similarity to the other image, 0 if
+    negative: HiResCAM (Draelos and Carin, 2020), which is Grad-CAM without averaging gradients over positions. Images
+    are not mirrored. "attention": AFAM's spatial attention, if the network has it. Each is scaled to its range.
     """
     from pytorch_grad_cam import HiResCAM  # slow to import
 
@@ -182,8 +186,8 @@ def pair_heats(tested, images, feature):
 
 
 class Stream(torch.nn.Module):
-    """One stream of a network as a module: images [B, 3, H, W] -> [B, C], not normalised. The cosine similarity's own
-    gradient would be orthogonal to the feature: what a place adds and what another takes away would cancel."""
+    """One stream of a network as a module: images [B, 3, H, W] -> [B, C], not normalised. The gradient of the cosine
+    similarity itself is orthogonal to the feature: contributions of the positions would cancel."""
 
     def __init__(self, net, modality, feature):
         super().__init__()
@@ -194,98 +198,95 @@ class Stream(torch.nn.Module):
 
 
 def attention_map(net, images, modality):
-    """AFAM's spatial attention in [1, 3, H, W] -> [h, w], 0 to 1."""
-    kept = []
-    handle = net.attention.spatial.register_forward_hook(lambda module, inputs, output: kept.append(output.sigmoid()))
+    """AFAM's spatial attention for an image [1, 3, H, W] -> [h, w], 0 to 1."""
+    maps = []
+    handle = net.attention.spatial.register_forward_hook(lambda module, inputs, output: maps.append(output.sigmoid()))
     with torch.no_grad():
         net.embed(images, modality)
     handle.remove()
-    return kept[0][0, 0].cpu().numpy()
+    return maps[0][0, 0].cpu().numpy()
 
 
-def tsne(args):
+def draw_feature_map(args):
     from sklearn.manifold import TSNE  # slow to import
 
     tested = embed_test(args, args.resume)
     query, gallery = tested.search.query, tested.search.gallery
     people = np.intersect1d(query.ids, gallery.ids)
     if len(people) < args.people:
-        raise InputError(f"--people {args.people}: only {len(people)} have images of both modalities in this search")
+        raise InputError(
+            f"--people {args.people}: only {len(people)} have images of both modalities in this search; reduce it"
+        )
     people = np.sort(np.random.default_rng(args.seed).choice(people, args.people, replace=False))
     features, ids, modalities = [], [], []
     for images in (query, gallery):
-        chosen = np.isin(images.ids, people)
-        features.append(tested.features[images.modality][args.feature][images.rows[chosen]].cpu().numpy())
-        ids.append(images.ids[chosen])
-        modalities += [images.modality] * chosen.sum()
+        mask = np.isin(images.ids, people)
+        features.append(tested.features[images.modality][args.feature][images.rows[mask]].cpu().numpy())
+        ids.append(images.ids[mask])
+        modalities += [images.modality] * mask.sum()
     features = np.concatenate(features)
     perplexity = min(30, (len(features) - 1) / 3)
     points = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=args.seed).fit_transform(features)
-    return figures.feature_map(
-        points,
-        np.concatenate(ids),
-        np.array(modalities),
-        f"t-SNE; {tested.setting}; {tested.network}; numbers: identities",
-    )
+    title = f"t-SNE; {tested.setting}; {tested.network}; numbers: identities"
+    return figures.feature_map(points, np.concatenate(ids), np.array(modalities), title)
 
 
-def distances(args):
+def draw_distances(args):
     if len(args.resume) > 2 or len(set(args.resume)) < len(args.resume):
-        raise InputError(f"--resume {' '.join(args.resume)}: give one checkpoint, or two to compare")
+        raise InputError(f"--resume {' '.join(args.resume)}: pass one checkpoint, or two to compare")
     tested = [embed_test(args, resume) for resume in args.resume]
     if len({one.setting for one in tested}) > 1:
-        raise InputError(f"--resume {' '.join(args.resume)}: are of two trials, whose people differ; give one trial's")
+        raise InputError(
+            f"--resume {' '.join(args.resume)}: were trained on different trials, with different people; pass "
+            "checkpoints of one trial"
+        )
     labels = [one.network for one in tested]
     if len(set(labels)) < len(labels):
         labels = args.resume
-    pairs = [engine.pair_distances(one.features, one.search, args.feature) for one in tested]
+    pairs = [pair_distances(one.features, one.search, args.feature) for one in tested]
     return figures.distance_histograms(dict(zip(labels, pairs, strict=True)), tested[0].setting)
 
 
-def curves(args):
+def draw_curves(args):
     if args.labels and len(args.labels) != len(args.logs):
-        raise InputError(f"--labels {' '.join(args.labels)}: give one for each of the {len(args.logs)} files")
+        raise InputError(f"--labels {' '.join(args.labels)}: pass one for each of the {len(args.logs)} files")
     names = [Path(log).stem for log in args.logs]
     labels = args.labels or (names if len(set(names)) == len(names) else args.logs)
     if len(set(labels)) < len(labels):
-        raise InputError(f"{' '.join(labels)}: two files of one name; tell them apart with --labels")
+        raise InputError(f"{' '.join(labels)}: two files have the same name; distinguish them with --labels")
     kinds = {Path(log).suffix for log in args.logs}
     if kinds == {".json"}:
         if args.values:
-            raise InputError(f"--values {' '.join(args.values)}: is of logs (.jsonl); testa.py's .json has CMC curves")
+            raise InputError(
+                f"--values {' '.join(args.values)}: is for logs (.jsonl); leave it out for results (.json)"
+            )
         return figures.result_curves(dict(zip(labels, map(read_results, args.logs), strict=True)), "cmc")
     if ".json" in kinds:
-        raise InputError(f"{' '.join(args.logs)}: logs (.jsonl) or testa.py's results (.json), not both")
+        raise InputError(f"{' '.join(args.logs)}: pass logs (.jsonl) or results of testa.py (.json), not both")
     runs = dict(zip(labels, map(read_log, args.logs), strict=True))
     return figures.epoch_curves(runs, args.values or ["total", "correct", "FC/Rank-1"])
 
 
 def read_log(path):
-    """The entries of a run's JSON lines."""
+    """The entries of a run's log."""
     if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; name a run's .jsonl, which lies under its --log_path")
+        raise InputError(f"{path}: no such file; pass the .jsonl of a run, which is under its --log_path")
     entries = read_json_lines(Path(path))
     if not entries:
-        raise InputError(f"{path}: has no entry of an epoch; name the .jsonl of a run that has finished one")
+        raise InputError(f"{path}: contains no epoch; pass the .jsonl of a run that has finished one")
     return entries
 
 
 def read_results(path):
-    """The results in testa.py's JSON."""
+    """The results in a JSON file of testa.py."""
     try:
         results = json.loads(Path(path).read_text())["results"]
         for row in results or [{}]:
-            (
-                data_manager.describe_result(row),
-                row["model"],
-                row["selection"],
-                row["feature"],
-                row["reranking"],
-                row["curves"]["cmc"][0],
-            )
+            result_title(row)
+            _ = [row[name] for name in ("model", "selection", "feature", "reranking")], row["curves"]["cmc"][0]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise InputError(
-            f"{path}: has no results with CMC curves ({type(error).__name__}); write it with testa.py --json"
+            f"{path}: contains no results with CMC curves ({type(error).__name__}); make it with testa.py --json"
         ) from error
     return results
 

@@ -1,0 +1,296 @@
+"""Everything that differs between data sets, one spec for each in `DATASETS`; and the searches that test on them.
+
+To add a data set, write its `train` and `searches` and add a `DataSet` to `DATASETS`: flags, tables, figures and checks
+follow from it.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import data_manager
+from data_loader import listed_train, sysu_train
+from eval_metrics import REGDB_RULES, SYSU_RULES, Rules
+from utils import InputError
+
+TRIALS = range(10)  # a drawn gallery for each
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """The spec of a data set. For "a modality", write "visible" or "infrared".
+
+    name: for people. path: default of --data_path. directions: "query to gallery", the default first; --tvsearch picks
+    the second. queries: how many the whole test set has, in each direction; tables call other data "data like ...".
+    rules: what a query does not see, and what the CMC counts. options: flags that not every data set has -> their
+    values, the default first. Of these, mode, protocol and shots choose searches; select: "val" needs validation ids;
+    trial: a network is trained for each, so that a test has only that one. trials: what a test goes through.
+
+    train(data_path, size, **options) -> `data_loader.TrainData`, of images of size = (height, width); the options are
+    `trial` and `select`, as far as the data set has them.
+    searches(data_path, directions, trials, **options) -> `Searches`; the options are `mode`, `protocol` and `shots`, a
+    sequence of values each, and `select`, one value.
+    """
+
+    name: str
+    path: str
+    directions: tuple
+    queries: tuple
+    rules: Rules
+    train: Callable
+    searches: Callable
+    trials: range = TRIALS
+    options: dict = field(default_factory=dict)
+
+    def own(self, **flags):
+        """Those of the flags that are options of this data set."""
+        return {flag: value for flag, value in flags.items() if flag in self.options}
+
+    def title(self, demo, queries):
+        """The name in tables and figures: the data set's own only for as many queries as it has."""
+        like = "demo data like " if demo else "" if queries in self.queries else "data like "
+        return like + self.name
+
+
+def option_values(flag):
+    """All values that an option has in any data set; the first is the flag's default."""
+    return tuple(dict.fromkeys(value for dataset in DATASETS.values() for value in dataset.options.get(flag, ())))
+
+
+def check_options(args):
+    """Raise InputError for a flag that has no meaning for --dataset. Flags at their defaults pass."""
+    dataset = DATASETS[args.dataset]
+    for flag in dict.fromkeys(flag for other in DATASETS.values() for flag in other.options):
+        value = getattr(args, flag, None)
+        if value not in (None, option_values(flag)[0], *dataset.options.get(flag, ())):
+            names = [other.name for other in DATASETS.values() if value in other.options.get(flag, ())]
+            raise InputError(
+                f"--{flag} {value}: is an option of {' and '.join(names)}; leave it out with --dataset {args.dataset}"
+            )
+    if getattr(args, "tvsearch", False) and len(dataset.directions) < 2:
+        raise InputError(f"--tvsearch: {dataset.name} is searched from {dataset.directions[0]} only; leave it out")
+
+
+# ---------------------------------------------------------------------------------------------------------- searches
+
+
+class Images(NamedTuple):
+    """Some rows of one of the lists of a `Searches`, with their identities and cameras [N]."""
+
+    modality: str
+    rows: np.ndarray
+    ids: np.ndarray
+    cameras: np.ndarray
+
+
+class Search(NamedTuple):
+    """One search of a protocol; `setting` says which: data set, split, mode, direction, protocol, shots, trial."""
+
+    setting: dict
+    query: Images
+    gallery: Images
+
+    @property
+    def rules(self):
+        return DATASETS[self.setting["dataset"]].rules
+
+    def features(self, features, name):
+        """The queries' and the gallery's rows of one feature: [Q, C], [G, C]. features: as `engine.run_search` has."""
+        return [features[images.modality][name][images.rows] for images in (self.query, self.gallery)]
+
+    def sees(self, rows):
+        """Which gallery images the queries of some rows (NumPy) see: bool [n, G], on the CPU."""
+        hidden = np.zeros((len(rows), len(self.gallery.ids)), bool)
+        if self.rules.not_seen:
+            rows = rows[:, None]
+            hidden |= self.rules.not_seen(self.query.ids[rows], self.query.cameras[rows], *self.gallery[2:])
+        return ~torch.from_numpy(hidden)
+
+    def check_matches(self):
+        """Raise InputError when no query has a match that it sees."""
+        query, gallery = (np.unique(np.stack(images[2:]), axis=1) for images in (self.query, self.gallery))
+        match = query[0][:, None] == gallery[0]
+        if self.rules.not_seen:
+            match &= ~self.rules.not_seen(*query[:, :, None], *gallery)
+        if not match.any():
+            raise InputError(
+                f"no query has a match in the gallery that it sees ({search_title(self.setting)}; not seen: "
+                f"{self.rules.unseen or 'nothing'}); check the ids and the numbers of the cameras"
+            )
+
+
+class Searches:
+    """Some searches of a data set, and every image that they need, once: `paths` {modality: list}.
+
+    notes: lines for the user, on what is missing.
+    """
+
+    def __init__(self, dataset):
+        self.dataset, self.searches, self.notes = dataset, [], []
+        self._row = {"visible": {}, "infrared": {}}
+
+    @property
+    def paths(self):
+        return {modality: list(rows) for modality, rows in self._row.items()}
+
+    def images(self, modality, listing):
+        """(paths, ids, cameras) -> Images."""
+        paths, ids, cameras = listing
+        row = self._row[modality]
+        return Images(modality, np.array([row.setdefault(path, len(row)) for path in paths]), ids, cameras)
+
+    def add(self, query, gallery, direction, protocol, trial, mode=None, shots=1, split="test"):
+        """Append a search. Its setting says what a number means, as plain values for tables and JSON."""
+        rules = DATASETS[self.dataset].rules
+        setting = {
+            "dataset": self.dataset,
+            "split": split,
+            "mode": mode,
+            "direction": direction,
+            "protocol": protocol,
+            "shots": shots,
+            "similarity": "cosine",
+            "cmc_counts": "identities" if rules.counts_identities else "images",
+            "unseen": rules.unseen,
+            "trial": trial,
+        }
+        self.searches.append(Search(setting, query, gallery))
+
+
+def search_title(setting):
+    """What a search is, in words: "all-search, infrared to visible, seeded protocol, 1-shot"."""
+    parts = [f"{setting['mode']}-search"] if setting["mode"] else []
+    parts += [setting["direction"], f"{setting['protocol']} protocol"]
+    parts += [f"{setting['shots']}-shot"] if setting["shots"] else []
+    return ", ".join(parts)
+
+
+# ------------------------------------------------------------------------------------------- SYSU-MM01, RegDB, LLCM
+
+
+def sysu_searches(
+    data_path,
+    directions=("infrared to visible",),
+    trials=TRIALS,
+    mode=("all",),
+    protocol=("seeded",),
+    shots=(1,),
+    select="test",
+):
+    """SYSU-MM01's searches, one for each protocol, mode, number of shots and trial: all queries in that gallery.
+
+    They are those of `process_query_sysu` and `process_gallery_sysu`, but folders and permutations are read once. The
+    official protocol among others is left out, with a note, where its file is missing.
+    """
+    test = Searches("sysu")
+    if len(protocol) > 1 and not (file := data_manager.permutations_file(data_path)).is_file():
+        protocol = ("seeded",)
+        test.notes.append(f"note: no {file}, so without the official protocol ({data_manager.PERMUTATIONS_SOURCE})")
+    query = test.images("infrared", data_manager.process_query_sysu(data_path, split=select))
+    identities = data_manager.read_ids(data_path, select)
+    folders = {name: data_manager.list_folders(data_path, identities, data_manager.SYSU_VISIBLE[name]) for name in mode}
+    permutations = {
+        "seeded": None,
+        "official": data_manager.read_permutations(data_path) if "official" in protocol else None,
+    }
+    for direction, draws, name, number, trial in itertools.product(directions, protocol, mode, shots, trials):
+        drawn = data_manager.draw_gallery(folders[name], trial, number, permutations[draws])
+        test.add(query, test.images("visible", drawn), direction, draws, trial, name, number, select)
+    cameras = {*data_manager.SYSU_INFRARED, *(camera for name in mode for camera in data_manager.SYSU_VISIBLE[name])}
+    for search in test.searches:
+        cameras.difference_update(search.query.cameras.tolist(), search.gallery.cameras.tolist())
+    if cameras:
+        numbers = ", ".join(map(str, sorted(cameras)))
+        test.notes.append(f"warning: {data_path}: no test id has an image of camera {numbers}")
+    return test
+
+
+def regdb_train(data_path, size, trial=1):
+    """RegDB's training images of one trial, decoded once and kept in `{data_path}/cache/`."""
+    test = [data_manager.process_test_regdb(data_path, trial, modal)[0] for modal in data_manager.REGDB_CAMERAS]
+    return listed_train(data_path, [f"train_{modal}_{trial}" for modal in data_manager.REGDB_CAMERAS], size, test)
+
+
+def regdb_searches(data_path, directions=("visible to thermal",), trials=(1,)):
+    """RegDB's searches, one for each trial and direction. Both directions use the same two lists; each image goes
+    through the stream of its modality."""
+    test = Searches("regdb")
+    for trial in trials:
+        images = {
+            modal: test.images(modality, data_manager.process_test_regdb(data_path, trial, modal))
+            for modal, modality in (("visible", "visible"), ("thermal", "infrared"))
+        }
+        for direction in directions:
+            query, gallery = direction.split(" to ")
+            test.add(images[query], images[gallery], direction, "standard", trial, shots=None)
+    return test
+
+
+def llcm_train(data_path, size):
+    """LLCM's training images, decoded once and kept in `{data_path}/cache/`."""
+    test = [data_manager.process_query_llcm(data_path, modality)[0] for modality in data_manager.LLCM_NAMES]
+    return listed_train(data_path, [f"train_{name}" for name in data_manager.LLCM_NAMES.values()], size, test)
+
+
+def llcm_searches(data_path, directions=("visible to infrared",), trials=TRIALS):
+    """LLCM's searches, one for each direction and trial: every image of one modality in a gallery of the other."""
+    test = Searches("llcm")
+    for direction in directions:
+        from_modality, to_modality = direction.split(" to ")
+        query = test.images(from_modality, data_manager.process_query_llcm(data_path, from_modality))
+        folders = data_manager.llcm_folders(data_path, to_modality)
+        for trial in trials:
+            gallery = test.images(to_modality, data_manager.draw_gallery(folders, trial))
+            test.add(query, gallery, direction, "seeded", trial)
+    return test
+
+
+# Its cameras take both modalities. Source: Zhang and Wang, "Diverse Embedding Expansion Network and Low-Light
+# Cross-Modality Benchmark for Visible-Infrared Person Re-identification", CVPR 2023.
+LLCM_RULES = Rules(
+    not_seen=lambda q_pids, q_camids, g_pids, g_camids: (q_pids == g_pids) & (q_camids == g_camids),
+    unseen="same identity in the same camera",
+    counts_identities=True,
+)
+
+DATASETS = {
+    "sysu": DataSet(
+        name="SYSU-MM01",
+        path="../data/SYSU-MM01/",
+        directions=("infrared to visible",),
+        queries=(3803,),
+        rules=SYSU_RULES,
+        train=sysu_train,
+        searches=sysu_searches,
+        options={
+            "mode": tuple(data_manager.SYSU_VISIBLE),
+            "protocol": data_manager.SYSU_PROTOCOLS,
+            "shots": (1, 10),
+            "select": ("test", "val"),
+        },
+    ),
+    "regdb": DataSet(
+        name="RegDB",
+        path="../data/RegDB/",
+        directions=("visible to thermal", "thermal to visible"),
+        queries=(2060,),
+        rules=REGDB_RULES,
+        train=regdb_train,
+        searches=regdb_searches,
+        trials=range(1, 11),
+        options={"trial": range(1, 11)},
+    ),
+    "llcm": DataSet(
+        name="LLCM",
+        path="../data/LLCM/",
+        directions=("visible to infrared", "infrared to visible"),
+        queries=(8680, 7166),
+        rules=LLCM_RULES,
+        train=llcm_train,
+        searches=llcm_searches,
+    ),
+}

@@ -1,0 +1,131 @@
+"""What the programs that test share: the flags that choose a search, the checkpoint, the searches, the features."""
+
+import json
+import os
+
+from core import engine
+from core.checkpoint import load_checkpoint
+from core.datasets import DATASETS, check_options, option_values
+from data_loader import eval_loader
+from data_manager import is_demo
+from loss import method_name
+from model import load_network
+from utils import InputError, bounded
+
+
+def add_flags(parser):
+    """Add the flags that choose data set and search, and how images are embedded."""
+    parser.add_argument("--dataset", choices=DATASETS, default="sysu")
+    parser.add_argument("--data_path", help="folder of the data set (default: by --dataset)")
+    parser.add_argument("--model_path", default="save_model/", help="folder of the checkpoints")
+    parser.add_argument(
+        "--mode", choices=option_values("mode"), default="all", help="of SYSU-MM01: all- or indoor-search"
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=option_values("protocol"),
+        default="seeded",
+        help="SYSU-MM01: galleries drawn by seeded generators, or those of its authors' rand_perm_cam.mat",
+    )
+    parser.add_argument(
+        "--shots",
+        type=int,
+        choices=option_values("shots"),
+        default=1,
+        help="SYSU-MM01: gallery images of an identity and camera",
+    )
+    parser.add_argument("--trial", type=bounded(int, 1, 10), help="RegDB's trial (default: the checkpoint's own)")
+    parser.add_argument(
+        "--tvsearch", action="store_true", help="RegDB: thermal to visible; LLCM: infrared to visible; not from visible"
+    )
+    parser.add_argument("--test_batch", type=bounded(int, 1, 65536), default=64, help="images in a batch")
+    parser.add_argument("--workers", type=bounded(int, 0, 1024), default=4, help="loading processes, one a core")
+    parser.add_argument("--amp", choices=("off", "bf16"), default="off", help="mixed precision of the network")
+    parser.add_argument("--gpu", default="0", help="number of the GPU, or cpu")
+
+
+def check_search_flags(args, names=()):
+    """Raise InputError for flags that have no meaning for the data set. names: of checkpoints or feature files."""
+    check_options(args)
+    trials = args.trial or any("{trial}" in name for name in names)
+    if trials and "trial" not in DATASETS[args.dataset].options:
+        raise InputError(f"--trial, {{trial}}: --dataset {args.dataset} has one checkpoint for all; leave them out")
+
+
+def is_default(args):
+    """Whether the flags choose the default search."""
+    given = {"mode": args.mode, "protocol": args.protocol, "shots": args.shots}
+    return not args.tvsearch and all(value == option_values(flag)[0] for flag, value in given.items())
+
+
+def data_folder(args):
+    return args.data_path or DATASETS[args.dataset].path
+
+
+def open_checkpoint(path, data_path):
+    """A checkpoint's path -> (network, (height, width) of its images, its `checkpoint_origin`)."""
+    checkpoint = load_checkpoint(path)
+    net, size = load_network(checkpoint, path)
+    return net, size, checkpoint_origin(path, checkpoint, net, size, data_path)
+
+
+def checkpoint_origin(path, checkpoint, net, size, data_path):
+    """Where a checkpoint's features come from, for tables and feature files; None: unknown."""
+    flags, epoch = checkpoint.get("args", {}), checkpoint.get("epoch", "unknown")
+    method = flags.get("method") or method_name(net.options)
+    if "within" in checkpoint:
+        epoch = f"{epoch + 1}, {checkpoint['sums']['step']} steps of it"
+    return {
+        "dataset": flags.get("dataset"),
+        "trial": flags.get("trial"),
+        "selection": checkpoint.get("selection"),
+        "flipped": ["POOL", "FC"],
+        "checkpoint": str(path),
+        "network": f"{method}, {net.options['arch']}, {size[0]}x{size[1]}, epoch {epoch}",
+        "data_path": os.path.abspath(data_path),
+        "demo": is_demo(data_path),
+        "flags": json.loads(json.dumps(flags, default=str)),  # plain values, whatever the file has
+    }
+
+
+def tested_trial(path, origin, dataset, trial):
+    """The trial to test on, that of the checkpoint or features; None where a network is trained for all trials.
+
+    origin: {"dataset", "trial"}, as far as they are known. trial: of --trial. Raises InputError for features of another
+    data set, of another trial, as the network was trained on people of this one's test, or of an unknown trial, as
+    published checkpoints do not record it.
+    """
+    if (origin.get("dataset") or dataset) != dataset:
+        raise InputError(f"{path}: was trained on {origin['dataset']}; test it with --dataset {origin['dataset']}")
+    if "trial" not in DATASETS[dataset].options:
+        return None
+    own = origin.get("trial") or trial
+    if own is None:
+        raise InputError(f"{path}: does not record the trial that it was trained on; pass it with --trial")
+    if trial not in (None, own):
+        raise InputError(f"{path}: was trained on trial {own}, with test people of trial {trial}; leave --trial out")
+    return own
+
+
+def find_searches(args, data_path, trial, galleries=None, everything=False):
+    """The searches that the flags choose, or all of the data set: `datasets.Searches`.
+
+    trial: of `tested_trial`. galleries: the trials, if only some, of other data sets. Raises InputError for a search
+    without a match.
+    """
+    dataset = DATASETS[args.dataset]
+    flags = dataset.own(mode=args.mode, protocol=args.protocol, shots=args.shots)
+    options = {flag: dataset.options[flag] if everything else [value] for flag, value in flags.items()}
+    directions = dataset.directions if everything else [dataset.directions[args.tvsearch]]
+    test = dataset.searches(data_path, directions, [trial] if trial else galleries or dataset.trials, **options)
+    for note in test.notes:
+        print(note)
+    for search in test.searches:
+        search.check_matches()
+    return test
+
+
+def embed_images(embed, paths, size, args):
+    """Features of images {modality: paths}, as `engine.extract` gives them: {modality: {name: [N, C]}}."""
+    loaders = {m: eval_loader(files, size, args.test_batch, args.workers) for m, files in paths.items()}
+    return {m: engine.extract(embed, loader, m, f"embedding {m}") for m, loader in loaders.items()}

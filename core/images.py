@@ -1,0 +1,92 @@
+"""Image files: read, resize, and write many of them into one array file."""
+
+import multiprocessing
+import os
+from functools import partial
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from utils import InputError, cores, end_with_the_main_process, progress
+
+# What cameras and data sets produce. Pillow detects a format by a file's content and passes some formats, such as
+# PostScript, to other programs.
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "GIF", "JPEG2000")
+CHUNK = 32  # images that a process decodes at a time
+
+
+def read_image(path, size):
+    """An image file -> uint8 [H, W, 3], resized to size = (height, width) with Lanczos, as published.
+
+    Its EXIF orientation is applied. Gray images are repeated, 16-bit images keep the upper 8 bits, and transparency is
+    dropped. Raises InputError for a file that is missing or cannot be read.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return np.array(_rgb(ImageOps.exif_transpose(image)).resize((size[1], size[0]), Image.Resampling.LANCZOS))
+    except FileNotFoundError as error:
+        raise missing_image(path) from error
+    except Exception as error:  # the readers raise anything when a file is damaged
+        raise InputError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
+
+
+def missing_image(path):
+    return InputError(f"{path}: no such image; check its name, or the list that names it and --data_path")
+
+
+def _rgb(image):
+    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip them at 255
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() >= 2**16:
+            raise ValueError("more than 16 bits")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point values, whose range is unknown")
+    return image.convert("RGB")
+
+
+def write_images(paths, size, out, desc, workers=None):
+    """Decode images into one array file uint8 [N, H, W, 3] -> {index: InputError} of the unreadable ones.
+
+    Unreadable images stay black. The file is a memory map, so memory stays at a few images a process. Not atomic: `out`
+    is a temporary of `files.atomic`. workers: processes (threads would wait for each other), by default one a core.
+    """
+    offset = np.lib.format.open_memmap(out, "w+", np.uint8, (len(paths), *size, 3)).offset
+    with open(out, "r+b") as file:  # reserves the space: a map that meets a full disk kills the process
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        else:  # macOS, Windows
+            file.seek(offset)
+            file.writelines(bytes(size[0] * size[1] * 3) for _ in paths)
+    chunks = [(start, paths[start : start + CHUNK]) for start in range(0, len(paths), CHUNK)]
+    unreadable = {}
+    with (
+        multiprocessing.Pool(workers or cores(), end_with_the_main_process) as pool,
+        progress(total=len(paths), desc=desc, unit="img") as bar,
+    ):
+        for count, errors in pool.imap_unordered(partial(_write_chunk, out, size), chunks):
+            unreadable |= errors
+            bar.update(count)
+    return dict(sorted(unreadable.items()))
+
+
+def _write_chunk(out, size, chunk):
+    start, paths = chunk
+    array = np.load(out, mmap_mode="r+")  # mapped again for each chunk: unmapping returns the written pages
+    errors = {}
+    for i, path in enumerate(paths, start):
+        try:
+            array[i] = read_image(path, size)
+        except InputError as error:
+            errors[i] = error
+    return len(paths), errors
+
+
+def check_readable(errors, total, hint=""):
+    """Print and raise the InputErrors of unreadable images, if any. hint: ends the message."""
+    for error in errors:
+        print(f"unreadable: {error}")
+    if len(errors) == 1:
+        raise InputError(f"{errors[0]}{hint}")
+    if errors:
+        raise InputError(f"{len(errors)} of {total} images cannot be read, listed above: {errors[0]}{hint}")

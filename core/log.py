@@ -1,0 +1,82 @@
+"""The log of a training run: text, JSON lines, TensorBoard scalars."""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from core.files import atomic, writing
+from utils import process_index
+
+
+class RunLog:
+    """The record of a run: a text log (echoed to the console), one JSON line an epoch, and TensorBoard scalars.
+
+    Files: `{folder}/{name}.txt`, `{folder}/{name}.jsonl`, `{folder}/{name}/events.*`. A run that is resumed after
+    `resumed_epoch` drops what is past it from JSON lines and scalars, so that each epoch stands there once; a new run
+    starts anew. All processes but the first write nothing. Without TensorBoard, a line says so.
+    """
+
+    def __init__(self, folder, name, resumed_epoch=-1):
+        self.text_path, self.json_path = (Path(folder) / f"{name}.{ending}" for ending in ("txt", "jsonl"))
+        self.writes, self.board = process_index() == 0, None
+        if not self.writes:
+            return
+        kept = [entry for entry in read_json_lines(self.json_path) if entry["epoch"] <= resumed_epoch]
+        with atomic(self.json_path) as temporary:
+            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        if resumed_epoch < 0:
+            self.text_path.unlink(missing_ok=True)
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import: only where a run is logged
+        except ImportError:
+            self.text("TensorBoard is not installed, so no scalars are written; to get them: pip install tensorboard")
+            return
+        # Purging makes TensorBoard forget the steps of an earlier run of this name.
+        self.board = SummaryWriter(Path(folder) / name, purge_step=resumed_epoch + 1)
+
+    def text(self, line):
+        if self.writes:
+            tqdm.write(line)  # above a running progress bar instead of through it
+            sys.stdout.flush()  # into a file or a pipe as soon as onto a terminal
+            self._append(self.text_path, line)
+
+    def epoch(self, entry):
+        """Append one epoch's values, a flat dict with "epoch" in it, to the JSON lines and the TensorBoard scalars."""
+        if not self.writes:
+            return
+        self._append(self.json_path, json.dumps(entry))
+        if self.board:
+            for key, value in entry.items():
+                if isinstance(value, int | float) and key != "epoch":
+                    self.board.add_scalar(key, value, entry["epoch"])
+            self.board.flush()
+
+    def image(self, tag, path, epoch):
+        """Show a .png in TensorBoard, too."""
+        if self.board:
+            with Image.open(path) as image:
+                self.board.add_image(tag, np.asarray(image.convert("RGB")), epoch, dataformats="HWC")
+
+    def close(self):
+        if self.board:
+            self.board.close()
+
+    @staticmethod
+    def _append(path, line):
+        with writing(path), path.open("a") as file:
+            file.write(line + "\n")
+
+
+def read_json_lines(path):
+    """The entries of a log, dicts with an "epoch", from a file that may not exist; anything else in it, such as a line
+    cut off by a crash, is left out."""
+    entries = []
+    for line in path.read_text(errors="replace").split("\n") if path.is_file() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            entries.append(json.loads(line))
+    return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("epoch"), int)]

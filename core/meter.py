@@ -1,0 +1,88 @@
+"""What an epoch of training has measured so far: losses, health, speed, and the first step that is not finite."""
+
+import time
+
+import torch
+from torch.nn.utils import get_total_norm
+
+from core.distributed import min_over_processes, sum_over_processes
+from utils import InputError, process_count
+
+
+class Diverged(InputError):
+    """A loss, its gradient or a weight is not finite."""
+
+
+class EpochMeter:
+    """Sums over the steps of an epoch. They stay on the device: only reading them waits for it.
+
+    step, images: how many there were, in this process. seconds: training time. losses: sums of the losses called
+    `names`. health: sums of the values called `health_names`, over `readings` steps. first_bad: the first step that is
+    not finite, or infinity.
+    """
+
+    FIELDS = ("step", "seconds", "images", "readings", "names", "losses", "health_names", "health", "first_bad")
+
+    def __init__(self, device):
+        self.step, self.seconds, self.images, self.readings = 0, 0.0, 0, 0
+        self.names, self.losses = [], torch.zeros((), device=device)
+        self.health_names, self.health = [], torch.zeros((), device=device)
+        self.first_bad = torch.full((), torch.inf, device=device)
+
+    def to_checkpoint(self):
+        """The epoch so far, as `from_checkpoint` takes it; losses are means over all processes, which must all call."""
+        return {name: getattr(self, name) for name in self.FIELDS} | {"losses": self._mean_over_processes()}
+
+    @classmethod
+    def from_checkpoint(cls, state, device):
+        """What older checkpoints lack is as at the start of an epoch; what they have beyond FIELDS is not used."""
+        meter = cls(device)
+        for name in state.keys() & set(cls.FIELDS):
+            value = state[name]
+            setattr(meter, name, value.to(device) if isinstance(value, torch.Tensor) else value)
+        return meter
+
+    def start_clock(self):
+        self._since = time.perf_counter() - self.seconds
+
+    def stop_clock(self):
+        self.seconds = time.perf_counter() - self._since
+
+    def add(self, losses, grads):
+        """Count a step: its losses, a named tuple of scalars, and the gradients of `losses.total`."""
+        self.step += 1
+        self.names = list(losses._fields)
+        self.losses = self.losses + torch.stack([loss.detach() for loss in losses])
+        finite = torch.isfinite(losses.total.detach()) & torch.isfinite(get_total_norm(grads))
+        self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp_max(self.step))
+
+    def read(self, health):
+        """Count a reading of the features' health, a named tuple of scalars."""
+        self.health_names = list(health._fields)
+        self.health = self.health + torch.stack(health)
+        self.readings += 1
+
+    def check(self, desc, weights=()):
+        """Raise Diverged, on all processes, if a step was not finite on one of them, or if `weights` are not now."""
+        bad = [self.first_bad] + [torch.where(torch.isfinite(w).all(), torch.inf, self.step) for w in weights]
+        if (step := min_over_processes(torch.stack(bad).min()).item()) <= self.step:
+            raise Diverged(
+                f"{desc}: the loss, its gradient or a weight is not finite from step {int(step)} on; lower --lr, or "
+                "start from --weights imagenet"
+            )
+
+    def means(self):
+        """{name: mean} of this process's losses."""
+        return dict(zip(self.names, (self.losses / self.step).tolist(), strict=True))
+
+    def summary(self):
+        """The epoch's entry in the log: mean losses of all processes, which must all call; mean health; `seconds`; and
+        `images_per_second`, the views that all processes trained on."""
+        losses = dict(zip(self.names, (self._mean_over_processes() / self.step).tolist(), strict=True))
+        health = dict(zip(self.health_names, (self.health / self.readings).tolist(), strict=True))
+        seconds = max(self.seconds, 1e-9)
+        speed = {"seconds": round(seconds, 3), "images_per_second": round(process_count() * self.images / seconds, 1)}
+        return {**losses, **health, **speed}
+
+    def _mean_over_processes(self):
+        return sum_over_processes(self.losses.clone()) / process_count()

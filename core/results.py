@@ -1,0 +1,198 @@
+"""What the matches of a search say: metrics, rows of results, the table, and the images behind them.
+
+`scores` is the one place that lists the metrics: log, tables, JSON and page take their columns from it.
+"""
+
+from itertools import groupby
+
+import numpy as np
+import torch
+
+from core.datasets import DATASETS, search_title
+from utils import InputError
+
+CMC_RANKS = (1, 5, 10, 20)  # k of the Rank-k in the tables
+# What differs between the trials of a row of results.
+OF_A_TRIAL = ("trial", "checkpoint", "network", "queries", "evaluated", "gallery", "metrics")
+FLIPS = {True: "yes", False: "no", None: "unknown"}
+
+
+def scores(matches):
+    """`eval_metrics.MatchRanks` -> {metric: percent}."""
+    cmc, mean_ap, mean_inp = matches.means(max(CMC_RANKS))
+    return {
+        **{f"Rank-{k}": 100 * float(cmc[k - 1]) for k in CMC_RANKS},
+        "mAP": 100 * mean_ap,
+        "mINP": 100 * mean_inp,
+    }
+
+
+def curves(matches):
+    """`MatchRanks` -> in percent, "cmc" at the ranks 1 .. 20, and "precision" at a recall of 0, 10 .. 100 %."""
+    return {"cmc": (100 * matches.cmc()).tolist(), "precision": (100 * matches.precision_at_recall()).tolist()}
+
+
+def result_row(search, matches, **labels):
+    """The result of one search: its setting, labels, numbers of images, metrics and curves, as plain values."""
+    return {
+        **search.setting,
+        **labels,
+        "queries": len(search.query.rows),
+        "gallery": len(search.gallery.rows),
+        "evaluated": len(matches.rows),
+        "metrics": scores(matches),
+        "curves": curves(matches),
+    }
+
+
+def summarise(rows):
+    """Rows of single searches -> one row for all trials of a setting.
+
+    A row is a `result_row` with the labels "checkpoint" and "network". Rows that agree in all but `OF_A_TRIAL` and
+    curves are trials of one setting. A summary has the mean and the population's standard deviation of each metric
+    (None for a single trial), the mean curves, and the trials.
+    """
+    groups = {}
+    for row in rows:
+        labels = {name: value for name, value in row.items() if name not in (*OF_A_TRIAL, "curves")}
+        groups.setdefault(tuple(labels.items()), []).append(row)
+
+    def over_trials(statistic, group):
+        return {name: float(statistic([row["metrics"][name] for row in group])) for name in group[0]["metrics"]}
+
+    return [
+        {
+            **dict(labels),
+            "trials": [row["trial"] for row in group],
+            "mean": over_trials(np.mean, group),
+            "std": over_trials(np.std, group) if len(group) > 1 else None,
+            "curves": {
+                name: np.mean([row["curves"][name] for row in group], axis=0).tolist() for name in group[0]["curves"]
+            },
+            "per_trial": [{name: row[name] for name in OF_A_TRIAL} for row in group],
+        }
+        for labels, group in groups.items()
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------- table
+
+
+def result_title(row):
+    """What a row of `summarise` is of, in words: "SYSU-MM01, all-search, ..., 1-shot, 10 trials"."""
+    trials = f"trial {row['trials'][0]}" if len(row["trials"]) == 1 else f"{len(row['trials'])} trials"
+    name = DATASETS[row["dataset"]].title(row["demo"], row["per_trial"][0]["queries"])
+    return f"{name}, {search_title(row)}, {trials}"
+
+
+def print_results(results, by_trial):
+    """Print a table of means and standard deviations, below a line for each protocol; by_trial: first each trial."""
+    for row in results if by_trial else ():
+        if row["selection"]:  # the baselines have none
+            print(f"\n{_sized_title(row)}")
+            labels = f"flip {FLIPS[row['flip_averaging']]}, re-ranking {row['reranking']}, chosen on {row['selection']}"
+            print(f"{row['model']}, {row['feature']}, {labels}:")
+            for trial in row["per_trial"]:
+                print(f"trial {trial['trial']:>2}" + "".join(f"  {k} {v:6.2f}" for k, v in trial["metrics"].items()))
+
+    def origin(name):
+        return ", ".join(dict.fromkeys(str(trial[name]) for row in results for trial in row["per_trial"]))
+
+    print(f"\nImages: {', '.join(dict.fromkeys(row['images'] for row in results))}")
+    print(f"Checkpoint: {origin('checkpoint')} ({origin('network')})")
+    print("Mean ± standard deviation over the trials, in %, by cosine similarity.")
+    print("flip: features of image and mirror, averaged; chosen on: the ids that chose the epoch (none: a fixed one).")
+    head = ["model", "feature", "flip", "re-ranking", "chosen on"]
+    cells = [
+        [row["model"], row["feature"], FLIPS[row["flip_averaging"]], row["reranking"], row["selection"] or "-"]
+        for row in results
+    ]
+    widths = [max(map(len, column)) + 2 for column in zip(head, *cells, strict=True)]
+    lines = ["  " + "".join(map(str.ljust, labels, widths)) for labels in (head, *cells)]
+    print(lines[0] + "".join(f"{metric:>14}" for metric in results[0]["mean"]))
+    for title, rows in groupby(zip(results, lines[1:], strict=True), lambda row: _sized_title(row[0])):
+        print(title)
+        for row, labels in rows:
+            print(labels + "".join(_cell(row, metric) for metric in row["mean"]))
+
+
+def _sized_title(row):
+    count = row["per_trial"][0]
+    matched = f" ({count['evaluated']} with a match)" if count["evaluated"] < count["queries"] else ""
+    return f"{result_title(row)}: {count['queries']} queries{matched}, gallery of {count['gallery']}"
+
+
+def _cell(row, metric):
+    """One number of the table; a single trial has no deviation."""
+    deviation = f" ±{row['std'][metric]:5.2f}" if row["std"] else 7 * " "
+    return f"{row['mean'][metric]:7.2f}{deviation}"
+
+
+# ------------------------------------------------------------------------------------------------------------ images
+
+
+def choose_queries(matches, search, which, count, seed=0):
+    """Some of the queries that have a match: positions in `matches`, a `MatchRanks`.
+
+    which: "worst" or "best" by average precision, "random", or an identity, whose worst queries come first. Equal ones
+    keep the order of the queries. Raises InputError when no query of that identity has a match.
+    """
+    precision = matches.average_precision()
+    if which == "random":
+        sample = torch.randperm(len(precision), generator=torch.Generator().manual_seed(seed))[:count]
+        return sample.sort().values.tolist()
+    order = precision.sort(descending=which == "best", stable=True).indices.tolist()
+    if which not in ("worst", "best"):
+        ids = search.query.ids[matches.rows.cpu().numpy()]
+        order = [i for i in order if ids[i] == int(which)]
+        if not order:
+            others = np.unique(ids).tolist()
+            some = ", ".join(map(str, others[:10])) + (", ..." if len(others) > 10 else "")
+            raise InputError(f"--which {which}: no query of that identity has a match; choose one of {some}")
+    return order[:count]
+
+
+def rank_images(features, paths, search, name, matches, positions, top=None):
+    """The nearest gallery images that some queries see, as plain values.
+
+    Similarities are computed anew: near-ties may rank differently than in `matches`.
+
+    name: of the feature. paths {modality: [N]}: of a `Searches`. matches, positions: as in `choose_queries`. Returns a
+    list of {"path", "id", "camera", "modality", "average_precision", "first_match" (its rank among images, from 1),
+    "gallery": [{"path", "id", "camera", "similarity", "correct"}, ...]}, with at most `top` images each, or all.
+    """
+    query, gallery = search.features(features, name)
+    rows = matches.rows[positions]
+    similarity = query[rows] @ gallery.T
+    hidden = ~search.sees(rows.cpu().numpy()).to(similarity.device)
+    similarity = similarity.masked_fill(hidden, -torch.inf)
+    values, order = (x[:, :top].cpu() for x in similarity.sort(dim=1, descending=True, stable=True))
+
+    def image(images, i):
+        path = paths[images.modality][images.rows[i]]
+        return {"path": path, "id": int(images.ids[i]), "camera": int(images.cameras[i])}
+
+    precision, rankings = matches.average_precision(), []
+    for i, row, similarities, nearest in zip(positions, rows.tolist(), values.tolist(), order.tolist(), strict=True):
+        ranking = image(search.query, row) | {"modality": search.query.modality}
+        ranking |= {"average_precision": float(precision[i]), "first_match": int(matches.positions[i, 0])}
+        images = [
+            image(search.gallery, j) | {"similarity": value}
+            for j, value in zip(nearest, similarities, strict=True)
+            if value > -np.inf
+        ]
+        ranking["gallery"] = [other | {"correct": other["id"] == ranking["id"]} for other in images]
+        rankings.append(ranking)
+    return rankings
+
+
+def pair_distances(features, search, name):
+    """Cosine distances (0 to 2) of all queries to the gallery images that they see -> (those of one identity, those of
+    two identities), NumPy arrays. Raises InputError when there are none of either."""
+    query, gallery = search.features(features, name)
+    distances, seen = (1 - query @ gallery.T).cpu(), search.sees(np.arange(len(query)))
+    same = torch.from_numpy(search.query.ids[:, None] == search.gallery.ids)
+    pairs = [distances[seen & of_kind].numpy() for of_kind in (same, ~same)]
+    if not all(map(len, pairs)):
+        raise InputError("no distances to compare; test on data with a match and images of two identities")
+    return pairs

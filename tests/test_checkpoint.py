@@ -1,0 +1,144 @@
+"""Checkpoint files: what is in them, old layouts, damaged and hostile ones."""
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from core.checkpoint import (
+    VERSION,
+    Checkpoint,
+    find_checkpoint,
+    load_checkpoint,
+    load_training_state,
+    save_checkpoint,
+)
+from utils import InputError
+
+FIRST = {"net": {"w": torch.ones(2)}, "options": {}, "image_size": (96, 48), "args": {"lr": 0.1}, "epoch": 3}
+FIRST |= {"best": {"Rank-1": -1.0}, "optimizer": {}}  # the fields of the first checkpoints
+
+
+def test_a_checkpoint_is_read_as_it_was_written(tmp_path):
+    written = Checkpoint(
+        **FIRST | {"net": {"w": torch.ones(2)}}, selection="none", num_images=[5, 6], processes=2, sums={"step": 3}
+    )
+    save_checkpoint(written.to_file(), tmp_path / "last.t")
+    assert "within" not in load_checkpoint(tmp_path / "last.t")
+    written.version = VERSION
+    read = load_training_state(tmp_path / "last.t")
+    assert torch.equal(read.net.pop("w"), written.net.pop("w"))
+    assert read == written
+
+
+def test_the_first_layouts_are_read(tmp_path):
+    torch.save(FIRST, tmp_path / "a.t")
+    first = load_training_state(tmp_path / "a.t")
+    assert (first.version, first.processes, first.selection, first.num_images, first.sums) == (1, 1, None, None, None)
+    torch.save(FIRST | {"ranks": 2, "a field of a later version": 1}, tmp_path / "b.t")
+    assert load_training_state(tmp_path / "b.t").processes == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"version": VERSION + 1}, f"has checkpoint version {VERSION + 1}, but .* up to {VERSION}; update the code"),
+        ({"optimizer": None}, "holds no training state; resume from a ..._last.t"),
+        ({"best": None}, "is not a complete ..._last.t .*'best'.*; resume from another"),
+        ({"net": None}, "has no 'net', so it is no checkpoint; pass one to --resume"),
+        ({"args": [1]}, "its 'args' are not training flags"),
+    ],
+)
+def test_what_cannot_be_resumed_is_named(change, words, tmp_path):
+    content = {name: value for name, value in (FIRST | change).items() if value is not None}
+    torch.save(content, tmp_path / "last.t")
+    with pytest.raises(InputError, match=rf"last\.t: {words}"):
+        load_training_state(tmp_path / "last.t")
+
+
+def test_failed_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "new folder" / "last.t"
+    save_checkpoint({"net": {"a": torch.ones(2)}}, path)
+    before = path.read_bytes()
+
+    class Half:
+        def __reduce__(self):
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint({"net": {"a": torch.zeros(1000)}, "rest": Half()}, path)
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == ["last.t"]
+
+
+def test_unwritable_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match=r"file/last\.t"):
+        save_checkpoint({}, tmp_path / "file" / "last.t")
+    with pytest.raises(InputError, match="is a folder"):
+        save_checkpoint({}, tmp_path)
+
+
+def test_published_checkpoints_with_numpy_values_load(tmp_path):
+    path = tmp_path / "published.t"
+    content = {"net": {"w": torch.ones(2)}, "cmc": np.ones(20), "mAP": np.float64(0.7), "epoch": 3}
+    torch.save(content, path)
+    loaded = load_checkpoint(path)
+    assert loaded["mAP"] == 0.7
+    assert np.array_equal(loaded["cmc"], np.ones(20))
+    # NumPy 1 wrote the same pickles under numpy.core; the byte strings differ in length, so pickle them unframed.
+    old = pickle.dumps(np.float64(0.7), protocol=2).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+    assert b"numpy.core.multiarray" in old
+    old_path = tmp_path / "old.t"
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(old_path, "w") as target:
+        for item in source.namelist():
+            data = source.read(item).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+            target.writestr(item, data)
+    assert load_checkpoint(old_path)["mAP"] == 0.7
+
+
+def test_checkpoint_that_runs_code_is_refused(tmp_path):
+    class Crafted:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "pwned"),)
+
+    path = tmp_path / "crafted.t"
+    torch.save({"net": Crafted()}, path)
+    with pytest.raises(InputError, match=r"crafted\.t"):
+        load_checkpoint(path)
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", "cut"])
+def test_broken_checkpoint_is_named(tmp_path, content):
+    path = tmp_path / "broken.t"
+    if content == "cut":
+        torch.save({"net": {"w": torch.ones(1000)}}, path)
+        content = path.read_bytes()[:-300]
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"broken\.t"):
+        load_checkpoint(path)
+
+
+def test_missing_and_foreign_checkpoints_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"none\.t"):
+        load_checkpoint(tmp_path / "none.t")
+    torch.save({"state": 1}, tmp_path / "other.t")
+    with pytest.raises(InputError, match=r"other\.t.*net"):
+        load_checkpoint(tmp_path / "other.t")
+
+
+def test_checkpoint_is_found_by_path_or_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "a.t").touch()
+    assert find_checkpoint("a.t", "models") == Path("models/a.t")
+    assert find_checkpoint("models/a.t", "models") == Path("models/a.t")
+    (tmp_path / "a.t").touch()
+    assert find_checkpoint("a.t", "models") == Path("a.t")
+    with pytest.raises(InputError, match=r"b\.t.*models"):
+        find_checkpoint("b.t", "models")

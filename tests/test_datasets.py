@@ -1,0 +1,176 @@
+"""The specs of the data sets: what a training and a test get, and which flags go with which."""
+
+import json
+import os
+from argparse import Namespace
+
+import numpy as np
+import pytest
+
+from conftest import SIZE
+from core.datasets import (
+    DATASETS,
+    Images,
+    Search,
+    check_options,
+    llcm_searches,
+    llcm_train,
+    regdb_searches,
+    search_title,
+    sysu_searches,
+)
+from core.images import read_image
+from data_manager import draw_gallery, llcm_folders, process_gallery_sysu, process_query_llcm, process_query_sysu
+from utils import InputError
+
+
+@pytest.fixture
+def tree(request, dataset):
+    return request.getfixturevalue(f"{dataset}_tree")
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_every_data_set_has_what_training_and_testing_use(dataset, tree):
+    spec = DATASETS[dataset]
+    trials = list(spec.trials)[:2]
+    data = spec.train(tree, SIZE, **spec.own(trial=1, select="test"))
+    for images, labels in ((data.visible, data.visible_labels), (data.infrared, data.infrared_labels)):
+        assert (images.shape, images.dtype) == ((len(labels), *SIZE, 3), np.uint8)
+        assert (labels.min(), labels.max(), labels.dtype) == (0, data.num_classes - 1, np.int64)
+    options = {flag: spec.options[flag] for flag in ("mode", "protocol", "shots") if flag in spec.options}
+    test = spec.searches(tree, spec.directions, trials, **options)
+    settings = [search.setting for search in test.searches]
+    assert len(settings) == np.prod([len(spec.directions), len(trials), *map(len, options.values())])
+    assert len({json.dumps(setting) for setting in settings}) == len(settings)
+    assert {setting["dataset"] for setting in settings} == {dataset}
+    assert list(dict.fromkeys(setting["trial"] for setting in settings)) == trials
+    for search in test.searches:
+        search.check_matches()
+        names = dict(zip(("query", "gallery"), search.setting["direction"].split(" to "), strict=True))
+        for part, images in (("query", search.query), ("gallery", search.gallery)):
+            assert images.modality == {"thermal": "infrared"}.get(names[part], names[part])
+    for modality, paths in test.paths.items():  # every image once, and none that is not used
+        assert len(set(paths)) == len(paths)
+        used = {row for s in test.searches for images in s[1:] if images.modality == modality for row in images.rows}
+        assert used == set(range(len(paths)))
+
+
+def test_sysu_searches_are_the_lists_of_data_manager(sysu_tree, monkeypatch):
+    folders, listdir = [], os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: folders.append(path) or listdir(path))
+    test = sysu_searches(sysu_tree, mode=("all",), shots=(1, 10), trials=(0, 3))
+    assert len(folders) == len(set(folders))  # each folder is read once for all searches
+    monkeypatch.undo()
+    test.searches += sysu_searches(
+        sysu_tree, mode=("indoor",), protocol=("official",), trials=[4], select="val"
+    ).searches
+    assert [search_title(search.setting) for search in test.searches[-2:]] == [
+        "all-search, infrared to visible, seeded protocol, 10-shot",
+        "indoor-search, infrared to visible, official protocol, 1-shot",
+    ]
+    for search in test.searches[:-1]:
+        query, gallery = (
+            process_query_sysu(sysu_tree),
+            process_gallery_sysu(sysu_tree, trial=search.setting["trial"], shots=search.setting["shots"]),
+        )
+        for images, (paths, ids, cameras) in ((search.query, query), (search.gallery, gallery)):
+            assert [test.paths[images.modality][row] for row in images.rows] == paths
+            np.testing.assert_array_equal(images.ids, ids)
+            np.testing.assert_array_equal(images.cameras, cameras)
+    official = process_gallery_sysu(sysu_tree, "indoor", 4, "official", split="val")
+    assert test.searches[-1].gallery.ids.tolist() == official[1].tolist()
+    assert test.searches[-1].setting["split"] == "val"
+
+
+def test_regdb_directions_share_their_lists(regdb_tree):
+    there, back = regdb_searches(regdb_tree, DATASETS["regdb"].directions, [2]).searches
+    assert (there.query.modality, there.gallery.modality) == ("visible", "infrared")
+    for one, other in ((there.query, back.gallery), (there.gallery, back.query)):
+        assert one.modality == other.modality
+        assert one.rows.tolist() == other.rows.tolist()
+
+
+def test_llcm_searches_all_images_of_one_modality_in_a_drawn_gallery_of_the_other(llcm_tree):
+    test = llcm_searches(llcm_tree, ["visible to infrared", "infrared to visible"], trials=(2, 5))
+    for search in test.searches:
+        query, gallery = search.setting["direction"].split(" to ")
+        drawn = draw_gallery(llcm_folders(llcm_tree, gallery), search.setting["trial"])
+        for images, (paths, _, _) in ((search.query, process_query_llcm(llcm_tree, query)), (search.gallery, drawn)):
+            assert [test.paths[images.modality][row] for row in images.rows] == paths
+
+
+def test_llcm_training_lists(llcm_tree):
+    data = llcm_train(llcm_tree, SIZE)
+    for name, images, labels in (
+        ("vis", data.visible, data.visible_labels),
+        ("nir", data.infrared, data.infrared_labels),
+    ):
+        lines = [line.split() for line in (llcm_tree / "idx" / f"train_{name}.txt").read_text().splitlines()]
+        assert labels.tolist() == [int(label) for _, label in lines]
+        assert np.array_equal(images[-1], read_image(llcm_tree / lines[-1][0], SIZE))
+
+
+HIDDEN = {  # (identity, camera) of query and gallery image
+    "sysu": lambda query, gallery: query[1] == 3 and gallery[1] == 2,
+    "regdb": lambda query, gallery: False,
+    "llcm": lambda query, gallery: query == gallery,
+}
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_what_queries_see_against_a_plain_loop(dataset):
+    rng, matches = np.random.default_rng(0), []
+    setting = {"dataset": dataset, "mode": None, "direction": "", "protocol": "", "shots": 1}
+    for _ in range(100):
+        images = [
+            Images(modality, np.arange(2), rng.integers(1, 3, 2), rng.choice(cameras, 2))
+            for modality, cameras in (("infrared", [3, 6]), ("visible", [2, 3] if dataset == "sysu" else [3, 6]))
+        ]
+        query, gallery = (list(zip(x.ids.tolist(), x.cameras.tolist(), strict=True)) for x in images)
+        search = Search(setting, *images)
+        seen = [[not HIDDEN[dataset](q, g) for g in gallery] for q in query]
+        assert search.sees(np.arange(2)).tolist() == seen
+        matches.append(any(seen[i][j] and query[i][0] == gallery[j][0] for i in range(2) for j in range(2)))
+        if matches[-1]:
+            search.check_matches()
+        else:
+            with pytest.raises(InputError, match="no query has a match"):
+                search.check_matches()
+    assert 5 < sum(matches) < 95
+
+
+def test_only_a_test_set_of_full_size_has_the_name_of_the_data_set():
+    assert DATASETS["sysu"].title(None, 3803) == "SYSU-MM01"
+    assert DATASETS["sysu"].title(False, 3802) == "data like SYSU-MM01"
+    assert DATASETS["sysu"].title(True, 3803) == "demo data like SYSU-MM01"
+    assert DATASETS["regdb"].title(False, 2060) == "RegDB"
+    assert {DATASETS["llcm"].title(False, count) for count in (8680, 7166)} == {"LLCM"}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "flag", "value", "owner"),
+    [
+        ("llcm", "mode", "indoor", "SYSU-MM01"),
+        ("regdb", "protocol", "official", "SYSU-MM01"),
+        ("llcm", "shots", 10, "SYSU-MM01"),
+        ("regdb", "select", "val", "SYSU-MM01"),
+        ("sysu", "trial", 2, "RegDB"),
+        ("llcm", "trial", 2, "RegDB"),
+    ],
+)
+def test_flags_without_a_meaning_are_refused(dataset, flag, value, owner):
+    for other, spec in DATASETS.items():
+        if spec.name == owner:
+            check_options(Namespace(dataset=other, **{flag: value}))
+    check_options(Namespace(dataset=dataset, **{flag: {"mode": "all", "protocol": "seeded", "shots": 1}.get(flag)}))
+    with pytest.raises(
+        InputError, match=f"--{flag} {value}: is an option of {owner}; leave it out with --dataset {dataset}"
+    ):
+        check_options(Namespace(dataset=dataset, **{flag: value}))
+
+
+def test_tvsearch_needs_two_directions():
+    for dataset in ("regdb", "llcm"):
+        check_options(Namespace(dataset=dataset, tvsearch=True))
+    with pytest.raises(InputError, match="--tvsearch: SYSU-MM01 is searched from infrared to visible only"):
+        check_options(Namespace(dataset="sysu", tvsearch=True))

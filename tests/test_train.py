@@ -1,0 +1,349 @@
+"""train_ext_test0.py from its flags to its files."""
+
+import argparse
+import importlib.metadata
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import urllib.error
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+import data_manager
+import testa
+import train_ext_test0
+import utils
+from ChannelAug import TrainAugmentation
+from conftest import SIZE, flags, log_entries, tiny_flags
+from core import engine
+from data_loader import IdentitySampler, sysu_train, train_loader
+from loss import MethodLoss
+from model import GFMNet
+from utils import InputError
+
+REPO = Path(utils.__file__).parent
+
+
+@pytest.mark.slow
+def test_run_writes_what_it_promises(trained):
+    result, out = trained
+    name = "sysu_adp_joint_co_nog_ch_nog_sq1_aug_G_erase_0.5_p2_n4_lr_0.01_seed_0_9_adam"
+    assert sorted(file.name for file in (out / "models").glob("*.t")) == [
+        f"{name}_{kind}.t" for kind in ("best", "epoch_1", "epoch_2", "last")
+    ]
+    entries = log_entries(result["log"])
+    assert [entry["epoch"] for entry in entries] == [0, 1, 2]
+    for entry in entries:
+        assert entry["total"] == pytest.approx(entry["identity"] + entry["triplet"] + 0.5 * entry["local"], rel=1e-5)
+        assert entry["images_per_second"] > 0
+        assert ("FC/Rank-1" in entry) == (entry["epoch"] != 1)
+    assert entries[2]["total"] < entries[0]["total"]
+    best = max((e for e in entries if "FC/Rank-1" in e), key=lambda e: (e["FC/Rank-1"], -e["epoch"]))
+    assert result["metrics"]["epoch"] == best["epoch"]
+    assert torch.load(result["best"])["epoch"] == best["epoch"]
+    text = (out / "log" / "sysu_log" / f"{name}.txt").read_text()
+    assert "TEST set" in text
+    assert list((out / "log" / "sysu_log" / name).glob("events.*"))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--method", "base", "--optim", "sgd", "--augc", "0", "--rande", "0"],
+        ["--method", "agw", "--share_net", "1", "--amp", "bf16"],
+        ["--method", "caj", "--square", "0", "--weighting", "published", "--mode", "indoor"],
+        pytest.param(
+            ["--method", "adp", "--share_net", "5", "--alpha", "2", "--gamma", "0.5", "--margin", "0.1"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_every_method_trains_and_its_checkpoint_tests(tiny_tree, tmp_path, more):
+    result = train_ext_test0.main(tiny_flags(tiny_tree, tmp_path, "--epochs", "1", *more))
+    (entry,) = log_entries(result["log"])
+    assert math.isfinite(entry["total"])
+    assert (entry["local"] > 0) == ("adp" in more)
+    rows = testa.main(["--data_path", str(tiny_tree), "--resume", result["last"], "--gpu", "cpu", "--workers", "0"])
+    assert len(rows) == 2
+
+
+class Recorder(argparse.Namespace):
+    """Flags that record which of them are read."""
+
+    def __getattribute__(self, name):
+        flags = super().__getattribute__("__dict__")
+        if name in flags:
+            READ.add(name)
+        return super().__getattribute__(name)
+
+
+READ = set()
+
+
+def test_every_flag_is_read(tiny_tree, tmp_path, monkeypatch):
+    parse = utils.ArgumentParser.parse_args
+    monkeypatch.setattr(utils.ArgumentParser, "parse_args", lambda self, argv: parse(self, argv, Recorder()))
+    command = tiny_flags(tiny_tree, tmp_path, "--epochs", "1")
+    flags = set(vars(parse(train_ext_test0.get_args_parser(), command)))
+    READ.clear()
+    train_ext_test0.main(command)
+    assert flags - READ == set()
+
+
+def test_defaults_are_the_paper_s_recipe():
+    args = train_ext_test0.get_args_parser().parse_args([])
+    assert train_ext_test0.run_name(args) + "_best.t" == (
+        "sysu_adp_joint_co_nog_ch_nog_sq1_aug_G_erase_0.5_p4_n8_lr_0.1_seed_0_9_best.t"
+    )
+    assert (args.arch, args.weights, args.share_net, args.epochs) == ("resnet50", "imagenet", 2, 101)
+    assert (args.img_h, args.img_w, args.margin, args.alpha, args.gamma) == (288, 144, 0.3, 1, 1)
+
+
+def test_default_schedule_is_the_published_one():
+    args = train_ext_test0.get_args_parser().parse_args([])
+    rates = [train_ext_test0.learning_rate(e, args.lr, args.warmup, args.milestones) for e in range(args.epochs)]
+    expected = [0.1 * (e + 1) / 10 for e in range(10)] + [0.1] * 10 + [0.01] * 30 + [0.001] * 51
+    assert rates == pytest.approx(expected)
+    assert [train_ext_test0.learning_rate(e, 1.0, 0, []) for e in range(3)] == [1.0] * 3
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adam"])
+def test_head_learns_at_the_full_rate_and_the_rest_at_a_tenth(optim):
+    net = GFMNet(5, arch="resnet18")
+    optimizer = train_ext_test0.build_optimizer(net, optim, 0.1)
+    rest, head = optimizer.param_groups
+    assert {id(p) for p in head["params"]} == {id(net.bottleneck.weight), id(net.classifier.weight)}
+    assert (rest["lr_scale"], head["lr_scale"]) == (0.1, 1.0)
+    assert len(rest["params"]) + len(head["params"]) == sum(p.requires_grad for p in net.parameters())
+    assert all(group["weight_decay"] == 5e-4 for group in optimizer.param_groups)
+
+
+@pytest.mark.slow
+def test_epoch_chosen_by_the_validation_ids(tiny_tree, tmp_path):
+    more = ["--select", "val", "--epochs", "2", "--eval_every", "1"]
+    result = train_ext_test0.main(tiny_flags(tiny_tree, tmp_path, *more))
+    assert result["best"].endswith("_val_best.t")
+    checkpoint = torch.load(result["best"])
+    assert checkpoint["options"]["num_classes"] == len(data_manager.read_ids(tiny_tree, "train"))
+    entries = log_entries(result["log"])
+    assert [entry["select"] for entry in entries] == ["val", "val"]
+    text = Path(result["log"]).with_suffix(".txt").read_text()
+    assert "trial 0 of the VALIDATION ids" in text
+
+    # The logged numbers are those of a tree whose test ids are the validation ids.
+    tree = tmp_path / "tree"
+    shutil.copytree(tiny_tree, tree)
+    (tree / "exp" / "val_id.txt").rename(tree / "exp" / "test_id.txt")
+    common = ["--gpu", "cpu", "--workers", "0"]
+    rows = testa.main(["--data_path", str(tree), "--resume", result["last"], *common])
+    assert rows[1]["per_trial"][0]["metrics"]["mAP"] == pytest.approx(entries[-1]["FC/mAP"])
+
+    for kind, selection in (("best", "val"), ("last", "none")):
+        rows = testa.main(["--data_path", str(tiny_tree), "--resume", result[kind], *common])
+        assert {row["selection"] for row in rows} == {selection}
+    with pytest.raises(InputError, match="--select val: --dataset regdb has no validation ids"):
+        train_ext_test0.main(["--dataset", "regdb", "--select", "val"])
+
+
+def test_weights_that_cannot_be_had_say_what_to_do(sysu_tree, tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", offline)
+    with pytest.raises(InputError, match=r"https.*--weights FILE.*--weights none"):
+        train_ext_test0.main([*flags(sysu_tree, tmp_path), "--weights", "imagenet"])
+    with pytest.raises(InputError, match=r"absent\.pth"):
+        train_ext_test0.main([*flags(sysu_tree, tmp_path), "--weights", "absent.pth"])
+    torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "resnet34.pth")
+    with pytest.raises(InputError, match=r"resnet34\.pth.*resnet50"):
+        train_ext_test0.main(
+            [*flags(sysu_tree, tmp_path), "--arch", "resnet50", "--weights", str(tmp_path / "resnet34.pth")]
+        )
+
+
+@pytest.mark.slow
+def test_training_and_embedding_share_the_compiled_parts():
+    net = GFMNet(3, "resnet18")
+    names, compiled = list(net.state_dict()), []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    net.compile(backend=backend)
+    assert list(net.state_dict()) == names
+    net(torch.randn(2, 3, 48, 16), torch.randn(2, 3, 48, 16))
+    in_training = len(compiled)
+    assert in_training > 0
+    with torch.inference_mode():
+        net.eval().embed(torch.randn(2, 3, 48, 16), "infrared")
+    assert len(compiled) > in_training
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a compiler")
+def test_compiled_run_computes_the_same(trained, sysu_tree, tmp_path):
+    plain, _ = trained
+    more = ["--epochs", "1", "--compile", "--eval_every", "2"]
+    compiled = train_ext_test0.main(flags(sysu_tree, tmp_path, *more))
+    losses = [log_entries(run["log"])[0] for run in (plain, compiled)]
+    for name in ("total", "identity", "triplet", "local"):
+        assert losses[1][name] == pytest.approx(losses[0][name], rel=0.02)
+    state = torch.load(compiled["last"])["net"]
+    assert state.keys() == torch.load(plain["last"])["net"].keys()
+
+
+@pytest.mark.slow
+def test_compiler_that_fails_is_one_line(sysu_tree, tmp_path):
+    command = [sys.executable, REPO / "train_ext_test0.py", *flags(sysu_tree, tmp_path), "--compile"]
+    environment = {**os.environ, "CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()[-1:]
+    assert line.startswith("train_ext_test0.py: error: --compile: torch.compile failed (")
+
+
+def test_optimiser_of_a_gpu_goes_on_without_one():
+    """A GPU's optimiser is fused, a CPU's is not; the state of either loads into the other."""
+    states = []
+    for fused in (True, False):
+        net = GFMNet(5, "resnet18")
+        optimizer = train_ext_test0.build_optimizer(net, "adam", 0.1)
+        for group in optimizer.param_groups:
+            group["fused"] = fused
+        sum(parameter.sum() for parameter in net.parameters()).backward()
+        optimizer.step()
+        states.append(optimizer.state_dict())
+    for state in states:
+        net = GFMNet(5, "resnet18")
+        optimizer = train_ext_test0.build_optimizer(net, "adam", 0.1)
+        optimizer.load_state_dict(state)
+        sum(parameter.sum() for parameter in net.parameters()).backward()
+        before = net.classifier.weight.detach().clone()
+        optimizer.step()
+        torch.testing.assert_close(before - net.classifier.weight, torch.full_like(before, 0.1), rtol=0.05, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("more", [["--cache", "gpu"], ["--cache", "disk", "--workers", "2"], ["--compile"]])
+def test_training_on_the_gpu_under_bf16(sysu_tree, tmp_path, more):
+    more = ["--gpu", "0", "--amp", "bf16", "--epochs", "2", *more]
+    result = train_ext_test0.main([*flags(sysu_tree, tmp_path), *more])
+    rows = testa.main(["--data_path", str(sysu_tree), "--resume", result["best"], "--gpu", "0"])
+    assert all(math.isfinite(value) for row in rows for value in row["mean"].values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_steps_do_not_wait_for_the_gpu(sysu_tree, monkeypatch, amp):
+    """But for the readings of the losses, which the first step and every tenth have, no step waits for the device."""
+    device = torch.device("cuda")
+    data = sysu_train(sysu_tree, SIZE)
+    sampler = IdentitySampler(data, 4, 2, 0)
+    net = GFMNet(data.num_classes, "resnet18").to(device, memory_format=torch.channels_last)
+    optimizer = train_ext_test0.build_optimizer(net, "sgd", 1e-6)
+    loader = train_loader(data, sampler, 0, device, "gpu")
+
+    def loader_that_forbids():
+        batches = iter(loader)
+        first = next(batches)  # the epoch's draws go to the device before it
+        torch.cuda.set_sync_debug_mode("error")
+        yield first
+        yield from batches
+        torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(engine, "LOG_STEPS", 10**9)
+    run = partial(engine.train_epoch, net, MethodLoss(), optimizer, augment=TrainAugmentation(), device=device, amp=amp)
+    meter = run(loader)
+    try:
+        run(loader_that_forbids(), meter=meter)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert meter.step == 2 * len(sampler)
+
+
+@pytest.mark.gpu
+def test_resumed_run_on_the_gpu_is_as_near_as_its_sums(sysu_tree, tmp_path):
+    more = ["--gpu", "0", "--optim", "sgd", "--lr", "1e-4"]
+    losses = []
+    for folder, stops in ((tmp_path / "whole", ["3"]), (tmp_path / "resumed", ["1", "2", "3"])):
+        for epochs in stops:
+            command = flags(sysu_tree, folder, *more, "--epochs", epochs, "--eval_every", "9", "--resume", "auto")
+            result = train_ext_test0.main(command)
+        losses.append([entry["total"] for entry in log_entries(result["log"])])
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+# ---- what has to be installed
+
+MINIMAL = """
+import sys
+
+class Finder:
+    # Finds what another finder finds, but for some modules.
+
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in BLOCKED else self.finder.find_spec(name, path, target)
+
+
+BLOCKED = set(sys.argv[1].split())
+sys.meta_path = [Finder(finder) for finder in sys.meta_path]
+import pre_process_sysu, testa, train_ext_test0
+tree, out, size = sys.argv[2], sys.argv[3], ["--img_h", "48", "--img_w", "16"]
+pre_process_sysu.main(["--data_path", tree, *size])
+common = ["--data_path", tree, "--gpu", "cpu", "--workers", "0"]
+run = ["--model_path", out, "--log_path", out, "--arch", "resnet18", "--weights", "none", "--epochs", "1", "--figures"]
+run = train_ext_test0.main([*common, *size, *run, "--lr", "0.001"])
+testa.main([*common, "--resume", run["last"]])
+try:
+    testa.main([*common, "--resume", run["last"], "--report", out])
+except ValueError as error:
+    print(error)
+assert not BLOCKED & set(sys.modules)
+"""
+
+
+def names_of_other_packages(*needed):
+    """Top-level modules of what is installed beside some distributions and what they require."""
+    required, queue = set(), [*needed]
+    while queue:
+        name = re.sub(r"[-_.]+", "-", queue.pop()).lower()
+        if name in required:
+            continue
+        required.add(name)
+        try:
+            requirements = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:  # of another platform
+            continue
+        queue += [re.match(r"[\w.-]+", line)[0] for line in requirements if "extra ==" not in line]
+    return {
+        module
+        for module, distributions in importlib.metadata.packages_distributions().items()
+        if not {re.sub(r"[-_.]+", "-", name).lower() for name in distributions} & required
+    }
+
+
+@pytest.mark.slow
+def test_prepare_train_and_test_need_few_packages(sysu_tree, tmp_path):
+    """No TensorBoard, no Matplotlib, nothing that only the tools need."""
+    others = names_of_other_packages("torch", "torchvision", "numpy", "pillow", "scipy", "tqdm")
+    assert {"matplotlib", "tensorboard"} <= others
+    assert not {"torch", "PIL", "numpy"} & others
+    tree = shutil.copytree(sysu_tree, tmp_path / "tree")
+    command = [sys.executable, "-c", MINIMAL, " ".join(others), str(tree), str(tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "TensorBoard is not installed, so no scalars are written" in result.stdout
+    assert "Matplotlib is not installed, so --figures draws nothing" in result.stdout
+    assert "all-search, infrared to visible" in result.stdout
+    assert "--report: matplotlib is not installed; run: pip install matplotlib" in result.stdout

@@ -1,0 +1,125 @@
+"""Features of image files by a trained network: a checkpoint, or an ONNX file of tools.export."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, default_collate
+
+from ChannelAug import normalise
+from core import engine
+from core.checkpoint import load_checkpoint
+from core.files import file_sha256
+from data_loader import ImageFiles, worker_options
+from model import MODALITIES, load_network
+from utils import InputError, progress, select_device
+
+
+class Embedder:
+    """Features of image files by a checkpoint, or by an .onnx file of tools.export, which embeds one modality.
+
+    feature: "FC" or "POOL"; gpu: number of the GPU, or "cpu" (ONNX files run on the CPU); batch: images per batch;
+    workers: processes that decode images when there is more than one batch.
+
+    Attributes: size (height, width) of the images, dim (C), feature, modalities, and sha256 of the checkpoint's file
+    (of an ONNX file: of the checkpoint that it was made from). Raises InputError for files that cannot be used.
+    """
+
+    def __init__(self, path, feature="FC", gpu="0", batch=64, workers=4):
+        self.path, self.feature, self.batch, self.workers = Path(path), feature, batch, workers
+        if not self.path.is_file():
+            raise InputError(f"{path}: no such file; pass a checkpoint or an .onnx file of tools.export")
+        if self.path.suffix == ".safetensors":
+            raise InputError(f"{path}: search cannot read .safetensors files; pass the checkpoint or an .onnx file")
+        if self.path.suffix == ".onnx":
+            self._load_onnx()
+        else:
+            self._load_checkpoint(gpu)
+
+    def _load_checkpoint(self, gpu):
+        device = select_device(gpu)
+        net, self.size = load_network(load_checkpoint(self.path), self.path)
+        embed = engine.network_embedding(net.to(device, memory_format=torch.channels_last), device, normalise)
+        self._embed = lambda images, modality: embed(images, modality)[self.feature].cpu().numpy()
+        self.dim, self.modalities = net.bottleneck.num_features, MODALITIES
+        self.sha256 = file_sha256(self.path)
+
+    def _load_onnx(self):
+        import onnxruntime  # only here: a checkpoint does not need it
+
+        try:
+            session = onnxruntime.InferenceSession(self.path, providers=["CPUExecutionProvider"])
+            about = json.loads(session.get_modelmeta().custom_metadata_map["gfmnet"])
+            height, width = about["image_size"]
+            prepare = {"uint8": lambda images: images, "normalised": normalise}[about["input"]]
+            self.size, self.sha256, self.modalities = (height, width), about["sha256"], (about["modality"],)
+
+            def embed(images, _):
+                return session.run(["features"], {"images": prepare(images).contiguous().numpy()})[0]
+
+            self._embed = embed
+            self.dim = embed(torch.zeros(1, 3, height, width, dtype=torch.uint8), None).shape[1]
+            feature = about["feature"]
+        except Exception as error:  # onnxruntime raises anything when a file is damaged
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"{self.path}: not an ONNX file of tools.export ({type(error).__name__}: {reason}); export it again"
+            ) from error
+        if feature != self.feature:
+            raise InputError(
+                f"{self.path}: gives {feature} features, not {self.feature}; pass the file of {self.feature} features"
+            )
+
+    def __call__(self, paths, modality):
+        """Image files of one modality, "visible" or "infrared" -> float32 [N, C], of unit length.
+
+        Raises InputError for a file that cannot be read.
+        """
+        features = np.empty((len(paths), self.dim), np.float32)
+        for path in paths:
+            if not os.path.isfile(path):
+                kind = "is a folder; pass its images" if os.path.isdir(path) else "no such image; pass an existing file"
+                raise InputError(f"{path}: {kind}")
+        for rows, values, unreadable in self.batches(paths, modality):
+            if unreadable:
+                raise InputError(unreadable[0])
+            features[rows] = values
+        return features
+
+    @torch.inference_mode()
+    def batches(self, paths, modality):
+        """Yields for each batch: rows [B], features float32 [B, C], and a line for each file that cannot be read."""
+        if modality not in self.modalities:
+            raise InputError(
+                f"{self.path}: embeds {' and '.join(self.modalities)} images, not {modality} ones; pass the .onnx file "
+                f"of the same checkpoint for {modality} images"
+            )
+        # One batch is decoded here: starting a process takes longer, and threads of the web page must not fork.
+        options = worker_options(self.workers if len(paths) > self.batch else 0)
+        loader = DataLoader(_Images(paths, self.size), batch_size=self.batch, collate_fn=_collate, **options)
+        with progress(total=len(paths), desc=f"embedding {modality}", unit="img", leave=False) as bar:
+            for rows, images, unreadable in loader:
+                features = self._embed(images, modality) if rows else np.empty((0, self.dim), np.float32)
+                if not np.isfinite(features).all():
+                    raise InputError(f"{self.path}: its {self.feature} features are not finite; train at a lower --lr")
+                yield rows, features, unreadable
+                bar.update(len(rows) + len(unreadable))
+
+
+class _Images(ImageFiles):
+    """Image files; for one that cannot be read, the line that says so."""
+
+    def __getitem__(self, index):
+        try:
+            return index, super().__getitem__(index)
+        except InputError as error:
+            return index, str(error)
+
+
+def _collate(items):
+    """-> (rows, uint8 [B, 3, H, W] or None, lines on files that cannot be read)."""
+    readable = [(row, image) for row, image in items if not isinstance(image, str)]
+    images = default_collate([image for _, image in readable]) if readable else None
+    return [row for row, _ in readable], images, [line for _, line in items if isinstance(line, str)]
