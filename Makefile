@@ -1,17 +1,30 @@
-# make demo: set up, make demo data, prepare, train, test.   make test: set up, run all tests.   make lint
-# The virtual environment is made once, and again when requirements.txt changes. PYTHON=python3.12 picks another one.
+# make demo: set up, make demo data, prepare, train, test.   make test: set up, run the fast tests.
+# make test-all: run all tests.   make lint.   make lock: renew .ci/requirements.lock.   make clean
+# The virtual environment is made once, and again when the lock changes. PYTHON=python3.12 picks the Python it is made with.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 DEMO ?= demo
+LOCK = .ci/requirements.lock
+# What `make lock` keeps; everything else becomes the newest that goes with it.
+TORCH ?= torch==2.11.0 torchvision==0.26.0
+PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile
+# What is wrong with PYTHON, if anything.
+PROBLEM = $(shell \
+  if ! $(PYTHON) -c "" 2>/dev/null; then echo "$(PYTHON) does not run here"; \
+  elif ! $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))"; then \
+    echo "$(PYTHON) is `$(PYTHON) -V 2>&1`, but 3.11 or newer is needed"; \
+  elif ! $(PYTHON) -c "import ensurepip, venv" 2>/dev/null; then \
+    echo "$(PYTHON) cannot make virtual environments (on Debian: apt-get install python3-venv)"; fi)
+CHECK = $(if $(PROBLEM),$(error $(PROBLEM); choose another one: make PYTHON=python3.12 $(MAKECMDGOALS)))
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint lock clean
 .DELETE_ON_ERROR:
 
-$(VENV)/.installed: requirements.txt
-	$(PYTHON) -m venv --clear $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	cp requirements.txt $@
+$(VENV)/.installed: $(LOCK)
+	$(CHECK)$(PYTHON) -m venv --clear $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r $(LOCK)
+	cp $(LOCK) $@
 
 # From scratch, in minutes: small images, Adam, a short schedule; and the triplet's difference unsquared, whose gradient
 # does not vanish where an untrained network starts, at d+ = d-.
@@ -31,11 +44,21 @@ demo: $(VENV)/.installed
 	@echo "          $(RUN) -m tensorboard.main --logdir $(DEMO)/log"
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile
+	$(PYTEST) -m "not slow and not gpu"
+
+test-all: $(VENV)/.installed
+	$(PYTEST)
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+# With the oldest Python, whose versions of the packages suit the newer ones, too.
+lock:
+	$(CHECK)$(PYTHON) -m venv --clear $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check $(TORCH) -r tests/requirements.txt
+	{ grep "^#" $(LOCK); $(RUN) -m pip freeze | sed -E '/^(cuda|nvidia|triton)/s/$$/ ; sys_platform == "linux"/'; } > $(LOCK).new
+	mv $(LOCK).new $(LOCK)
 
 clean:
 	rm -rf $(VENV) $(DEMO)
