@@ -44,12 +44,5 @@ lint: $(VENV)/.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-# With the oldest Python, whose versions of the packages suit the newer ones, too.
-lock:
-	$(CHECK)$(PYTHON) -m venv --clear $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check $(TORCH) -r tests/requirements.txt
-	{ grep "^#" $(LOCK); $(RUN) -m pip freeze | sed -E '/^(cuda|nvidia|triton)/s/$$/ ; sys_platform == "linux"/'; } > $(LOCK).new
-	mv $(LOCK).new $(LOCK)
-
 clean:
 	rm -rf $(VENV) $(DEMO)
