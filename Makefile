@@ -1,19 +1,25 @@
 # make demo: set up, draw demo data, prepare, train, test.   make test: set up, run the fast tests.   make test-all: every
 # test.   make lint.   The virtual environment is made once, and again when a list of requirements changes.
-# PYTHON=python3.12 picks another interpreter, VENV=folder another environment, DEMO=folder another output.
+# PYTHON=python3.12 picks the interpreter that it is made with, VENV=folder another environment, DEMO=folder another output.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 DEMO ?= demo
 LISTS = requirements.txt tools/requirements.txt tests/requirements.txt .ci/requirements.lock
+# What is wrong with PYTHON, if anything: said in one line, before anything is made.
+PROBLEM = $(shell \
+  if ! $(PYTHON) -c "" 2>/dev/null; then echo "$(PYTHON) does not run here"; \
+  elif ! $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))"; then \
+    echo "$(PYTHON) is `$(PYTHON) -V 2>&1`, but 3.11 or newer is needed"; \
+  elif ! $(PYTHON) -c "import ensurepip, venv" 2>/dev/null; then \
+    echo "$(PYTHON) cannot make virtual environments (on Debian: apt-get install python3-venv)"; fi)
+CHECK = $(if $(PROBLEM),$(error $(PROBLEM); name another one: make PYTHON=python3.12 $(MAKECMDGOALS)))
 
 .PHONY: demo test test-all lint clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: $(LISTS)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "make: $(PYTHON) is missing or older than Python 3.11; name another one: make PYTHON=python3.12" >&2; exit 2; }
-	$(PYTHON) -m venv --clear $(VENV)
+	$(CHECK)$(PYTHON) -m venv --clear $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt -c .ci/requirements.lock
 	touch $@
 
@@ -35,7 +41,7 @@ demo: $(VENV)/.installed
 	@echo "          $(RUN) -m tensorboard.main --logdir $(DEMO)/log"
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile -m "not slow and not gpu"
 
 test-all: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile
