@@ -148,6 +148,16 @@ def test_resume_refuses_other_flags(one_epoch, tiny_tree, tmp_path, flag, value)
         resume(tiny_tree, tmp_path, one_epoch["last"], f"--{flag}", value)
 
 
+def test_every_flag_that_decides_what_is_computed_is_compared():
+    """A new flag belongs to one of the two lists: this one, or MAY_CHANGE."""
+    recipe = (
+        "alpha amp arch augc batch_size dataset gamma img_h img_w lr margin method milestones mode num_pos optim rande"
+    )
+    recipe += " seed select share_net square sync_bn trial warmup weighting weights"
+    flags = vars(train_ext_test0.get_args_parser().parse_args([]))
+    assert {*recipe.split()} == flags.keys() - train_ext_test0.MAY_CHANGE
+
+
 def test_a_flag_that_came_later_had_its_default(one_epoch, tiny_tree, tmp_path):
     content = torch.load(one_epoch["last"])
     for flag in ("alpha", "weighting", "select", "sync_bn", "figures"):
