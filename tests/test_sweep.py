@@ -281,6 +281,7 @@ def _start(programs, command, environment, errors):
     os.environ.update(environment)
     sweep.PROGRAMS = programs
     sys.argv = ["sweep.py"]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background ignore Ctrl-C
     utils.cli(functools.partial(sweep.main, command))
 
 
