@@ -198,7 +198,8 @@ def cells(rows, seeds):
         lines.append([row["row"], count, *means, plus_minus(row["seconds"], 1)])
         if row["differences"]:
             (pairs,) = {difference["count"] for difference in row["differences"].values()}
-            lines.append([f"  minus {rows[0]['row']}", f"{pairs} pairs", *map(signed, row["differences"].values()), ""])
+            count = "1 pair" if pairs == 1 else f"{pairs} pairs"
+            lines.append([f"  minus {rows[0]['row']}", count, *map(signed, row["differences"].values()), ""])
     return lines
 
 
