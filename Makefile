@@ -1,17 +1,27 @@
-# make demo: set up, make demo data, prepare, train, test.   make test: set up, run all tests.   make lint
-# The virtual environment is made once, and again when requirements.txt changes. PYTHON=python3.12 picks another one.
+# make demo: set up, draw demo data, prepare, train, test.   make test: set up, run the fast tests.   make test-all: every
+# test.   make lint.   The virtual environment is made once, and again when a list of requirements changes.
+# PYTHON=python3.12 picks the interpreter that it is made with, VENV=folder another environment, DEMO=folder another output.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 DEMO ?= demo
+LISTS = requirements.txt tools/requirements.txt tests/requirements.txt .ci/requirements.lock
+# What is wrong with PYTHON, if anything: said in one line, before anything is made.
+PROBLEM = $(shell \
+  if ! $(PYTHON) -c "" 2>/dev/null; then echo "$(PYTHON) does not run here"; \
+  elif ! $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))"; then \
+    echo "$(PYTHON) is `$(PYTHON) -V 2>&1`, but 3.11 or newer is needed"; \
+  elif ! $(PYTHON) -c "import ensurepip, venv" 2>/dev/null; then \
+    echo "$(PYTHON) cannot make virtual environments (on Debian: apt-get install python3-venv)"; fi)
+CHECK = $(if $(PROBLEM),$(error $(PROBLEM); name another one: make PYTHON=python3.12 $(MAKECMDGOALS)))
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 .DELETE_ON_ERROR:
 
-$(VENV)/.installed: requirements.txt
-	$(PYTHON) -m venv --clear $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	cp requirements.txt $@
+$(VENV)/.installed: $(LISTS)
+	$(CHECK)$(PYTHON) -m venv --clear $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt -c .ci/requirements.lock
+	touch $@
 
 # From scratch, in minutes: small images, Adam, a short schedule; and the triplet's difference unsquared, whose gradient
 # does not vanish where an untrained network starts, at d+ = d-.
@@ -23,7 +33,7 @@ demo: $(VENV)/.installed
 	  --img_h 96 --img_w 48 --square 0 --rande 0.2 --optim adam --lr 0.01 --epochs 11 --warmup 1 --milestones 8 \
 	  --eval_every 5 --figures --model_path $(DEMO)/save_model/ --log_path $(DEMO)/log/
 	$(RUN) testa.py --data_path $(DEMO)/data --gpu cpu --all --baselines --json $(DEMO)/results.json --report $(DEMO) \
-	  --resume $(DEMO)/save_model/sysu_adp_joint_co_nog_ch_nog_sq0_aug_G_erase_0.2_p4_n8_lr_0.01_seed_0_9_adam_best.t
+	  --resume $(DEMO)/save_model/sysu_*_best.t
 	@echo
 	@echo "Look at   $(DEMO)/report.html           these results, curves and the hardest queries, in a browser"
 	@echo "          $(DEMO)/people.png            people of the demo data"
@@ -31,6 +41,9 @@ demo: $(VENV)/.installed
 	@echo "          $(RUN) -m tensorboard.main --logdir $(DEMO)/log"
 
 test: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile -m "not slow and not gpu"
+
+test-all: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile
 
 lint: $(VENV)/.installed

@@ -224,11 +224,6 @@ def read_list(data_path, name):
     return list(paths), np.array(ids)
 
 
-def relabel(ids):
-    """Ids -> labels 0 .. K-1, in the order of the ids."""
-    return np.unique(ids, return_inverse=True)[1]
-
-
 def _read(data_path, name):
     """The text of one of the data set's lists."""
     if not Path(data_path).is_dir():

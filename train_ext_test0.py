@@ -303,6 +303,8 @@ def warnings(entry, args):
             f"no test result for epoch {epoch}: the features are not finite in evaluation; training goes on. This "
             "happens in the first epochs, when batch norm's running statistics lag behind; if it lasts, lower --lr"
         )
+    if "at_ln2" not in entry:  # the rest of a resumed epoch was too short for a reading
+        return
     distances = f"distances within identities {entry['distance_within']:.3g}, across {entry['distance_across']:.3g}"
     if entry["beyond_clamp"] > 0.5 and args.weighting == "published":
         yield (

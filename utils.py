@@ -23,7 +23,7 @@ class InputError(ValueError):
 
 def cli(main):
     """Run a script's `main`: an `InputError` becomes one line on stderr and exit status 2, without a traceback."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal without a letter for ± shows a question mark
+    sys.stdout.reconfigure(errors="replace")  # print ? for characters that the terminal cannot show
     signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C: half-written files are removed
     try:
         main()

@@ -58,8 +58,8 @@ _NUMPY_PICKLES = [
     np.dtype,
     *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"},
     *[
-        (getattr(np._core.multiarray, name), f"numpy.{package}.multiarray.{name}")
-        for name in ("scalar", "_reconstruct")
+        (value.__reduce__()[0], f"numpy.{package}.multiarray.{name}")  # the function that builds such a value
+        for name, value in (("scalar", np.float64()), ("_reconstruct", np.empty(0)))
         for package in ("core", "_core")
     ],
 ]

@@ -16,8 +16,8 @@ def start_processes(gpu, amp="off"):
 
 
 def leave_processes():
-    """Part from the other processes. Delete `DistributedDataParallel`s first: one that is left as the last owner of the
-    process group waits, in its destructor, for a thread that waits for it."""
+    """Part from the other processes. Delete `DistributedDataParallel` models first: if one is the last owner of the
+    process group, its destructor deadlocks."""
     wait_for_processes()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -35,9 +35,8 @@ def add_flags(parser):
         help="SYSU-MM01: gallery images of an identity and camera",
     )
     parser.add_argument("--trial", type=bounded(int, 1, 10), help="RegDB's trial (default: the checkpoint's own)")
-    parser.add_argument(
-        "--tvsearch", action="store_true", help="RegDB: thermal to visible; LLCM: infrared to visible; not from visible"
-    )
+    text = "search the other direction: thermal to visible (RegDB), infrared to visible (LLCM)"
+    parser.add_argument("--tvsearch", action="store_true", help=text)
     parser.add_argument("--test_batch", type=bounded(int, 1, 65536), default=64, help="images in a batch")
     parser.add_argument("--workers", type=bounded(int, 0, 1024), default=4, help="loading processes, one a core")
     parser.add_argument("--amp", choices=("off", "bf16"), default="off", help="mixed precision of the network")

@@ -21,15 +21,16 @@ class RunLog:
     starts anew. All processes but the first write nothing. Without TensorBoard, a line says so.
     """
 
-    def __init__(self, folder, name, resumed_epoch=-1):
+    def __init__(self, folder, name, resumed_epoch=None):
         self.text_path, self.json_path = (Path(folder) / f"{name}.{ending}" for ending in ("txt", "jsonl"))
         self.writes, self.board = process_index() == 0, None
         if not self.writes:
             return
-        kept = [entry for entry in read_json_lines(self.json_path) if entry["epoch"] <= resumed_epoch]
+        last = -1 if resumed_epoch is None else resumed_epoch
+        kept = [entry for entry in read_json_lines(self.json_path) if entry["epoch"] <= last]
         with atomic(self.json_path) as temporary:
             temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-        if resumed_epoch < 0:
+        if resumed_epoch is None:
             self.text_path.unlink(missing_ok=True)
         try:
             from torch.utils.tensorboard import SummaryWriter  # slow to import: only where a run is logged
@@ -37,7 +38,7 @@ class RunLog:
             self.text("TensorBoard is not installed, so no scalars are written; to get them: pip install tensorboard")
             return
         # Purging makes TensorBoard forget the steps of an earlier run of this name.
-        self.board = SummaryWriter(Path(folder) / name, purge_step=resumed_epoch + 1)
+        self.board = SummaryWriter(Path(folder) / name, purge_step=last + 1)
 
     def text(self, line):
         if self.writes:

@@ -58,17 +58,18 @@ class EpochMeter:
 
     def read(self, health):
         """Count a reading of the features' health, a named tuple of scalars."""
-        self.health_names = list(health._fields)
+        if self.health_names != list(health._fields):  # the first reading, or a checkpoint from before one of them
+            self.health_names, self.readings = list(health._fields), 0
+            self.health = torch.zeros((), device=self.losses.device)
         self.health = self.health + torch.stack(health)
         self.readings += 1
 
     def check(self, desc, weights=()):
-        """Raise Diverged, on all processes, if a step was not finite on one of them, or if `weights` are not now."""
+        """Raise Diverged on all processes if any of them had a step that is not finite, or has such `weights`."""
         bad = [self.first_bad] + [torch.where(torch.isfinite(w).all(), torch.inf, self.step) for w in weights]
         if (step := min_over_processes(torch.stack(bad).min()).item()) <= self.step:
             raise Diverged(
-                f"{desc}: the loss, its gradient or a weight is not finite from step {int(step)} on; lower --lr, or "
-                "start from --weights imagenet"
+                f"{desc}: the loss, its gradient or a weight is not finite from step {int(step)} on; lower --lr"
             )
 
     def means(self):
@@ -79,7 +80,9 @@ class EpochMeter:
         """The epoch's entry in the log: mean losses of all processes, which must all call; mean health; `seconds`; and
         `images_per_second`, the views that all processes trained on."""
         losses = dict(zip(self.names, (self._mean_over_processes() / self.step).tolist(), strict=True))
-        health = dict(zip(self.health_names, (self.health / self.readings).tolist(), strict=True))
+        health = {}
+        if self.readings:
+            health = dict(zip(self.health_names, (self.health / self.readings).tolist(), strict=True))
         seconds = max(self.seconds, 1e-9)
         speed = {"seconds": round(seconds, 3), "images_per_second": round(process_count() * self.images / seconds, 1)}
         return {**losses, **health, **speed}

@@ -1,4 +1,4 @@
-"""What the matches of a search say: metrics, rows of results, the table, and the images behind them.
+"""From the matches of a search to metrics, rows of results, the table, and the images behind them.
 
 `scores` is the one place that lists the metrics: log, tables, JSON and page take their columns from it.
 """

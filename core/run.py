@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from core.checkpoint import Checkpoint, find_checkpoint, load_training_state, save_checkpoint
+from core.checkpoint import VERSION, Checkpoint, find_checkpoint, load_checkpoint, load_training_state, save_checkpoint
 from core.distributed import generator_states, set_generators, wait_for_processes
 from core.files import check_folder
 from core.log import RunLog, read_json_lines
@@ -62,7 +62,7 @@ class Run:
     def __exit__(self, kind, error, trace):
         self._stack.__exit__(kind, error, trace)
         if kind is Diverged:
-            raise InputError(f"{error} ({self.last_path} is intact: --resume auto continues from it)") from error
+            raise InputError(f"{error}: start a new run ({self.last_path} holds the state before it)") from error
 
     def start(self, net, optimizer, device, num_images, steps):
         """Load the checkpoint to resume into net and optimizer, or save a first one; begin the log.
@@ -80,13 +80,18 @@ class Run:
         if self.resumed:
             self._load()
         self.log = self._stack.enter_context(
-            contextlib.closing(RunLog(self.log_path.parent, self.name, self.first_epoch - 1))
+            contextlib.closing(RunLog(self.log_path.parent, self.name, self.first_epoch - 1 if self.resumed else None))
         )
         self.log.text(f"{self.name}\n{json.dumps(vars(self.args))}")
         if self.args.resume:
             self.log.text(self._resumed_from())
+        if self.resumed and self._version < VERSION:
+            self.log.text(
+                "warning: an earlier version of this code began this run, with another order of erasing and one step "
+                "less in an epoch; train anew to report its result as that of one recipe"
+            )
         if not self.resumed:
-            # A run has a checkpoint before its log has an entry: a log without one is another run's, and is not erased.
+            # Before the first log entry: a log without a checkpoint then belongs to another run and is never erased.
             self._save_last(-1)
         self.timer.hold = True
 
@@ -136,7 +141,7 @@ class Run:
             self._save(self.best_path, epoch, selection=self.args.select)
         if epoch % self.args.save_epoch == 0 and epoch > 0:
             self._save(self.last_path.with_name(f"{self.name}_epoch_{epoch}.t"), epoch)
-        # After the others, so that a run which is killed before this line repeats the epoch, and so the files above.
+        # Last: a run killed before this line repeats the epoch and writes the files above again.
         self._save_last(epoch)
 
     def finish(self):
@@ -180,6 +185,10 @@ class Run:
             path = last if last.exists() else None
         else:
             path = find_checkpoint(resume, self.args.model_path) if resume else None
+        former = last.with_name(last.name.replace("_exact_last.t", "_last.t"))  # exact was the default once
+        renamed = resume == "auto" and not path and former.exists()
+        if renamed and load_checkpoint(former).get("args", {}).get("weighting") == "exact":
+            raise InputError(f"{former}: is this run's checkpoint under its old name; pass --resume {former.name}")
         if last.exists() and not (path and last.samefile(path)):
             raise InputError(
                 f"{last}: already exists; continue that run with --resume auto, choose another --model_path and "
@@ -193,15 +202,14 @@ class Run:
 
     def _load(self):
         path, checkpoint = self.resumed, load_training_state(self.resumed)
+        self._check_same(checkpoint)
+        self._version = checkpoint.version
         try:
-            self._check_same(checkpoint)
             self.net.load_state_dict(checkpoint.net)
             self.optimizer.load_state_dict(checkpoint.optimizer)
             self.first_epoch, self.best = checkpoint.epoch + 1, checkpoint.best
             if checkpoint.within:
                 self._begun = checkpoint.sums, checkpoint.within["generators"]
-        except InputError:
-            raise
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise InputError(
                 f"{path}: is not a complete ..._last.t ({type(error).__name__}); resume from another"

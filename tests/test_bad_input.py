@@ -21,7 +21,8 @@ import pre_process_sysu
 import testa
 import train_ext_test0
 from conftest import SIZE, SMALL, exit_status, flags
-from data_loader import read_image, sysu_train_files
+from core.images import read_image
+from data_loader import sysu_train_files
 from model import GFMNet
 
 SCRIPTS = {
@@ -126,7 +127,7 @@ CASES = {
         "prepare",
         lambda: write(jpeg(), jpeg().read_bytes()[:300]),
         [],
-        ["cam1/", "remove it, or go on without it: --skip_bad"],
+        ["cam1/", "remove it, or continue without it: --skip_bad"],
     ),
     "empty image": ("prepare", lambda: write(jpeg()), [], ["cam1/", "cannot be read"]),
     "text as image": ("prepare", lambda: write(jpeg(), "no image"), [], ["cam1/", "cannot be read"]),
@@ -142,12 +143,12 @@ CASES = {
     "bad query image": ("test", lambda: damage_query(lambda data: data[:200]), [], ["sysu/cam", "remove it"]),
     "bad listed image": ("regdb", lambda: first_image("regdb", lambda data: data[:50]), [], ["regdb/", "remove it"]),
     # lists of ids
-    "no list of ids": ("prepare", lambda: os.unlink(EXP), [], [EXP, "belongs there"]),
-    "empty list of ids": ("prepare", lambda: write(EXP), [], [EXP, "holds no ids", "separated by commas"]),
-    "words for ids": ("prepare", lambda: write(EXP, "1,two"), [], [EXP, "'two' is no id"]),
-    "negative id": ("prepare", lambda: write(EXP, "1,-2"), [], [EXP, "'-2' is no id"]),
-    "id that climbs": ("prepare", lambda: write(EXP, "1,../2"), [], [EXP, "'../2' is no id"]),
-    "huge id": ("prepare", lambda: write(EXP, "1," + 30 * "9"), [], [EXP, "is no id"]),
+    "no list of ids": ("prepare", lambda: os.unlink(EXP), [], [EXP, "put the data set's list"]),
+    "empty list of ids": ("prepare", lambda: write(EXP), [], [EXP, "has no ids", "separated by commas"]),
+    "words for ids": ("prepare", lambda: write(EXP, "1,two"), [], [EXP, "'two' is not an id"]),
+    "negative id": ("prepare", lambda: write(EXP, "1,-2"), [], [EXP, "'-2' is not an id"]),
+    "id that climbs": ("prepare", lambda: write(EXP, "1,../2"), [], [EXP, "'../2' is not an id"]),
+    "huge id": ("prepare", lambda: write(EXP, "1," + 30 * "9"), [], [EXP, "is not an id"]),
     "id twice": ("prepare", lambda: change(EXP, lambda text: f"{text.strip()},{text}"), [], [EXP, "twice", "remove"]),
     "binary list": ("prepare", lambda: write(EXP, b"\xff\xfe\x00"), [], [EXP, "UnicodeDecodeError"]),
     "folder for a list": ("prepare", lambda: [os.unlink(EXP), os.mkdir(EXP)], [], [EXP, "IsADirectoryError"]),
@@ -204,30 +205,30 @@ CASES = {
     "gray arrays": ("train", lambda: edit_array(2, lambda a: a[..., 0]), [], ["_img.npy", "pre_process_sysu.py"]),
     "fewer labels": ("train", lambda: edit_array(1, lambda a: a[1:]), [], ["62 images, but 61 labels"]),
     "labels in columns": ("train", lambda: edit_array(1, lambda a: a[:, None]), [], ["labels", "pre_process_sysu.py"]),
-    "labels of floats": ("train", lambda: edit_array(3, lambda a: a + 0.5), [], ["float64, no integers"]),
-    "negative labels": ("train", lambda: edit_array(1, lambda a: a - 1), [], ["label -1 breaks the row"]),
+    "labels of floats": ("train", lambda: edit_array(3, lambda a: a + 0.5), [], ["float64, not integers"]),
+    "negative labels": ("train", lambda: edit_array(1, lambda a: a - 1), [], ["without a gap (-1)"]),
     "labels with a gap": (
         "train",
         lambda: [edit_array(number, lambda a: a + (a > 4)) for number in (1, 3)],
         [],
-        ["label 5 breaks the row", "pre_process_sysu.py"],
+        ["without a gap (5)", "pre_process_sysu.py"],
     ),
     "no images": ("train", lambda: [edit_array(n, lambda a: a[:0]) for n in (0, 1)], [], ["0 images"]),
     # idx files
-    "no idx file": ("regdb", lambda: os.unlink(IDX), [], [IDX, "belongs there"]),
+    "no idx file": ("regdb", lambda: os.unlink(IDX), [], [IDX, "put the data set's list"]),
     "blank idx file": ("regdb", lambda: write(IDX, "\n \n"), [], [IDX, "lists no images"]),
     "no label": ("regdb", lambda: write(IDX, "a.bmp\n"), [], [IDX, "line 1", "'a.bmp' is not 'path label'"]),
     "no number for a label": ("regdb", lambda: write(IDX, "a.bmp x\n"), [], [IDX, "line 1", "'a.bmp x'"]),
     "negative label": ("regdb", lambda: write(IDX, "a.bmp -1\n"), [], [IDX, "line 1", "'a.bmp -1'"]),
     "huge label": ("regdb", lambda: write(IDX, f"a.bmp {9:030}\n"), [], [IDX, "line 1"]),
     "nul in a name": ("regdb", lambda: write(IDX, "a\0.bmp 1\n"), [], [IDX, "line 1"]),
-    "name that climbs": ("regdb", lambda: write(IDX, "../a.bmp 1\n"), [], [IDX, "../a.bmp lies outside of regdb"]),
-    "absolute name": ("regdb", lambda: write(IDX, "/etc/passwd 1\n"), [], [IDX, "/etc/passwd lies outside of regdb"]),
+    "name that climbs": ("regdb", lambda: write(IDX, "../a.bmp 1\n"), [], [IDX, "../a.bmp is outside regdb"]),
+    "absolute name": ("regdb", lambda: write(IDX, "/etc/passwd 1\n"), [], [IDX, "/etc/passwd is outside regdb"]),
     "link that leads out": (
         "regdb",
         lambda: [os.symlink(os.path.abspath("sysu"), "regdb/out"), write(IDX, f"out/{jpeg().relative_to('sysu')} 1")],
         [],
-        [IDX, "line 1", "lies outside of regdb"],
+        [IDX, "line 1", "is outside regdb"],
     ),
     "image that is not there": (
         "regdb",
@@ -251,7 +252,7 @@ CASES = {
         ["idx/train_nir.txt and a test image; remove"],
     ),
     "LLCM's test ids without images": ("llcm", lambda: write("llcm/idx/test_id.txt", "998"), [], ["none of the 1"]),
-    "no LLCM test ids": ("llcm", lambda: os.unlink("llcm/idx/test_id.txt"), [], ["llcm/idx/test_id.txt", "belongs"]),
+    "no LLCM test ids": ("llcm", lambda: os.unlink("llcm/idx/test_id.txt"), [], ["llcm/idx/test_id.txt", "put the"]),
     # flags of training
     "more identities than there are": ("train", lambda: None, ["--batch_size", "11"], ["--batch_size 11", "only 10"]),
     "unknown gpu": ("train", lambda: None, ["--gpu", "one"], ["--gpu one", "cpu"]),
@@ -368,7 +369,7 @@ CASES = {
         "test",
         lambda: write("sysu/exp/rand_perm_cam.mat", "x"),
         ["--protocol", "official"],
-        ["rand_perm_cam.mat", "fetch it again"],
+        ["rand_perm_cam.mat", "download it again"],
     ),
 }
 

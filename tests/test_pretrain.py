@@ -69,7 +69,7 @@ def test_exact_is_drawn_into_a_point_and_told_and_stable_is_not(others, tmp_path
     tree = people(tmp_path / "people", seed=0, ids=40)
     start(others, tmp_path / "start.pt", distance=30, steps=60)
     flags = ["--data_path", str(tree), "--gpu", "cpu", "--arch", "resnet18", "--weights", str(tmp_path / "start.pt")]
-    flags += [*SIZE, "--workers", "0", "--num_pos", "2", "--epochs", "6", "--warmup", "1", "--eval_every", "9"]
+    flags += [*SIZE, "--workers", "0", "--num_pos", "2", "--epochs", "10", "--warmup", "1", "--eval_every", "9"]
     logs, printed = {}, {}
     for weighting in ("exact", "stable"):
         out = str(tmp_path / weighting)

@@ -107,6 +107,14 @@ def test_resumed_log_holds_each_epoch_once(tmp_path):
     assert (tmp_path / "run.jsonl").read_text() == ""
 
 
+def test_a_text_log_goes_on_within_the_first_epoch(tmp_path):
+    for resumed, line in ((None, "a new run"), (-1, "resumed within its first epoch")):
+        log = RunLog(tmp_path, "run", resumed)
+        log.text(line)
+        log.close()
+    assert (tmp_path / "run.txt").read_text().splitlines() == ["a new run", "resumed within its first epoch"]
+
+
 def test_log_without_tensorboard(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     log = RunLog(tmp_path, "run")
@@ -140,6 +148,16 @@ def test_resume_refuses_other_flags(one_epoch, tiny_tree, tmp_path, flag, value)
         resume(tiny_tree, tmp_path, one_epoch["last"], f"--{flag}", value)
 
 
+def test_every_flag_that_decides_what_is_computed_is_compared():
+    """A new flag belongs to one of the two lists: this one, or MAY_CHANGE."""
+    recipe = (
+        "alpha amp arch augc batch_size dataset gamma img_h img_w lr margin method milestones mode num_pos optim rande"
+    )
+    recipe += " seed select share_net square sync_bn trial warmup weighting weights"
+    flags = vars(train_ext_test0.get_args_parser().parse_args([]))
+    assert {*recipe.split()} == flags.keys() - train_ext_test0.MAY_CHANGE
+
+
 def test_a_flag_that_came_later_had_its_default(one_epoch, tiny_tree, tmp_path):
     content = torch.load(one_epoch["last"])
     for flag in ("alpha", "weighting", "select", "sync_bn", "figures"):
@@ -166,6 +184,15 @@ def test_a_checkpoint_of_the_first_layout_is_resumed(one_epoch, tiny_tree, tmp_p
     content = torch.load(result["last"])
     assert (content["version"], content["epoch"]) == (2, 1)
     assert content["args"]["weights"] == "none"  # what the run began with; a resumed one reads none
+
+
+def test_a_run_from_when_exact_was_the_default_is_not_begun_anew(one_epoch, tiny_tree, tmp_path):
+    content = torch.load(one_epoch["last"])
+    content["args"]["weighting"] = "exact"
+    (tmp_path / "models").mkdir()
+    torch.save(content, tmp_path / "models" / Path(one_epoch["last"]).name)
+    with pytest.raises(InputError, match="under its old name; pass --resume"):
+        resume(tiny_tree, tmp_path, "auto", "--weighting", "exact")
 
 
 def test_a_run_is_not_overwritten(one_epoch, tiny_tree, tmp_path):

@@ -148,7 +148,7 @@ def test_epoch_chosen_by_the_validation_ids(tiny_tree, tmp_path):
     for kind, selection in (("best", "val"), ("last", "none")):
         rows = testa.main(["--data_path", str(tiny_tree), "--resume", result[kind], *common])
         assert {row["selection"] for row in rows} == {selection}
-    with pytest.raises(InputError, match="--select val: --dataset regdb has no validation ids"):
+    with pytest.raises(InputError, match="--select val: is an option of SYSU-MM01"):
         train_ext_test0.main(["--dataset", "regdb", "--select", "val"])
 
 

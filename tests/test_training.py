@@ -18,7 +18,7 @@ from conftest import SIZE, flags, log_entries
 from core import engine
 from core.meter import Diverged, EpochMeter
 from data_loader import CachedBatches, IdentitySampler, TrainData, sysu_train
-from loss import Losses, MethodLoss, SquaredTripletLoss
+from loss import Health, Losses, MethodLoss, SquaredTripletLoss
 from model import Output
 
 CPU = torch.device("cpu")
@@ -135,6 +135,13 @@ def test_an_epoch_goes_on_from_any_checkpoint_of_its_meter():
         for name, value in resumed.summary().items():
             if "second" not in name:
                 assert value == pytest.approx(whole[name]), name
+
+
+def test_readings_of_a_checkpoint_with_fewer_values_are_not_mixed_with_today_s():
+    old = {"health_names": ["a"], "health": torch.tensor([5.0]), "readings": 2, "step": 3}
+    meter = EpochMeter.from_checkpoint(old, CPU)
+    meter.read(Health(*torch.tensor([1.0, 2.0, 3.0, 4.0])))
+    assert (meter.health_names, meter.readings, meter.health.tolist()) == ([*Health._fields], 1, [1.0, 2.0, 3.0, 4.0])
 
 
 def test_health_by_hand():

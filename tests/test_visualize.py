@@ -384,7 +384,7 @@ def test_bad_input_of_the_commands(sysu_tree, checkpoint, results, logs, tmp_pat
     for command, more, words in (
         ("ranking", ["--which", "9999"], "--which 9999: no query"),
         ("tsne", ["--people", "90"], "--people 90: only 4 have images"),
-        ("ranking", ["--trial", "2"], "are RegDB's"),
+        ("ranking", ["--trial", "2"], "is an option of RegDB"),
         ("ranking", ["--dataset", "llcm"], "was trained on sysu"),
         ("distances", ["--resume", "a.t", "b.t", "c.t"], "pass one checkpoint, or two"),
     ):

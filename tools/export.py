@@ -146,7 +146,7 @@ def to_onnx(embedding, images, about):
         opset_version=OPSET,
         input_names=["images"],
         output_names=["features"],
-        dynamic_shapes={"images": {0: "batch"}},
+        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
         verbose=False,
     )
     for node in program.model.graph:

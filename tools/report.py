@@ -14,7 +14,7 @@ from PIL import Image
 
 from core.datasets import DATASETS
 from core.files import atomic
-from data_loader import read_image
+from core.images import read_image
 from utils import progress
 
 CROP = (256, 128)  # height, width of an embedded image; about 7 KB each

@@ -12,7 +12,7 @@ Features are those of testa.py: image and mirror averaged, FC or POOL. As a libr
 
     from tools.search import Embedder
 
-    embedder = Embedder("save_model/..._best.t")  # or an .onnx of tools.export, which needs no PyTorch network
+    embedder = Embedder("save_model/..._best.t", gpu="cpu")  # or an .onnx of tools.export
     features = embedder(["a.jpg", "b.jpg"], "infrared")  # float32 [2, C], of unit length
 """
 

@@ -7,7 +7,6 @@ are not repeated, and a stopped run continues from its last save. All rows are c
 """
 
 import argparse
-import fcntl
 import itertools
 import os
 import re
@@ -31,6 +30,12 @@ from core.run import run_lock
 from tools import sweep_tables
 from tools.sweep_tables import read_json
 from utils import ArgumentParser, InputError, Stopped, bounded, cli, cores, progress
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 
 SCRIPTS = {"train": train_ext_test0, "test": testa}
 PROGRAMS = {name: script.__file__ for name, script in SCRIPTS.items()}
@@ -110,6 +115,8 @@ def main(argv=None):
     argv = [*map(str, sys.argv[1:] if argv is None else argv)]
     split = argv.index("--") if "--" in argv else len(argv)
     args = get_args_parser().parse_args(join_test_flags(argv[:split]))
+    if not fcntl:
+        raise InputError("a sweep locks its runs, which needs Linux or macOS; run train_ext_test0.py by hand")
     out = Path(args.out)
     if args.table:
         plan = read_plan(args, argv[split:])

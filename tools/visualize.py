@@ -23,9 +23,9 @@ from ChannelAug import normalise
 from core import engine, evaluation
 from core.checkpoint import find_checkpoint
 from core.datasets import DATASETS, Search, search_title
+from core.images import read_image
+from core.log import read_json_lines
 from core.results import choose_queries, pair_distances, rank_images, result_title
-from core.run import read_json_lines
-from data_loader import read_image
 from data_manager import NUMBER
 from model import FEATURES
 from tools import figures

@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from ChannelAug import TrainAugmentation
-from data_loader import IdentitySampler, sysu_train, train_loader, write_images
+from core.images import write_images
+from data_loader import IdentitySampler, sysu_train, train_loader
 from data_manager import SYSU_VISIBLE, read_ids, sysu_images
 from tools.benchmarks.measuring import compare, gib_text, print_head, run_measured
 from utils import cores, progress

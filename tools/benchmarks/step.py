@@ -40,7 +40,8 @@ class Training:
         self.loader = train_loader(data, sampler, args.workers, device, args.cache)
         self.batches = endless(self.loader)
         self.net.to(memory_format=torch.channels_last)
-        self.model = torch.compile(self.net) if args.compile else self.net
+        if args.compile:
+            self.net.compile()  # as training does
         self.criterion, self.augment = MethodLoss("adp"), TrainAugmentation(1, 0.5)
         self.optimizer = sgd(self.net.parameters(), fused=True)
 
@@ -57,7 +58,7 @@ class Training:
     def train(self, model=None, augment=None):
         """`--steps` of our steps."""
         steps, augment = islice(self.batches, self.args.steps), augment or self.augment
-        model, amp = model or self.model, self.args.amp
+        model, amp = model or self.net, self.args.amp
         engine.train_epoch(model, self.criterion, self.optimizer, steps, augment, self.device, amp)
 
     def train_plainly(self, criterion=plain_loss):
@@ -100,7 +101,7 @@ def bench_step(args, device):
         print(f"peak memory without the cached images: {results['peak_gib_without_cache']:.1f} GiB")
 
     budget = step_budget(run)
-    floors = step_floors(run.net, run.criterion, (visible, infrared), labels, args.amp)
+    floors = step_floors(GFMNet(**run.net.options).to(device), run.criterion, (visible, infrared), labels, args.amp)
     if device.type == "cuda":
         budget["gaps, the device waiting (part of the above)"] = device_gaps(run.train) / args.steps
     print("where the time of a step goes, and how fast it could be:")
