@@ -155,7 +155,7 @@ def step_budget(run):
 
     hooks = [run.criterion.register_forward_pre_hook(mark), run.criterion.register_forward_hook(mark)]
     hooks += [run.optimizer.register_step_pre_hook(mark), run.optimizer.register_step_post_hook(mark)]
-    run.train(Timed(run.model, mark), Timed(run.augment, mark))
+    run.train(Timed(run.net, mark), Timed(run.augment, mark))
     for hook in hooks:
         hook.remove()
     if run.device.type == "cuda":
