@@ -21,7 +21,7 @@ from core.datasets import DATASETS, search_title
 from core.features import load_features, save_features, select_features
 from core.files import check_output, locate, save_json
 from model import GFMNet
-from utils import ArgumentParser, InputError, cli, import_tools, progress, select_device
+from utils import ArgumentParser, InputError, cli, progress, select_device
 
 PAGE = "report.html"
 HARDEST, NEAREST = 40, 10  # queries, and gallery images of each, on the page
@@ -114,7 +114,7 @@ def write_report(args, table, search, features, paths, matches, origin):
     matches: as `engine.run_search` gives them.
     """
     names = list(features["visible"])
-    figures, report = import_tools("--report", "figures", "report")
+    figures, report = import_page_modules()
     name = next((name for name in names if name[1] == "FC" and name[0] not in BASELINES), names[-1])
     matches = matches[name, "none"]
     hardest = results.choose_queries(matches, search, "worst", HARDEST)
@@ -161,7 +161,16 @@ def check_flags(args):
     for output in filter(None, (args.features, args.json, page)):
         check_output(output)
     if args.report:
-        import_tools("--report", "figures", "report")
+        import_page_modules()
+
+
+def import_page_modules():
+    """The modules that draw and write the page. Raises InputError when a package that they need is not installed."""
+    try:
+        from tools import figures, report
+    except ImportError as error:
+        raise InputError(f"--report: {error.name} is not installed; run: pip install {error.name}") from error
+    return figures, report
 
 
 def source_name(args):

@@ -1,7 +1,6 @@
 """What every script shares: errors, command line, device, processes, seed, precision and progress bars."""
 
 import argparse
-import importlib
 import math
 import multiprocessing
 import os
@@ -130,14 +129,6 @@ def bounded(kind, low, high=10**9, above=False):
         return value
 
     return parse
-
-
-def import_tools(flag, *names):
-    """Modules of tools/ that a flag needs. Raises InputError when a package that they need is not installed."""
-    try:
-        return [importlib.import_module(f"tools.{name}") for name in names]
-    except ImportError as error:
-        raise InputError(f"{flag}: {error.name} is not installed; run: pip install {error.name}") from error
 
 
 def check_device(gpu):

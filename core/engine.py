@@ -7,6 +7,7 @@ from core import re_rank
 from core.distributed import sum_over_processes
 from core.meter import EpochMeter
 from eval_metrics import CosineDistances, match_ranks
+from model import FEATURES
 from utils import InputError, autocast, process_count, progress
 
 LOG_STEPS = 10  # steps between two readings of losses and health: each waits for the device
@@ -70,7 +71,7 @@ def network_embedding(net, device, preprocess, amp="off"):
         images = preprocess(images.to(device, non_blocking=True))
         with autocast(device, amp):
             views = [net.embed(view, modality) for view in (images, images.flip(3))]
-        return {name: F.normalize(a.float() + b.float()) for name, a, b in zip(("POOL", "FC"), *views, strict=True)}
+        return {name: F.normalize(a.float() + b.float()) for name, a, b in zip(FEATURES, *views, strict=True)}
 
     return embed
 

@@ -9,7 +9,7 @@ from core.datasets import DATASETS, check_options, option_values
 from data_loader import eval_loader
 from data_manager import is_demo
 from loss import method_name
-from model import load_network
+from model import FEATURES, load_network
 from utils import InputError, bounded
 
 
@@ -78,7 +78,7 @@ def checkpoint_origin(path, checkpoint, net, size, data_path):
         "dataset": flags.get("dataset"),
         "trial": flags.get("trial"),
         "selection": checkpoint.get("selection"),
-        "flipped": ["POOL", "FC"],
+        "flipped": list(FEATURES),
         "checkpoint": str(path),
         "network": f"{method}, {net.options['arch']}, {size[0]}x{size[1]}, epoch {epoch}",
         "data_path": os.path.abspath(data_path),

@@ -57,10 +57,10 @@ def k_reciprocal(query, gallery, k1=20, k2=6, lambda_value=0.3):
         described = _indicator(nearest[:, :k2]) @ described / min(k2, total)
 
     result = torch.empty(queries, total - queries)
-    asked, searched = described[:queries], described[queries:].tocsc()
-    met = int((asked.astype(bool) @ np.diff(searched.indptr)).max())  # pairs of entries of the busiest query
-    for rows in blocks(queries, max(1, BLOCK // max(total, met))):
-        overlap = torch.from_numpy(_overlap(asked[rows], searched))
+    left, right = described[:queries], described[queries:].tocsc()
+    pairs = int((left.astype(bool) @ np.diff(right.indptr)).max())  # pairs of entries of the busiest query
+    for rows in blocks(queries, max(1, BLOCK // max(total, pairs))):
+        overlap = torch.from_numpy(_overlap(left[rows], right))
         jaccard = 1 - overlap / (2 - overlap)
         original = (distances(rows, slice(queries, None)) / farthest[rows, None]).cpu()
         result[rows] = ((1 - lambda_value) * jaccard + lambda_value * original).float()
@@ -75,12 +75,12 @@ def random_walk(query, gallery, alpha=0.95):
     each other. Source: Shen et al., "Deep Group-shuffling Random Walk for Person Re-identification", CVPR 2018. As in
     the published GFMNet code, the zero diagonal goes INTO the softmax, so an image keeps some weight of its own.
     """
-    given = torch.is_tensor(query)
+    is_tensor = torch.is_tensor(query)
     query, gallery = (F.normalize(torch.as_tensor(x).float()) for x in (query, gallery))
     walk = (gallery @ gallery.T).fill_diagonal_(0).softmax(dim=1)
     system = torch.eye(len(gallery), device=gallery.device) - alpha * walk
     similarity = (1 - alpha) * torch.linalg.solve(system, gallery @ query.T).T
-    return -similarity if given else -similarity.numpy()
+    return -similarity if is_tensor else -similarity.numpy()
 
 
 def _indicator(indices):
@@ -96,15 +96,15 @@ def _reciprocal(nearest):
     return forward.multiply(forward.T).tocsr()
 
 
-def _overlap(asked, searched):
-    """Sum over n of min(asked[q, n], searched[g, n]): sparse [Q, N] and [G, N] (by columns) -> float64 [Q, G].
+def _overlap(left, right):
+    """Sum over n of min(left[q, n], right[g, n]): sparse [Q, N] and [G, N] (by columns) -> float64 [Q, G].
 
     Joins the two lists of entries on n, so that only what is non-zero in both is touched.
     """
-    met = np.diff(searched.indptr)[asked.indices]  # entries of `searched` that each entry of `asked` meets
-    entry = np.repeat(np.arange(asked.nnz), met)
-    place = np.arange(len(entry)) - np.repeat(np.cumsum(met) - met, met) + searched.indptr[asked.indices[entry]]
-    row = np.repeat(np.arange(asked.shape[0]), np.diff(asked.indptr))[entry]
-    least = np.minimum(asked.data[entry], searched.data[place])
-    shape = (asked.shape[0], searched.shape[0])
-    return np.bincount(row * shape[1] + searched.indices[place], least, shape[0] * shape[1]).reshape(shape)
+    pairs = np.diff(right.indptr)[left.indices]  # entries of `right` that each entry of `left` meets
+    entry = np.repeat(np.arange(left.nnz), pairs)
+    place = np.arange(len(entry)) - np.repeat(np.cumsum(pairs) - pairs, pairs) + right.indptr[left.indices[entry]]
+    row = np.repeat(np.arange(left.shape[0]), np.diff(left.indptr))[entry]
+    least = np.minimum(left.data[entry], right.data[place])
+    shape = (left.shape[0], right.shape[0])
+    return np.bincount(row * shape[1] + right.indices[place], least, shape[0] * shape[1]).reshape(shape)

@@ -1,4 +1,4 @@
-"""A training run on disk: its lock and checkpoints, and when it saves and stops."""
+"""`Run`, what a training leaves on disk; when it saves (`SaveTimer`), and that nobody else does (`run_lock`)."""
 
 import contextlib
 import errno
@@ -69,13 +69,8 @@ class Run:
 
         num_images: visible, infrared images to train on. steps: of an epoch.
         """
-        self.net, self.optimizer, self.device, self.num_images, self.steps = (
-            net,
-            optimizer,
-            device,
-            [*num_images],
-            steps,
-        )
+        self.net, self.optimizer, self.device = net, optimizer, device
+        self.num_images, self.steps = [*num_images], steps
         self.timer = self._stack.enter_context(SaveTimer(self.args.save_minutes, device))
         if self.resumed:
             self._load()
