@@ -6,6 +6,7 @@ Network and options come from the checkpoint, of this repository or of the publi
 image and its mirror: POOL, before the batch-norm bottleneck, and FC, after it. The similarity is the cosine.
 """
 
+import importlib.util
 import os
 import platform
 
@@ -25,7 +26,7 @@ from utils import ArgumentParser, InputError, cli, progress, select_device
 
 PAGE = "report.html"
 HARDEST, NEAREST = 40, 10  # queries, and gallery images of each, on the page
-BASELINES = ("gray pixels", "colour histogram", "untrained")
+BASELINES = ("gray pixels", "colour histogram", "HOG", "untrained")
 
 
 def get_args_parser():
@@ -44,7 +45,9 @@ def get_args_parser():
         default=[],
         help="add rows with re-ranked distances",
     )
-    parser.add_argument("--baselines", action="store_true", help="add gray pixels, colours, the untrained net")
+    parser.add_argument(
+        "--baselines", action="store_true", help="add gray pixels, colours, gradients, the untrained net"
+    )
     parser.add_argument("--json", metavar="FILE", help="write all results to this file")
     parser.add_argument("--report", metavar="DIR", help=f"write a page of the results, {PAGE}, to this folder")
     return parser
@@ -213,15 +216,20 @@ def stack_embeddings(embeddings):
 
 
 def baselines(options, device, amp):
-    """The embeddings to beat, for `engine.extract`: raw pixels, colours, the network before training."""
+    """The embeddings to beat, for `engine.extract`: raw pixels, colours, gradients, the network before training."""
     torch.manual_seed(0)
     untrained = GFMNet(**options).to(device, memory_format=torch.channels_last)
     embeddings = (
         lambda images, _: {"pixels": gray_pixels(images)},
         lambda images, _: {"colours": colour_histogram(images)},
+        lambda images, _: {"gradients": gradient_histograms(images)},
         engine.network_embedding(untrained, device, normalise, amp),
     )
-    return dict(zip(BASELINES, embeddings, strict=True))
+    embeddings = dict(zip(BASELINES, embeddings, strict=True))
+    if importlib.util.find_spec("skimage") is None:
+        print("HOG is left out: scikit-image is not installed; run: pip install scikit-image")
+        del embeddings["HOG"]
+    return embeddings
 
 
 def gray_pixels(images):
@@ -235,6 +243,15 @@ def colour_histogram(images):
     red, green, blue = (images.long() // 32).flatten(2).unbind(dim=1)
     colour = (red * 8 + green) * 8 + blue
     return F.normalize(torch.zeros(len(images), 512).scatter_add_(1, colour, torch.ones_like(colour).float()))
+
+
+def gradient_histograms(images):
+    """uint8 [B, 3, H, W] -> HOG (Dalal and Triggs, CVPR 2005), resized to 128x64, of unit length: [B, 3780]."""
+    from skimage.feature import hog  # slow to import
+
+    gray = (images * torch.tensor(GRAY).view(3, 1, 1)).sum(dim=1, keepdim=True)
+    resized = F.interpolate(gray, (128, 64), mode="bilinear", antialias=True)[:, 0].numpy()
+    return F.normalize(torch.from_numpy(np.stack([hog(image, cells_per_block=(2, 2)) for image in resized])).float())
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def test_reranked_rows_stand_beside_the_plain_ones(saved, sysu_tree):
 
 def test_all_with_baselines_is_one_table(checkpoint, sysu_tree):
     rows = testa.main(["--data_path", str(sysu_tree), "--resume", checkpoint, "--all", "--baselines", "--gpu", "cpu"])
-    models = [("gray pixels", "pixels"), ("colour histogram", "colours")]
+    models = [("gray pixels", "pixels"), ("colour histogram", "colours"), ("HOG", "gradients")]
     models += [(model, feature) for model in ("untrained", "trained") for feature in ("POOL", "FC")]
     labels = ("protocol", "mode", "shots", "model", "feature")
     assert [tuple(row[label] for label in labels) for row in rows] == [
@@ -179,6 +179,24 @@ def test_baseline_features_against_plain_formulas():
         np.testing.assert_allclose(pixels, gray / np.linalg.norm(gray), atol=1e-5)
         histogram, _ = np.histogramdd(image.reshape(3, -1).T, bins=8, range=[(0, 256)] * 3)
         np.testing.assert_allclose(colours, histogram.ravel() / np.linalg.norm(histogram), atol=1e-6)
+
+
+def test_gradient_histograms_see_shape_not_tone():
+    images = torch.zeros(3, 3, 128, 64, dtype=torch.uint8)
+    images[:2, :, 40:90, 20:44] = 200  # a box, its negative, and stripes
+    images[1] = 255 - images[1]
+    images[2, :, ::16] = 200
+    box, negative, stripes = testa.gradient_histograms(images)
+    torch.testing.assert_close(box, negative, atol=0.02, rtol=0)
+    assert box @ stripes < 0.5
+    torch.testing.assert_close(stripes.norm(), torch.tensor(1.0))
+
+
+def test_without_scikit_image_the_other_baselines_remain(monkeypatch, capsys):
+    monkeypatch.setattr(testa.importlib.util, "find_spec", lambda name: None)
+    options = {"num_classes": 2, "arch": "resnet18"}
+    assert [*testa.baselines(options, torch.device("cpu"), "off")] == ["gray pixels", "colour histogram", "untrained"]
+    assert "pip install scikit-image" in capsys.readouterr().out
 
 
 def test_checkpoint_of_another_data_set_is_refused(checkpoint, regdb_tree):
