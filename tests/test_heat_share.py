@@ -1,0 +1,47 @@
+"""heat_share.py: shares against hand-worked maps, and the whole command on drawn people."""
+
+import json
+
+import numpy as np
+import pytest
+
+from conftest import save_network
+from tools import demo_data, heat_share
+from utils import InputError
+
+
+def test_share_of_hand_worked_maps():
+    mask = np.zeros((32, 32), np.float32)
+    mask[:16] = 1  # the upper half
+    assert heat_share.share(np.ones((2, 2), np.float32), mask) == pytest.approx(0.5)
+    assert heat_share.share(mask, mask) == pytest.approx(1)
+    assert heat_share.share(1 - mask, mask) == pytest.approx(0)
+    assert heat_share.share(np.zeros((2, 2), np.float32), mask) == pytest.approx(0.5)
+    # Three parts above, one below; interpolated linearly, rows run 3 (8 times), then down to 1, then 1 (8 times).
+    rows = np.concatenate([np.full(8, 3), 3 - (np.arange(16) + 0.5) / 8, np.full(8, 1)])
+    heat = np.array([[3, 3], [1, 1]], np.float32)
+    assert heat_share.share(heat, mask) == pytest.approx(rows[:16].sum() / rows.sum())
+
+
+def test_whole_command(tmp_path):
+    tree, out = tmp_path / "people", tmp_path / "heat.json"
+    demo_data.main(["--out", str(tree), "--ids", "8", "--images", "1", "--masks"])
+    checkpoint = save_network(tmp_path / "net.t", seed=1)
+    flags = ["--data_path", str(tree), "--gpu", "cpu", "--resume", str(checkpoint), "--queries", "2"]
+    rows = heat_share.main([*flags, "--json", str(out), "--workers", "0"])
+    assert json.loads(out.read_text())["results"] == rows
+    names = {(row["network"], row["map"]) for row in rows}
+    maps = {(network, name) for network in ("untrained", "trained") for name in ("similarity", "attention")}
+    assert names == maps | {("-", "area"), ("-", "best")}
+    shares = {(row["map"], row["modality"]): row["mean"] for row in rows if row["network"] == "-"}
+    for modality in ("visible", "infrared"):
+        assert 5 < shares["area", modality] < shares["best", modality] < 100
+    assert all(row["images"] == 2 and 0 < row["mean"] < 100 for row in rows)
+
+
+def test_data_without_masks_is_refused(tmp_path):
+    tree = tmp_path / "people"
+    demo_data.main(["--out", str(tree), "--ids", "8", "--images", "1"])
+    checkpoint = save_network(tmp_path / "net.t", seed=1)
+    with pytest.raises(InputError, match="masks.*--masks"):
+        heat_share.main(["--data_path", str(tree), "--gpu", "cpu", "--resume", str(checkpoint), "--workers", "0"])

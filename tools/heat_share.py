@@ -1,0 +1,105 @@
+"""Measure how much of a network's heat lies on the person, in demo data that was drawn with --masks.
+
+    python -m tools.heat_share --data_path demo/data --resume demo/save_model/..._best.t --json heat.json
+
+Heat maps are those of `tools.visualize heatmap`, of random queries and their nearest matches, by the trained network
+and by the same network before training. A map that ignores the image has the person's share of the area. A map that
+is the person itself, at the resolution of the network's last feature map, has the share in the row "best".
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from core import evaluation
+from core.files import check_output, save_json
+from model import FEATURES, GFMNet
+from tools.demo_data import mask_file
+from tools.visualize import embed_test, pair_heats, rank_queries
+from utils import ArgumentParser, InputError, bounded, cli, progress
+
+
+def get_args_parser():
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    group = parser.add_argument_group("measurement")
+    group.add_argument("--queries", type=bounded(int, 1), default=100, help="number of queries")
+    group.add_argument("--seed", type=bounded(int, 0), default=0, help="seed of their choice")
+    group.add_argument("--feature", choices=FEATURES, default="FC", help="feature after or before the bottleneck")
+    text = "trial of the gallery, for SYSU-MM01 and LLCM (default: 0)"
+    group.add_argument("--gallery", type=bounded(int, 0, 9), help=text)
+    group.add_argument("--json", metavar="FILE", help="write the results to this file")
+    group = parser.add_argument_group("checkpoint and protocol")
+    group.add_argument("--resume", required=True, help="checkpoint: a path, or a name in --model_path")
+    evaluation.add_flags(group)
+    return parser
+
+
+def main(argv=None):
+    """Returns [{"network", "map", "modality", "images", "mean", "std"}]: shares of the heat, in percent."""
+    args = get_args_parser().parse_args(argv)
+    if args.json:
+        check_output(args.json)
+    tested = embed_test(args, args.resume)
+    args.which, data_path = "random", evaluation.data_folder(args)
+    shares = {}
+    for query in progress(rank_queries(args, tested), desc="heat maps", unit="pair"):
+        match = next(image for image in query["gallery"] if image["correct"])
+        images = [(query, tested.search.query.modality), (match, tested.search.gallery.modality)]
+        masks = [read_mask(data_path, image["path"], tested.size) for image, _ in images]
+        for (_, modality), mask in zip(images, masks, strict=True):
+            shares.setdefault(("-", "area", modality), []).append(mask.mean())
+            shares.setdefault(("-", "best", modality), []).append(share(coarse(mask), mask))
+        for network, net in (("untrained", untrained(tested)), ("trained", tested.net)):
+            heats = pair_heats(tested._replace(net=net), images, args.feature)
+            for (_, modality), mask, maps in zip(images, masks, heats, strict=True):
+                for name, heat in maps.items():
+                    shares.setdefault((network, name, modality), []).append(share(heat, mask))
+    rows = [
+        {"network": network, "map": name, "modality": modality, "images": len(values)}
+        | {"mean": 100 * float(np.mean(values)), "std": 100 * float(np.std(values))}
+        for (network, name, modality), values in shares.items()
+    ]
+    if args.json:
+        save_json({"flags": vars(args), "network": tested.network, "results": rows}, args.json)
+    print(f"{tested.setting}; {tested.network}\nShare of the heat that lies on the person, in %:")
+    for row in rows:
+        print("{network:<11}{map:<12}{modality:<10}{mean:6.1f} ± {std:4.1f}".format(**row))
+    return rows
+
+
+def read_mask(data_path, path, size):
+    """The mask of an image at size (height, width): float32, the share of each pixel that shows the person."""
+    file = mask_file(Path(data_path), os.path.relpath(path, data_path))
+    try:
+        with Image.open(file) as image:
+            return np.asarray(image.convert("L").resize(size[::-1], Image.Resampling.BOX), np.float32) / 255
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read; draw the demo data again, with tools.demo_data --masks") from error
+
+
+def share(heat, mask):
+    """The share of a heat map [h, w] that lies on a mask [H, W]; of a map without heat, that of the area."""
+    heat = resized(heat, mask.shape)
+    return float((heat * mask).sum() / heat.sum()) if heat.sum() > 0 else float(mask.mean())
+
+
+def coarse(mask):
+    """The mask, averaged over the cells of the network's last feature map."""
+    return F.adaptive_avg_pool2d(torch.from_numpy(mask)[None], [max(1, n // 16) for n in mask.shape])[0].numpy()
+
+
+def resized(heat, size):
+    return F.interpolate(torch.from_numpy(heat)[None, None], size, mode="bilinear")[0, 0].numpy()
+
+
+def untrained(tested):
+    torch.manual_seed(0)
+    return GFMNet(**tested.net.options).to(tested.device).eval()
+
+
+if __name__ == "__main__":
+    cli(main)
