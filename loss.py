@@ -199,21 +199,21 @@ def _greedy_walk(local):
     index = torch.arange(p, device=local.device)
 
     def smallest_after(values):
-        """Of each entry: the smallest later one of its row, the first of equals, and where; past the end inf, stay."""
-        smallest, at = values.flip(2).cummin(dim=2)
-        smallest, at = smallest.flip(2)[:, :, 1:], (p - 1 - at).flip(2)[:, :, 1:]
-        return F.pad(smallest, (0, 1), value=math.inf), F.pad(at, (0, 1), value=p - 1)
+        """For each entry, the smallest later one of its row and its place; past the end, infinity and the end."""
+        smallest, place = values.flip(2).cummin(dim=2)
+        smallest, place = smallest.flip(2)[:, :, 1:], (p - 1 - place).flip(2)[:, :, 1:]
+        return F.pad(smallest, (0, 1), value=math.inf), F.pad(place, (0, 1), value=p - 1)
 
-    right, right_at = smallest_after(local)
-    below, below_at = (x.mT for x in smallest_after(local.mT))
+    right, right_place = smallest_after(local)
+    below, below_place = (x.mT for x in smallest_after(local.mT))
     # Where the walk goes from each entry; from the last one it stays there.
-    onward = torch.where(right <= below, index[:, None] * p + right_at, below_at * p + index).flatten(1)
-    here = onward.new_zeros(n, 1)
+    following = torch.where(right <= below, index[:, None] * p + right_place, below_place * p + index).flatten(1)
+    entry = following.new_zeros(n, 1)
     visits = local.new_zeros(n, p * p)
     visits[:, 0] = 1
     for _ in range(2 * (p - 1)):
-        here = onward.gather(1, here)
-        visits.scatter_(1, here, 1)
+        entry = following.gather(1, entry)
+        visits.scatter_(1, entry, 1)
     return visits
 
 

@@ -197,7 +197,7 @@ def train(args, run, data, test, device):
     eval_loaders = {m: eval_loader(paths, size, args.test_batch, args.workers) for m, paths in test.paths.items()}
 
     net = build_network(args, data.num_classes, device, pretrained=not run.resumed)
-    model = distributed(net, device)
+    model = data_parallel(net, device)
     criterion = MethodLoss(args.method, args.margin, args.alpha, args.gamma, args.square, args.weighting)
     augment = TrainAugmentation(args.augc, args.rande)
     optimizer = build_optimizer(net, args.optim, args.lr)
@@ -237,7 +237,7 @@ def build_network(args, num_classes, device, pretrained):
     return net
 
 
-def distributed(net, device):
+def data_parallel(net, device):
     """The network as each of several processes trains it; a single process trains the network itself."""
     if process_count() == 1:
         return net
@@ -259,7 +259,7 @@ def describe(args, data, search, steps, device):
     )
 
 
-class Tested(NamedTuple):
+class TestResult(NamedTuple):
     """One search. matches: {feature: `eval_metrics.MatchRanks`}; features: those of all images."""
 
     matches: dict
@@ -272,7 +272,7 @@ class Tested(NamedTuple):
 
 
 def test_epoch(net, eval_loaders, search, device, amp):
-    """One search -> Tested, or None if the network's features are not finite in evaluation."""
+    """One search -> TestResult, or None if the network's features are not finite in evaluation."""
     broadcast_buffers(net)
     embed = engine.network_embedding(net, device, normalise, amp)
     try:
@@ -280,7 +280,7 @@ def test_epoch(net, eval_loaders, search, device, amp):
     except engine.FeaturesNotFinite:
         return None
     matches = engine.run_search(features, search)
-    return Tested({feature: found for (feature, _), found in matches.items()}, features)
+    return TestResult({feature: found for (feature, _), found in matches.items()}, features)
 
 
 def log_epoch(log, title, entry, args):

@@ -21,11 +21,11 @@ def atomic(path):
     """
     path = Path(path)
     check_output(path)
-    mine = f".{path.name}.{socket.gethostname()}."
-    for other in path.parent.glob(f"{glob.escape(mine)}*"):
-        if not _is_alive(other.name.removeprefix(mine).split(".")[0]):
+    prefix = f".{path.name}.{socket.gethostname()}."
+    for other in path.parent.glob(f"{glob.escape(prefix)}*"):
+        if not _is_alive(other.name.removeprefix(prefix).split(".")[0]):
             other.unlink(missing_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{mine}{os.getpid()}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{prefix}{os.getpid()}.")
     os.close(handle)
     os.chmod(name, 0o666 & ~_umask())
     try:
@@ -86,7 +86,7 @@ def check_folder(path):
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        reason = next((f"{there} is a file" for there in path.parents if there.is_file()), error.strerror)
+        reason = next((f"{parent} is a file" for parent in path.parents if parent.is_file()), error.strerror)
         raise InputError(f"{path}: cannot write there ({reason}); choose another folder") from error
 
 

@@ -205,10 +205,10 @@ def test_statistics_agree_with_scipy():
         }
         for row in (values, others)
     )
-    found = sweep_tables.summarise(seeds, first)["differences"]["mAP"]
+    found = sweep_tables.summarise_row(seeds, first)["differences"]["mAP"]
     assert found["interval"] == pytest.approx([*stats.ttest_rel(values, others).confidence_interval(0.95)])
     del first["2"]
-    assert sweep_tables.summarise(seeds, first)["differences"]["mAP"]["count"] == 4
+    assert sweep_tables.summarise_row(seeds, first)["differences"]["mAP"]["count"] == 4
     assert sweep_tables.spread([3.0]) == {"mean": 3, "std": None, "interval": None, "count": 1}
 
 

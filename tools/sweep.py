@@ -171,7 +171,7 @@ def read_plan(args, flags):
 
 
 @dataclass
-class Run:
+class SweepRun:
     """One row with one seed, in its own folder.
 
     train, test: the flags as the two scripts parse them (Namespace); train_flags, test_flags: as words.
@@ -240,7 +240,7 @@ def plan_runs(plan, out):
         test_flags = [*shared, *plan["test"], f"--resume={checkpoint}"]
         test = parse("test", test_flags, plan["test"], name)
         test_flags.append(f"--json={folder}/results.json")  # only now: checking the flags would make the folder
-        runs.append(Run(name, seed, folder, train, train_flags, test, test_flags))
+        runs.append(SweepRun(name, seed, folder, train, train_flags, test, test_flags))
     return runs
 
 
@@ -265,7 +265,7 @@ class Job:
     lock: a file that the process inherits: the run stays locked until the process ends, even if the sweep is killed.
     """
 
-    run: Run
+    run: SweepRun
     gpu: int | None
     lock: TextIO
     script: str = ""

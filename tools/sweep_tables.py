@@ -45,7 +45,7 @@ def setting_text(result):
 
 def tabulate(runs, plan):
     """The finished runs as plain values: the plan with "settings", a list of {"setting": in words, "rows": as
-    `summarise` gives them}, several with `--test --all` and the like, and "failed", a list of runs."""
+    `summarise_row` gives them}, several with `--test --all` and the like, and "failed", a list of runs."""
     failed = [
         {"row": run.row, "seed": run.seed, **read_json(run.failure)}
         for run in runs
@@ -67,7 +67,7 @@ def tabulate(runs, plan):
         lines = []
         for name, _ in plan["rows"]:
             if name in rows or name not in measured:  # otherwise it was tested in other settings
-                line = summarise(rows.get(name, {}), rows.get(first, {}) if name != first else {})
+                line = summarise_row(rows.get(name, {}), rows.get(first, {}) if name != first else {})
                 failures = [run["seed"] for run in failed if run["row"] == name]
                 lines.append({"row": name, "failed": failures, **line})
         table["settings"].append({"setting": setting, "rows": lines})
@@ -78,7 +78,7 @@ def failure_lines(failed):
     return [f"{run['row']}, seed {run['seed']} failed: {run['line']}" for run in failed]
 
 
-def summarise(seeds, first):
+def summarise_row(seeds, first):
     """Statistics of one row in one setting.
 
     seeds: {seed: {"mean": {metric: mean over trials}, "trials_std": {metric: deviation over trials} or None,
