@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from core.files import atomic
 from core.images import check_readable, missing_image, read_image, write_images
-from data_manager import read_ids, read_list
+from data_manager import check_data_folder, read_ids, read_list
 from utils import (
     InputError,
     cores,
@@ -58,6 +58,7 @@ def sysu_train(data_path, size, select="test"):
 
     They hold train and val ids. With select="val", where the val ids choose the epoch, images of val ids are left out.
     """
+    check_data_folder(data_path)
     files = sysu_train_files(data_path)
     remedy = f"run: python pre_process_sysu.py --data_path {data_path} --img_h {size[0]} --img_w {size[1]}"
     visible, visible_labels, infrared, infrared_labels = _prepared_arrays(files, size, remedy)

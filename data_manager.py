@@ -226,8 +226,7 @@ def read_list(data_path, name):
 
 def _read(data_path, name):
     """The text of one of the data set's lists."""
-    if not Path(data_path).is_dir():
-        raise InputError(f"{data_path}: no such folder; pass the data set's folder with --data_path")
+    check_data_folder(data_path)
     path = Path(data_path) / name
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -235,6 +234,12 @@ def _read(data_path, name):
         raise InputError(
             f"{path}: cannot be read ({type(error).__name__}); put the data set's list of ids or images there"
         ) from error
+
+
+def check_data_folder(data_path):
+    """Raise InputError if there is no such folder."""
+    if not Path(data_path).is_dir():
+        raise InputError(f"{data_path}: no such folder; pass the data set's folder with --data_path")
 
 
 def is_demo(data_path):

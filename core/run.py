@@ -185,8 +185,9 @@ class Run:
         if renamed and load_checkpoint(former).get("args", {}).get("weighting") == "exact":
             raise InputError(f"{former}: is this run's checkpoint under its old name; pass --resume {former.name}")
         if last.exists() and not (path and last.samefile(path)):
+            other = f", and --resume {resume} names another file" if path else ""
             raise InputError(
-                f"{last}: already exists; continue that run with --resume auto, choose another --model_path and "
+                f"{last}: already exists{other}; continue that run with --resume auto, choose another --model_path and "
                 "--log_path, or delete it"
             )
         if read_json_lines(self.log_path) and not path:

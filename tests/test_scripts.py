@@ -44,9 +44,10 @@ def test_files_without_weights_are_refused(sysu_tree, tmp_path, content):
         (testa, ["--resume", "x.t", "--trial", "2"], ["--trial", "RegDB"]),
         (
             train_ext_test0,
-            ["--data_path", "nowhere"],
-            ["nowhere/train_rgb_resized_img.npy", "pre_process_sysu.py"],
+            ["--data_path", "."],
+            ["train_rgb_resized_img.npy", "pre_process_sysu.py"],
         ),
+        (train_ext_test0, ["--data_path", "nowhere"], ["nowhere: no such folder", "--data_path"]),
         (train_ext_test0, ["--dataset", "regdb", "--data_path", "nowhere"], ["nowhere: no such folder"]),
         (train_ext_test0, ["--lr", "nan"], ["--lr", "nan"]),
         (pre_process_sysu, ["--data_path", "nowhere"], ["nowhere: no such folder", "--data_path"]),
