@@ -96,20 +96,20 @@ def _repeat_channel(images, channel):
 
 
 class TrainAugmentation:
-    """The recipe of `--augc` and `--rande`: uint8 batches -> the network's float32 inputs and their labels.
+    """The recipe of `--augc`, `--rande` and `--padding`: uint8 batches -> the network's float32 inputs, and labels.
 
     __call__(visible [A, 3, H, W], infrared [A, 3, H, W], labels [A]) -> (visible [2A, 3, H, W], infrared [A, 3, H, W],
     labels [3A]): the plain visible views, second views of the same images, which are channel-exchanged with `augc`,
     and the infrared views. Image i of either modality shows identity labels[i].
-    rande: probability of random erasing. All views are cropped, mirrored and erased independently. As published, the
-    plain views are erased before they are normalised, the others after it.
+    rande: probability of random erasing. padding: see `random_crop`. All views are cropped, mirrored and erased
+    independently. As published, the plain views are erased before they are normalised, the others after it.
     """
 
-    def __init__(self, augc=1, rande=0.5):
-        self.augc, self.rande = augc, rande
+    def __init__(self, augc=1, rande=0.5, padding=PADDING):
+        self.augc, self.rande, self.padding = augc, rande, padding
 
     def __call__(self, visible, infrared, labels):
-        views = normalise(random_flip(random_crop(torch.cat([visible, visible, infrared]))))
+        views = normalise(random_flip(random_crop(torch.cat([visible, visible, infrared]), self.padding)))
         count = len(visible)
         fill = _constant(ERASE_FILL, views.device).repeat(len(views), 1, 1, 1)
         fill[:count] = normalise(fill[:count] * 255)  # the same as to erase the plain views before they are normalised

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from ChannelAug import TrainAugmentation, normalise
+from ChannelAug import PADDING, TrainAugmentation, normalise
 from core import engine, results
 from core.datasets import DATASETS, check_options, option_values, search_title
 from core.distributed import broadcast_buffers, leave_processes, start_processes
@@ -118,6 +118,12 @@ def get_args_parser():
     flag("--num_pos", type=bounded(int, 1, 1024), default=4, help="images per identity and modality in a batch")
     flag("--augc", type=int, choices=(0, 1), default=1, help="channel augmentation")
     flag("--rande", type=bounded(float, 0, 1), default=0.5, help="probability of random erasing")
+    flag(
+        "--padding",
+        type=bounded(int, 0, 4096),
+        default=PADDING,
+        help="pixels of black around an image before a random crop; choose fewer for images smaller than 288x144",
+    )
     flag("--seed", type=bounded(int, 0), default=0, help="seed of weights, batches and augmentation")
     flag = parser.add_argument_group("device").add_argument
     flag("--gpu", default="0", help="number of the GPU, or cpu; under torchrun, each process takes its own GPU")
@@ -199,7 +205,7 @@ def train(args, run, data, test, device):
     net = build_network(args, data.num_classes, device, pretrained=not run.resumed)
     model = data_parallel(net, device)
     criterion = MethodLoss(args.method, args.margin, args.alpha, args.gamma, args.square, args.weighting)
-    augment = TrainAugmentation(args.augc, args.rande)
+    augment = TrainAugmentation(args.augc, args.rande, args.padding)
     optimizer = build_optimizer(net, args.optim, args.lr)
 
     run.start(net, optimizer, device, data.num_images, sampler.steps)

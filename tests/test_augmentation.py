@@ -182,7 +182,7 @@ def test_channel_or_gray_has_the_published_shares():
 
 
 def test_recipe_gives_three_views(monkeypatch):
-    monkeypatch.setattr(ChannelAug, "random_crop", lambda x: x)
+    monkeypatch.setattr(ChannelAug, "random_crop", lambda x, padding: x)
     monkeypatch.setattr(ChannelAug, "random_flip", lambda x: x)
     visible, infrared, labels = images(6), images(6), torch.arange(6) // 2
     views, heat, all_labels = TrainAugmentation(augc=1, rande=0.0)(visible, infrared, labels)
@@ -197,6 +197,17 @@ def test_recipe_gives_three_views(monkeypatch):
     views, heat, _ = TrainAugmentation(augc=0, rande=0.0)(visible, infrared, labels)
     torch.testing.assert_close(views, normalise(torch.cat([visible, visible])))
     torch.testing.assert_close(heat, normalise(infrared))
+
+
+@pytest.mark.parametrize("padding", [0, 2])
+def test_recipe_shifts_by_at_most_the_padding(padding):
+    image = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    image[:, :, 7:9, 7:9] = 255  # the same when it is mirrored
+    image = image.expand(300, -1, -1, -1)
+    views, _, _ = TrainAugmentation(augc=0, rande=0.0, padding=padding)(image, image, torch.arange(300))
+    places = {tuple((view[0] > 0).nonzero()[0].tolist()) for view in views}
+    around = range(7 - padding, 8 + padding)
+    assert places == {(row, column) for row in around for column in around}
 
 
 def test_recipe_draws_independently_for_each_view():

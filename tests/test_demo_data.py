@@ -48,6 +48,11 @@ def sysu(tmp_path_factory):
     return make(tmp_path_factory.mktemp("demo") / "sysu", ids=20)
 
 
+def test_number_of_held_out_people(tmp_path):
+    tree = make(tmp_path / "out", ids=20, images=1, test_ids=3)
+    assert {name: len(read_ids(tree, name)) for name in ("train", "val", "test")} == {"train": 15, "val": 2, "test": 3}
+
+
 @pytest.fixture(scope="module")
 def regdb(tmp_path_factory):
     return make(tmp_path_factory.mktemp("demo") / "regdb", layout="regdb", ids=5, images=10)
@@ -233,6 +238,8 @@ def test_no_two_people_are_alike():
         (["--ids", "5"], ["--ids 5", "at least 6"]),
         (["--ids", "3", "--layout", "regdb"], ["--ids 3", "at least 4"]),
         (["--sheet", "people.gif"], ["--sheet people.gif", ".png"]),
+        (["--test_ids", "5", "--ids", "8"], ["--test_ids 5", "8 people", "--ids"]),
+        (["--test_ids", "3", "--layout", "llcm"], ["--test_ids 3", "llcm"]),
     ],
 )
 def test_bad_flags_name_the_remedy(tmp_path, flags, words):

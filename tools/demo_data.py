@@ -534,7 +534,7 @@ class Folder(NamedTuple):
     images: int
 
 
-def plan_sysu(ids: int, images: int, rng: np.random.Generator) -> tuple:
+def plan_sysu(ids: int, images: int, rng: np.random.Generator, test_ids: int | None = None) -> tuple:
     """The folders, and file -> bytes of the lists. As in SYSU-MM01, ids have gaps and cameras miss people."""
     identities = 1 + rng.permutation(max(533, ids + ids // 12))[:ids]
     everywhere, indoors, outdoors = (1, 2, 3, 4, 5, 6), (1, 2, 3), (4, 5, 6)
@@ -546,6 +546,7 @@ def plan_sysu(ids: int, images: int, rng: np.random.Generator) -> tuple:
             folders.append(Folder(SYSU_NAMES.format(camera, identity), identity, camera, count))
 
     val, test = (max(2, round(share * ids)) for share in HELD_OUT.values())
+    test = test_ids or test
     parts = np.split(identities, [ids - val - test, ids - test])
     files = sysu_id_files(dict(zip(("train", *HELD_OUT), parts, strict=True)))
     return folders, {**files, "exp/rand_perm_cam.mat": draw_permutations(folders, rng)}
@@ -705,6 +706,11 @@ def get_args_parser() -> utils.ArgumentParser:
         help="images per person and camera (default: about 8 for sysu, 10 for regdb, about 5 for llcm)",
     )
     parser.add_argument(
+        "--test_ids",
+        type=utils.bounded(int, 2),
+        help="people to hold out for the test, in sysu (default: 30 %% of all)",
+    )
+    parser.add_argument(
         "--like", type=Path, metavar="FILE", help="SYSU-MM01's rand_perm_cam.mat: use its ids and counts"
     )
     parser.add_argument("--seed", type=utils.bounded(int, 0), default=0, help="the same seed gives the same bytes")
@@ -718,10 +724,14 @@ def main(argv=None) -> dict:
     """Returns {"out", "ids", "images": counts}."""
     args = get_args_parser().parse_args(argv)
     layout, out, ids = args.layout, args.out.resolve(), args.ids or 100
-    if args.like and (args.ids or args.images or layout != "sysu"):
+    if args.like and (args.ids or args.images or args.test_ids or layout != "sysu"):
         raise utils.InputError(
-            f"--like {args.like}: sets ids, images and layout; leave out --ids, --images and --layout"
+            f"--like {args.like}: sets ids, images and layout; leave out --ids, --images, --test_ids and --layout"
         )
+    if args.test_ids and layout != "sysu":
+        raise utils.InputError(f"--test_ids {args.test_ids}: is for --layout sysu; leave it out for {layout}")
+    if args.test_ids and args.test_ids > ids // 2:
+        raise utils.InputError(f"--test_ids {args.test_ids}: more than half of {ids} people; reduce it, or raise --ids")
     if ids < FEWEST_IDS[layout]:
         raise utils.InputError(f"--ids {ids}: too few to split; pass at least {FEWEST_IDS[layout]} for {layout}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -732,7 +742,7 @@ def main(argv=None) -> dict:
     if args.like:
         folders, lists = plan_like(args.like)
     else:
-        plan = {"sysu": plan_sysu, "regdb": plan_regdb, "llcm": plan_llcm}[layout]
+        plan = {"sysu": partial(plan_sysu, test_ids=args.test_ids), "regdb": plan_regdb, "llcm": plan_llcm}[layout]
         folders, lists = plan(ids, args.images or IMAGES[layout], np.random.default_rng((args.seed, 0)))
     people = draw_people(sorted({folder.identity for folder in folders}), args.seed)
 
