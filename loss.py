@@ -342,7 +342,7 @@ class MethodLoss(nn.Module):
             pooled, labels = gather(full_precision(output.pooled)), gather(labels)
             triplet, correct = self.triplet(pooled, labels)
             local = torch.zeros_like(triplet)
-            if self.local is not None:
+            if self.local is not None and output.local is not None:
                 local = self.local(pooled, labels, gather(full_precision(output.local)))
             total = identity + triplet + self.LOCAL_WEIGHT * local
             return Losses(total, identity, triplet, local, correct / len(labels))

@@ -22,6 +22,7 @@ from loss import METHODS, WEIGHTINGS, MethodLoss
 from model import ARCHS, GFMNet
 from utils import (
     ArgumentParser,
+    InputError,
     bounded,
     check_device,
     cli,
@@ -83,6 +84,8 @@ def get_args_parser():
         default=2,
         help="first shared stage: each modality has its own stem and stages before it",
     )
+    flag("--afam", type=int, choices=(0, 1), default=1, help="0 leaves out GFMNet's attention (adp)")
+    flag("--local", type=int, choices=(0, 1), default=1, help="0 leaves out GFMNet's local branch and its loss (adp)")
     flag = parser.add_argument_group("loss").add_argument
     flag(
         "--weighting",
@@ -234,7 +237,10 @@ def train(args, run, data, test, device):
 def build_network(args, num_classes, device, pretrained):
     """pretrained: begin from `--weights`; a resumed run needs none."""
     weights = args.weights if pretrained and args.weights != "none" else None
-    net = GFMNet(num_classes, args.arch, args.share_net, **METHODS[args.method].network, weights=weights)
+    parts = dict(METHODS[args.method].network)
+    parts["attention"] &= bool(args.afam)
+    parts["local"] &= bool(args.local)
+    net = GFMNet(num_classes, args.arch, args.share_net, **parts, weights=weights)
     if args.sync_bn and process_count() > 1 and device.type == "cuda":
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
     net.to(device, memory_format=torch.channels_last)
@@ -355,6 +361,9 @@ def draw(figures, log, title, tested, test):
 def check_flags(args):
     """Raise InputError for flags that do not go together."""
     check_options(args)
+    for flag in ("afam", "local"):
+        if args.method != "adp" and not getattr(args, flag):
+            raise InputError(f"--{flag} 0: --method {args.method} has no such part; leave it out, or use --method adp")
 
 
 def build_optimizer(net, optim, lr):
@@ -376,7 +385,7 @@ def learning_rate(epoch, lr, warmup, milestones):
 
 
 def run_name(args):
-    """The published code's name of a run for the same flags; `--weighting` and `--select`, flags of ours, are added."""
+    """The published code's name of a run for the same flags; values of our own flags are added."""
     name = f"{args.dataset}_{args.method}"
     if args.method == "adp":
         name += f"_joint_co_nog_ch_nog_sq{args.square}"
@@ -389,6 +398,8 @@ def run_name(args):
         name += f"_{args.optim}"
     if args.dataset == "regdb":
         name += f"_trial_{args.trial}"
+    name += "" if args.afam else "_no_afam"
+    name += "" if args.local else "_no_local"
     if args.weighting != "published":
         name += f"_{args.weighting}"
     if args.select != "test":

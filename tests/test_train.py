@@ -24,7 +24,7 @@ from ChannelAug import TrainAugmentation
 from conftest import SIZE, flags, log_entries, tiny_flags
 from core import engine
 from data_loader import IdentitySampler, sysu_train, train_loader
-from loss import MethodLoss
+from loss import METHODS, MethodLoss
 from model import GFMNet
 from utils import InputError
 
@@ -112,6 +112,22 @@ def test_default_schedule_is_the_published_one():
     expected = [0.1 * (e + 1) / 10 for e in range(10)] + [0.1] * 10 + [0.01] * 30 + [0.001] * 51
     assert rates == pytest.approx(expected)
     assert [train_ext_test0.learning_rate(e, 1.0, 0, []) for e in range(3)] == [1.0] * 3
+
+
+@pytest.mark.parametrize(("flag", "part"), [("--afam", "attention"), ("--local", "local")])
+def test_a_part_of_gfmnet_is_left_out(flag, part):
+    args = train_ext_test0.get_args_parser().parse_args([flag, "0", "--arch", "resnet18", "--weights", "none"])
+    train_ext_test0.check_flags(args)
+    net = train_ext_test0.build_network(args, 4, torch.device("cpu"), pretrained=True)
+    assert net.options | METHODS["adp"].network == net.options | {part: True}  # all its other parts are there
+    assert not net.options[part]
+    images, labels = torch.randn(4, 3, 48, 16), torch.arange(4).repeat(2)
+    losses = MethodLoss("adp")(net(images, images), labels)
+    assert losses.local.requires_grad == (part != "local")
+    assert train_ext_test0.run_name(args).endswith(f"_9_no_{flag.strip('-')}")
+    args.method = "agw"
+    with pytest.raises(InputError, match=f"{flag} 0: --method agw has no such part"):
+        train_ext_test0.check_flags(args)
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adam"])
