@@ -1,10 +1,12 @@
-"""Measure how much of a network's heat lies on the person, in demo data that was drawn with --masks.
+"""Measure where a network looks: the share of its heat on the person, and the search without person or background.
 
     python -m tools.heat_share --data_path demo/data --resume demo/save_model/..._best.t --json heat.json
 
-Heat maps are those of `tools.visualize heatmap`, of random queries and their nearest matches, by the trained network
-and by the same network before training. A map that ignores the image has the person's share of the area. A map that
-is the person itself, at the resolution of the network's last feature map, has the share in the row "best".
+For demo data that was drawn with --masks. Heat maps are those of `tools.visualize heatmap`, of random queries and their
+nearest matches, by the trained network and by the same network before training. A map that ignores the image has the
+person's share of the area. A map that is the person itself, at the resolution of the network's last feature map, has
+the share in the row "coarse mask". Heat does not show what a network uses, as a position of the last map has seen most
+of the image. So the search is also repeated with the background, then with the person, replaced by the mean colour.
 """
 
 import os
@@ -15,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from core import evaluation
+from ChannelAug import MEAN, normalise
+from core import engine, evaluation, results
 from core.files import check_output, save_json
+from core.images import read_image
 from model import FEATURES, GFMNet
 from tools.demo_data import mask_file
 from tools.visualize import embed_test, pair_heats, rank_queries
@@ -39,7 +43,8 @@ def get_args_parser():
 
 
 def main(argv=None):
-    """Returns [{"network", "map", "modality", "images", "mean", "std"}]: shares of the heat, in percent."""
+    """Returns {"shares": [{"network", "map", "modality", "images", "mean", "std"}], shares of the heat in percent;
+    "Rank-1": {what the images show: percent}}."""
     args = get_args_parser().parse_args(argv)
     if args.json:
         check_output(args.json)
@@ -52,7 +57,7 @@ def main(argv=None):
         masks = [read_mask(data_path, image["path"], tested.size) for image, _ in images]
         for (_, modality), mask in zip(images, masks, strict=True):
             shares.setdefault(("-", "area", modality), []).append(mask.mean())
-            shares.setdefault(("-", "best", modality), []).append(share(coarse(mask), mask))
+            shares.setdefault(("-", "coarse mask", modality), []).append(share(coarse(mask), mask))
         for network, net in (("untrained", untrained(tested)), ("trained", tested.net)):
             heats = pair_heats(tested._replace(net=net), images, args.feature)
             for (_, modality), mask, maps in zip(images, masks, heats, strict=True):
@@ -63,12 +68,16 @@ def main(argv=None):
         | {"mean": 100 * float(np.mean(values)), "std": 100 * float(np.std(values))}
         for (network, name, modality), values in shares.items()
     ]
+    rank_1 = {shown: masked_rank_1(tested, args, shown) for shown in ("image", "person", "background")}
+    found = {"shares": rows, "Rank-1": rank_1}
     if args.json:
-        save_json({"flags": vars(args), "network": tested.network, "results": rows}, args.json)
+        save_json({"flags": vars(args), "network": tested.network, **found}, args.json)
     print(f"{tested.setting}; {tested.network}\nShare of the heat that lies on the person, in %:")
     for row in rows:
-        print("{network:<11}{map:<12}{modality:<10}{mean:6.1f} ± {std:4.1f}".format(**row))
-    return rows
+        print("{network:<11}{map:<13}{modality:<10}{mean:6.1f} ± {std:4.1f}".format(**row))
+    for shown, value in rank_1.items():
+        print(f"Rank-1 when images show only the {shown}: {value:.1f}" if shown != "image" else f"Rank-1: {value:.1f}")
+    return found
 
 
 def read_mask(data_path, path, size):
@@ -94,6 +103,28 @@ def coarse(mask):
 
 def resized(heat, size):
     return F.interpolate(torch.from_numpy(heat)[None, None], size, mode="bilinear")[0, 0].numpy()
+
+
+def masked_rank_1(tested, args, shown):
+    """Rank-1 in percent, when all images show the whole image, only the person, or only the background."""
+    embed = engine.network_embedding(tested.net, tested.device, normalise, args.amp)
+    mean, data_path = np.array(MEAN) * 255, evaluation.data_folder(args)
+
+    def picture(path):
+        image = read_image(path, tested.size)
+        if shown != "image":
+            mask = read_mask(data_path, path, tested.size)[:, :, None]
+            kept = mask if shown == "person" else 1 - mask
+            image = (kept * image + (1 - kept) * mean).round().astype(np.uint8)
+        return torch.from_numpy(image).movedim(-1, 0)
+
+    features = {}
+    for modality, paths in tested.paths.items():
+        with torch.inference_mode():
+            images = torch.stack([picture(path) for path in paths]).split(args.test_batch)
+            batches = [embed(batch, modality) for batch in progress(images, desc=f"only the {shown}", unit="batch")]
+        features[modality] = {name: torch.cat([batch[name] for batch in batches]) for name in FEATURES}
+    return results.scores(engine.run_search(features, tested.search)[args.feature, "none"])["Rank-1"]
 
 
 def untrained(tested):
