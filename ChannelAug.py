@@ -10,6 +10,7 @@ import torch.nn.functional as F
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, of values in [0, 1]
 STD = (0.229, 0.224, 0.225)
 ERASE_FILL = (0.4914, 0.4822, 0.4465)
+ERASE_AREA = (0.02, 0.4)  # bounds of the erased share of an image
 GRAY = (0.2989, 0.5870, 0.1140)  # luminance weights of R, G, B
 PADDING = 10  # pixels of black around an image before it is cropped
 
@@ -44,7 +45,7 @@ def random_flip(images):
     return torch.where(flip, images.flip(3), images)
 
 
-def random_erasing(images, probability=0.5, fill=None, area=(0.02, 0.4), aspect=(0.3, 10 / 3), tries=20):
+def random_erasing(images, probability=0.5, fill=None, area=ERASE_AREA, aspect=(0.3, 10 / 3), tries=20):
     """Fill a random rectangle (Zhong et al., AAAI 2020), in an image with the given probability.
 
     fill: a tensor that broadcasts to the images, [3, 1, 1] or [N, 3, 1, 1]; by default ERASE_FILL.
@@ -95,26 +96,53 @@ def _repeat_channel(images, channel):
     return images[sample, channel][:, None].expand_as(images)
 
 
+def random_gray(images, probability=0.5):
+    """uint8 images -> float32 ones in the same range, made gray with this probability, in whole steps."""
+    gray = (images * _constant(GRAY, images.device)).sum(dim=1, keepdim=True).round()
+    chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < probability
+    return torch.where(chosen, gray, images)
+
+
 class TrainAugmentation:
-    """The recipe of `--augc`, `--rande` and `--padding`: uint8 batches -> the network's float32 inputs, and labels.
+    """GFMNet's recipe of `--augc`, `--rande`, `--padding`, `--erase_area`: uint8 batches -> the network's float32
+    inputs, and labels.
 
     __call__(visible [A, 3, H, W], infrared [A, 3, H, W], labels [A]) -> (visible [2A, 3, H, W], infrared [A, 3, H, W],
     labels [3A]): the plain visible views, second views of the same images, which are channel-exchanged with `augc`,
     and the infrared views. Image i of either modality shows identity labels[i].
-    rande: probability of random erasing. padding: see `random_crop`. All views are cropped, mirrored and erased
-    independently. As published, the plain views are erased before they are normalised, the others after it.
+    rande: probability of random erasing. padding: see `random_crop`. area: see `random_erasing`. All views are cropped,
+    mirrored and erased independently. As published, the plain views are erased before they are normalised, the others
+    after it.
     """
 
-    def __init__(self, augc=1, rande=0.5, padding=PADDING):
-        self.augc, self.rande, self.padding = augc, rande, padding
+    def __init__(self, augc=1, rande=0.5, padding=PADDING, area=ERASE_AREA):
+        self.augc, self.rande, self.padding, self.area = augc, rande, padding, area
 
     def __call__(self, visible, infrared, labels):
         views = normalise(random_flip(random_crop(torch.cat([visible, visible, infrared]), self.padding)))
         count = len(visible)
         fill = _constant(ERASE_FILL, views.device).repeat(len(views), 1, 1, 1)
         fill[:count] = normalise(fill[:count] * 255)  # the same as to erase the plain views before they are normalised
-        views = random_erasing(views, self.rande, fill)
+        views = random_erasing(views, self.rande, fill, self.area)
         if self.augc:  # in place: joined anew, the views would lose their memory order
             views[count : 2 * count] = channel_exchange(views[count : 2 * count])
             views[2 * count :] = channel_or_gray(views[2 * count :])
         return views[: 2 * count], views[2 * count :], labels.repeat(3)
+
+
+class GrayAugmentation(TrainAugmentation):
+    """DEEN's recipe (Zhang and Wang, CVPR 2023), of the same flags: as `TrainAugmentation`, but with one visible view,
+    and labels [2A].
+
+    With `augc`, half of the images of both modalities are made gray. They are erased after they are normalised, with
+    ImageNet's mean as it stands, as published.
+    """
+
+    def __call__(self, visible, infrared, labels):
+        views = random_flip(random_crop(torch.cat([visible, infrared]), self.padding))
+        views = normalise(random_gray(views) if self.augc else views)
+        views = random_erasing(views, self.rande, _constant(MEAN, views.device), self.area)
+        return *views.split(len(visible)), labels.repeat(2)
+
+
+AUGMENTATIONS = {"exchange": TrainAugmentation, "gray": GrayAugmentation}

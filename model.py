@@ -2,6 +2,7 @@
 
 "Global-to-Local Feature Mining Network for RGB-Infrared Person Re-Identification", MMM 2024, on the
 network of AGW (Ye et al., TPAMI 2021). B, H, W: images, height, width; C: 512 (ResNet-18, 34) or 2048 (50, 101).
+The same class is DEEN ("Diverse Embedding Expansion Network", Zhang and Wang, CVPR 2023), by other parts.
 """
 
 import copy
@@ -16,7 +17,13 @@ import torch.nn.functional as F
 import torchvision
 
 from core.checkpoint import check_state, load_weights
-from core.published import IMAGE_SIZE, convert_published_state, is_published, published_name, published_options
+from core.published import (
+    convert_published_state,
+    is_published,
+    published_image_size,
+    published_name,
+    published_options,
+)
 from utils import InputError, full_precision
 
 MODALITIES = ("visible", "infrared")
@@ -25,10 +32,16 @@ NON_LOCAL_BLOCKS = {"layer2": 2, "layer3": 3}  # after that many of a stage's la
 STRIPE_ROWS = 3  # rows of the feature map in one stripe of the local branch
 LOCAL_WIDTH = 128
 REDUCTION = 16  # of the channel attention's hidden layer
+EXPANSIONS = 2  # embeddings that DEEN generates from each one
+DILATIONS = (1, 2, 3)  # of the convolutions that generate one
+DROPOUT = 0.01  # of the expanded feature maps
 
 
 class Output(NamedTuple):
-    """pooled [A+B, C], logits [A+B, K], local [A+B, 128, P] or None: the visible images' rows first."""
+    """pooled [A+B, C], logits [A+B, K], local [A+B, 128, P] or None: the visible images' rows first.
+
+    With expansion there are 3 (A+B) rows: those of the embeddings, then of the first, then of the second expansion.
+    """
 
     pooled: torch.Tensor
     logits: torch.Tensor
@@ -76,21 +89,125 @@ class Attention(nn.Module):
         return self.non_local(x * (channel.sigmoid() + spatial.sigmoid()) / 2)
 
 
-class Stage(nn.Module):
-    """One stage of a backbone, with non-local blocks after its last blocks."""
+class CrossNonLocal(nn.Module):
+    """Non-local block of two feature maps (DEEN): high [B, C, H, W] attends to low [B, C', H', W'] -> as `high`.
 
-    def __init__(self, blocks, channels, non_local):
+    inner: channels of g, theta and phi. The closing batch norm starts at zero, so the block starts as identity.
+    """
+
+    def __init__(self, channels, low_channels, inner):
+        super().__init__()
+        self.g = nn.Conv2d(low_channels, inner, 1)
+        self.theta = nn.Conv2d(channels, inner, 1)
+        self.phi = nn.Conv2d(low_channels, inner, 1)
+        self.out = nn.Conv2d(inner, channels, 1)
+        self.norm = nn.BatchNorm2d(channels)
+        nn.init.zeros_(self.norm.weight)
+        nn.init.zeros_(self.norm.bias)
+
+
+class ChannelNonLocal(CrossNonLocal):
+    """Affinities between channels; `low` has `stride` times the height and width of `high`, and is reduced to them."""
+
+    def __init__(self, channels, low_channels, stride):
+        super().__init__(channels, low_channels, low_channels)
+        for convolution in (self.phi, self.out):
+            convolution.stride = (stride, stride)
+
+    def forward(self, high, low):
+        affinity = self.theta(high).flatten(2) @ self.phi(low).flatten(2).mT / low.shape[1]
+        y = affinity @ self.g(low).flatten(2)
+        return high + self.norm(self.out(y.view_as(low)))
+
+
+class PositionNonLocal(CrossNonLocal):
+    """Affinities between positions, of half of the channels.
+
+    As published, the upper and the lower half of a map count as channels of their own: position n and the one half a
+    map later go together, so maps need an even number of positions. Published: y = (theta' phi / N) g' with an affinity
+    of N' x N positions. Here y = theta' (phi g' / N): the same value, by a matrix of channels.
+    """
+
+    def __init__(self, channels, low_channels):
+        super().__init__(channels, low_channels, low_channels // 2)
+
+    def forward(self, high, low):
+        theta, phi, g = (self._halves(part) for part in (self.theta(high), self.phi(low), self.g(low)))
+        y = (g @ phi.mT / g.shape[2]) @ theta
+        return high + self.norm(self.out(y.flatten(1).unflatten(1, (-1, *high.shape[2:]))))
+
+    @staticmethod
+    def _halves(x):
+        """[B, C, H, W] -> [B, 2 C, H W / 2]."""
+        if x.shape[2] * x.shape[3] % 2:
+            raise InputError(
+                f"--method deen: a feature map has {x.shape[2]} x {x.shape[3]} positions, an odd number; choose an "
+                "--img_h that is a multiple of 32"
+            )
+        return x.flatten(1).unflatten(1, (2 * x.shape[1], -1))
+
+
+class Aggregation(nn.Module):
+    """DEEN's multistage feature aggregation: a stage's output and input, by channels and then by positions."""
+
+    def __init__(self, channels, low_channels, stride):
+        super().__init__()
+        self.channel = ChannelNonLocal(channels, low_channels, stride)
+        self.position = PositionNonLocal(channels, low_channels)
+
+    def forward(self, high, low):
+        return self.position(self.channel(high, low), low)
+
+
+class Stage(nn.Module):
+    """One stage of a backbone, with non-local blocks after its last blocks. low_channels: those of its input, which
+    `Aggregation` then adds to its output; None adds nothing."""
+
+    def __init__(self, blocks, channels, non_local, low_channels=None):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.non_local = nn.ModuleList(NonLocal(channels) for _ in range(min(non_local, len(self.blocks))))
+        self.aggregation = None
+        if low_channels:
+            stride = max(part.stride[0] for part in self.blocks[0].modules() if isinstance(part, nn.Conv2d))
+            self.aggregation = Aggregation(channels, low_channels, stride)
 
     def forward(self, x):
-        first = len(self.blocks) - len(self.non_local)
+        low, first = x, len(self.blocks) - len(self.non_local)
         for i, block in enumerate(self.blocks):
             x = block(x)
             if i >= first:
                 x = self.non_local[i - first](x)
-        return x
+        return x if self.aggregation is None else self.aggregation(x, low)
+
+
+class DilatedBranch(nn.Module):
+    """One expansion of `Expansion`: the mean of dilated convolutions, ReLU, 1x1 convolution. Keeps the shape."""
+
+    def __init__(self, channels):
+        super().__init__()
+        hidden = channels // 4
+        self.dilated = nn.ModuleList(
+            nn.Conv2d(channels, hidden, 3, padding=d, dilation=d, bias=False) for d in DILATIONS
+        )
+        self.out = nn.Conv2d(hidden, channels, 1)
+        for convolution in (*self.dilated, self.out):
+            nn.init.kaiming_normal_(convolution.weight)
+
+    def forward(self, x):
+        return self.out((sum(convolution(x) for convolution in self.dilated) / len(self.dilated)).relu())
+
+
+class Expansion(nn.Module):
+    """DEEN's diverse embedding expansion: [B, C, H, W] -> [3 B, C, H, W], the input and what is generated from it."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.branches = nn.ModuleList(DilatedBranch(channels) for _ in range(EXPANSIONS))
+        self.dropout = nn.Dropout(DROPOUT)
+
+    def forward(self, x):
+        return self.dropout(torch.cat([x, *(branch(x) for branch in self.branches)]))
 
 
 class GeM(nn.Module):
@@ -119,18 +236,22 @@ class LocalBranch(nn.Module):
 
 
 class GFMNet(nn.Module):
-    """The network of all four methods; `attention`, `non_local`, `pool` and `local` switch GFMNet's parts.
+    """The network of all methods; `attention`, `non_local`, `pool` and `local` switch GFMNet's parts.
 
     num_classes: identities in the training set, K.
     arch: one of ARCHS; the last stage's stride is 1, so a feature map has 1/16 of the image's height and width.
     share_net: 1 to 5. Each modality has its own stem and first share_net - 1 stages; the others are shared.
     pool: "gem" or "avg".
+    expansion: DEEN's parts: an `Aggregation` after each stage but the last, and an `Expansion` before the last, which
+        makes three embeddings of an image. share_net is then at most `stages`: the last stage is shared.
+    stages: of the backbone, 4, or 3 to leave out the last (DEEN on RegDB).
     weights: what the backbone starts from: None (random), "imagenet" (torchvision's V1), or the path of a state dict
         of torchvision's network. Both streams start from the same values.
 
     `net.options` holds these arguments but for the weights: GFMNet(**net.options) is the same network, untrained.
+    `net.feature_widths` has the number of values of each of the FEATURES that `embed` gives.
 
-    Raises InputError (a ValueError) for an unknown arch, share_net or pool, or weights that cannot be had.
+    Raises InputError (a ValueError) for an unknown arch, share_net, pool or stages, or weights that cannot be had.
     """
 
     def __init__(
@@ -142,22 +263,32 @@ class GFMNet(nn.Module):
         non_local=True,
         pool="gem",
         local=True,
+        expansion=False,
+        stages=4,
         weights=None,
     ):
         super().__init__()
-        if share_net not in range(1, 6):
+        if stages not in (3, 4):
+            raise InputError(f"stages {stages}: how many of the backbone's four stages are used, 3 or 4")
+        largest = stages if expansion else stages + 1
+        if share_net not in range(1, largest + 1):
             raise InputError(
-                f"share_net {share_net}: how many of stem and 4 stages each modality has for itself, 1 to 5"
+                f"share_net {share_net}: how many of stem and {stages} stages each modality has for itself, "
+                f"1 to {largest}"
             )
         if pool not in ("gem", "avg"):
             raise InputError(f"pool {pool!r}: neither 'gem' nor 'avg'")
-        _, stem, stages, widths = backbone(arch, weights)
+        _, stem, blocks, widths = backbone(arch, weights)
         self.options = {"num_classes": num_classes, "arch": arch, "share_net": share_net, "attention": attention}
-        self.options |= {"non_local": non_local, "pool": pool, "local": local}
-        parts, width = dict(stem), widths[-1]
-        for number, blocks in enumerate(stages, 1):
-            name = f"layer{number}"
-            parts[name] = Stage(blocks, widths[number], NON_LOCAL_BLOCKS.get(name, 0) if non_local else 0)
+        self.options |= {"non_local": non_local, "pool": pool, "local": local, "expansion": expansion, "stages": stages}
+        parts, width = dict(stem), widths[stages]
+        for number in range(1, stages + 1):
+            name, low_channels = f"layer{number}", widths[number - 1]
+            if expansion and number == stages:
+                parts["expansion"], low_channels = Expansion(low_channels), None
+            non_local_blocks = NON_LOCAL_BLOCKS.get(name, 0) if non_local else 0
+            low_channels = low_channels if expansion else None
+            parts[name] = Stage(blocks[number - 1], widths[number], non_local_blocks, low_channels)
         own = [*parts][: len(stem) + share_net - 1]
 
         self.visible = nn.Sequential(OrderedDict((name, parts[name]) for name in own))
@@ -165,6 +296,7 @@ class GFMNet(nn.Module):
         self.attention = Attention(widths[share_net - 1]) if attention else nn.Identity()
         self.shared = nn.Sequential(OrderedDict(item for item in parts.items() if item[0] not in own))
         self.pool = GeM() if pool == "gem" else nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.feature_widths = {"POOL": 3 * width, "FC": 6 * width} if expansion else dict.fromkeys(FEATURES, width)
         self.bottleneck = nn.BatchNorm1d(width)
         self.bottleneck.bias.requires_grad_(False)
         nn.init.normal_(self.bottleneck.weight, 1.0, 0.01)
@@ -185,17 +317,26 @@ class GFMNet(nn.Module):
         """images [B, 3, H, W], normalised, of one modality, "visible" or "infrared" -> (pooled, normed).
 
         Both [B, C] and L2-normalised: before ("POOL" in the tables) and after ("FC") the batch-norm bottleneck.
+        With expansion, [B, 3 C] and [B, 6 C]: the three embeddings before the bottleneck, each of unit length, side by
+        side; and these with the three after it. So the cosine of two images is the mean of three or six cosines, as
+        published, where all six rank.
         """
         pooled, normed = self.vectors(images, modality)
         return F.normalize(pooled), F.normalize(normed)
 
     def vectors(self, images, modality):
-        """What `embed` gives, before it is normalised."""
+        """What `embed` gives, before it is normalised. With expansion, the lengths by which the embeddings are divided
+        count as constants."""
         if modality not in MODALITIES:
             raise ValueError(f"modality {modality!r}: neither 'visible' nor 'infrared'")
         stream = self.visible if modality == "visible" else self.infrared
         pooled = self.pool(full_precision(self._features(stream(images))))
-        return pooled, self.bottleneck(pooled)
+        normed = self.bottleneck(pooled)
+        if self.options["expansion"]:
+            units = [x / x.detach().norm(dim=1, keepdim=True).clamp_min(1e-12) for x in (pooled, normed)]
+            pooled, normed = (torch.cat(x.chunk(EXPANSIONS + 1), dim=1) for x in units)
+            normed = torch.cat([pooled, normed], dim=1)
+        return pooled, normed
 
     def compile(self, **options):
         """Compile, in place, the parts that `forward` and `embed` share; the names of the weights stay."""
@@ -291,14 +432,14 @@ def load_network(checkpoint, path):
     known_as = str  # our name of a tensor -> its name in the file
     try:
         if is_published(state):
-            options, size, known_as = published_options(state), IMAGE_SIZE, published_name
-            state = convert_published_state(state)
+            options, known_as = published_options(state), published_name
+            size, state = published_image_size(options), convert_published_state(state)
         elif "options" in checkpoint and "image_size" in checkpoint:
             options, size = checkpoint["options"], tuple(checkpoint["image_size"])
         else:
             raise InputError(
                 f"{next(iter(state))!r:.120} is no tensor of this repo's checkpoints, nor of the published baseline, "
-                "AGW, CAJ or GFMNet; train with train_ext_test0.py"
+                "AGW, CAJ, DEEN or GFMNet; train with train_ext_test0.py"
             )
         net = GFMNet(**options)
         # Nothing uses how many batches a batch norm has seen, and old versions of PyTorch did not count them.

@@ -1,9 +1,9 @@
-"""Train GFMNet, or one of its forerunners, on SYSU-MM01, RegDB or LLCM, testing as it goes.
+"""Train GFMNet, one of its forerunners, or DEEN, on SYSU-MM01, RegDB or LLCM, testing as it goes.
 
     python train_ext_test0.py --dataset sysu --gpu 1
 
-The defaults are the paper's recipe. The best epoch is chosen by Rank-1 (FC) on trial 0 of the TEST set, as published;
---select val trains on fewer identities and chooses by the validation ids instead.
+The defaults are the published recipe of the method. The best epoch is chosen by Rank-1 (FC) on trial 0 of the TEST
+set, as published; --select val trains on fewer identities and chooses by the validation ids instead.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from ChannelAug import PADDING, TrainAugmentation, normalise
+from ChannelAug import AUGMENTATIONS, ERASE_AREA, PADDING, normalise
 from core import engine, results
 from core.datasets import DATASETS, check_options, option_values, search_title
 from core.distributed import broadcast_buffers, leave_processes, start_processes
@@ -52,8 +52,21 @@ MAY_CHANGE = {
 }
 
 
+class TrainParser(ArgumentParser):
+    """The flags of training, whose defaults are the recipe of --method on --dataset."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        chooser = ArgumentParser(add_help=False)
+        for flag in ("method", "dataset"):
+            chooser.add_argument(f"--{flag}", default=self.get_default(flag))
+        chosen, _ = chooser.parse_known_args(args)
+        if method := METHODS.get(chosen.method):
+            self.set_defaults(**method.recipe | method.recipes.get(chosen.dataset, {}))
+        return super().parse_known_args(args, namespace)
+
+
 def get_args_parser():
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = TrainParser(description=__doc__.splitlines()[0])
     flag = parser.add_argument_group("data").add_argument
     flag("--dataset", choices=DATASETS, default="sysu", help="data set to train on")
     flag("--data_path", help="folder of the data set (default: see docs/data.md)")
@@ -74,7 +87,7 @@ def get_args_parser():
         "--method",
         choices=METHODS,
         default="adp",
-        help="network and loss: base (two-stream baseline), agw, caj, or adp (GFMNet)",
+        help="network, loss and recipe: base (two-stream baseline), agw, caj, adp (GFMNet), or deen",
     )
     flag("--arch", choices=ARCHS, default="resnet50", help="backbone")
     flag("--weights", default="imagenet", help="start of the backbone: imagenet, none (random), or a state-dict file")
@@ -84,6 +97,7 @@ def get_args_parser():
         default=2,
         help="first shared stage: each modality has its own stem and stages before it",
     )
+    flag("--stages", type=int, choices=(3, 4), default=4, help="stages of the backbone: 3 leaves out the last")
     flag("--afam", type=int, choices=(0, 1), default=1, help="0 leaves out GFMNet's attention (adp)")
     flag("--local", type=int, choices=(0, 1), default=1, help="0 leaves out GFMNet's local branch and its loss (adp)")
     flag = parser.add_argument_group("loss").add_argument
@@ -102,7 +116,9 @@ def get_args_parser():
         default=1,
         help="square the triplet's difference of distances (caj, adp); choose 0 to train from random weights",
     )
-    flag("--margin", type=bounded(float, 0), default=0.3, help="margin of the hard (base) and local (adp) triplets")
+    flag(
+        "--margin", type=bounded(float, 0), default=0.3, help="margin of the hard (base, deen) and local (adp) triplets"
+    )
     flag("--alpha", type=bounded(float, 0, above=True), default=1, help="sharpness of the triplet's weights (caj, adp)")
     flag("--gamma", type=bounded(float, 0, above=True), default=1, help="scale of the triplet's exponent (caj, adp)")
     flag = parser.add_argument_group("training").add_argument
@@ -119,8 +135,16 @@ def get_args_parser():
     )
     flag("--batch_size", type=bounded(int, 2, 4096), default=8, help="identities per batch")
     flag("--num_pos", type=bounded(int, 1, 1024), default=4, help="images per identity and modality in a batch")
-    flag("--augc", type=int, choices=(0, 1), default=1, help="channel augmentation")
+    flag("--augc", type=int, choices=(0, 1), default=1, help="channel augmentation; of deen, gray images")
     flag("--rande", type=bounded(float, 0, 1), default=0.5, help="probability of random erasing")
+    flag(
+        "--erase_area",
+        type=bounded(float, 0, 1),
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        default=[*ERASE_AREA],
+        help="bounds of the share of an image that random erasing fills",
+    )
     flag(
         "--padding",
         type=bounded(int, 0, 4096),
@@ -208,7 +232,7 @@ def train(args, run, data, test, device):
     net = build_network(args, data.num_classes, device, pretrained=not run.resumed)
     model = data_parallel(net, device)
     criterion = MethodLoss(args.method, args.margin, args.alpha, args.gamma, args.square, args.weighting)
-    augment = TrainAugmentation(args.augc, args.rande, args.padding)
+    augment = AUGMENTATIONS[METHODS[args.method].augmentation](args.augc, args.rande, args.padding, args.erase_area)
     optimizer = build_optimizer(net, args.optim, args.lr)
 
     run.start(net, optimizer, device, data.num_images, sampler.steps)
@@ -240,7 +264,7 @@ def build_network(args, num_classes, device, pretrained):
     parts = dict(METHODS[args.method].network)
     parts["attention"] &= bool(args.afam)
     parts["local"] &= bool(args.local)
-    net = GFMNet(num_classes, args.arch, args.share_net, **parts, weights=weights)
+    net = GFMNet(num_classes, args.arch, args.share_net, **parts, stages=args.stages, weights=weights)
     if args.sync_bn and process_count() > 1 and device.type == "cuda":
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
     net.to(device, memory_format=torch.channels_last)
@@ -297,7 +321,7 @@ def test_epoch(net, eval_loaders, search, device, amp):
 
 def log_epoch(log, title, entry, args):
     """The epoch's line in the log, and warnings of what its entry shows to be wrong."""
-    names = ("total", "identity", "triplet", "local", "correct")
+    names = ("total", "identity", "triplet", "local", "correct", *METHODS[args.method].terms)
     line = f"{title}  lr {entry['lr']:.4g}" + "".join(f"  {name} {entry[name]:.3f}" for name in names)
     if "FC/Rank-1" in entry:
         line += "".join(f"  {metric} {entry[f'FC/{metric}']:.2f}" for metric in ("Rank-1", "mAP", "mINP"))
@@ -361,6 +385,9 @@ def draw(figures, log, title, tested, test):
 def check_flags(args):
     """Raise InputError for flags that do not go together."""
     check_options(args)
+    low, high = args.erase_area
+    if low > high:
+        raise InputError(f"--erase_area {low} {high}: the first is larger than the second; exchange them")
     for flag in ("afam", "local"):
         if args.method != "adp" and not getattr(args, flag):
             raise InputError(f"--{flag} 0: --method {args.method} has no such part; leave it out, or use --method adp")

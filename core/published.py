@@ -1,20 +1,21 @@
-"""Checkpoints of the published code of this family (two-stream baseline, AGW, CAJ, GFMNet): their names and options.
+"""Checkpoints of the published code of this family (two-stream baseline, AGW, CAJ, DEEN, GFMNet): their names and
+options.
 
 A network is two streams and a shared ResNet. GFMNet's code gives a stream exactly the stages that are not shared.
-That of the baseline, AGW and CAJ keeps a whole ResNet in all three, and runs only the stem of a stream's and the
-stages of the shared one: share_net 1.
+That of the baseline, AGW, CAJ and DEEN keeps a whole ResNet in all three, and runs only the stem of a stream's and the
+stages of the shared one: share_net 1. DEEN's for RegDB does not run the last stage either.
 """
 
 import re
 
 from utils import InputError
 
-IMAGE_SIZE = (288, 144)  # height, width; the checkpoints do not say
-
 _RESNETS = {"visible_module.visible": "visible", "thermal_module.thermal": "infrared", "base_resnet.base": "shared"}
 _NON_LOCAL_BLOCKS = {f"NL_{n}.{i}": f"shared.layer{n}.non_local.{i}" for n in (2, 3) for i in range(n)}
 _NON_LOCAL_BLOCKS |= {"afam.non_local": "attention.non_local"}
 _NON_LOCAL_PARTS = {"g.0": "g", "W.0": "out", "W.1": "norm", "theta": "theta", "phi": "phi"}
+_AGGREGATION_PARTS = {"CNL": "channel", "PNL": "position"}
+_CROSS_PARTS = {"g": "g", "W.0": "out", "W.1": "norm", "theta": "theta", "phi": "phi"}
 _OURS = {  # how a published name begins: how ours does
     **{f"{theirs}.{part}.": f"{ours}.{part}." for theirs, ours in _RESNETS.items() for part in ("conv1", "bn1")},
     **{f"{theirs}.layer{n}.": f"{ours}.layer{n}.blocks." for theirs, ours in _RESNETS.items() for n in range(1, 5)},
@@ -23,6 +24,14 @@ _OURS = {  # how a published name begins: how ours does
         for block, our_block in _NON_LOCAL_BLOCKS.items()
         for part, our_part in _NON_LOCAL_PARTS.items()
     },
+    **{
+        f"MFA{n}.{block}.{part}.": f"shared.layer{n}.aggregation.{our_block}.{our_part}."
+        for n in range(1, 4)
+        for block, our_block in _AGGREGATION_PARTS.items()
+        for part, our_part in _CROSS_PARTS.items()
+    },
+    **{f"DEE.FC{b + 1}{d + 1}.": f"shared.expansion.branches.{b}.dilated.{d}." for b in range(2) for d in range(3)},
+    **{f"DEE.FC{b + 1}.": f"shared.expansion.branches.{b}.out." for b in range(2)},
     "afam.channel_attention.fc1.": "attention.channel.0.",
     "afam.channel_attention.fc2.": "attention.channel.2.",
     "afam.spatial_attention.conv1.": "attention.spatial.",
@@ -36,8 +45,9 @@ _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 _STREAM, _SHARED = r"(?:visible_module\.visible|thermal_module\.thermal)", r"base_resnet\.base"
 _STAGE = r"layer[1-4]\.\d+\.(?:conv[1-3]|bn[1-3]|downsample\.[01])"
 _VALUE = r"(?:weight|bias|running_mean|running_var|num_batches_tracked)"
-# What the code of the baseline, AGW and CAJ keeps but does not run.
+# What the code of the baseline, AGW, CAJ and DEEN keeps but does not run; and what DEEN's for RegDB does not.
 _UNUSED = rf"(?:{_STREAM}\.(?:{_STAGE}|fc)|{_SHARED}\.(?:conv1|bn1|fc))\.{_VALUE}"
+_UNUSED_LAST = rf"{_SHARED}\.{_STAGE.replace('[1-4]', '4')}\.{_VALUE}"
 
 
 def is_published(state):
@@ -76,7 +86,14 @@ def published_options(state):
         "non_local": (non_local := any(name.startswith("NL_") for name in state)),
         "pool": "gem" if non_local else "avg",  # the published code turns both on together
         "local": any(name.startswith(("bn.", "conv1.")) for name in state),
+        "expansion": (expansion := any(name.startswith("DEE.") for name in state)),
+        "stages": 3 if expansion and not _has_third_aggregation(state) else 4,
     }
+
+
+def published_image_size(options):
+    """(height, width) of the images of a published network with these options; its checkpoint does not say."""
+    return (384, 144) if options["expansion"] else (288, 144)
 
 
 def _used(state):
@@ -84,7 +101,14 @@ def _used(state):
     state = {name.removeprefix("module."): value for name, value in state.items()}
     if _stages(_STREAM, state) & _stages(_SHARED, state):
         state = {name: value for name, value in state.items() if not re.fullmatch(_UNUSED, name)}
+    if any(name.startswith("DEE.") for name in state) and not _has_third_aggregation(state):
+        state = {name: value for name, value in state.items() if not re.fullmatch(_UNUSED_LAST, name)}
     return state
+
+
+def _has_third_aggregation(state):
+    """Whether a network of DEEN runs four stages: it aggregates after each but the last."""
+    return any(name.startswith("MFA3.") for name in state)
 
 
 def _stages(part, state):
@@ -96,4 +120,6 @@ def _renamed(name, prefixes):
     for prefix, other in prefixes.items():
         if name.startswith(prefix):
             return other + name.removeprefix(prefix)
-    raise InputError(f"{name!r:.120} is no tensor of the published baseline, AGW, CAJ or GFMNet; name one of theirs")
+    raise InputError(
+        f"{name!r:.120} is no tensor of the published baseline, AGW, CAJ, DEEN or GFMNet; name one of theirs"
+    )
