@@ -118,8 +118,8 @@ def test_trajectory_golden(dataset, parameters):
         group["lr"] *= group["lr_scale"]
     criterion, norms = MethodLoss("deen"), None
     for step, expected in enumerate(GOLDEN[f"{dataset}_trajectory"]):
-        base = pictures(3, 48, 24, 6100 + step).repeat_interleave(2, dim=0).repeat(2, 1, 1, 1)
-        images = 0.5 * pictures(12, 48, 24, 2100 + step) + base
+        base = np.tile(np.repeat(published_state.images(3, 48, 24, 6100 + step), 2, axis=0), (2, 1, 1, 1))
+        images = torch.from_numpy(0.5 * published_state.images(12, 48, 24, 2100 + step) + base).double()
         labels = (3 * step + torch.arange(3).repeat_interleave(2)).repeat(2)
         losses = criterion(net(images[:6], images[6:]), labels)
         optimizer.zero_grad()
