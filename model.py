@@ -334,7 +334,7 @@ class GFMNet(nn.Module):
         normed = self.bottleneck(pooled)
         if self.options["expansion"]:
             units = [x / x.detach().norm(dim=1, keepdim=True).clamp_min(1e-12) for x in (pooled, normed)]
-            pooled, normed = (torch.cat(x.chunk(EXPANSIONS + 1), dim=1) for x in units)
+            pooled, normed = (x.unflatten(0, (EXPANSIONS + 1, -1)).movedim(1, 0).flatten(1) for x in units)
             normed = torch.cat([pooled, normed], dim=1)
         return pooled, normed
 
