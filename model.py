@@ -2,12 +2,14 @@
 
 "Global-to-Local Feature Mining Network for RGB-Infrared Person Re-Identification", MMM 2024, on the
 network of AGW (Ye et al., TPAMI 2021). B, H, W: images, height, width; C: 512 (ResNet-18, 34) or 2048 (50, 101).
-The same class is DEEN ("Diverse Embedding Expansion Network", Zhang and Wang, CVPR 2023), by other parts.
+The same class is DEEN ("Diverse Embedding Expansion Network", Zhang and Wang, CVPR 2023) and
+DNS ("Domain Shifting", Jiang et al., ECCV 2024), by other parts.
 """
 
 import copy
 import urllib.error
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,18 +36,32 @@ LOCAL_WIDTH = 128
 REDUCTION = 16  # of the channel attention's hidden layer
 EXPANSIONS = 2  # embeddings that DEEN generates from each one
 DILATIONS = (1, 2, 3)  # of the convolutions that generate one
-DROPOUT = 0.01  # of the expanded feature maps
+DROPOUT = 0.01  # of the expanded feature maps of DEEN, and of DNS's common space
+SHIFTED_STAGES = (3, 4)  # after which DNS has a `SpaceShift`
+FOLLOW = 0.2  # how far a follower of `DomainBranch` goes to its classifier in a step
 
 
 class Output(NamedTuple):
     """pooled [A+B, C], logits [A+B, K], local [A+B, 128, P] or None: the visible images' rows first.
 
     With expansion there are 3 (A+B) rows: those of the embeddings, then of the first, then of the second expansion.
+    domain: with shift, what `DomainBranch` gives.
     """
 
     pooled: torch.Tensor
     logits: torch.Tensor
     local: torch.Tensor | None
+    domain: "Domain | None" = None
+
+
+class Domain(NamedTuple):
+    """normed, shifted [A+B, C]: embeddings after the bottleneck, and in the common space; own, other [2 (A+B), K]: of
+    these and of those, logits of the classifier of the image's own modality, and of the other one's follower."""
+
+    normed: torch.Tensor
+    shifted: torch.Tensor
+    own: torch.Tensor
+    other: torch.Tensor
 
 
 class NonLocal(nn.Module):
@@ -210,6 +226,67 @@ class Expansion(nn.Module):
         return self.dropout(torch.cat([x, *(branch(x) for branch in self.branches)]))
 
 
+class SpaceShift(nn.Module):
+    """DNS's heterogeneous space shifting: coordinate attention of a feature map [B, C, H, W] that is shifted by its
+    maxima's distribution over rows and columns. Keeps the shape.
+
+    The published shift is the product of two softmaxes, over rows and over columns. Only its means over a row and a
+    column are used: each is one softmax, divided by the number of the other's positions.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        hidden = max(8, channels // 32)
+        self.squeeze = nn.Sequential(nn.Conv2d(channels, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.Hardswish())
+        self.rows = nn.Conv2d(hidden, channels, 1, bias=False)
+        self.columns = nn.Conv2d(hidden, channels, 1, bias=False)
+
+    def forward(self, x):
+        height, width = x.shape[2:]
+        rows = x.mean(dim=3, keepdim=True) + x.amax(dim=3, keepdim=True).softmax(dim=2) / width
+        columns = x.mean(dim=2, keepdim=True) + x.amax(dim=2, keepdim=True).softmax(dim=3) / height
+        rows, columns = self.squeeze(torch.cat([rows, columns.mT], dim=2)).split([height, width], dim=2)
+        return x * self.columns(columns.mT).sigmoid() * self.rows(rows).sigmoid()
+
+
+class DomainBranch(nn.Module):
+    """DNS's common space and domain distillation, in training only.
+
+    forward(means [N, C] of the feature maps, normed [N, C], visible: number of visible images) -> Domain. In training,
+    the followers, which learn nothing themselves, go towards their classifiers before they are used.
+    """
+
+    def __init__(self, channels, num_classes):
+        super().__init__()
+        self.common = nn.Sequential(
+            nn.LayerNorm(channels),
+            nn.Linear(channels, 4 * channels),
+            nn.GELU(),
+            nn.Dropout(DROPOUT),
+            nn.Linear(4 * channels, channels),
+            nn.Dropout(DROPOUT),
+        )
+        self.classifiers = nn.ModuleDict({m: nn.Linear(channels, num_classes, bias=False) for m in MODALITIES})
+        self.followers = copy.deepcopy(self.classifiers).requires_grad_(False)
+
+    def forward(self, means, normed, visible):
+        shifted = self.common(means + means.softmax(dim=1))
+        if self.training:
+            self._follow()
+        own, other = [], []
+        for features in (normed, shifted):
+            first, second = features.tensor_split([visible])
+            own += [self.classifiers["visible"](first), self.classifiers["infrared"](second)]
+            with torch.no_grad():
+                other += [self.followers["infrared"](first), self.followers["visible"](second)]
+        return Domain(normed, shifted, torch.cat(own), torch.cat(other))
+
+    @torch.no_grad()
+    def _follow(self):
+        for modality in MODALITIES:
+            self.followers[modality].weight.lerp_(self.classifiers[modality].weight, FOLLOW)
+
+
 class GeM(nn.Module):
     """Generalised mean pooling with fixed p = 3 (Radenovic et al., TPAMI 2019). [B, C, H, W] -> [B, C]."""
 
@@ -244,6 +321,7 @@ class GFMNet(nn.Module):
     pool: "gem" or "avg".
     expansion: DEEN's parts: an `Aggregation` after each stage but the last, and an `Expansion` before the last, which
         makes three embeddings of an image. share_net is then at most `stages`: the last stage is shared.
+    shift: DNS's parts: a `SpaceShift` after stages 3 and 4, a bottleneck with a bias, and a `DomainBranch`.
     stages: of the backbone, 4, or 3 to leave out the last (DEEN on RegDB).
     weights: what the backbone starts from: None (random), "imagenet" (torchvision's V1), or the path of a state dict
         of torchvision's network. Both streams start from the same values.
@@ -264,6 +342,7 @@ class GFMNet(nn.Module):
         pool="gem",
         local=True,
         expansion=False,
+        shift=False,
         stages=4,
         weights=None,
     ):
@@ -280,7 +359,8 @@ class GFMNet(nn.Module):
             raise InputError(f"pool {pool!r}: neither 'gem' nor 'avg'")
         _, stem, blocks, widths = backbone(arch, weights)
         self.options = {"num_classes": num_classes, "arch": arch, "share_net": share_net, "attention": attention}
-        self.options |= {"non_local": non_local, "pool": pool, "local": local, "expansion": expansion, "stages": stages}
+        self.options |= {"non_local": non_local, "pool": pool, "local": local, "expansion": expansion, "shift": shift}
+        self.options |= {"stages": stages}
         parts, width = dict(stem), widths[stages]
         for number in range(1, stages + 1):
             name, low_channels = f"layer{number}", widths[number - 1]
@@ -289,7 +369,10 @@ class GFMNet(nn.Module):
             non_local_blocks = NON_LOCAL_BLOCKS.get(name, 0) if non_local else 0
             low_channels = low_channels if expansion else None
             parts[name] = Stage(blocks[number - 1], widths[number], non_local_blocks, low_channels)
-        own = [*parts][: len(stem) + share_net - 1]
+            if shift and number in SHIFTED_STAGES:
+                parts[f"shift{number}"] = SpaceShift(widths[number])
+        last_own = f"layer{share_net - 1}" if share_net > 1 else [*stem][-1]
+        own = [*parts][: [*parts].index(last_own) + 1]
 
         self.visible = nn.Sequential(OrderedDict((name, parts[name]) for name in own))
         self.infrared = copy.deepcopy(self.visible)
@@ -298,20 +381,25 @@ class GFMNet(nn.Module):
         self.pool = GeM() if pool == "gem" else nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.feature_widths = {"POOL": 3 * width, "FC": 6 * width} if expansion else dict.fromkeys(FEATURES, width)
         self.bottleneck = nn.BatchNorm1d(width)
-        self.bottleneck.bias.requires_grad_(False)
+        self.bottleneck.bias.requires_grad_(shift)
         nn.init.normal_(self.bottleneck.weight, 1.0, 0.01)
         nn.init.zeros_(self.bottleneck.bias)
         self.classifier = nn.Linear(width, num_classes, bias=False)
         nn.init.normal_(self.classifier.weight, 0, 0.001)
         self.local = LocalBranch(width) if local else None
+        self.domain = DomainBranch(width, num_classes) if shift else None
 
     def forward(self, visible, infrared):
         """visible [A, 3, H, W], infrared [B, 3, H, W], normalised -> Output of A + B rows, the visible first."""
         x = self._features(torch.cat([self.visible(visible), self.infrared(infrared)]))
         with torch.autocast(x.device.type, enabled=False):  # in float32 from here: the losses live on it
-            pooled = self.pool(full_precision(x))
-            logits = self.classifier(self.bottleneck(pooled))
-        return Output(pooled, logits, None if self.local is None else self.local(x))
+            maps = full_precision(x)
+            pooled = self.pool(maps)
+            normed = self.bottleneck(pooled)
+            logits, domain = self.classifier(normed), None
+            if self.domain is not None:
+                domain = self.domain(maps.mean(dim=(2, 3)), normed, len(visible))
+        return Output(pooled, logits, None if self.local is None else self.local(x), domain)
 
     def embed(self, images, modality):
         """images [B, 3, H, W], normalised, of one modality, "visible" or "infrared" -> (pooled, normed).
@@ -432,14 +520,15 @@ def load_network(checkpoint, path):
     known_as = str  # our name of a tensor -> its name in the file
     try:
         if is_published(state):
-            options, known_as = published_options(state), published_name
+            options = published_options(state)
+            known_as = partial(published_name, shift=options["shift"])
             size, state = published_image_size(options), convert_published_state(state)
         elif "options" in checkpoint and "image_size" in checkpoint:
             options, size = checkpoint["options"], tuple(checkpoint["image_size"])
         else:
             raise InputError(
                 f"{next(iter(state))!r:.120} is no tensor of this repo's checkpoints, nor of the published baseline, "
-                "AGW, CAJ, DEEN or GFMNet; train with train_ext_test0.py"
+                "AGW, CAJ, DEEN, DNS or GFMNet; train with train_ext_test0.py"
             )
         net = GFMNet(**options)
         # Nothing uses how many batches a batch norm has seen, and old versions of PyTorch did not count them.

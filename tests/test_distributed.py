@@ -66,7 +66,7 @@ def gradients(index, count, method, file):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["adp", "base", "deen"])
+@pytest.mark.parametrize("method", ["adp", "base", "deen", "dns"])
 def test_gradients_of_two_processes_are_those_of_the_whole_batch(tmp_path, method):
     for count in (1, 2):
         torch.multiprocessing.spawn(gradients, (count, method, tmp_path / "grads"), nprocs=count)
