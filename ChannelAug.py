@@ -4,12 +4,16 @@ Images are [N, 3, H, W]. Every function returns new images and leaves its input 
 PyTorch's global generator of the images' device, independently for each image.
 """
 
+import math
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, of values in [0, 1]
 STD = (0.229, 0.224, 0.225)
 ERASE_FILL = (0.4914, 0.4822, 0.4465)
+ERASE_AREA = (0.02, 0.4)  # bounds of the erased share of an image
 GRAY = (0.2989, 0.5870, 0.1140)  # luminance weights of R, G, B
 PADDING = 10  # pixels of black around an image before it is cropped
 
@@ -44,12 +48,15 @@ def random_flip(images):
     return torch.where(flip, images.flip(3), images)
 
 
-def random_erasing(images, probability=0.5, fill=None, area=(0.02, 0.4), aspect=(0.3, 10 / 3), tries=20):
+def random_erasing(
+    images, probability=0.5, fill=None, area=ERASE_AREA, aspect=(0.3, 10 / 3), tries=20, logarithmic=False
+):
     """Fill a random rectangle (Zhong et al., AAAI 2020), in an image with the given probability.
 
     fill: a tensor that broadcasts to the images, [3, 1, 1] or [N, 3, 1, 1]; by default ERASE_FILL.
-    area: bounds of the rectangle's share of the image; aspect: bounds of height / width; both drawn uniformly, again
-    until the rectangle fits into the image (published: 100 times; `tries` draws at once, the first that fits counts).
+    area: bounds of the rectangle's share of the image; aspect: bounds of height / width; both drawn uniformly
+    (logarithmic: the logarithm of the aspect is), again until the rectangle fits into the image (published: 100 times;
+    `tries` draws at once, the first that fits counts).
     """
     n, _, height, width = images.shape
 
@@ -57,7 +64,8 @@ def random_erasing(images, probability=0.5, fill=None, area=(0.02, 0.4), aspect=
         return low + (high - low) * torch.rand(*shape, device=images.device)
 
     size = uniform(*area, n, tries) * height * width
-    ratio = uniform(*aspect, n, tries)
+    low, high = (math.log(bound) for bound in aspect)
+    ratio = uniform(low, high, n, tries).exp() if logarithmic else uniform(*aspect, n, tries)
     h, w = (size * ratio).sqrt().round(), (size / ratio).sqrt().round()
     fits = (h < height) & (w < width)
     first = fits.int().argmax(dim=1, keepdim=True)
@@ -85,9 +93,34 @@ def channel_or_gray(images):
     """
     draw = torch.rand(len(images), device=images.device) * 8
     repeated = _repeat_channel(images, (draw / 2).long().clamp_max(2))
-    gray = (images * _constant(GRAY, images.device)).sum(dim=1, keepdim=True).expand_as(images)
     case = draw[:, None, None, None]
-    return torch.where(case < 6, repeated, torch.where(case < 7, gray, images))
+    return torch.where(case < 6, repeated, torch.where(case < 7, _gray(images), images))
+
+
+def random_exchange(images, probability=2 / 3, gray=True):
+    """DNS's visible view: with this probability, one of the channels or, with `gray`, of these and the luminance, all
+    equally likely, three times over."""
+    draw = torch.randint(3 + gray, (len(images), 1, 1, 1), device=images.device)
+    repeated = _repeat_channel(images, draw.flatten().clamp_max(2))
+    chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < probability
+    return torch.where(chosen, torch.where(draw < 3, repeated, _gray(images)), images)
+
+
+def random_hue(images, shift=0.5):
+    """Turn the hue of each image by its own share of the circle, up to `shift` in either direction: [N, 3, H, W]."""
+    value, channel = images.max(dim=1)
+    chroma = value - images.amin(dim=1)
+    red, green, blue = images.unbind(dim=1)
+    sixths = torch.stack([green - blue, blue - red, red - green]) / chroma.clamp_min(1e-12)
+    hue = sixths.gather(0, channel[None])[0] + 2 * channel  # in sixths of the circle
+    hue = hue + 6 * shift * (2 * torch.rand(len(images), 1, 1, device=images.device) - 1)
+    k = (_constant((5.0, 3.0, 1.0), images.device) + hue[:, None]).remainder(6)
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def _gray(images):
+    """Luminance [N, 1, H, W]."""
+    return (images * _constant(GRAY, images.device)).sum(dim=1, keepdim=True)
 
 
 def _repeat_channel(images, channel):
@@ -95,26 +128,87 @@ def _repeat_channel(images, channel):
     return images[sample, channel][:, None].expand_as(images)
 
 
+def random_gray(images, probability=0.5):
+    """uint8 images -> float32 ones in the same range, made gray with this probability, in whole steps."""
+    chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < probability
+    return torch.where(chosen, _gray(images).round(), images)
+
+
 class TrainAugmentation:
-    """The recipe of `--augc`, `--rande` and `--padding`: uint8 batches -> the network's float32 inputs, and labels.
+    """GFMNet's recipe of `--augc`, `--rande`, `--padding`, `--erase_area`: uint8 batches -> the network's float32
+    inputs, and labels.
 
     __call__(visible [A, 3, H, W], infrared [A, 3, H, W], labels [A]) -> (visible [2A, 3, H, W], infrared [A, 3, H, W],
     labels [3A]): the plain visible views, second views of the same images, which are channel-exchanged with `augc`,
     and the infrared views. Image i of either modality shows identity labels[i].
-    rande: probability of random erasing. padding: see `random_crop`. All views are cropped, mirrored and erased
-    independently. As published, the plain views are erased before they are normalised, the others after it.
+    rande: probability of random erasing. padding: see `random_crop`. area: see `random_erasing`. All views are cropped,
+    mirrored and erased independently. As published, the plain views are erased before they are normalised, the others
+    after it.
     """
 
-    def __init__(self, augc=1, rande=0.5, padding=PADDING):
-        self.augc, self.rande, self.padding = augc, rande, padding
+    def __init__(self, augc=1, rande=0.5, padding=PADDING, area=ERASE_AREA):
+        self.augc, self.rande, self.padding, self.area = augc, rande, padding, area
 
     def __call__(self, visible, infrared, labels):
         views = normalise(random_flip(random_crop(torch.cat([visible, visible, infrared]), self.padding)))
         count = len(visible)
         fill = _constant(ERASE_FILL, views.device).repeat(len(views), 1, 1, 1)
         fill[:count] = normalise(fill[:count] * 255)  # the same as to erase the plain views before they are normalised
-        views = random_erasing(views, self.rande, fill)
+        views = random_erasing(views, self.rande, fill, self.area)
         if self.augc:  # in place: joined anew, the views would lose their memory order
             views[count : 2 * count] = channel_exchange(views[count : 2 * count])
             views[2 * count :] = channel_or_gray(views[2 * count :])
         return views[: 2 * count], views[2 * count :], labels.repeat(3)
+
+
+class GrayAugmentation(TrainAugmentation):
+    """DEEN's recipe (Zhang and Wang, CVPR 2023), of the same flags: as `TrainAugmentation`, but with one visible view,
+    and labels [2A].
+
+    With `augc`, half of the images of both modalities are made gray. They are erased after they are normalised, with
+    ImageNet's mean as it stands, as published.
+    """
+
+    def __call__(self, visible, infrared, labels):
+        views = random_flip(random_crop(torch.cat([visible, infrared]), self.padding))
+        views = normalise(random_gray(views) if self.augc else views)
+        views = random_erasing(views, self.rande, _constant(MEAN, views.device), self.area)
+        return *views.split(len(visible)), labels.repeat(2)
+
+
+class ShiftAugmentation(TrainAugmentation):
+    """DNS's recipe (Jiang et al., ECCV 2024), of the same flags: one visible view, and labels [2A].
+
+    With `augc`, see `random_exchange` for the visible images, with `gray` or without, and `random_hue` for the infrared
+    ones, with `hue`. early: images are erased before they are normalised, as torchvision does it; late: after it, with
+    `area`; both with the probability `rande`.
+    """
+
+    EARLY = {"area": (0.02, 0.33), "aspect": (0.3, 3.3), "tries": 10, "logarithmic": True}
+
+    def __init__(self, augc=1, rande=0.5, padding=PADDING, area=ERASE_AREA, hue=True, early=True, late=True, gray=True):
+        super().__init__(augc, rande, padding, area)
+        self.hue, self.early, self.late, self.gray = hue, early, late, gray
+
+    def __call__(self, visible, infrared, labels):
+        views = random_flip(random_crop(torch.cat([visible, infrared]), self.padding)).float()
+        count = len(visible)
+        if self.augc and self.hue:
+            views[count:] = random_hue(views[count:])
+        if self.early:
+            views = random_erasing(views, self.rande, 255 * _constant(ERASE_FILL, views.device), **self.EARLY)
+        views = normalise(views)
+        if self.late:
+            views = random_erasing(views, self.rande, area=self.area)
+        if self.augc:
+            views[:count] = random_exchange(views[:count], gray=self.gray)
+        return views[:count], views[count:], labels.repeat(2)
+
+
+AUGMENTATIONS = {
+    "exchange": TrainAugmentation,
+    "gray": GrayAugmentation,
+    "shift": ShiftAugmentation,
+    "shift_regdb": partial(ShiftAugmentation, hue=False, late=False, gray=False),
+    "shift_llcm": partial(ShiftAugmentation, early=False, gray=False),
+}

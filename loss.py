@@ -1,9 +1,11 @@
-"""The losses: batch-hard, weighted and squared triplets, aligned local parts, and the recipe of each `--method`.
+"""The losses: batch-hard, weighted and squared triplets, aligned local parts, those of DEEN and DNS, and the spec of
+each `--method`.
 
 d+ and d- are an anchor's distances to its positives (itself included, as published) and its negatives.
 """
 
 import math
+from collections import namedtuple
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -243,6 +245,125 @@ class AlignedLocalLoss(nn.Module):
         return F.relu(self.margin + near - far).mean()
 
 
+class CentrePairLoss(nn.Module):
+    """Centre-guided pair mining (Zhang and Wang, "Diverse Embedding Expansion Network", CVPR 2023), as published.
+
+    forward(features [N, E, 2, C], labels [N]) -> loss. features: of N visible (0) and N infrared (1) images, E
+    embeddings each: the plain one, then the expanded ones. Everything is measured between centres, an identity's mean
+    embeddings. d+ is the distance of an expanded centre to the plain one of the other modality. It is to be smaller, by
+    the margin, than the distance to the plain centre of its own modality (a constant), and, at half the weight each,
+    than the smallest distance between two identities' expanded centres of its modality, and between two plain ones.
+    The loss is the mean over identities and modalities, summed over the expansions.
+    """
+
+    def __init__(self, margin=0.2):
+        super().__init__()
+        self.margin = margin
+
+    def forward(self, features, labels):
+        same = same_identity(labels)
+        weights = same.to(features.dtype) / same.sum(dim=1, keepdim=True)
+        centres = (weights @ features.flatten(1)).view_as(features).permute(1, 2, 0, 3)  # [E, 2, N, C], a row an image
+        plain, expanded = centres[:1], centres[1:]
+        nearest = euclidean(centres, centres).masked_fill(same, math.inf).amin(dim=3)
+        positive = _distance(expanded, plain.flip(1))
+        own = _distance(expanded, plain).detach()
+        terms = self._hinge(positive - own)
+        terms = terms + 0.5 * (self._hinge(positive - nearest[1:]) + self._hinge(positive - nearest[:1]))
+        return terms.mean(dim=(1, 2)).sum()
+
+    def _hinge(self, difference):
+        return F.relu(difference + self.margin)
+
+
+def _distance(x, y):
+    """Euclidean distances [...] of the rows of x and y [..., C]; squared distances below 1e-12 count as 1e-12."""
+    return (x - y).square().sum(dim=-1).clamp_min(1e-12).sqrt()
+
+
+class OrthogonalLoss(nn.Module):
+    """Keeps the two expansions of an embedding apart (Zhang and Wang, CVPR 2023): their inner product.
+
+    forward(features [N, 3, 2, C], labels [N]) -> loss: the mean over images, divided by the number of embeddings, as
+    published.
+    """
+
+    def forward(self, features, labels):
+        return (features[:, 1] * features[:, 2]).sum(dim=-1).mean() / features.shape[1]
+
+
+class CircleLoss(nn.Module):
+    """Circle loss (Sun et al., CVPR 2020) of each anchor, as DNS has it, of features of unit length.
+
+    forward(features [N, C], labels [N]) -> (loss, correct): the mean over anchors of softplus(log-sum-exp over
+    positives + log-sum-exp over negatives), divided by N once more, as published. The anchor is no positive of its own.
+    correct: how many anchors are nearer to all their positives than to any negative.
+    """
+
+    MASKED = 99999999.0  # published: what is taken off the logits of other pairs
+
+    def __init__(self, margin=0.45, gamma=64.0):
+        super().__init__()
+        self.margin, self.gamma = margin, gamma
+
+    def forward(self, features, labels):
+        features = F.normalize(features)
+        cosine, same = features @ features.mT, same_identity(labels)
+        positive = same & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
+        # The published weights are those of the masked cosines: of other pairs they do not matter.
+        pull = (1 + self.margin - cosine.detach()).clamp_min(0) * (1 - self.margin - cosine)
+        push = (cosine.detach() + self.margin).clamp_min(0) * (cosine - self.margin)
+        near, far = (
+            (self.gamma * logits - self.MASKED * ~mask).logsumexp(dim=1)
+            for logits, mask in ((pull, positive), (push, ~same))
+        )
+        least = cosine.masked_fill(~positive, math.inf).amin(dim=1)
+        correct = least >= cosine.masked_fill(same, -math.inf).amax(dim=1)
+        return F.softplus(near + far).mean() / len(features), correct.sum()
+
+
+class AlignmentLoss(nn.Module):
+    """Domain alignment of DNS (Jiang et al., "Domain Shifting", ECCV 2024).
+
+    forward(features [N, 2, 2, C], labels [N]) -> loss. features: of N visible (0) and N infrared (1) images, in their
+    own space (0) and in the common one (1). 0.45 x the discrepancies between the modalities, of either space, + 0.05 x
+    those between the spaces, of either modality. All features get unit length.
+    """
+
+    def forward(self, features, labels):
+        (visible, infrared), (common_visible, common_infrared) = F.normalize(features, dim=3).permute(1, 2, 0, 3)
+        between = mean_discrepancy(visible, infrared) + mean_discrepancy(common_visible, common_infrared)
+        within = mean_discrepancy(visible, common_visible) + mean_discrepancy(infrared, common_infrared)
+        return 0.45 * between + 0.05 * within
+
+
+def mean_discrepancy(x, y, kernels=5):
+    """Maximum mean discrepancy (Gretton et al., JMLR 2012) of x, y [N, C], by a sum of Gaussian kernels.
+
+    Their bandwidths are 1/4, 1/2, ... 4 times the mean squared distance of two samples, which counts as a constant.
+    """
+    samples = torch.cat([x, y])
+    squared = (samples[:, None] - samples).square().sum(dim=2)
+    bandwidth = squared.detach().sum() / (len(samples) ** 2 - len(samples))
+    kernel = sum((-squared / (bandwidth * 2.0 ** (i - kernels // 2))).exp() for i in range(kernels))
+    (xx, xy), (yx, yy) = (half.split(len(x), dim=1) for half in kernel.split(len(x)))
+    return xx.mean() + yy.mean() - xy.mean() - yx.mean()
+
+
+class DistillationLoss(nn.Module):
+    """Domain distillation of DNS (Jiang et al., ECCV 2024).
+
+    forward(domain, labels [N]) -> loss. domain: a `model.Domain` of N images. The Kullback-Leibler divergence of the
+    other modality's prediction (a constant) from the own one's, a mean over images that is summed over the two spaces,
+    + cross-entropy of the own ones.
+    """
+
+    def forward(self, domain, labels):
+        own, other = (full_precision(logits).log_softmax(dim=1) for logits in (domain.own, domain.other))
+        divergence = F.kl_div(other, own, log_target=True, reduction="sum") / len(labels)
+        return divergence + F.nll_loss(own, labels.repeat(2))
+
+
 class _Gather(torch.autograd.Function):
     """Every process uses the rows of all processes: a row's gradient is the sum of theirs."""
 
@@ -265,7 +386,8 @@ def gather(tensor):
 
 
 class Losses(NamedTuple):
-    """The losses of a batch, each a scalar tensor. `correct` is the share of anchors with d- >= d+."""
+    """The losses of a batch, each a scalar tensor. `correct` is the share of anchors with d- >= d+. A method with
+    `terms` adds a field for each of them."""
 
     total: torch.Tensor
     identity: torch.Tensor
@@ -291,25 +413,90 @@ def _squared(alpha, gamma, square, weighting, **_):
     return SquaredTripletLoss(alpha, gamma, square, weighting)
 
 
+class Batch(NamedTuple):
+    """What the terms of a method see. embeddings [N, E, 2, C], identities [N]: of N pairs of a visible (0) and an
+    infrared (1) image of all processes, E embeddings each; domain (of `model.Output`), labels: of the images of this
+    process."""
+
+    embeddings: torch.Tensor
+    identities: torch.Tensor
+    domain: tuple | None
+    labels: torch.Tensor
+
+
 class Method(NamedTuple):
-    """What a `--method` trains.
+    """What a `--method` trains, and how.
 
     network: the parts of GFMNet that it uses, as keyword arguments.
     triplet, local: functions that make its losses from the flags of `MethodLoss`; local is None for no local loss.
+    terms: {name: (weight, function of a `Batch`)}, further losses.
+    augmentation: one of `ChannelAug.AUGMENTATIONS`; augmentations: {data set: another one}.
+    rates: {part of the network: its learning rate} as shares of `--lr`, beside bottleneck and classifier, which learn
+        at the full rate; all else learns at a tenth.
+    recipe: {flag: default} of the flags of training whose default is another one for this method.
+    recipes: {data set: the same}, where the recipe depends on the data.
     """
 
     network: dict
     triplet: Callable
     local: Callable | None = None
+    terms: dict = {}
+    augmentation: str = "exchange"
+    augmentations: dict = {}
+    rates: dict = {}
+    recipe: dict = {}
+    recipes: dict = {}
 
 
-_BASE = {"attention": False, "non_local": False, "pool": "avg", "local": False}
+_BASE = {"attention": False, "non_local": False, "pool": "avg", "local": False, "expansion": False, "shift": False}
 _AGW = _BASE | {"non_local": True, "pool": "gem"}
 METHODS = {
     "base": Method(_BASE, lambda margin, **_: HardTripletLoss(margin)),
     "agw": Method(_AGW, lambda weighting, **_: WeightedTripletLoss(weighting)),
     "caj": Method(_AGW, _squared),
     "adp": Method(_AGW | {"attention": True, "local": True}, _squared, lambda margin, **_: AlignedLocalLoss(margin)),
+    "deen": Method(
+        _BASE | {"expansion": True},
+        lambda margin, **_: HardTripletLoss(margin),
+        terms={
+            "centre": (0.8, lambda batch: CentrePairLoss(margin=0.2)(batch.embeddings, batch.identities)),
+            "orthogonal": (0.01, lambda batch: OrthogonalLoss()(batch.embeddings, batch.identities)),
+        },
+        augmentation="gray",
+        recipe={
+            "img_h": 384,
+            "batch_size": 6,
+            "share_net": 1,
+            "epochs": 151,
+            "milestones": [20, 80],
+            "eval_every": 1,
+        },
+        recipes={"sysu": {"erase_area": [0.2, 0.8]}, "regdb": {"stages": 3}},
+    ),
+    "dns": Method(
+        _BASE | {"pool": "gem", "shift": True},
+        lambda margin, gamma, **_: CircleLoss(margin, gamma),
+        terms={
+            "alignment": (0.2, lambda batch: AlignmentLoss()(batch.embeddings, batch.identities)),
+            "distillation": (1.0, lambda batch: DistillationLoss()(batch.domain, batch.labels)),
+        },
+        augmentation="shift",
+        augmentations={"regdb": "shift_regdb", "llcm": "shift_llcm"},
+        rates={"shared.layer3": 0.2, "shared.layer4": 0.25, "domain.classifiers": 1.0},
+        recipe={
+            "batch_size": 6,
+            "share_net": 3,
+            "lr": 0.2,
+            "schedule": "triangle",
+            "warmup": 16,
+            "epochs": 100,
+            "margin": 0.45,
+            "gamma": 64.0,
+            "amp": "bf16",
+            "eval_every": 1,
+        },
+        recipes={"regdb": {"lr": 0.1}},
+    ),
 }
 
 
@@ -322,10 +509,12 @@ def method_name(options):
 class MethodLoss(nn.Module):
     """The loss of a `--method`, one of METHODS. forward(output of GFMNet, labels [N]) -> Losses.
 
-    Cross-entropy of the logits + the triplet loss of the pooled features + 0.5 x the local loss, if there is one.
+    Cross-entropy of the logits + the triplet loss of the pooled features + 0.5 x the local loss, if there is one, +
+    the method's weighted terms. The images of an expanded network have several rows each, all of which count. Terms
+    need as many visible as infrared images, of the same identities in the same order.
     Everything is computed in float32, whatever precision the network ran in. Of several processes, each computes
-    the triplet and local losses of the whole batch and the cross-entropy of its own rows. `DistributedDataParallel`
-    takes the mean of their gradients, which is then the gradient of the whole batch.
+    the triplet and local losses and the terms of the whole batch and the cross-entropy of its own rows.
+    `DistributedDataParallel` takes the mean of their gradients, which is then the gradient of the whole batch.
     """
 
     LOCAL_WEIGHT = 0.5
@@ -335,22 +524,45 @@ class MethodLoss(nn.Module):
         flags = {"margin": margin, "alpha": alpha, "gamma": gamma, "square": square, "weighting": weighting}
         self.triplet = METHODS[method].triplet(**flags)
         self.local = METHODS[method].local(**flags) if METHODS[method].local else None
+        self.terms = METHODS[method].terms
+        self.losses = namedtuple("Losses", [*Losses._fields, *self.terms])
 
     def forward(self, output, labels):
         with torch.autocast(output.pooled.device.type, enabled=False):
-            identity = F.cross_entropy(full_precision(output.logits), labels)
-            pooled, labels = gather(full_precision(output.pooled)), gather(labels)
-            triplet, correct = self.triplet(pooled, labels)
+            rows = self._labels_of_rows(output, labels)
+            identity = F.cross_entropy(full_precision(output.logits), rows)
+            pooled, all_rows = gather(self._features(output)), gather(rows)
+            triplet, correct = self.triplet(pooled, all_rows)
             local = torch.zeros_like(triplet)
             if self.local is not None and output.local is not None:
-                local = self.local(pooled, labels, gather(full_precision(output.local)))
-            total = identity + triplet + self.LOCAL_WEIGHT * local
-            return Losses(total, identity, triplet, local, correct / len(labels))
+                local = self.local(pooled, all_rows, gather(full_precision(output.local)))
+            terms = self._weighted_terms(output, labels)
+            total = sum(terms, identity + triplet + self.LOCAL_WEIGHT * local)
+            return self.losses(total, identity, triplet, local, correct / len(all_rows), *terms)
+
+    def _weighted_terms(self, output, labels):
+        if not self.terms:
+            return []
+        pairs, embeddings = len(labels) // 2, full_precision(output.pooled)
+        if output.domain is not None:
+            embeddings = torch.cat([embeddings, full_precision(output.domain.shifted)])
+        embeddings = embeddings.unflatten(0, (-1, 2, pairs)).movedim(2, 0)
+        batch = Batch(gather(embeddings), gather(labels[:pairs]), output.domain, labels)
+        return [weight * term(batch) for weight, term in self.terms.values()]
+
+    @staticmethod
+    def _labels_of_rows(output, labels):
+        return labels.repeat(len(output.pooled) // len(labels))
+
+    @staticmethod
+    def _features(output):
+        """What the triplets are taken of."""
+        return full_precision(output.pooled if output.domain is None else output.domain.normed)
 
     @torch.no_grad()
     def health(self, output, labels):
         """Health of the features that `forward` takes the triplets of."""
-        features, labels = gather(full_precision(output.pooled)), gather(labels)
+        features, labels = gather(self._features(output)), gather(self._labels_of_rows(output, labels))
         distance, same = pairwise_distance(features), same_identity(labels)
         other = same & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
         stuck = torch.zeros_like(distance[:2], dtype=torch.bool)

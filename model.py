@@ -2,11 +2,14 @@
 
 "Global-to-Local Feature Mining Network for RGB-Infrared Person Re-Identification", MMM 2024, on the
 network of AGW (Ye et al., TPAMI 2021). B, H, W: images, height, width; C: 512 (ResNet-18, 34) or 2048 (50, 101).
+The same class is DEEN ("Diverse Embedding Expansion Network", Zhang and Wang, CVPR 2023) and
+DNS ("Domain Shifting", Jiang et al., ECCV 2024), by other parts.
 """
 
 import copy
 import urllib.error
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +19,13 @@ import torch.nn.functional as F
 import torchvision
 
 from core.checkpoint import check_state, load_weights
-from core.published import IMAGE_SIZE, convert_published_state, is_published, published_name, published_options
+from core.published import (
+    convert_published_state,
+    is_published,
+    published_image_size,
+    published_name,
+    published_options,
+)
 from utils import InputError, full_precision
 
 MODALITIES = ("visible", "infrared")
@@ -25,14 +34,34 @@ NON_LOCAL_BLOCKS = {"layer2": 2, "layer3": 3}  # after that many of a stage's la
 STRIPE_ROWS = 3  # rows of the feature map in one stripe of the local branch
 LOCAL_WIDTH = 128
 REDUCTION = 16  # of the channel attention's hidden layer
+EXPANSIONS = 2  # embeddings that DEEN generates from each one
+DILATIONS = (1, 2, 3)  # of the convolutions that generate one
+DROPOUT = 0.01  # of the expanded feature maps of DEEN, and of DNS's common space
+SHIFTED_STAGES = (3, 4)  # after which DNS has a `SpaceShift`
+FOLLOW = 0.2  # how far a follower of `DomainBranch` goes to its classifier in a step
 
 
 class Output(NamedTuple):
-    """pooled [A+B, C], logits [A+B, K], local [A+B, 128, P] or None: the visible images' rows first."""
+    """pooled [A+B, C], logits [A+B, K], local [A+B, 128, P] or None: the visible images' rows first.
+
+    With expansion there are 3 (A+B) rows: those of the embeddings, then of the first, then of the second expansion.
+    domain: with shift, what `DomainBranch` gives.
+    """
 
     pooled: torch.Tensor
     logits: torch.Tensor
     local: torch.Tensor | None
+    domain: "Domain | None" = None
+
+
+class Domain(NamedTuple):
+    """normed, shifted [A+B, C]: embeddings after the bottleneck, and in the common space; own, other [2 (A+B), K]: of
+    these and of those, logits of the classifier of the image's own modality, and of the other one's follower."""
+
+    normed: torch.Tensor
+    shifted: torch.Tensor
+    own: torch.Tensor
+    other: torch.Tensor
 
 
 class NonLocal(nn.Module):
@@ -76,21 +105,186 @@ class Attention(nn.Module):
         return self.non_local(x * (channel.sigmoid() + spatial.sigmoid()) / 2)
 
 
-class Stage(nn.Module):
-    """One stage of a backbone, with non-local blocks after its last blocks."""
+class CrossNonLocal(nn.Module):
+    """Non-local block of two feature maps (DEEN): high [B, C, H, W] attends to low [B, C', H', W'] -> as `high`.
 
-    def __init__(self, blocks, channels, non_local):
+    inner: channels of g, theta and phi. The closing batch norm starts at zero, so the block starts as identity.
+    """
+
+    def __init__(self, channels, low_channels, inner):
+        super().__init__()
+        self.g = nn.Conv2d(low_channels, inner, 1)
+        self.theta = nn.Conv2d(channels, inner, 1)
+        self.phi = nn.Conv2d(low_channels, inner, 1)
+        self.out = nn.Conv2d(inner, channels, 1)
+        self.norm = nn.BatchNorm2d(channels)
+        nn.init.zeros_(self.norm.weight)
+        nn.init.zeros_(self.norm.bias)
+
+
+class ChannelNonLocal(CrossNonLocal):
+    """Affinities between channels; `low` has `stride` times the height and width of `high`, and is reduced to them."""
+
+    def __init__(self, channels, low_channels, stride):
+        super().__init__(channels, low_channels, low_channels)
+        for convolution in (self.phi, self.out):
+            convolution.stride = (stride, stride)
+
+    def forward(self, high, low):
+        affinity = self.theta(high).flatten(2) @ self.phi(low).flatten(2).mT / low.shape[1]
+        y = affinity @ self.g(low).flatten(2)
+        return high + self.norm(self.out(y.view_as(low)))
+
+
+class PositionNonLocal(CrossNonLocal):
+    """Affinities between positions, of half of the channels.
+
+    As published, the upper and the lower half of a map count as channels of their own: position n and the one half a
+    map later go together, so maps need an even number of positions. Published: y = (theta' phi / N) g' with an affinity
+    of N' x N positions. Here y = theta' (phi g' / N): the same value, by a matrix of channels.
+    """
+
+    def __init__(self, channels, low_channels):
+        super().__init__(channels, low_channels, low_channels // 2)
+
+    def forward(self, high, low):
+        theta, phi, g = (self._halves(part) for part in (self.theta(high), self.phi(low), self.g(low)))
+        y = (g @ phi.mT / g.shape[2]) @ theta
+        return high + self.norm(self.out(y.flatten(1).unflatten(1, (-1, *high.shape[2:]))))
+
+    @staticmethod
+    def _halves(x):
+        """[B, C, H, W] -> [B, 2 C, H W / 2]."""
+        if x.shape[2] * x.shape[3] % 2:
+            raise InputError(
+                f"--method deen: a feature map has {x.shape[2]} x {x.shape[3]} positions, an odd number; choose an "
+                "--img_h that is a multiple of 32"
+            )
+        return x.flatten(1).unflatten(1, (2 * x.shape[1], -1))
+
+
+class Aggregation(nn.Module):
+    """DEEN's multistage feature aggregation: a stage's output and input, by channels and then by positions."""
+
+    def __init__(self, channels, low_channels, stride):
+        super().__init__()
+        self.channel = ChannelNonLocal(channels, low_channels, stride)
+        self.position = PositionNonLocal(channels, low_channels)
+
+    def forward(self, high, low):
+        return self.position(self.channel(high, low), low)
+
+
+class Stage(nn.Module):
+    """One stage of a backbone, with non-local blocks after its last blocks. low_channels: those of its input, which
+    `Aggregation` then adds to its output; None adds nothing."""
+
+    def __init__(self, blocks, channels, non_local, low_channels=None):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.non_local = nn.ModuleList(NonLocal(channels) for _ in range(min(non_local, len(self.blocks))))
+        self.aggregation = None
+        if low_channels:
+            stride = max(part.stride[0] for part in self.blocks[0].modules() if isinstance(part, nn.Conv2d))
+            self.aggregation = Aggregation(channels, low_channels, stride)
 
     def forward(self, x):
-        first = len(self.blocks) - len(self.non_local)
+        low, first = x, len(self.blocks) - len(self.non_local)
         for i, block in enumerate(self.blocks):
             x = block(x)
             if i >= first:
                 x = self.non_local[i - first](x)
-        return x
+        return x if self.aggregation is None else self.aggregation(x, low)
+
+
+class DilatedBranch(nn.Module):
+    """One expansion of `Expansion`: the mean of dilated convolutions, ReLU, 1x1 convolution. Keeps the shape."""
+
+    def __init__(self, channels):
+        super().__init__()
+        hidden = channels // 4
+        self.dilated = nn.ModuleList(
+            nn.Conv2d(channels, hidden, 3, padding=d, dilation=d, bias=False) for d in DILATIONS
+        )
+        self.out = nn.Conv2d(hidden, channels, 1)
+        for convolution in (*self.dilated, self.out):
+            nn.init.kaiming_normal_(convolution.weight)
+
+    def forward(self, x):
+        return self.out((sum(convolution(x) for convolution in self.dilated) / len(self.dilated)).relu())
+
+
+class Expansion(nn.Module):
+    """DEEN's diverse embedding expansion: [B, C, H, W] -> [3 B, C, H, W], the input and what is generated from it."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.branches = nn.ModuleList(DilatedBranch(channels) for _ in range(EXPANSIONS))
+        self.dropout = nn.Dropout(DROPOUT)
+
+    def forward(self, x):
+        return self.dropout(torch.cat([x, *(branch(x) for branch in self.branches)]))
+
+
+class SpaceShift(nn.Module):
+    """DNS's heterogeneous space shifting: coordinate attention of a feature map [B, C, H, W] that is shifted by its
+    maxima's distribution over rows and columns. Keeps the shape.
+
+    The published shift is the product of two softmaxes, over rows and over columns. Only its means over a row and a
+    column are used: each is one softmax, divided by the number of the other's positions.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        hidden = max(8, channels // 32)
+        self.squeeze = nn.Sequential(nn.Conv2d(channels, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.Hardswish())
+        self.rows = nn.Conv2d(hidden, channels, 1, bias=False)
+        self.columns = nn.Conv2d(hidden, channels, 1, bias=False)
+
+    def forward(self, x):
+        height, width = x.shape[2:]
+        rows = x.mean(dim=3, keepdim=True) + x.amax(dim=3, keepdim=True).softmax(dim=2) / width
+        columns = x.mean(dim=2, keepdim=True) + x.amax(dim=2, keepdim=True).softmax(dim=3) / height
+        rows, columns = self.squeeze(torch.cat([rows, columns.mT], dim=2)).split([height, width], dim=2)
+        return x * self.columns(columns.mT).sigmoid() * self.rows(rows).sigmoid()
+
+
+class DomainBranch(nn.Module):
+    """DNS's common space and domain distillation, in training only.
+
+    forward(means [N, C] of the feature maps, normed [N, C], visible: number of visible images) -> Domain. In training,
+    the followers, which learn nothing themselves, go towards their classifiers before they are used.
+    """
+
+    def __init__(self, channels, num_classes):
+        super().__init__()
+        self.common = nn.Sequential(
+            nn.LayerNorm(channels),
+            nn.Linear(channels, 4 * channels),
+            nn.GELU(),
+            nn.Dropout(DROPOUT),
+            nn.Linear(4 * channels, channels),
+            nn.Dropout(DROPOUT),
+        )
+        self.classifiers = nn.ModuleDict({m: nn.Linear(channels, num_classes, bias=False) for m in MODALITIES})
+        self.followers = copy.deepcopy(self.classifiers).requires_grad_(False)
+
+    def forward(self, means, normed, visible):
+        shifted = self.common(means + means.softmax(dim=1))
+        if self.training:
+            self._follow()
+        own, other = [], []
+        for features in (normed, shifted):
+            first, second = features.tensor_split([visible])
+            own += [self.classifiers["visible"](first), self.classifiers["infrared"](second)]
+            with torch.no_grad():
+                other += [self.followers["infrared"](first), self.followers["visible"](second)]
+        return Domain(normed, shifted, torch.cat(own), torch.cat(other))
+
+    @torch.no_grad()
+    def _follow(self):
+        for modality in MODALITIES:
+            self.followers[modality].weight.lerp_(self.classifiers[modality].weight, FOLLOW)
 
 
 class GeM(nn.Module):
@@ -119,18 +313,23 @@ class LocalBranch(nn.Module):
 
 
 class GFMNet(nn.Module):
-    """The network of all four methods; `attention`, `non_local`, `pool` and `local` switch GFMNet's parts.
+    """The network of all methods; `attention`, `non_local`, `pool` and `local` switch GFMNet's parts.
 
     num_classes: identities in the training set, K.
     arch: one of ARCHS; the last stage's stride is 1, so a feature map has 1/16 of the image's height and width.
     share_net: 1 to 5. Each modality has its own stem and first share_net - 1 stages; the others are shared.
     pool: "gem" or "avg".
+    expansion: DEEN's parts: an `Aggregation` after each stage but the last, and an `Expansion` before the last, which
+        makes three embeddings of an image. share_net is then at most `stages`: the last stage is shared.
+    shift: DNS's parts: a `SpaceShift` after stages 3 and 4, a bottleneck with a bias, and a `DomainBranch`.
+    stages: of the backbone, 4, or 3 to leave out the last (DEEN on RegDB).
     weights: what the backbone starts from: None (random), "imagenet" (torchvision's V1), or the path of a state dict
         of torchvision's network. Both streams start from the same values.
 
     `net.options` holds these arguments but for the weights: GFMNet(**net.options) is the same network, untrained.
+    `net.feature_widths` has the number of values of each of the FEATURES that `embed` gives.
 
-    Raises InputError (a ValueError) for an unknown arch, share_net or pool, or weights that cannot be had.
+    Raises InputError (a ValueError) for an unknown arch, share_net, pool or stages, or weights that cannot be had.
     """
 
     def __init__(
@@ -142,60 +341,90 @@ class GFMNet(nn.Module):
         non_local=True,
         pool="gem",
         local=True,
+        expansion=False,
+        shift=False,
+        stages=4,
         weights=None,
     ):
         super().__init__()
-        if share_net not in range(1, 6):
+        if stages not in (3, 4):
+            raise InputError(f"stages {stages}: how many of the backbone's four stages are used, 3 or 4")
+        largest = stages if expansion else stages + 1
+        if share_net not in range(1, largest + 1):
             raise InputError(
-                f"share_net {share_net}: how many of stem and 4 stages each modality has for itself, 1 to 5"
+                f"share_net {share_net}: how many of stem and {stages} stages each modality has for itself, "
+                f"1 to {largest}"
             )
         if pool not in ("gem", "avg"):
             raise InputError(f"pool {pool!r}: neither 'gem' nor 'avg'")
-        _, stem, stages, widths = backbone(arch, weights)
+        _, stem, blocks, widths = backbone(arch, weights)
         self.options = {"num_classes": num_classes, "arch": arch, "share_net": share_net, "attention": attention}
-        self.options |= {"non_local": non_local, "pool": pool, "local": local}
-        parts, width = dict(stem), widths[-1]
-        for number, blocks in enumerate(stages, 1):
-            name = f"layer{number}"
-            parts[name] = Stage(blocks, widths[number], NON_LOCAL_BLOCKS.get(name, 0) if non_local else 0)
-        own = [*parts][: len(stem) + share_net - 1]
+        self.options |= {"non_local": non_local, "pool": pool, "local": local, "expansion": expansion, "shift": shift}
+        self.options |= {"stages": stages}
+        parts, width = dict(stem), widths[stages]
+        for number in range(1, stages + 1):
+            name, low_channels = f"layer{number}", widths[number - 1]
+            if expansion and number == stages:
+                parts["expansion"], low_channels = Expansion(low_channels), None
+            non_local_blocks = NON_LOCAL_BLOCKS.get(name, 0) if non_local else 0
+            low_channels = low_channels if expansion else None
+            parts[name] = Stage(blocks[number - 1], widths[number], non_local_blocks, low_channels)
+            if shift and number in SHIFTED_STAGES:
+                parts[f"shift{number}"] = SpaceShift(widths[number])
+        last_own = f"layer{share_net - 1}" if share_net > 1 else [*stem][-1]
+        own = [*parts][: [*parts].index(last_own) + 1]
 
         self.visible = nn.Sequential(OrderedDict((name, parts[name]) for name in own))
         self.infrared = copy.deepcopy(self.visible)
         self.attention = Attention(widths[share_net - 1]) if attention else nn.Identity()
         self.shared = nn.Sequential(OrderedDict(item for item in parts.items() if item[0] not in own))
         self.pool = GeM() if pool == "gem" else nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.feature_widths = {"POOL": 3 * width, "FC": 6 * width} if expansion else dict.fromkeys(FEATURES, width)
         self.bottleneck = nn.BatchNorm1d(width)
-        self.bottleneck.bias.requires_grad_(False)
+        self.bottleneck.bias.requires_grad_(shift)
         nn.init.normal_(self.bottleneck.weight, 1.0, 0.01)
         nn.init.zeros_(self.bottleneck.bias)
         self.classifier = nn.Linear(width, num_classes, bias=False)
         nn.init.normal_(self.classifier.weight, 0, 0.001)
         self.local = LocalBranch(width) if local else None
+        self.domain = DomainBranch(width, num_classes) if shift else None
 
     def forward(self, visible, infrared):
         """visible [A, 3, H, W], infrared [B, 3, H, W], normalised -> Output of A + B rows, the visible first."""
         x = self._features(torch.cat([self.visible(visible), self.infrared(infrared)]))
         with torch.autocast(x.device.type, enabled=False):  # in float32 from here: the losses live on it
-            pooled = self.pool(full_precision(x))
-            logits = self.classifier(self.bottleneck(pooled))
-        return Output(pooled, logits, None if self.local is None else self.local(x))
+            maps = full_precision(x)
+            pooled = self.pool(maps)
+            normed = self.bottleneck(pooled)
+            logits, domain = self.classifier(normed), None
+            if self.domain is not None:
+                domain = self.domain(maps.mean(dim=(2, 3)), normed, len(visible))
+        return Output(pooled, logits, None if self.local is None else self.local(x), domain)
 
     def embed(self, images, modality):
         """images [B, 3, H, W], normalised, of one modality, "visible" or "infrared" -> (pooled, normed).
 
         Both [B, C] and L2-normalised: before ("POOL" in the tables) and after ("FC") the batch-norm bottleneck.
+        With expansion, [B, 3 C] and [B, 6 C]: the three embeddings before the bottleneck, each of unit length, side by
+        side; and these with the three after it. So the cosine of two images is the mean of three or six cosines, as
+        published, where all six rank.
         """
         pooled, normed = self.vectors(images, modality)
         return F.normalize(pooled), F.normalize(normed)
 
     def vectors(self, images, modality):
-        """What `embed` gives, before it is normalised."""
+        """What `embed` gives, before it is normalised. With expansion, the lengths by which the embeddings are divided
+        count as constants."""
         if modality not in MODALITIES:
             raise ValueError(f"modality {modality!r}: neither 'visible' nor 'infrared'")
         stream = self.visible if modality == "visible" else self.infrared
         pooled = self.pool(full_precision(self._features(stream(images))))
-        return pooled, self.bottleneck(pooled)
+        normed = self.bottleneck(pooled)
+        if self.options["expansion"]:
+            units = [x / x.detach().norm(dim=1, keepdim=True).clamp_min(1e-12) for x in (pooled, normed)]
+            pooled, normed = (x.unflatten(0, (EXPANSIONS + 1, -1)).movedim(1, 0).flatten(1) for x in units)
+            normed = torch.cat([pooled, normed], dim=1)
+        return pooled, normed
 
     def compile(self, **options):
         """Compile, in place, the parts that `forward` and `embed` share; the names of the weights stay."""
@@ -291,14 +520,15 @@ def load_network(checkpoint, path):
     known_as = str  # our name of a tensor -> its name in the file
     try:
         if is_published(state):
-            options, size, known_as = published_options(state), IMAGE_SIZE, published_name
-            state = convert_published_state(state)
+            options = published_options(state)
+            known_as = partial(published_name, shift=options["shift"])
+            size, state = published_image_size(options), convert_published_state(state)
         elif "options" in checkpoint and "image_size" in checkpoint:
             options, size = checkpoint["options"], tuple(checkpoint["image_size"])
         else:
             raise InputError(
                 f"{next(iter(state))!r:.120} is no tensor of this repo's checkpoints, nor of the published baseline, "
-                "AGW, CAJ or GFMNet; train with train_ext_test0.py"
+                "AGW, CAJ, DEEN, DNS or GFMNet; train with train_ext_test0.py"
             )
         net = GFMNet(**options)
         # Nothing uses how many batches a batch norm has seen, and old versions of PyTorch did not count them.

@@ -1,17 +1,19 @@
-"""Train GFMNet, or one of its forerunners, on SYSU-MM01, RegDB or LLCM, testing as it goes.
+"""Train GFMNet, one of its forerunners, DEEN or DNS on SYSU-MM01, RegDB or LLCM, testing as it goes.
 
     python train_ext_test0.py --dataset sysu --gpu 1
 
-The defaults are the paper's recipe. The best epoch is chosen by Rank-1 (FC) on trial 0 of the TEST set, as published;
---select val trains on fewer identities and chooses by the validation ids instead.
+The defaults are the published recipe of the method. The best epoch is chosen by Rank-1 (FC) on trial 0 of the TEST
+set, as published; --select val trains on fewer identities and chooses by the validation ids instead.
 """
 
+from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from ChannelAug import PADDING, TrainAugmentation, normalise
+from ChannelAug import AUGMENTATIONS, ERASE_AREA, PADDING, normalise
 from core import engine, results
 from core.datasets import DATASETS, check_options, option_values, search_title
 from core.distributed import broadcast_buffers, leave_processes, start_processes
@@ -52,8 +54,21 @@ MAY_CHANGE = {
 }
 
 
+class TrainParser(ArgumentParser):
+    """The flags of training, whose defaults are the recipe of --method on --dataset."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        chooser = ArgumentParser(add_help=False)
+        for flag in ("method", "dataset"):
+            chooser.add_argument(f"--{flag}", default=self.get_default(flag))
+        chosen, _ = chooser.parse_known_args(args)
+        if method := METHODS.get(chosen.method):
+            self.set_defaults(**method.recipe | method.recipes.get(chosen.dataset, {}))
+        return super().parse_known_args(args, namespace)
+
+
 def get_args_parser():
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = TrainParser(description=__doc__.splitlines()[0])
     flag = parser.add_argument_group("data").add_argument
     flag("--dataset", choices=DATASETS, default="sysu", help="data set to train on")
     flag("--data_path", help="folder of the data set (default: see docs/data.md)")
@@ -74,7 +89,7 @@ def get_args_parser():
         "--method",
         choices=METHODS,
         default="adp",
-        help="network and loss: base (two-stream baseline), agw, caj, or adp (GFMNet)",
+        help="network, loss and recipe: base (two-stream baseline), agw, caj, adp (GFMNet), deen, or dns",
     )
     flag("--arch", choices=ARCHS, default="resnet50", help="backbone")
     flag("--weights", default="imagenet", help="start of the backbone: imagenet, none (random), or a state-dict file")
@@ -84,6 +99,7 @@ def get_args_parser():
         default=2,
         help="first shared stage: each modality has its own stem and stages before it",
     )
+    flag("--stages", type=int, choices=(3, 4), default=4, help="stages of the backbone: 3 leaves out the last")
     flag("--afam", type=int, choices=(0, 1), default=1, help="0 leaves out GFMNet's attention (adp)")
     flag("--local", type=int, choices=(0, 1), default=1, help="0 leaves out GFMNet's local branch and its loss (adp)")
     flag = parser.add_argument_group("loss").add_argument
@@ -102,12 +118,20 @@ def get_args_parser():
         default=1,
         help="square the triplet's difference of distances (caj, adp); choose 0 to train from random weights",
     )
-    flag("--margin", type=bounded(float, 0), default=0.3, help="margin of the hard (base) and local (adp) triplets")
+    text = "margin of the hard (base, deen) and local (adp) triplets, and of the circle loss (dns)"
+    flag("--margin", type=bounded(float, 0), default=0.3, help=text)
     flag("--alpha", type=bounded(float, 0, above=True), default=1, help="sharpness of the triplet's weights (caj, adp)")
-    flag("--gamma", type=bounded(float, 0, above=True), default=1, help="scale of the triplet's exponent (caj, adp)")
+    text = "scale of the triplet's exponent (caj, adp), and of the circle loss (dns)"
+    flag("--gamma", type=bounded(float, 0, above=True), default=1, help=text)
     flag = parser.add_argument_group("training").add_argument
     flag("--optim", choices=("sgd", "adam"), default="sgd", help="optimiser")
     flag("--lr", type=bounded(float, 0, above=True), default=0.1, help="learning rate of the head; a tenth elsewhere")
+    flag(
+        "--schedule",
+        choices=("step", "triangle"),
+        default="step",
+        help="of the learning rate: step (falls at the milestones), or triangle (falls to 0 from the warm-up on)",
+    )
     flag("--epochs", type=bounded(int, 1), default=101, help="epochs to train in all")
     flag("--warmup", type=bounded(int, 0), default=10, help="epochs of linear warm-up")
     flag(
@@ -119,8 +143,16 @@ def get_args_parser():
     )
     flag("--batch_size", type=bounded(int, 2, 4096), default=8, help="identities per batch")
     flag("--num_pos", type=bounded(int, 1, 1024), default=4, help="images per identity and modality in a batch")
-    flag("--augc", type=int, choices=(0, 1), default=1, help="channel augmentation")
+    flag("--augc", type=int, choices=(0, 1), default=1, help="the method's augmentation of colours")
     flag("--rande", type=bounded(float, 0, 1), default=0.5, help="probability of random erasing")
+    flag(
+        "--erase_area",
+        type=bounded(float, 0, 1),
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        default=[*ERASE_AREA],
+        help="bounds of the share of an image that random erasing fills",
+    )
     flag(
         "--padding",
         type=bounded(int, 0, 4096),
@@ -174,7 +206,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     check_flags(args)
     check_device(args.gpu)
-    recipe = {flag: parser.get_default(flag) for flag in vars(args).keys() - MAY_CHANGE}
+    may_change = MAY_CHANGE - {"epochs"} if args.schedule == "triangle" else MAY_CHANGE
+    recipe = {flag: parser.get_default(flag) for flag in vars(args).keys() - may_change}
     with Run(run_name(args), args, recipe) as run:
         # Before CUDA and the other processes start: the main process may have to decode images, for long and by
         # processes that it forks.
@@ -208,8 +241,10 @@ def train(args, run, data, test, device):
     net = build_network(args, data.num_classes, device, pretrained=not run.resumed)
     model = data_parallel(net, device)
     criterion = MethodLoss(args.method, args.margin, args.alpha, args.gamma, args.square, args.weighting)
-    augment = TrainAugmentation(args.augc, args.rande, args.padding)
-    optimizer = build_optimizer(net, args.optim, args.lr)
+    method = METHODS[args.method]
+    augmentation = AUGMENTATIONS[method.augmentations.get(args.dataset, method.augmentation)]
+    augment = augmentation(args.augc, args.rande, args.padding, args.erase_area)
+    optimizer = build_optimizer(net, args.optim, args.lr, method.rates)
 
     run.start(net, optimizer, device, data.num_images, sampler.steps)
     run.log.text(describe(args, data, search, sampler.steps, device))
@@ -217,11 +252,10 @@ def train(args, run, data, test, device):
     for epoch in range(run.first_epoch, args.epochs):
         meter = run.begin_epoch(epoch)
         sampler.set_epoch(epoch, meter.step)
-        lr = learning_rate(epoch, args.lr, args.warmup, args.milestones)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+        schedule = partial(set_rates, optimizer, args, epoch, sampler.steps)
         title = f"epoch {epoch}/{args.epochs - 1}"
-        engine.train_epoch(model, criterion, optimizer, loader, augment, device, args.amp, title, meter, run)
+        engine.train_epoch(model, criterion, optimizer, loader, augment, device, args.amp, title, meter, run, schedule)
+        lr = schedule(sampler.steps - 1)
         entry, tested = {"epoch": epoch, "lr": lr, "select": args.select, **meter.summary()}, None
         if epoch % args.eval_every == 0 or epoch == args.epochs - 1:
             with run.testing(meter):
@@ -240,7 +274,7 @@ def build_network(args, num_classes, device, pretrained):
     parts = dict(METHODS[args.method].network)
     parts["attention"] &= bool(args.afam)
     parts["local"] &= bool(args.local)
-    net = GFMNet(num_classes, args.arch, args.share_net, **parts, weights=weights)
+    net = GFMNet(num_classes, args.arch, args.share_net, **parts, stages=args.stages, weights=weights)
     if args.sync_bn and process_count() > 1 and device.type == "cuda":
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
     net.to(device, memory_format=torch.channels_last)
@@ -297,7 +331,7 @@ def test_epoch(net, eval_loaders, search, device, amp):
 
 def log_epoch(log, title, entry, args):
     """The epoch's line in the log, and warnings of what its entry shows to be wrong."""
-    names = ("total", "identity", "triplet", "local", "correct")
+    names = ("total", "identity", "triplet", "local", "correct", *METHODS[args.method].terms)
     line = f"{title}  lr {entry['lr']:.4g}" + "".join(f"  {name} {entry[name]:.3f}" for name in names)
     if "FC/Rank-1" in entry:
         line += "".join(f"  {metric} {entry[f'FC/{metric}']:.2f}" for metric in ("Rank-1", "mAP", "mINP"))
@@ -361,20 +395,48 @@ def draw(figures, log, title, tested, test):
 def check_flags(args):
     """Raise InputError for flags that do not go together."""
     check_options(args)
+    low, high = args.erase_area
+    if low > high:
+        raise InputError(f"--erase_area {low} {high}: the first is larger than the second; exchange them")
     for flag in ("afam", "local"):
         if args.method != "adp" and not getattr(args, flag):
             raise InputError(f"--{flag} 0: --method {args.method} has no such part; leave it out, or use --method adp")
 
 
-def build_optimizer(net, optim, lr):
-    """Bottleneck and classifier learn at the full rate, everything else at a tenth of it (`lr_scale` of the groups)."""
-    head = [p for module in (net.bottleneck, net.classifier) for p in module.parameters() if p.requires_grad]
-    in_head = {id(p) for p in head}
-    rest = [p for p in net.parameters() if id(p) not in in_head and p.requires_grad]
-    groups = [{"params": rest, "lr_scale": 0.1}, {"params": head, "lr_scale": 1.0}]
+def build_optimizer(net, optim, lr, rates=()):
+    """Bottleneck and classifier learn at the full rate, the parts in `rates` at their share of it, everything else at a
+    tenth (`lr_scale` of the groups, in rising order)."""
+    rates = {"bottleneck": 1.0, "classifier": 1.0} | dict(rates)
+    scaled = {}
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad:
+            scale = next((rate for part, rate in rates.items() if name.startswith(f"{part}.")), 0.1)
+            scaled.setdefault(scale, []).append(parameter)
+    groups = [{"params": scaled[scale], "lr_scale": scale} for scale in sorted(scaled)]
     if optim == "adam":
         return torch.optim.Adam(groups, lr, weight_decay=5e-4, fused=True)
     return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
+
+
+def set_rates(optimizer, args, epoch, steps, step):
+    """Set the learning rates of a step of an epoch -> that of the head."""
+    if args.schedule == "triangle":
+        lr = triangle_rate(epoch, step, steps, args.lr, args.warmup, args.epochs)
+    else:
+        lr = learning_rate(epoch, args.lr, args.warmup, args.milestones)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+    return lr
+
+
+def triangle_rate(epoch, step, steps, lr, warmup, epochs):
+    """Linear from lr / 10000 to `lr` over the first `warmup` epochs, then to 0 at the last one's end, step by step.
+
+    As published, a step has the rate of the one before it in its epoch, and the first that of the last but one.
+    """
+    start, end = np.interp([epoch, epoch + 1], [0, min(warmup, epochs), epochs], [1e-4 * lr, lr, 0.0])
+    counted = max(steps - 1, 1)
+    return float(start + (end - start) * ((step - 1) % counted) / counted)
 
 
 def learning_rate(epoch, lr, warmup, milestones):

@@ -17,13 +17,15 @@ class FeaturesNotFinite(InputError):
     """A network's features are not finite."""
 
 
-def train_epoch(net, criterion, optimizer, loader, augment, device, amp="off", desc="train", meter=None, saver=None):
+def train_epoch(
+    net, criterion, optimizer, loader, augment, device, amp="off", desc="train", meter=None, saver=None, schedule=None
+):
     """One pass over `loader`, or the rest of it -> `EpochMeter` of the whole epoch.
 
     augment: uint8 (visible, infrared) and labels on the device -> the two inputs of `net`, and their labels;
     criterion(output, labels) -> a named tuple of scalar tensors whose `total` is minimised, criterion.health(output,
     labels) -> another. meter: of the steps before `loader`'s first batch. saver: after each step, saver.due() says
-    whether to call saver.save(meter).
+    whether to call saver.save(meter). schedule(step), before each step of the epoch, from 0, sets the learning rates.
 
     Raises Diverged when a loss or gradient is not finite. That is read every few steps, as it waits for the device, so
     that some more steps may follow; but a network with a weight that is not finite is never saved or returned.
@@ -33,6 +35,8 @@ def train_epoch(net, criterion, optimizer, loader, augment, device, amp="off", d
     meter.start_clock()
     with progress(loader, desc=desc, unit="step", leave=False) as bar:
         for batch in bar:
+            if schedule is not None:
+                schedule(meter.step)
             visible, infrared, labels = augment(*(t.to(device, non_blocking=True) for t in batch))
             with autocast(device, amp):
                 output = net(visible, infrared)

@@ -1,28 +1,60 @@
-"""Checkpoints of the published code of this family (two-stream baseline, AGW, CAJ, GFMNet): their names and options.
+"""Checkpoints of the published code of this family (two-stream baseline, AGW, CAJ, DEEN, DNS, GFMNet): their names
+and options.
 
 A network is two streams and a shared ResNet. GFMNet's code gives a stream exactly the stages that are not shared.
-That of the baseline, AGW and CAJ keeps a whole ResNet in all three, and runs only the stem of a stream's and the
-stages of the shared one: share_net 1.
+That of the baseline, AGW, CAJ and DEEN keeps a whole ResNet in all three, and runs only the stem of a stream's and the
+stages of the shared one: share_net 1. DEEN's for RegDB does not run the last stage either.
+DNS's gives a stream the stem and two stages, which the shared one keeps but does not run: share_net 3.
 """
 
 import re
 
 from utils import InputError
 
-IMAGE_SIZE = (288, 144)  # height, width; the checkpoints do not say
-
 _RESNETS = {"visible_module.visible": "visible", "thermal_module.thermal": "infrared", "base_resnet.base": "shared"}
+_DNS_RESNETS = {"visible.visible": "visible", "thermal.thermal": "infrared", "base.base": "shared"}
 _NON_LOCAL_BLOCKS = {f"NL_{n}.{i}": f"shared.layer{n}.non_local.{i}" for n in (2, 3) for i in range(n)}
 _NON_LOCAL_BLOCKS |= {"afam.non_local": "attention.non_local"}
 _NON_LOCAL_PARTS = {"g.0": "g", "W.0": "out", "W.1": "norm", "theta": "theta", "phi": "phi"}
+_AGGREGATION_PARTS = {"CNL": "channel", "PNL": "position"}
+_SHIFT_PARTS = {"channel_attention": "squeeze", "conv_h": "rows", "conv_w": "columns"}
+_CROSS_PARTS = {"g": "g", "W.0": "out", "W.1": "norm", "theta": "theta", "phi": "phi"}
+
+
+def _resnet_names(resnets):
+    return {
+        **{f"{theirs}.{part}.": f"{ours}.{part}." for theirs, ours in resnets.items() for part in ("conv1", "bn1")},
+        **{f"{theirs}.layer{n}.": f"{ours}.layer{n}.blocks." for theirs, ours in resnets.items() for n in range(1, 5)},
+    }
+
+
 _OURS = {  # how a published name begins: how ours does
-    **{f"{theirs}.{part}.": f"{ours}.{part}." for theirs, ours in _RESNETS.items() for part in ("conv1", "bn1")},
-    **{f"{theirs}.layer{n}.": f"{ours}.layer{n}.blocks." for theirs, ours in _RESNETS.items() for n in range(1, 5)},
+    **_resnet_names(_DNS_RESNETS),
+    **_resnet_names(_RESNETS),
     **{
         f"{block}.{part}.": f"{our_block}.{our_part}."
         for block, our_block in _NON_LOCAL_BLOCKS.items()
         for part, our_part in _NON_LOCAL_PARTS.items()
     },
+    **{
+        f"MFA{n}.{block}.{part}.": f"shared.layer{n}.aggregation.{our_block}.{our_part}."
+        for n in range(1, 4)
+        for block, our_block in _AGGREGATION_PARTS.items()
+        for part, our_part in _CROSS_PARTS.items()
+    },
+    **{f"DEE.FC{b + 1}{d + 1}.": f"shared.expansion.branches.{b}.dilated.{d}." for b in range(2) for d in range(3)},
+    **{f"DEE.FC{b + 1}.": f"shared.expansion.branches.{b}.out." for b in range(2)},
+    **{
+        f"base.HSS{n}.{part}.": f"shared.shift{n}.{our_part}."
+        for n in (3, 4)
+        for part, our_part in _SHIFT_PARTS.items()
+    },
+    **{
+        f"DD.{modality}_classifier{end}.": f"domain.{part}.{modality}."
+        for modality in ("visible", "infrared")
+        for end, part in (("", "classifiers"), ("_", "followers"))
+    },
+    "CSS.mlp.": "domain.common.",
     "afam.channel_attention.fc1.": "attention.channel.0.",
     "afam.channel_attention.fc2.": "attention.channel.2.",
     "afam.spatial_attention.conv1.": "attention.spatial.",
@@ -32,12 +64,16 @@ _OURS = {  # how a published name begins: how ours does
     "classifier.": "classifier.",
 }
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+_THEIRS_OF_DNS = _THEIRS | {ours: theirs for theirs, ours in _resnet_names(_DNS_RESNETS).items()}
 
-_STREAM, _SHARED = r"(?:visible_module\.visible|thermal_module\.thermal)", r"base_resnet\.base"
+_STREAM = r"(?:visible(?:_module)?\.visible|thermal(?:_module)?\.thermal)"
+_SHARED = r"base(?:_resnet)?\.base"
 _STAGE = r"layer[1-4]\.\d+\.(?:conv[1-3]|bn[1-3]|downsample\.[01])"
 _VALUE = r"(?:weight|bias|running_mean|running_var|num_batches_tracked)"
-# What the code of the baseline, AGW and CAJ keeps but does not run.
+# What the code of the baseline, AGW, CAJ and DEEN keeps but does not run; DEEN's for RegDB besides; and DNS's.
 _UNUSED = rf"(?:{_STREAM}\.(?:{_STAGE}|fc)|{_SHARED}\.(?:conv1|bn1|fc))\.{_VALUE}"
+_UNUSED_LAST = rf"{_SHARED}\.{_STAGE.replace('[1-4]', '4')}\.{_VALUE}"
+_UNUSED_BY_DNS = rf"{_SHARED}\.{_STAGE.replace('[1-4]', '[12]')}\.{_VALUE}"
 
 
 def is_published(state):
@@ -53,9 +89,9 @@ def convert_published_state(state):
     return {_renamed(name, _OURS): value for name, value in _used(state).items()}
 
 
-def published_name(name):
-    """The published code's name of a tensor of ours."""
-    return _renamed(name, _THEIRS)
+def published_name(name, shift=False):
+    """The published code's name of a tensor of ours; shift: that of DNS's."""
+    return _renamed(name, _THEIRS_OF_DNS if shift else _THEIRS)
 
 
 def published_options(state):
@@ -68,23 +104,41 @@ def published_options(state):
     depth = max((int(m[1]) for name in state if (m := re.search(r"\.layer3\.(\d+)\.", name))), default=0) + 1
     small, its_depth, large = ("resnet50", 6, "resnet101") if bottleneck_block else ("resnet18", 2, "resnet34")
     classifier = state.get("classifier.weight")
+    shift = _has(state, "base.HSS")
     return {
         "num_classes": 1 if classifier is None or classifier.ndim == 0 else len(classifier),
         "arch": small if depth <= its_depth else large,
         "share_net": 1 + len(_stages(_STREAM, state) - _stages(_SHARED, state)),
-        "attention": any(name.startswith("afam.") for name in state),
-        "non_local": (non_local := any(name.startswith("NL_") for name in state)),
-        "pool": "gem" if non_local else "avg",  # the published code turns both on together
-        "local": any(name.startswith(("bn.", "conv1.")) for name in state),
+        "attention": _has(state, "afam."),
+        "non_local": (non_local := _has(state, "NL_")),
+        "pool": "gem" if non_local or shift else "avg",  # the published code turns both on together
+        "local": _has(state, ("bn.", "conv1.")),
+        "expansion": (expansion := _has(state, "DEE.")),
+        "shift": shift,
+        "stages": 3 if expansion and not _has(state, "MFA3.") else 4,
     }
+
+
+def published_image_size(options):
+    """(height, width) of the images of a published network with these options; its checkpoint does not say."""
+    return (384, 144) if options["expansion"] else (288, 144)
 
 
 def _used(state):
     """The tensors that the network runs, as a dict; names without the prefix of a wrapped model."""
     state = {name.removeprefix("module."): value for name, value in state.items()}
-    if _stages(_STREAM, state) & _stages(_SHARED, state):
-        state = {name: value for name, value in state.items() if not re.fullmatch(_UNUSED, name)}
-    return state
+    unused = []
+    if _has(state, "base.HSS"):
+        unused = [_UNUSED_BY_DNS]
+    elif _stages(_STREAM, state) & _stages(_SHARED, state):
+        unused = [_UNUSED]
+    if _has(state, "DEE.") and not _has(state, "MFA3."):  # it aggregates after each stage but the last that it runs
+        unused.append(_UNUSED_LAST)
+    return {name: value for name, value in state.items() if not any(re.fullmatch(part, name) for part in unused)}
+
+
+def _has(state, beginning):
+    return any(name.startswith(beginning) for name in state)
 
 
 def _stages(part, state):
@@ -96,4 +150,6 @@ def _renamed(name, prefixes):
     for prefix, other in prefixes.items():
         if name.startswith(prefix):
             return other + name.removeprefix(prefix)
-    raise InputError(f"{name!r:.120} is no tensor of the published baseline, AGW, CAJ or GFMNet; name one of theirs")
+    raise InputError(
+        f"{name!r:.120} is no tensor of the published baseline, AGW, CAJ, DEEN, DNS or GFMNet; name one of theirs"
+    )

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import inspect
 import json
 import os
 import signal
@@ -226,8 +227,9 @@ class Run:
                 f"{path}: was saved by {checkpoint.processes} processes, but this run has {process_count()}; resume "
                 f"with --nproc_per_node={checkpoint.processes}"
             )
+        defaults = inspect.signature(type(self.net)).parameters  # of options that are newer than the checkpoint
         for option, value in self.net.options.items():
-            if (saved := checkpoint.options.get(option)) != value:
+            if (saved := checkpoint.options.get(option, defaults[option].default)) != value:
                 raise InputError(f"{path}: has {option} {saved}, not {value}; resume with the data it was trained on")
         if (checkpoint.num_images or self.num_images) != self.num_images:
             raise InputError(

@@ -37,7 +37,7 @@ PEOPLE, SHOTS = 4, 2
 
 
 def gradients(index, count, method, file):
-    """One step's gradients, with batch norm frozen; the batch's identities are shared by the processes.
+    """One step's gradients, with frozen batch norm and no dropout; the processes share the identities of the batch.
 
     In float64: in float32, batches of another size round otherwise, and that alone changes gradients by 4e-3.
     """
@@ -45,16 +45,17 @@ def gradients(index, count, method, file):
     torch.manual_seed(0)
     net = GFMNet(PEOPLE, "resnet18", **METHODS[method].network).train().double()
     for module in net.modules():
-        if isinstance(module, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
+        if isinstance(module, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d | torch.nn.Dropout):
             module.eval()
     images = {view: torch.randn(PEOPLE * SHOTS, 3, 96, 48).double() for view in ("plain", "exchanged", "infrared")}
     labels = torch.arange(PEOPLE).repeat_interleave(SHOTS)
     own = (labels % count) == index
-    visible = torch.cat([images["plain"][own], images["exchanged"][own]])
+    views = ["plain", "exchanged"] if METHODS[method].augmentation == "exchange" else ["plain"]
+    visible = torch.cat([images[view][own] for view in views])
     if count > 1:
         dist.init_process_group("gloo", init_method=f"file://{file}.store", rank=index, world_size=count)
     model = DistributedDataParallel(net) if count > 1 else net
-    losses = MethodLoss(method)(model(visible, images["infrared"][own]), labels[own].repeat(3))
+    losses = MethodLoss(method)(model(visible, images["infrared"][own]), labels[own].repeat(len(views) + 1))
     losses.total.backward()
     total = sum_over_processes(losses.total.detach().clone()) / count
     if index == 0:
@@ -65,7 +66,7 @@ def gradients(index, count, method, file):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["adp", "base"])
+@pytest.mark.parametrize("method", ["adp", "base", "deen", "dns"])
 def test_gradients_of_two_processes_are_those_of_the_whole_batch(tmp_path, method):
     for count in (1, 2):
         torch.multiprocessing.spawn(gradients, (count, method, tmp_path / "grads"), nprocs=count)

@@ -150,10 +150,9 @@ def test_resume_refuses_other_flags(one_epoch, tiny_tree, tmp_path, flag, value)
 
 def test_every_flag_that_decides_what_is_computed_is_compared():
     """A new flag belongs to one of the two lists: this one, or MAY_CHANGE."""
-    recipe = (
-        "alpha amp arch augc batch_size dataset gamma img_h img_w lr margin method milestones mode num_pos optim rande"
-    )
-    recipe += " seed select share_net square sync_bn trial warmup weighting weights"
+    recipe = "afam alpha amp arch augc batch_size dataset erase_area gamma img_h img_w local lr margin"
+    recipe += " method milestones mode num_pos optim padding rande seed select share_net square stages"
+    recipe += " schedule sync_bn trial warmup weighting weights"
     flags = vars(train_ext_test0.get_args_parser().parse_args([]))
     assert {*recipe.split()} == flags.keys() - train_ext_test0.MAY_CHANGE
 
@@ -162,6 +161,8 @@ def test_a_flag_that_came_later_had_its_default(one_epoch, tiny_tree, tmp_path):
     content = torch.load(one_epoch["last"])
     for flag in ("alpha", "weighting", "select", "sync_bn", "figures"):
         del content["args"][flag]
+    for option in ("expansion", "shift", "stages"):
+        del content["options"][option]
     torch.save(content, tmp_path / "older.t")
     with pytest.raises(InputError, match="was saved with --alpha 1, but this run uses --alpha 3.0"):
         resume(tiny_tree, tmp_path, tmp_path / "older.t", "--alpha", "3")

@@ -24,7 +24,7 @@ from ChannelAug import TrainAugmentation
 from conftest import SIZE, flags, log_entries, tiny_flags
 from core import engine
 from data_loader import IdentitySampler, sysu_train, train_loader
-from loss import METHODS, MethodLoss
+from loss import METHODS, CircleLoss, MethodLoss
 from model import GFMNet
 from utils import InputError
 
@@ -128,6 +128,24 @@ def test_a_part_of_gfmnet_is_left_out(flag, part):
     args.method = "agw"
     with pytest.raises(InputError, match=f"{flag} 0: --method agw has no such part"):
         train_ext_test0.check_flags(args)
+
+
+def test_a_method_is_one_entry(monkeypatch):
+    """As docs/extending.md adds one."""
+    recipe = {"lr": 0.05, "epochs": 60, "milestones": [30, 45]}
+    entry = METHODS["base"]._replace(
+        triplet=lambda margin, **_: CircleLoss(margin), recipe=recipe, recipes={"regdb": {"lr": 0.1}}
+    )
+    monkeypatch.setitem(METHODS, "circle", entry)
+    parse = train_ext_test0.get_args_parser().parse_args
+    small = ["--method", "circle", "--arch", "resnet18", "--weights", "none"]
+    args = parse([*small, "--epochs", "7"])
+    assert (args.lr, args.epochs, args.milestones, args.batch_size) == (0.05, 7, [30, 45], 8)
+    assert train_ext_test0.get_args_parser().parse_args([*small, "--dataset", "regdb"]).lr == 0.1
+    net = train_ext_test0.build_network(args, 4, torch.device("cpu"), pretrained=True)
+    images, labels = torch.randn(4, 3, 48, 16), torch.arange(2).repeat(4)
+    losses = MethodLoss("circle", margin=0.2)(net(images, images), labels)
+    assert losses.total.item() == pytest.approx(losses.identity.item() + losses.triplet.item())
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adam"])

@@ -43,7 +43,7 @@ class Embedder:
         net, self.size = load_network(load_checkpoint(self.path), self.path)
         embed = engine.network_embedding(net.to(device, memory_format=torch.channels_last), device, normalise)
         self._embed = lambda images, modality: embed(images, modality)[self.feature].cpu().numpy()
-        self.dim, self.modalities = net.bottleneck.num_features, MODALITIES
+        self.dim, self.modalities = net.feature_widths[self.feature], MODALITIES
         self.sha256 = file_sha256(self.path)
 
     def _load_onnx(self):

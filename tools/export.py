@@ -124,7 +124,7 @@ class Embedding(nn.Module):
         self.net, self.modality, self.bytes = copy.deepcopy(net), about["modality"], about["input"] == "uint8"
         self.row = FEATURES.index(about["feature"])
         (other,) = set(MODALITIES) - {self.modality}
-        for name in (other, "classifier", "local"):
+        for name in (other, "classifier", "local", "domain"):
             setattr(self.net, name, None)
         if about["feature"] == "POOL":
             self.net.bottleneck = nn.Identity()

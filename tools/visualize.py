@@ -162,7 +162,8 @@ def pair_heats(tested, images, feature):
 
     "similarity": the contribution of each position of the last feature map to the similarity to the other image, 0 if
     negative: HiResCAM (Draelos and Carin, 2020), which is Grad-CAM without averaging gradients over positions. Images
-    are not mirrored. "attention": AFAM's spatial attention, if the network has it. Each is scaled to its range.
+    are not mirrored; of DEEN's three embeddings, it is the plain one's. "attention": AFAM's spatial attention, if the
+    network has it. Each is scaled to its range.
     """
     from pytorch_grad_cam import HiResCAM  # slow to import
 

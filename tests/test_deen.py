@@ -1,0 +1,460 @@
+"""DEEN against values of its published code, plain loops and formulas; its recipe; its way through the programs."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import model
+import pre_process_sysu
+import testa
+import train_ext_test0
+from ChannelAug import AUGMENTATIONS, MEAN, GrayAugmentation, normalise, random_gray
+from conftest import exit_status, flags, log_entries
+from core import evaluation, published
+from loss import METHODS, CentrePairLoss, HardTripletLoss, MethodLoss, OrthogonalLoss, method_name
+from oracles import naive_distances, plain_features
+from tools import export, visualize
+from tools.embedder import Embedder
+from utils import InputError
+
+GOLDEN_DIR = Path(__file__).parent / "golden"
+sys.path.insert(0, str(GOLDEN_DIR))
+
+import published_state  # noqa: E402  (lies beside the golden values)
+
+GOLDEN = np.load(GOLDEN_DIR / "deen.npz")
+SHAPES = {"sysu": "deen_shapes.txt", "regdb": "deen_regdb_shapes.txt"}
+NETWORK = METHODS["deen"].network
+SIZE = (48, 32)  # height, width of the images of training runs
+
+
+def weights(dataset):
+    """The published network's state for a data set: AGW's without non-local blocks, and what DEEN has of its own."""
+    shapes = published_state.read_shapes(GOLDEN_DIR / "agw_shapes.txt")
+    shapes = {name: shape for name, shape in shapes.items() if not name.startswith("NL_")}
+    shapes |= published_state.read_shapes(GOLDEN_DIR / SHAPES[dataset])
+    return {name: torch.from_numpy(published_state.fill(name, shape, 1)) for name, shape in shapes.items()}
+
+
+def golden_network(dataset):
+    net, size = model.load_network({"net": weights(dataset), "epoch": 30}, "x.t")
+    assert size == (384, 144)
+    return net.double()
+
+
+def pictures(count, height, width, seed):
+    return torch.from_numpy(published_state.images(count, height, width, seed).astype(np.float64))
+
+
+def tiny(num_classes=7, **options):
+    """A small network whose batch norms do something, in evaluation mode."""
+    torch.manual_seed(0)
+    net = model.GFMNet(num_classes, "resnet18", **NETWORK, **options)
+    with torch.no_grad():
+        for name, value in net.named_parameters():
+            if ".norm." in name:
+                value.normal_(0, 0.3)
+    return net.eval()
+
+
+# ---- golden values
+
+
+@pytest.mark.parametrize(("dataset", "stages"), [("sysu", 4), ("regdb", 3)])
+def test_features_golden(dataset, stages):
+    """Measured deviation 2.5e-8, which is the rounding of the golden values to float32."""
+    net = golden_network(dataset).eval()
+    assert method_name(net.options) == "deen"
+    assert (net.options["stages"], net.options["share_net"]) == (stages, 1)
+    images = pictures(2, 96, 48, 3)
+    for row, modality in enumerate(("visible", "infrared")):
+        if f"{dataset}_{modality}_pool" not in GOLDEN:
+            continue
+        with torch.inference_mode():
+            pooled, normed = net.embed(images[row : row + 1], modality)
+        pool, fc = (torch.from_numpy(GOLDEN[f"{dataset}_{modality}_{name}"]).double() for name in ("pool", "fc"))
+        # Three rows of unit length: the cosine is the mean of three, and of all six as the published test ranks.
+        assert (pooled - pool.reshape(1, -1) / 3**0.5).norm() < 1e-6
+        assert (normed - torch.cat([pool, fc]).reshape(1, -1) / 6**0.5).norm() < 1e-6
+        assert (pooled.shape[1], normed.shape[1]) == (net.feature_widths["POOL"], net.feature_widths["FC"])
+
+
+BATCHES = ((3, 2, 16, 1.0), (6, 4, 8, 0.6), (4, 3, 12, 3.0))  # identities, images of each, width, spread
+
+
+@pytest.mark.parametrize("case", range(len(BATCHES)))
+def test_losses_and_gradients_golden(case):
+    """Measured deviation 1e-15."""
+    people, shots, width, spread = BATCHES[case]
+    own = np.tile(np.repeat(published_state.fill(f"identities.{case}", (people, width), 1), shots, axis=0), (6, 1))
+    noise = published_state.fill(f"features.{case}", (6 * people * shots, width), 1)
+    features = torch.from_numpy((own * width**0.5 + spread * width**0.5 * noise).astype(np.float64)).requires_grad_()
+    labels = torch.arange(people).repeat_interleave(shots)
+    embeddings = features.unflatten(0, (3, 2, -1)).movedim(2, 0)
+    values = {
+        "triplet": HardTripletLoss(0.3)(features, labels.repeat(6))[0],
+        "centre": CentrePairLoss(0.2)(embeddings, labels),
+        "orthogonal": OrthogonalLoss()(embeddings, labels),
+    }
+    for name, value in values.items():
+        assert value.item() == pytest.approx(GOLDEN[f"losses/{case}/{name}"].item(), rel=1e-6)
+        (gradient,) = torch.autograd.grad(value, features, retain_graph=True)
+        np.testing.assert_allclose(gradient, GOLDEN[f"losses/{case}/{name}_gradient"], rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dataset", "parameters"), [("sysu", 234), ("regdb", 184)])
+def test_trajectory_golden(dataset, parameters):
+    """Five SGD steps without dropout. Measured deviation of the losses 4e-9, of the first gradients' norms 2e-13."""
+    net = golden_network(dataset).train()
+    net.shared.expansion.dropout.p = 0
+    optimizer = train_ext_test0.build_optimizer(net, "sgd", 5e-4)
+    for group in optimizer.param_groups:
+        group["lr"] *= group["lr_scale"]
+    criterion, norms = MethodLoss("deen"), None
+    for step, expected in enumerate(GOLDEN[f"{dataset}_trajectory"]):
+        base = np.tile(np.repeat(published_state.images(3, 48, 24, 6100 + step), 2, axis=0), (2, 1, 1, 1))
+        images = torch.from_numpy(0.5 * published_state.images(12, 48, 24, 2100 + step) + base).double()
+        labels = (3 * step + torch.arange(3).repeat_interleave(2)).repeat(2)
+        losses = criterion(net(images[:6], images[6:]), labels)
+        optimizer.zero_grad()
+        losses.total.backward()
+        norms = norms or {name: p.grad.norm().item() for name, p in net.named_parameters() if p.grad is not None}
+        optimizer.step()
+        values = [losses.total, losses.identity, losses.triplet, losses.centre, losses.orthogonal]
+        assert [value.item() for value in values] == pytest.approx(expected, rel=1e-6)
+    theirs = dict(zip(GOLDEN[f"{dataset}_names"].tolist(), GOLDEN[f"{dataset}_norms"].tolist(), strict=True))
+    ours = model.convert_published_state({name: name for name in theirs})
+    assert len(ours) == parameters
+    # Below 1e-8 are the biases before a batch norm, which takes them out again: what they have is rounding.
+    assert norms == pytest.approx({name: theirs[their] for name, their in ours.items()}, rel=1e-3, abs=1e-8)
+
+
+@pytest.mark.parametrize(("dataset", "recipe"), [("sysu", "sysu"), ("regdb", "regdb"), ("regdb", "llcm")])
+def test_views_are_distributed_as_the_published_ones(dataset, recipe):
+    """Of each pixel the mean and the deviation, in standard errors; gray values are rounded otherwise, by 1/255."""
+    args = train_ext_test0.get_args_parser().parse_args(["--method", "deen", "--dataset", recipe])
+    augment = AUGMENTATIONS[METHODS["deen"].augmentation](args.augc, args.rande, args.padding, args.erase_area)
+    torch.manual_seed(0)
+    image = torch.from_numpy(GOLDEN["augmentation/image"]).permute(2, 0, 1).expand(4000, -1, -1, -1)
+    mean, deviation = (torch.from_numpy(GOLDEN[f"augmentation/{dataset}_{name}"]) for name in ("mean", "deviation"))
+    visible, infrared, labels = augment(image, image, torch.zeros(len(image)))
+    assert len(labels) == 2 * len(image)
+    error = (1 / len(image) + 1 / GOLDEN["augmentation/draws"].item()) ** 0.5
+    for views in (visible, infrared):
+        z = (views - mean) / deviation
+        square = z.square()
+        spread = (square.mean(dim=0) - 1) / square.std(dim=0)
+        assert z.mean(dim=0).abs().max() < 6 * error
+        assert spread.abs().max() < 6 * error
+
+
+# ---- the network against formulas
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_aggregation_is_the_published_formula(stride):
+    """Both affinities written out; the positions' one of the two halves of each map, side by side as channels."""
+    torch.manual_seed(1)
+    block = model.Aggregation(8, 4, stride).double().eval()
+    for part in (block.channel, block.position):
+        nn.init.normal_(part.norm.weight)
+    high = torch.randn(2, 8, 4, 3, dtype=torch.float64)
+    low = torch.randn(2, 4, 4 * stride, 3 * stride, dtype=torch.float64)
+    channel, position = block.channel, block.position
+
+    theta, phi, g = channel.theta(high), channel.phi(low), channel.g(low)
+    affinity = torch.einsum("bchw,bdhw->bcd", theta, phi) / 4
+    y = torch.einsum("bcd,bdhw->bchw", affinity, g)
+    expected = high + channel.norm(F.conv2d(y[:, :, ::stride, ::stride], channel.out.weight, channel.out.bias))
+
+    theta, phi, g = (x.reshape(2, 4, -1) for x in (position.theta(expected), position.phi(low), position.g(low)))
+    affinity = torch.einsum("bcn,bcm->bnm", theta, phi) / phi.shape[2]
+    y = torch.einsum("bnm,bcm->bcn", affinity, g).reshape(2, 2, 4, 3)
+    expected = expected + position.norm(position.out(y))
+    torch.testing.assert_close(block(high, low), expected)
+
+
+@torch.no_grad()
+def test_a_new_network_is_the_backbone_but_for_its_expansions():
+    torch.manual_seed(0)
+    net = model.GFMNet(7, "resnet18", **NETWORK).eval()
+    plain = model.GFMNet(7, "resnet18", **METHODS["base"].network, share_net=2).eval()
+    plain.load_state_dict({name: net.state_dict()[name] for name in plain.state_dict()})
+    images = torch.randn(2, 3, *SIZE)
+    output = net(images, images)
+    assert output.pooled.shape == (12, 512)
+    torch.testing.assert_close(output.pooled[:4], plain(images, images).pooled)
+    assert all(not torch.allclose(output.pooled[:4], output.pooled[i : i + 4], atol=0.01) for i in (4, 8))
+
+
+@pytest.mark.parametrize("options", [{}, {"stages": 3}, {"share_net": 1}, {"share_net": 4}])
+@torch.no_grad()
+def test_embed_has_the_embeddings_side_by_side(options):
+    net, images = tiny(**options), torch.randn(3, 3, *SIZE)
+    output = net(images[:1], images[1:])
+    for pooled, normed, rows in (
+        (*net.embed(images[:1], "visible"), slice(0, 1)),
+        (*net.embed(images[1:], "infrared"), slice(1, 3)),
+    ):
+        parts = [F.normalize(x).unflatten(0, (3, 3))[:, rows] for x in (output.pooled, net.bottleneck(output.pooled))]
+        torch.testing.assert_close(pooled, torch.cat([*parts[0]], dim=1) / 3**0.5)
+        torch.testing.assert_close(normed, torch.cat([*parts[0], *parts[1]], dim=1) / 6**0.5)
+
+
+def test_all_parameters_learn():
+    net = tiny().train()
+    images, labels = torch.randn(4, 3, *SIZE), torch.arange(2).repeat_interleave(2).repeat(2)
+    MethodLoss("deen")(net(images, images), labels).total.backward()
+    assert {name for name, p in net.named_parameters() if p.requires_grad and p.grad is None} == set()
+
+
+def test_dropout_is_the_published_one():
+    expansion = tiny().shared.expansion.train()
+    zeros = (expansion(torch.rand(4, 256, 6, 4) + 1)[:4] == 0).float().mean()
+    assert 0.005 < zeros < 0.015
+
+
+@pytest.mark.parametrize("options", [{"share_net": 5}, {"stages": 3, "share_net": 4}, {"stages": 2}, {"stages": 5}])
+def test_options_that_do_not_go_together_are_refused(options):
+    with pytest.raises(InputError, match=rf"^{[*options][-1]} {[*options.values()][-1]}: "):
+        model.GFMNet(7, "resnet18", **NETWORK, **options)
+
+
+def test_maps_of_an_odd_number_of_positions_are_refused():
+    with pytest.raises(InputError, match=r"3 x 1 positions.*--img_h that is a multiple of 32"):
+        tiny().embed(torch.randn(1, 3, 48, 16), "visible")
+
+
+# ---- losses against plain loops
+
+
+def naive_centre_pair_loss(features, labels, margin):
+    """Identity by identity. features: {(embedding, modality): [N, C]}."""
+    people = labels.unique().tolist()
+    centres = {key: [x[labels == person].mean(dim=0) for person in people] for key, x in features.items()}
+    total = 0.0
+    for expansion in range(1, 1 + max(embedding for embedding, _ in features)):
+        for modality in (0, 1):
+            plain, expanded = centres[0, modality], centres[expansion, modality]
+            for i in range(len(people)):
+                positive = (expanded[i] - centres[0, 1 - modality][i]).norm()
+                own = (expanded[i] - plain[i]).norm().item()
+                others = [j for j in range(len(people)) if j != i]
+                nearest = [min((c[i] - c[j]).norm() for j in others) for c in (expanded, plain)]
+                hinges = [max(positive - negative + margin, 0) for negative in (own, *nearest)]
+                total += (hinges[0] + 0.5 * hinges[1] + 0.5 * hinges[2]) / len(people) / 2
+    return total
+
+
+@pytest.mark.parametrize("embeddings", [2, 3])
+def test_centre_pair_loss_is_the_plain_loop_in_any_order(embeddings):
+    torch.manual_seed(2)
+    labels = torch.arange(4).repeat(3)[torch.randperm(12)]
+    features = (labels[:, None, None, None] * 0.5 + torch.randn(12, embeddings, 2, 5)).double().requires_grad_()
+    parts = {(e, m): features[:, e, m] for e in range(embeddings) for m in range(2)}
+    values = [CentrePairLoss(0.4)(features, labels), naive_centre_pair_loss(parts, labels, 0.4)]
+    assert values[0].item() == pytest.approx(values[1].item(), rel=1e-9)
+    gradients = [torch.autograd.grad(value, features)[0] for value in values]
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_whole_loss_is_the_sum_of_its_parts():
+    torch.manual_seed(3)
+    labels = torch.arange(3).repeat_interleave(2)
+    pooled, logits = torch.randn(36, 8, dtype=torch.float64), torch.randn(36, 5, dtype=torch.float64)
+    losses = MethodLoss("deen", margin=0.5)(model.Output(pooled, logits, None), labels.repeat(2))
+    rows = labels.repeat(6)
+    distance = naive_distances(pooled)
+    hinges = [
+        max(0, d[rows == rows[i]].max().item() - d[rows != rows[i]].min().item() + 0.5) for i, d in enumerate(distance)
+    ]
+    parts = pooled.unflatten(0, (3, 2, 6))
+    features = {(e, m): parts[e, m] for e in range(3) for m in range(2)}
+    expected = {
+        "identity": -logits.log_softmax(dim=1)[torch.arange(36), rows].mean().item(),
+        "triplet": sum(hinges) / 36,
+        "local": 0,
+        "centre": 0.8 * naive_centre_pair_loss(features, labels, 0.2).item(),
+        "orthogonal": 0.01 * sum((x @ y).item() for x, y in zip(pooled[12:24], pooled[24:], strict=True)) / 36,
+    }
+    assert {name: getattr(losses, name).item() for name in expected} == pytest.approx(expected, rel=1e-6)
+    assert losses.total.item() == pytest.approx(sum(expected.values()), rel=1e-6)
+    health = MethodLoss("deen").health(model.Output(pooled, None, None), labels.repeat(2))
+    within = (rows[:, None] == rows) & ~torch.eye(36, dtype=torch.bool)
+    assert health.distance_within.item() == pytest.approx(distance[within].mean().item(), rel=1e-6)
+
+
+# ---- augmentation
+
+
+def test_gray_is_one_rounded_value_in_half_of_the_images():
+    torch.manual_seed(0)
+    images = torch.randint(256, (2000, 3, 4, 2), dtype=torch.uint8)
+    before, grays = images.clone(), random_gray(images)
+    expected = (0.2989 * images[:, 0] + 0.587 * images[:, 1] + 0.114 * images[:, 2]).round()
+    gray = (grays == expected[:, None]).flatten(1).all(dim=1)
+    assert torch.equal(images, before)
+    assert 900 < gray.sum() < 1100
+    assert torch.equal(grays[~gray], images[~gray].float())
+
+
+def test_one_view_of_each_image_erased_with_the_mean():
+    visible, infrared = torch.randint(256, (2, 6, 3, 32, 16), dtype=torch.uint8)
+    labels = torch.arange(6)
+    first, second, all_labels = GrayAugmentation(augc=0, rande=0, padding=0)(visible, infrared, labels)
+    assert all_labels.tolist() == [*range(6)] * 2
+    for views, images in ((first, visible), (second, infrared)):
+        for view, image in zip(views, normalise(images), strict=True):
+            assert torch.equal(view, image) or torch.equal(view, image.flip(2))
+    views, _, _ = GrayAugmentation(augc=0, rande=1, area=(0.3, 0.3))(visible, infrared, labels)
+    erased = (views == torch.tensor(MEAN).view(3, 1, 1)).all(dim=1)
+    assert ((erased.flatten(1).float().mean(dim=1) - 0.3).abs() < 0.05).all()
+
+
+# ---- the recipe
+
+
+def parse(*argv):
+    return train_ext_test0.get_args_parser().parse_args(argv)
+
+
+def test_defaults_are_the_published_recipe():
+    args = parse("--method", "deen")
+    assert (args.img_h, args.img_w, args.batch_size, args.num_pos, args.epochs) == (384, 144, 6, 4, 151)
+    assert (args.lr, args.optim, args.margin, args.share_net, args.stages) == (0.1, "sgd", 0.3, 1, 4)
+    assert (args.rande, args.padding, args.erase_area) == (0.5, 10, [0.2, 0.8])
+    rates = [train_ext_test0.learning_rate(e, args.lr, args.warmup, args.milestones) for e in range(args.epochs)]
+    assert rates == pytest.approx([0.01 * (e + 1) for e in range(10)] + [0.1] * 10 + [0.01] * 60 + [0.001] * 71)
+    assert parse("--method=deen", "--dataset=regdb").stages == 3
+    assert {(*parse("--method=deen", f"--dataset={name}").erase_area,) for name in ("regdb", "llcm")} == {(0.02, 0.4)}
+
+
+def test_flags_win_over_the_recipe_and_other_methods_keep_theirs(capsys):
+    args = parse("--batch-size", "9", "--method", "deen", "--erase_area", "0.1", "0.3", "--img_h=64")
+    assert (args.batch_size, args.erase_area, args.img_h, args.epochs) == (9, [0.1, 0.3], 64, 151)
+    for method in METHODS.keys() - {"deen"}:
+        assert vars(parse("--method", method)) == vars(parse()) | {"method": method}
+    with pytest.raises(SystemExit):
+        parse("--method", "none")
+    assert "--method: invalid choice: 'none'" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"--erase_area 0.5 0.1: "):
+        train_ext_test0.check_flags(parse("--erase_area", "0.5", "0.1"))
+
+
+# ---- through the programs
+
+
+@pytest.fixture(scope="module")
+def tree(sysu_tree, tmp_path_factory):
+    """`sysu_tree`, prepared at SIZE."""
+    tree = tmp_path_factory.mktemp("deen") / "sysu"
+    tree.mkdir()
+    for item in sysu_tree.iterdir():
+        if item.suffix != ".npy":
+            (tree / item.name).symlink_to(item)
+    pre_process_sysu.main(["--data_path", str(tree), "--img_h", str(SIZE[0]), "--img_w", str(SIZE[1])])
+    return tree
+
+
+def deen_flags(tree, out, *more):
+    size = ["--img_h", str(SIZE[0]), "--img_w", str(SIZE[1]), "--method", "deen"]
+    return flags(tree, out, *size, *more)
+
+
+COMMON = ["--gpu", "cpu", "--workers", "0"]
+
+
+def test_training_testing_and_export(tree, tmp_path):
+    result = train_ext_test0.main(deen_flags(tree, tmp_path, "--epochs", "1"))
+    (entry,) = log_entries(result["log"])
+    parts = ("identity", "triplet", "centre", "orthogonal")
+    assert entry["total"] == pytest.approx(sum(entry[part] for part in parts), rel=1e-5)
+    assert "centre" in Path(result["log"]).with_suffix(".txt").read_text()
+    rows = testa.main(["--data_path", str(tree), "--resume", result["last"], *COMMON])
+    assert [row["feature"] for row in rows] == ["POOL", "FC"]
+    # Trained by its own test, too: the same search by the same features.
+    assert rows[1]["per_trial"][0]["metrics"]["mAP"] == pytest.approx(entry["FC/mAP"], abs=1e-3)
+    argv = ["--resume", result["last"], "--format", "safetensors", "--modality", "infrared", "--out", str(tmp_path)]
+    (exported,) = export.main(argv)
+    net, _, _ = evaluation.open_checkpoint(result["last"], str(tree))
+    images = torch.randint(256, (2, 3, *SIZE), dtype=torch.uint8)
+    features = export.load_embedding(exported["path"])(images)
+    torch.testing.assert_close(features, plain_features(net.eval(), images, "infrared"), rtol=0, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_is_the_unbroken_one(tree, tmp_path):
+    whole = train_ext_test0.main(deen_flags(tree, tmp_path / "whole", "--epochs", "2"))
+    train_ext_test0.main(deen_flags(tree, tmp_path / "broken", "--epochs", "1"))
+    resumed = train_ext_test0.main(deen_flags(tree, tmp_path / "broken", "--epochs", "2", "--resume", "auto"))
+    states = [torch.load(run["last"])["net"] for run in (whole, resumed)]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_the_size_of_the_prepared_images_is_named(sysu_tree, tmp_path, capsys):
+    assert exit_status(train_ext_test0, [*flags(sysu_tree, tmp_path), "--method", "deen", "--img_h", "384"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "384" in error
+
+
+@pytest.fixture(scope="module", params=[4, 3])
+def published_file(request, tmp_path_factory):
+    """A checkpoint as the published code writes them, of a small network; also what that code keeps without use."""
+    net = tiny(share_net=1, stages=request.param)
+    state = {published.published_name(name): value for name, value in net.state_dict().items()}
+    for number in range(1, 5):  # of the three whole networks
+        for part in ("visible_module.visible", "thermal_module.thermal", "base_resnet.base"):
+            state.setdefault(f"{part}.layer{number}.0.conv1.weight", torch.ones(1))
+    state |= {"base_resnet.base.conv1.weight": torch.ones(1), "thermal_module.thermal.fc.bias": torch.ones(1)}
+    path = tmp_path_factory.mktemp("published") / "sysu_deen_best.t"
+    torch.save({"net": state, "cmc": np.ones(20), "mAP": np.float64(0.5), "epoch": 7}, path)
+    return path, net
+
+
+def test_published_checkpoint_loads(published_file):
+    path, net = published_file
+    loaded, size, origin = evaluation.open_checkpoint(path, "data")
+    assert size == (384, 144)
+    assert loaded.options == net.options
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in loaded.state_dict().items())
+    assert origin["network"] == "deen, resnet18, 384x144, epoch 7"
+
+
+def test_a_damaged_published_checkpoint_is_refused_by_its_names(published_file, tmp_path):
+    content = torch.load(published_file[0], weights_only=False)
+    for name in ("MFA1.PNL.W.1.bias", "DEE.FC22.weight"):
+        del content["net"][name]
+        torch.save(content, tmp_path / "damaged.t")
+        with pytest.raises(InputError, match=rf"damaged\.t: does not fit its resnet18: '{name}' is missing"):
+            evaluation.open_checkpoint(tmp_path / "damaged.t", "data")
+        content = torch.load(published_file[0], weights_only=False)
+    content["net"]["MFA4.CNL.g.weight"] = torch.ones(1)
+    torch.save(content, tmp_path / "damaged.t")
+    with pytest.raises(InputError, match="'MFA4.CNL.g.weight' is no tensor of the published baseline"):
+        evaluation.open_checkpoint(tmp_path / "damaged.t", "data")
+
+
+@pytest.mark.slow
+def test_published_checkpoint_through_the_programs(published_file, sysu_tree, tmp_path):
+    path, net = published_file
+    rows = testa.main(["--data_path", str(sysu_tree), "--mode", "indoor", "--resume", str(path), *COMMON])
+    assert [row["feature"] for row in rows] == ["POOL", "FC"]
+    files = sorted(sysu_tree.glob("cam1/*/*.jpg"))[:2]
+    for feature, width in net.feature_widths.items():
+        embedder = Embedder(path, feature, gpu="cpu", workers=0)
+        assert embedder(files, "visible").shape == (2, embedder.dim) == (2, width)
+    argv = ["--resume", str(path), "--format", "onnx", "--modality", "visible", "--out", str(tmp_path)]
+    (exported,) = export.main(argv)
+    assert exported["cosine"] > 0.9999
+    visualize.main(
+        ["heatmap", "--data_path", str(sysu_tree), "--resume", str(path), *COMMON, "--queries", "1"]
+        + ["--out", str(tmp_path / "heat.png")]
+    )
+    assert (tmp_path / "heat.png").stat().st_size > 0

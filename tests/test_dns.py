@@ -1,0 +1,379 @@
+"""DNS against values of its published code, torchvision and plain loops; its recipe; its way through the programs."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torchvision.transforms import functional
+
+import loss
+import model
+import testa
+import train_ext_test0
+from ChannelAug import AUGMENTATIONS, random_exchange, random_hue
+from conftest import log_entries, tiny_flags
+from core import evaluation, published
+from loss import METHODS, AlignmentLoss, CircleLoss, DistillationLoss, MethodLoss, method_name
+from oracles import plain_features
+from tools import export
+from utils import InputError
+
+GOLDEN_DIR = Path(__file__).parent / "golden"
+sys.path.insert(0, str(GOLDEN_DIR))
+
+import published_state  # noqa: E402  (lies beside the golden values)
+
+GOLDEN = np.load(GOLDEN_DIR / "dns.npz")
+NETWORK = METHODS["dns"].network
+
+
+def golden_network():
+    arrays = published_state.state(GOLDEN_DIR / "dns_shapes.txt", seed=1)
+    state = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    net, size = model.load_network({"net": state, "epoch": 30}, "x.t")
+    assert size == (288, 144)
+    return net.double()
+
+
+def without_dropout(net):
+    for module in net.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return net.train()
+
+
+def tiny(**options):
+    torch.manual_seed(0)
+    return model.GFMNet(7, "resnet18", **{"share_net": 3, **NETWORK, **options})
+
+
+# ---- golden values
+
+
+def test_features_golden():
+    """Measured deviation 2.7e-8, which is the rounding of the golden values to float32."""
+    net = golden_network().eval()
+    assert method_name(net.options) == "dns"
+    assert net.options["share_net"] == 3
+    images = torch.from_numpy(published_state.images(2, 96, 48, 3)).double()
+    for row, modality in enumerate(("visible", "infrared")):
+        with torch.inference_mode():
+            features = net.embed(images[row : row + 1], modality)
+        for name, actual in zip(("pool", "fc"), features, strict=True):
+            assert (actual - torch.from_numpy(GOLDEN[f"{modality}_{name}"])).norm() < 1e-6
+
+
+BATCHES = ((3, 2, 16, 1.0), (6, 4, 8, 0.6), (4, 3, 12, 3.0))  # identities, images of each, width, spread
+
+
+class Given(nn.Module):
+    """In the place of the common space: gives what it is told."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.features = features
+
+    def forward(self, _):
+        return self.features
+
+
+@pytest.mark.parametrize("case", range(len(BATCHES)))
+def test_losses_and_gradients_golden(case):
+    """Measured deviation 1e-15."""
+    people, shots, width, spread = BATCHES[case]
+    pairs = people * shots
+    own = np.tile(np.repeat(published_state.fill(f"identities.{case}", (people, width), 1), shots, axis=0), (4, 1))
+    noise = published_state.fill(f"features.{case}", (4 * pairs, width), 1)
+    features = torch.from_numpy((own * width**0.5 + spread * width**0.5 * noise).astype(np.float64)).requires_grad_()
+    labels = torch.arange(people).repeat_interleave(shots)
+    normed, shifted = features.chunk(2)
+    branch = model.DomainBranch(width, people + 3).double()
+    for part, end in ((branch.classifiers, ""), (branch.followers, "_")):
+        for modality, classifier in part.items():
+            name = f"{modality}_classifier{end}.weight.{case}.weight"
+            weight = published_state.fill(name, (people + 3, width), 1)
+            classifier.weight.data = 3 * torch.from_numpy(weight).double()
+    branch.common = Given(shifted)
+    values = {
+        "circle": CircleLoss(0.45, 64)(normed, labels.repeat(2))[0],
+        "alignment": AlignmentLoss()(features.unflatten(0, (2, 2, -1)).movedim(2, 0), labels),
+        "distillation": DistillationLoss()(branch(shifted, normed, pairs), labels.repeat(2)),
+    }
+    for name, value in values.items():
+        assert value.item() == pytest.approx(GOLDEN[f"losses/{case}/{name}"].item(), rel=1e-6)
+        (gradient,) = torch.autograd.grad(value, features, retain_graph=True)
+        np.testing.assert_allclose(gradient, GOLDEN[f"losses/{case}/{name}_gradient"], rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_trajectory_golden():
+    """Five SGD steps without dropout. Measured deviation of the losses 1e-11, of the first gradients' norms 1e-14."""
+    net = without_dropout(golden_network())
+    optimizer = train_ext_test0.build_optimizer(net, "sgd", 1e-3, METHODS["dns"].rates)
+    for group in optimizer.param_groups:
+        group["lr"] *= group["lr_scale"]
+    criterion, norms = MethodLoss("dns", margin=0.45, gamma=64.0), None
+    for step, expected in enumerate(GOLDEN["trajectory"]):
+        base = np.tile(np.repeat(published_state.images(3, 48, 24, 6100 + step), 2, axis=0), (2, 1, 1, 1))
+        images = torch.from_numpy(0.5 * published_state.images(12, 48, 24, 2100 + step) + base).double()
+        labels = (3 * step + torch.arange(3).repeat_interleave(2)).repeat(2)
+        losses = criterion(net(images[:6], images[6:]), labels)
+        optimizer.zero_grad()
+        losses.total.backward()
+        norms = norms or {name: p.grad.norm().item() for name, p in net.named_parameters() if p.grad is not None}
+        optimizer.step()
+        values = [losses.total, losses.identity, losses.triplet, losses.alignment, losses.distillation]
+        assert [value.item() for value in values] == pytest.approx(expected, rel=1e-6)
+    theirs = dict(zip(GOLDEN["names"].tolist(), GOLDEN["norms"].tolist(), strict=True))
+    ours = model.convert_published_state({name: name for name in theirs})
+    assert len(ours) == 252
+    assert norms == pytest.approx({name: theirs[their] for name, their in ours.items()}, rel=1e-3)
+    followers = [net.domain.followers[modality].weight.norm().item() for modality in ("visible", "infrared")]
+    assert followers == pytest.approx(GOLDEN["momentum"], rel=1e-6)
+
+
+@pytest.mark.parametrize("dataset", ["sysu", "regdb", "llcm"])
+def test_views_are_distributed_as_the_published_ones(dataset):
+    """Of each pixel the mean and the deviation, in standard errors."""
+    args = train_ext_test0.get_args_parser().parse_args(["--method", "dns", "--dataset", dataset])
+    name = METHODS["dns"].augmentations.get(dataset, METHODS["dns"].augmentation)
+    augment = AUGMENTATIONS[name](args.augc, args.rande, args.padding, args.erase_area)
+    torch.manual_seed(0)
+    image = torch.from_numpy(GOLDEN["augmentation/image"]).permute(2, 0, 1).expand(8000, -1, -1, -1)
+    visible, infrared, labels = augment(image, image, torch.zeros(len(image)))
+    assert len(labels) == 2 * len(image)
+    error = (1 / len(image) + 1 / GOLDEN["augmentation/draws"].item()) ** 0.5
+    for modality, views in (("visible", visible), ("infrared", infrared)):
+        mean, deviation = (
+            torch.from_numpy(GOLDEN[f"augmentation/{dataset}_{modality}_{part}"]) for part in ("mean", "deviation")
+        )
+        z = (views - mean) / deviation
+        square = z.square()
+        assert z.mean(dim=0).abs().max() < 6 * error
+        assert ((square.mean(dim=0) - 1) / square.std(dim=0)).abs().max() < 6 * error
+
+
+# ---- the network
+
+
+@torch.no_grad()
+def test_space_shift_is_the_published_formula():
+    """With the shift of every position written out."""
+    torch.manual_seed(1)
+    block = model.SpaceShift(64).double().eval()
+    x = torch.randn(2, 64, 5, 3, dtype=torch.float64)
+    shift = torch.einsum("bch,bcw->bchw", x.amax(dim=3).softmax(dim=2), x.amax(dim=2).softmax(dim=2))
+    profile = torch.cat([(x + shift).mean(dim=3), (x + shift).mean(dim=2)], dim=2)[..., None]
+    profile = block.squeeze[1](block.squeeze[0](profile))
+    profile = profile * F.relu6(profile + 3) / 6
+    rows, columns = block.rows(profile[:, :, :5]).sigmoid(), block.columns(profile[:, :, 5:]).sigmoid()
+    torch.testing.assert_close(block(x), x * rows * columns.mT)
+
+
+def test_followers_follow_in_training_only():
+    net, images = tiny(), torch.randn(4, 3, 48, 16)
+    nn.init.zeros_(net.domain.classifiers["visible"].weight)
+    before = net.domain.followers["visible"].weight.clone()
+    net.eval()(images, images)
+    assert torch.equal(net.domain.followers["visible"].weight, before)
+    net.train()(images, images)
+    torch.testing.assert_close(net.domain.followers["visible"].weight, 0.8 * before)
+
+
+@pytest.mark.parametrize("share_net", range(1, 6))
+def test_all_parameters_learn_but_the_followers(share_net):
+    net = tiny(share_net=share_net).train()
+    images, labels = torch.randn(4, 3, 48, 16), torch.arange(2).repeat_interleave(2).repeat(2)
+    MethodLoss("dns", margin=0.45, gamma=64)(net(images, images), labels).total.backward()
+    assert {name for name, p in net.named_parameters() if p.grad is None} == {
+        f"domain.followers.{modality}.weight" for modality in ("visible", "infrared")
+    }
+    assert net.bottleneck.bias.requires_grad
+
+
+# ---- losses against plain loops
+
+
+def test_circle_loss_is_the_plain_loop():
+    torch.manual_seed(2)
+    labels = torch.arange(3).repeat(3)
+    features = torch.randn(9, 4, dtype=torch.float64)
+    units = [x / x.norm() for x in features]
+    total, right = 0.0, 0
+    for i in range(9):
+        cosines = {j: (units[i] @ units[j]).item() for j in range(9) if j != i}
+        near = [s for j, s in cosines.items() if labels[j] == labels[i]]
+        far = [s for j, s in cosines.items() if labels[j] != labels[i]]
+        positive = sum(np.exp(5 * max(1.3 - s, 0) * (0.7 - s)) for s in near)
+        negative = sum(np.exp(5 * max(s + 0.3, 0) * (s - 0.3)) for s in far)
+        total += np.log(1 + positive * negative) / 9 / 9
+        right += min(near) >= max(far)
+    value, correct = CircleLoss(0.3, 5.0)(features, labels)
+    assert value.item() == pytest.approx(total, rel=1e-9)
+    assert correct == right
+
+
+def test_equal_samples_have_no_discrepancy_and_distant_ones_have():
+    torch.manual_seed(3)
+    x = torch.randn(6, 4)
+    assert loss.mean_discrepancy(x, x).abs() < 1e-6
+    assert loss.mean_discrepancy(x, x + 10) > 1
+
+
+# ---- augmentation
+
+
+@pytest.mark.parametrize("draw", [0.0, 0.3, 0.75, 0.999])
+def test_hue_is_torchvision_s(draw, monkeypatch):
+    torch.manual_seed(4)
+    images = torch.rand(4, 3, 5, 4)
+    images[0, :, 0, 0] = 0.5  # gray
+    images[0, :, 0, 1] = 0
+    monkeypatch.setattr(torch, "rand", lambda *shape, device: torch.full(shape, draw))
+    expected = functional.adjust_hue(images, draw - 0.5)
+    torch.testing.assert_close(random_hue(images), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("gray", [True, False])
+def test_exchange_has_the_published_shares(gray):
+    torch.manual_seed(5)
+    images = torch.randn(6000, 3, 2, 2)
+    before, out = images.clone(), random_exchange(images, gray=gray)
+    assert torch.equal(images, before)
+    luminance = (images * torch.tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(dim=1, keepdim=True)
+    cases = [images[:, i : i + 1].expand_as(images) for i in range(3)] + [luminance.expand_as(images), images]
+    shares = [torch.isclose(out, case, atol=1e-6).flatten(1).all(dim=1).float().mean().item() for case in cases]
+    expected = [1 / 6, 1 / 6, 1 / 6, 1 / 6, 1 / 3] if gray else [2 / 9, 2 / 9, 2 / 9, 0, 1 / 3]
+    assert shares == pytest.approx(expected, abs=0.03)
+
+
+# ---- the recipe
+
+
+def parse(*argv):
+    return train_ext_test0.get_args_parser().parse_args(argv)
+
+
+def test_defaults_are_the_published_recipe():
+    args = parse("--method", "dns")
+    assert (args.img_h, args.img_w, args.batch_size, args.num_pos, args.epochs) == (288, 144, 6, 4, 100)
+    assert (args.lr, args.optim, args.margin, args.gamma, args.share_net) == (0.2, "sgd", 0.45, 64, 3)
+    assert parse("--method=dns", "--dataset=regdb").lr == 0.1
+    assert parse("--method=dns", "--dataset=regdb", "--lr=0.3").lr == 0.3
+
+
+def test_schedule_is_the_published_one():
+    """Epoch ends at 1e-4 of the rate, at the rate in epoch 16, at 0 in epoch 100; of 10 steps, nine count."""
+    net, args = tiny(), parse("--method", "dns")
+    optimizer = train_ext_test0.build_optimizer(net, "sgd", args.lr, METHODS["dns"].rates)
+    assert [group["lr_scale"] for group in optimizer.param_groups] == [0.1, 0.2, 0.25, 1.0]
+    names = {id(p): name for name, p in net.named_parameters()}
+    parts = [{names[id(p)] for p in group["params"]} for group in optimizer.param_groups]
+    assert all(name.startswith("shared.layer3.") for name in parts[1])
+    assert all(name.startswith("shared.layer4.") for name in parts[2])
+    assert {name.rsplit(".", 1)[0] for name in parts[3]} == {
+        "bottleneck", "classifier", "domain.classifiers.visible", "domain.classifiers.infrared"
+    }  # fmt: skip
+    for epoch, start, end in ((0, 2e-5, 0.2 / 16 + 2e-5 * 15 / 16), (16, 0.2, 0.2 * 83 / 84), (99, 0.2 / 84, 0)):
+        rates = [train_ext_test0.set_rates(optimizer, args, epoch, 10, step) for step in range(10)]
+        whole = np.linspace(start, end, 10)[:9]
+        assert rates == pytest.approx([whole[-1], *whole])
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(
+            [rates[-1] * scale for scale in (0.1, 0.2, 0.25, 1.0)]
+        )
+
+
+# ---- through the programs
+
+
+def dns_flags(tree, out, *more):
+    return tiny_flags(tree, out, "--method", "dns", "--amp", "off", *more)
+
+
+COMMON = ["--gpu", "cpu", "--workers", "0"]
+
+
+def test_training_testing_and_export(tiny_tree, tmp_path):
+    result = train_ext_test0.main(dns_flags(tiny_tree, tmp_path, "--epochs", "1"))
+    (entry,) = log_entries(result["log"])
+    parts = ("identity", "triplet", "alignment", "distillation")
+    assert entry["total"] == pytest.approx(sum(entry[part] for part in parts), rel=1e-5)
+    rows = testa.main(["--data_path", str(tiny_tree), "--resume", result["last"], *COMMON])
+    assert rows[1]["per_trial"][0]["metrics"]["mAP"] == pytest.approx(entry["FC/mAP"], abs=1e-3)
+    argv = ["--resume", result["last"], "--format", "safetensors", "--modality", "infrared", "--out", str(tmp_path)]
+    (exported,) = export.main(argv)
+    net, _, _ = evaluation.open_checkpoint(result["last"], str(tiny_tree))
+    images = torch.randint(256, (2, 3, 48, 16), dtype=torch.uint8)
+    file = export.load_embedding(exported["path"])
+    assert file.net.domain is None
+    torch.testing.assert_close(file(images), plain_features(net.eval(), images, "infrared"), rtol=0, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_is_the_unbroken_one(tiny_tree, tmp_path):
+    """And --epochs, which decides the rates, may not change."""
+    whole = train_ext_test0.main(dns_flags(tiny_tree, tmp_path / "whole", "--epochs", "2"))
+    train_ext_test0.main(dns_flags(tiny_tree, tmp_path / "other", "--epochs", "1"))
+    with pytest.raises(InputError, match="was saved with --epochs 1, but this run uses --epochs 2"):
+        train_ext_test0.main(dns_flags(tiny_tree, tmp_path / "other", "--epochs", "2", "--resume", "auto"))
+    flags = dns_flags(tiny_tree, tmp_path / "broken", "--epochs", "2")
+    epoch_ends = []
+    with pytest.MonkeyPatch.context() as patch:
+        end_epoch = train_ext_test0.Run.end_epoch
+
+        def stop_after_one(run, entry):
+            end_epoch(run, entry)
+            epoch_ends.append(entry["epoch"])
+            raise KeyboardInterrupt
+
+        patch.setattr(train_ext_test0.Run, "end_epoch", stop_after_one)
+        with pytest.raises(KeyboardInterrupt):
+            train_ext_test0.main(flags)
+    assert epoch_ends == [0]
+    resumed = train_ext_test0.main([*flags, "--resume", "auto"])
+    states = [torch.load(run["last"])["net"] for run in (whole, resumed)]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+@pytest.fixture(scope="module")
+def published_file(tmp_path_factory):
+    """A checkpoint as the published code writes them, of a small network; also what that code keeps without use."""
+    net = tiny()
+    state = {published.published_name(name, shift=True): value for name, value in net.state_dict().items()}
+    assert {name.split(".")[0] for name in state} == {
+        "visible", "thermal", "base", "bottleneck", "classifier", "CSS", "DD"
+    }  # fmt: skip
+    for number in (1, 2):
+        state[f"base.base.layer{number}.0.conv1.weight"] = torch.ones(1)
+    path = tmp_path_factory.mktemp("published") / "sysu_dns_best.pth"
+    torch.save({"net": state, "cmc": np.ones(20), "mAP": np.float64(0.5), "epoch": 7}, path)
+    return path, net
+
+
+def test_published_checkpoint_loads(published_file):
+    path, net = published_file
+    loaded, size, origin = evaluation.open_checkpoint(path, "data")
+    assert size == (288, 144)
+    assert loaded.options == net.options
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in loaded.state_dict().items())
+    assert origin["network"] == "dns, resnet18, 288x144, epoch 7"
+    content = torch.load(path, weights_only=False)
+    for name in ("base.HSS4.conv_h.weight", "thermal.thermal.bn1.bias"):
+        damaged = {other: value for other, value in content["net"].items() if other != name}
+        torch.save({"net": damaged}, path.with_name("damaged.t"))
+        with pytest.raises(InputError, match=f"'{name}' is missing"):
+            evaluation.open_checkpoint(path.with_name("damaged.t"), "data")
+
+
+@pytest.mark.slow
+def test_published_checkpoint_through_the_programs(published_file, sysu_tree, tmp_path):
+    path, _ = published_file
+    rows = testa.main(["--data_path", str(sysu_tree), "--mode", "indoor", "--resume", str(path), *COMMON])
+    assert [row["feature"] for row in rows] == ["POOL", "FC"]
+    argv = ["--resume", str(path), "--format", "onnx", "--modality", "visible", "--out", str(tmp_path)]
+    (exported,) = export.main(argv)
+    assert exported["cosine"] > 0.9999
