@@ -1,5 +1,4 @@
-"""The losses: batch-hard, weighted and squared triplets, aligned local parts, those of DEEN and DNS, and the spec of
-each `--method`.
+"""The losses: batch-hard, weighted and squared triplets, aligned local parts, and the spec of each `--method`.
 
 d+ and d- are an anchor's distances to its positives (itself included, as published) and its negatives.
 """
@@ -10,42 +9,19 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
+from core.deen import CentrePairLoss, OrthogonalLoss
+from core.distances import euclidean, pairwise_distance, same_identity
+from core.distributed import gather
+from core.dns import AlignmentLoss, CircleLoss, DistillationLoss
 from utils import full_precision
 
 WEIGHTINGS = ("published", "exact", "stable")
 STABLE_MEAN = 4.0  # "stable": the mean distance of a batch, within the range where all weightings nearly agree
 EXPONENT_LIMIT = 44.0  # published: the squared triplet's exponent is clamped here
 AT_LN2 = 0.07  # an exponent up to which log(1 + exp) is within 5 % of ln 2
-
-
-def euclidean(x, y):
-    """Euclidean distances [..., N, M] of x [..., N, C] and y [..., M, C], at least in float32; squared distances below
-    1e-12 count as 1e-12.
-
-    |x|^2 + |y|^2 - 2xy in float64: many times faster than forming all differences, and it keeps the digits of near
-    features, which float32 (and TF32 all the more) would cancel. (Features that are equal come out at 1e-8 of their
-    length or less, without gradient.)
-    """
-    wide = x.double()
-    other = wide if y is x else y.double()
-    norms = torch.linalg.vecdot(wide, wide)
-    others = norms if y is x else torch.linalg.vecdot(other, other)
-    squared = norms[..., :, None] + others[..., None, :] - 2 * (wide @ other.mT)
-    return squared.clamp_min(1e-12).sqrt().to(full_precision(x).dtype)
-
-
-def pairwise_distance(x):
-    """`euclidean` of features [N, C] among each other: [N, N]."""
-    return euclidean(x, x)
-
-
-def same_identity(labels):
-    """Boolean [N, N]: True where two samples show one person (the diagonal included)."""
-    return labels[:, None] == labels[None, :]
 
 
 def weighted_mean(distance, scores, mask, weighting):
@@ -245,146 +221,6 @@ class AlignedLocalLoss(nn.Module):
         return F.relu(self.margin + near - far).mean()
 
 
-class CentrePairLoss(nn.Module):
-    """Centre-guided pair mining (Zhang and Wang, "Diverse Embedding Expansion Network", CVPR 2023), as published.
-
-    forward(features [N, E, 2, C], labels [N]) -> loss. features: of N visible (0) and N infrared (1) images, E
-    embeddings each: the plain one, then the expanded ones. Everything is measured between centres, an identity's mean
-    embeddings. d+ is the distance of an expanded centre to the plain one of the other modality. It is to be smaller, by
-    the margin, than the distance to the plain centre of its own modality (a constant), and, at half the weight each,
-    than the smallest distance between two identities' expanded centres of its modality, and between two plain ones.
-    The loss is the mean over identities and modalities, summed over the expansions.
-    """
-
-    def __init__(self, margin=0.2):
-        super().__init__()
-        self.margin = margin
-
-    def forward(self, features, labels):
-        same = same_identity(labels)
-        weights = same.to(features.dtype) / same.sum(dim=1, keepdim=True)
-        centres = (weights @ features.flatten(1)).view_as(features).permute(1, 2, 0, 3)  # [E, 2, N, C], a row an image
-        plain, expanded = centres[:1], centres[1:]
-        nearest = euclidean(centres, centres).masked_fill(same, math.inf).amin(dim=3)
-        positive = _distance(expanded, plain.flip(1))
-        own = _distance(expanded, plain).detach()
-        terms = self._hinge(positive - own)
-        terms = terms + 0.5 * (self._hinge(positive - nearest[1:]) + self._hinge(positive - nearest[:1]))
-        return terms.mean(dim=(1, 2)).sum()
-
-    def _hinge(self, difference):
-        return F.relu(difference + self.margin)
-
-
-def _distance(x, y):
-    """Euclidean distances [...] of the rows of x and y [..., C]; squared distances below 1e-12 count as 1e-12."""
-    return (x - y).square().sum(dim=-1).clamp_min(1e-12).sqrt()
-
-
-class OrthogonalLoss(nn.Module):
-    """Keeps the two expansions of an embedding apart (Zhang and Wang, CVPR 2023): their inner product.
-
-    forward(features [N, 3, 2, C], labels [N]) -> loss: the mean over images, divided by the number of embeddings, as
-    published.
-    """
-
-    def forward(self, features, labels):
-        return (features[:, 1] * features[:, 2]).sum(dim=-1).mean() / features.shape[1]
-
-
-class CircleLoss(nn.Module):
-    """Circle loss (Sun et al., CVPR 2020) of each anchor, as DNS has it, of features of unit length.
-
-    forward(features [N, C], labels [N]) -> (loss, correct): the mean over anchors of softplus(log-sum-exp over
-    positives + log-sum-exp over negatives), divided by N once more, as published. The anchor is no positive of its own.
-    correct: how many anchors are nearer to all their positives than to any negative.
-    """
-
-    MASKED = 99999999.0  # published: what is taken off the logits of other pairs
-
-    def __init__(self, margin=0.45, gamma=64.0):
-        super().__init__()
-        self.margin, self.gamma = margin, gamma
-
-    def forward(self, features, labels):
-        features = F.normalize(features)
-        cosine, same = features @ features.mT, same_identity(labels)
-        positive = same & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
-        # The published weights are those of the masked cosines: of other pairs they do not matter.
-        pull = (1 + self.margin - cosine.detach()).clamp_min(0) * (1 - self.margin - cosine)
-        push = (cosine.detach() + self.margin).clamp_min(0) * (cosine - self.margin)
-        near, far = (
-            (self.gamma * logits - self.MASKED * ~mask).logsumexp(dim=1)
-            for logits, mask in ((pull, positive), (push, ~same))
-        )
-        least = cosine.masked_fill(~positive, math.inf).amin(dim=1)
-        correct = least >= cosine.masked_fill(same, -math.inf).amax(dim=1)
-        return F.softplus(near + far).mean() / len(features), correct.sum()
-
-
-class AlignmentLoss(nn.Module):
-    """Domain alignment of DNS (Jiang et al., "Domain Shifting", ECCV 2024).
-
-    forward(features [N, 2, 2, C], labels [N]) -> loss. features: of N visible (0) and N infrared (1) images, in their
-    own space (0) and in the common one (1). 0.45 x the discrepancies between the modalities, of either space, + 0.05 x
-    those between the spaces, of either modality. All features get unit length.
-    """
-
-    def forward(self, features, labels):
-        (visible, infrared), (common_visible, common_infrared) = F.normalize(features, dim=3).permute(1, 2, 0, 3)
-        between = mean_discrepancy(visible, infrared) + mean_discrepancy(common_visible, common_infrared)
-        within = mean_discrepancy(visible, common_visible) + mean_discrepancy(infrared, common_infrared)
-        return 0.45 * between + 0.05 * within
-
-
-def mean_discrepancy(x, y, kernels=5):
-    """Maximum mean discrepancy (Gretton et al., JMLR 2012) of x, y [N, C], by a sum of Gaussian kernels.
-
-    Their bandwidths are 1/4, 1/2, ... 4 times the mean squared distance of two samples, which counts as a constant.
-    """
-    samples = torch.cat([x, y])
-    squared = (samples[:, None] - samples).square().sum(dim=2)
-    bandwidth = squared.detach().sum() / (len(samples) ** 2 - len(samples))
-    kernel = sum((-squared / (bandwidth * 2.0 ** (i - kernels // 2))).exp() for i in range(kernels))
-    (xx, xy), (yx, yy) = (half.split(len(x), dim=1) for half in kernel.split(len(x)))
-    return xx.mean() + yy.mean() - xy.mean() - yx.mean()
-
-
-class DistillationLoss(nn.Module):
-    """Domain distillation of DNS (Jiang et al., ECCV 2024).
-
-    forward(domain, labels [N]) -> loss. domain: a `model.Domain` of N images. The Kullback-Leibler divergence of the
-    other modality's prediction (a constant) from the own one's, a mean over images that is summed over the two spaces,
-    + cross-entropy of the own ones.
-    """
-
-    def forward(self, domain, labels):
-        own, other = (full_precision(logits).log_softmax(dim=1) for logits in (domain.own, domain.other))
-        divergence = F.kl_div(other, own, log_target=True, reduction="sum") / len(labels)
-        return divergence + F.nll_loss(own, labels.repeat(2))
-
-
-class _Gather(torch.autograd.Function):
-    """Every process uses the rows of all processes: a row's gradient is the sum of theirs."""
-
-    @staticmethod
-    def forward(ctx, tensor):
-        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, tensor)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-def gather(tensor):
-    """Rows of all processes, in the order of the processes, with gradient: [N, ...] -> [processes x N, ...]."""
-    return _Gather.apply(tensor.contiguous()) if dist.is_initialized() else tensor
-
-
 class Losses(NamedTuple):
     """The losses of a batch, each a scalar tensor. `correct` is the share of anchors with d- >= d+. A method with
     `terms` adds a field for each of them."""
@@ -463,14 +299,7 @@ METHODS = {
             "orthogonal": (0.01, lambda batch: OrthogonalLoss()(batch.embeddings, batch.identities)),
         },
         augmentation="gray",
-        recipe={
-            "img_h": 384,
-            "batch_size": 6,
-            "share_net": 1,
-            "epochs": 151,
-            "milestones": [20, 80],
-            "eval_every": 1,
-        },
+        recipe={"img_h": 384, "batch_size": 6, "share_net": 1, "epochs": 151, "milestones": [20, 80], "eval_every": 1},
         recipes={"sysu": {"erase_area": [0.2, 0.8]}, "regdb": {"stages": 3}},
     ),
     "dns": Method(
@@ -511,10 +340,10 @@ class MethodLoss(nn.Module):
 
     Cross-entropy of the logits + the triplet loss of the pooled features + 0.5 x the local loss, if there is one, +
     the method's weighted terms. The images of an expanded network have several rows each, all of which count. Terms
-    need as many visible as infrared images, of the same identities in the same order.
-    Everything is computed in float32, whatever precision the network ran in. Of several processes, each computes
-    the triplet and local losses and the terms of the whole batch and the cross-entropy of its own rows.
-    `DistributedDataParallel` takes the mean of their gradients, which is then the gradient of the whole batch.
+    need as many visible as infrared images, of the same identities in the same order. Everything is computed in
+    float32, whatever precision the network ran in. Of several processes, each computes the triplet and local losses and
+    the terms of the whole batch and the cross-entropy of its own rows. `DistributedDataParallel` takes the mean of
+    their gradients, which is then the gradient of the whole batch.
     """
 
     LOCAL_WEIGHT = 0.5

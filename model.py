@@ -19,6 +19,8 @@ import torch.nn.functional as F
 import torchvision
 
 from core.checkpoint import check_state, load_weights
+from core.deen import EXPANSIONS, Aggregation, Expansion
+from core.dns import Domain, DomainBranch, SpaceShift
 from core.published import (
     convert_published_state,
     is_published,
@@ -34,11 +36,7 @@ NON_LOCAL_BLOCKS = {"layer2": 2, "layer3": 3}  # after that many of a stage's la
 STRIPE_ROWS = 3  # rows of the feature map in one stripe of the local branch
 LOCAL_WIDTH = 128
 REDUCTION = 16  # of the channel attention's hidden layer
-EXPANSIONS = 2  # embeddings that DEEN generates from each one
-DILATIONS = (1, 2, 3)  # of the convolutions that generate one
-DROPOUT = 0.01  # of the expanded feature maps of DEEN, and of DNS's common space
 SHIFTED_STAGES = (3, 4)  # after which DNS has a `SpaceShift`
-FOLLOW = 0.2  # how far a follower of `DomainBranch` goes to its classifier in a step
 
 
 class Output(NamedTuple):
@@ -51,17 +49,7 @@ class Output(NamedTuple):
     pooled: torch.Tensor
     logits: torch.Tensor
     local: torch.Tensor | None
-    domain: "Domain | None" = None
-
-
-class Domain(NamedTuple):
-    """normed, shifted [A+B, C]: embeddings after the bottleneck, and in the common space; own, other [2 (A+B), K]: of
-    these and of those, logits of the classifier of the image's own modality, and of the other one's follower."""
-
-    normed: torch.Tensor
-    shifted: torch.Tensor
-    own: torch.Tensor
-    other: torch.Tensor
+    domain: Domain | None = None
 
 
 class NonLocal(nn.Module):
@@ -105,76 +93,6 @@ class Attention(nn.Module):
         return self.non_local(x * (channel.sigmoid() + spatial.sigmoid()) / 2)
 
 
-class CrossNonLocal(nn.Module):
-    """Non-local block of two feature maps (DEEN): high [B, C, H, W] attends to low [B, C', H', W'] -> as `high`.
-
-    inner: channels of g, theta and phi. The closing batch norm starts at zero, so the block starts as identity.
-    """
-
-    def __init__(self, channels, low_channels, inner):
-        super().__init__()
-        self.g = nn.Conv2d(low_channels, inner, 1)
-        self.theta = nn.Conv2d(channels, inner, 1)
-        self.phi = nn.Conv2d(low_channels, inner, 1)
-        self.out = nn.Conv2d(inner, channels, 1)
-        self.norm = nn.BatchNorm2d(channels)
-        nn.init.zeros_(self.norm.weight)
-        nn.init.zeros_(self.norm.bias)
-
-
-class ChannelNonLocal(CrossNonLocal):
-    """Affinities between channels; `low` has `stride` times the height and width of `high`, and is reduced to them."""
-
-    def __init__(self, channels, low_channels, stride):
-        super().__init__(channels, low_channels, low_channels)
-        for convolution in (self.phi, self.out):
-            convolution.stride = (stride, stride)
-
-    def forward(self, high, low):
-        affinity = self.theta(high).flatten(2) @ self.phi(low).flatten(2).mT / low.shape[1]
-        y = affinity @ self.g(low).flatten(2)
-        return high + self.norm(self.out(y.view_as(low)))
-
-
-class PositionNonLocal(CrossNonLocal):
-    """Affinities between positions, of half of the channels.
-
-    As published, the upper and the lower half of a map count as channels of their own: position n and the one half a
-    map later go together, so maps need an even number of positions. Published: y = (theta' phi / N) g' with an affinity
-    of N' x N positions. Here y = theta' (phi g' / N): the same value, by a matrix of channels.
-    """
-
-    def __init__(self, channels, low_channels):
-        super().__init__(channels, low_channels, low_channels // 2)
-
-    def forward(self, high, low):
-        theta, phi, g = (self._halves(part) for part in (self.theta(high), self.phi(low), self.g(low)))
-        y = (g @ phi.mT / g.shape[2]) @ theta
-        return high + self.norm(self.out(y.flatten(1).unflatten(1, (-1, *high.shape[2:]))))
-
-    @staticmethod
-    def _halves(x):
-        """[B, C, H, W] -> [B, 2 C, H W / 2]."""
-        if x.shape[2] * x.shape[3] % 2:
-            raise InputError(
-                f"--method deen: a feature map has {x.shape[2]} x {x.shape[3]} positions, an odd number; choose an "
-                "--img_h that is a multiple of 32"
-            )
-        return x.flatten(1).unflatten(1, (2 * x.shape[1], -1))
-
-
-class Aggregation(nn.Module):
-    """DEEN's multistage feature aggregation: a stage's output and input, by channels and then by positions."""
-
-    def __init__(self, channels, low_channels, stride):
-        super().__init__()
-        self.channel = ChannelNonLocal(channels, low_channels, stride)
-        self.position = PositionNonLocal(channels, low_channels)
-
-    def forward(self, high, low):
-        return self.position(self.channel(high, low), low)
-
-
 class Stage(nn.Module):
     """One stage of a backbone, with non-local blocks after its last blocks. low_channels: those of its input, which
     `Aggregation` then adds to its output; None adds nothing."""
@@ -195,96 +113,6 @@ class Stage(nn.Module):
             if i >= first:
                 x = self.non_local[i - first](x)
         return x if self.aggregation is None else self.aggregation(x, low)
-
-
-class DilatedBranch(nn.Module):
-    """One expansion of `Expansion`: the mean of dilated convolutions, ReLU, 1x1 convolution. Keeps the shape."""
-
-    def __init__(self, channels):
-        super().__init__()
-        hidden = channels // 4
-        self.dilated = nn.ModuleList(
-            nn.Conv2d(channels, hidden, 3, padding=d, dilation=d, bias=False) for d in DILATIONS
-        )
-        self.out = nn.Conv2d(hidden, channels, 1)
-        for convolution in (*self.dilated, self.out):
-            nn.init.kaiming_normal_(convolution.weight)
-
-    def forward(self, x):
-        return self.out((sum(convolution(x) for convolution in self.dilated) / len(self.dilated)).relu())
-
-
-class Expansion(nn.Module):
-    """DEEN's diverse embedding expansion: [B, C, H, W] -> [3 B, C, H, W], the input and what is generated from it."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.branches = nn.ModuleList(DilatedBranch(channels) for _ in range(EXPANSIONS))
-        self.dropout = nn.Dropout(DROPOUT)
-
-    def forward(self, x):
-        return self.dropout(torch.cat([x, *(branch(x) for branch in self.branches)]))
-
-
-class SpaceShift(nn.Module):
-    """DNS's heterogeneous space shifting: coordinate attention of a feature map [B, C, H, W] that is shifted by its
-    maxima's distribution over rows and columns. Keeps the shape.
-
-    The published shift is the product of two softmaxes, over rows and over columns. Only its means over a row and a
-    column are used: each is one softmax, divided by the number of the other's positions.
-    """
-
-    def __init__(self, channels):
-        super().__init__()
-        hidden = max(8, channels // 32)
-        self.squeeze = nn.Sequential(nn.Conv2d(channels, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.Hardswish())
-        self.rows = nn.Conv2d(hidden, channels, 1, bias=False)
-        self.columns = nn.Conv2d(hidden, channels, 1, bias=False)
-
-    def forward(self, x):
-        height, width = x.shape[2:]
-        rows = x.mean(dim=3, keepdim=True) + x.amax(dim=3, keepdim=True).softmax(dim=2) / width
-        columns = x.mean(dim=2, keepdim=True) + x.amax(dim=2, keepdim=True).softmax(dim=3) / height
-        rows, columns = self.squeeze(torch.cat([rows, columns.mT], dim=2)).split([height, width], dim=2)
-        return x * self.columns(columns.mT).sigmoid() * self.rows(rows).sigmoid()
-
-
-class DomainBranch(nn.Module):
-    """DNS's common space and domain distillation, in training only.
-
-    forward(means [N, C] of the feature maps, normed [N, C], visible: number of visible images) -> Domain. In training,
-    the followers, which learn nothing themselves, go towards their classifiers before they are used.
-    """
-
-    def __init__(self, channels, num_classes):
-        super().__init__()
-        self.common = nn.Sequential(
-            nn.LayerNorm(channels),
-            nn.Linear(channels, 4 * channels),
-            nn.GELU(),
-            nn.Dropout(DROPOUT),
-            nn.Linear(4 * channels, channels),
-            nn.Dropout(DROPOUT),
-        )
-        self.classifiers = nn.ModuleDict({m: nn.Linear(channels, num_classes, bias=False) for m in MODALITIES})
-        self.followers = copy.deepcopy(self.classifiers).requires_grad_(False)
-
-    def forward(self, means, normed, visible):
-        shifted = self.common(means + means.softmax(dim=1))
-        if self.training:
-            self._follow()
-        own, other = [], []
-        for features in (normed, shifted):
-            first, second = features.tensor_split([visible])
-            own += [self.classifiers["visible"](first), self.classifiers["infrared"](second)]
-            with torch.no_grad():
-                other += [self.followers["infrared"](first), self.followers["visible"](second)]
-        return Domain(normed, shifted, torch.cat(own), torch.cat(other))
-
-    @torch.no_grad()
-    def _follow(self):
-        for modality in MODALITIES:
-            self.followers[modality].weight.lerp_(self.classifiers[modality].weight, FOLLOW)
 
 
 class GeM(nn.Module):

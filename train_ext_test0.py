@@ -9,7 +9,6 @@ set, as published; --select val trains on fewer identities and chooses by the va
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,7 +16,8 @@ from ChannelAug import AUGMENTATIONS, ERASE_AREA, PADDING, normalise
 from core import engine, results
 from core.datasets import DATASETS, check_options, option_values, search_title
 from core.distributed import broadcast_buffers, leave_processes, start_processes
-from core.log import read_json_lines
+from core.log import log_epoch, read_json_lines
+from core.optim import build_optimizer, set_rates
 from core.run import Run
 from data_loader import CACHES, IdentitySampler, eval_loader, train_loader
 from loss import METHODS, WEIGHTINGS, MethodLoss
@@ -329,41 +329,6 @@ def test_epoch(net, eval_loaders, search, device, amp):
     return TestResult({feature: found for (feature, _), found in matches.items()}, features)
 
 
-def log_epoch(log, title, entry, args):
-    """The epoch's line in the log, and warnings of what its entry shows to be wrong."""
-    names = ("total", "identity", "triplet", "local", "correct", *METHODS[args.method].terms)
-    line = f"{title}  lr {entry['lr']:.4g}" + "".join(f"  {name} {entry[name]:.3f}" for name in names)
-    if "FC/Rank-1" in entry:
-        line += "".join(f"  {metric} {entry[f'FC/{metric}']:.2f}" for metric in ("Rank-1", "mAP", "mINP"))
-    log.text(f"{line}  {entry['images_per_second']:.0f} img/s")
-    for warning in warnings(entry, args):
-        log.text(f"warning: {warning}")
-
-
-def warnings(entry, args):
-    """What an epoch's entry of the log shows to be wrong, each with what to do."""
-    epoch = entry["epoch"]
-    if (epoch % args.eval_every == 0 or epoch == args.epochs - 1) and "FC/Rank-1" not in entry:
-        # Non-local blocks are cubic in their input, and overflow where running statistics are far from the batches'.
-        yield (
-            f"no test result for epoch {epoch}: the features are not finite in evaluation; training goes on. This "
-            "happens in the first epochs, when batch norm's running statistics lag behind; if it lasts, lower --lr"
-        )
-    if "at_ln2" not in entry:  # the rest of a resumed epoch was too short for a reading
-        return
-    distances = f"distances within identities {entry['distance_within']:.3g}, across {entry['distance_across']:.3g}"
-    if entry["beyond_clamp"] > 0.5 and args.weighting == "published":
-        yield (
-            f"{entry['beyond_clamp']:.0%} of the anchors are beyond the triplet's clamp and get no gradient from it "
-            f"({distances}): if the identity loss does not fall either, use --weighting stable"
-        )
-    if entry["at_ln2"] > 0.5:
-        yield (
-            f"{entry['at_ln2']:.0%} of the anchors are at ln 2, as near to other people as to their own, where the "
-            f"squared triplet has no gradient ({distances}): use --weighting stable"
-        )
-
-
 def import_figures(log):
     """The module that draws, or None and a line in the log where Matplotlib is not installed."""
     try:
@@ -401,49 +366,6 @@ def check_flags(args):
     for flag in ("afam", "local"):
         if args.method != "adp" and not getattr(args, flag):
             raise InputError(f"--{flag} 0: --method {args.method} has no such part; leave it out, or use --method adp")
-
-
-def build_optimizer(net, optim, lr, rates=()):
-    """Bottleneck and classifier learn at the full rate, the parts in `rates` at their share of it, everything else at a
-    tenth (`lr_scale` of the groups, in rising order)."""
-    rates = {"bottleneck": 1.0, "classifier": 1.0} | dict(rates)
-    scaled = {}
-    for name, parameter in net.named_parameters():
-        if parameter.requires_grad:
-            scale = next((rate for part, rate in rates.items() if name.startswith(f"{part}.")), 0.1)
-            scaled.setdefault(scale, []).append(parameter)
-    groups = [{"params": scaled[scale], "lr_scale": scale} for scale in sorted(scaled)]
-    if optim == "adam":
-        return torch.optim.Adam(groups, lr, weight_decay=5e-4, fused=True)
-    return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
-
-
-def set_rates(optimizer, args, epoch, steps, step):
-    """Set the learning rates of a step of an epoch -> that of the head."""
-    if args.schedule == "triangle":
-        lr = triangle_rate(epoch, step, steps, args.lr, args.warmup, args.epochs)
-    else:
-        lr = learning_rate(epoch, args.lr, args.warmup, args.milestones)
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
-    return lr
-
-
-def triangle_rate(epoch, step, steps, lr, warmup, epochs):
-    """Linear from lr / 10000 to `lr` over the first `warmup` epochs, then to 0 at the last one's end, step by step.
-
-    As published, a step has the rate of the one before it in its epoch, and the first that of the last but one.
-    """
-    start, end = np.interp([epoch, epoch + 1], [0, min(warmup, epochs), epochs], [1e-4 * lr, lr, 0.0])
-    counted = max(steps - 1, 1)
-    return float(start + (end - start) * ((step - 1) % counted) / counted)
-
-
-def learning_rate(epoch, lr, warmup, milestones):
-    """Linear warm-up to `lr` over the first `warmup` epochs, then a tenth of the rate from each milestone on."""
-    if epoch < warmup:
-        return lr * (epoch + 1) / warmup
-    return lr * 0.1 ** sum(epoch >= milestone for milestone in milestones)
 
 
 def run_name(args):

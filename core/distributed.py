@@ -65,3 +65,24 @@ def set_generators(states, device):
     torch.set_rng_state(cpu)
     for state in cuda if device.type == "cuda" else []:
         torch.cuda.set_rng_state(state, device)
+
+
+class _Gather(torch.autograd.Function):
+    """Every process uses the rows of all processes: a row's gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, tensor)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather(tensor):
+    """Rows of all processes, in the order of the processes, with gradient: [N, ...] -> [processes x N, ...]."""
+    return _Gather.apply(tensor.contiguous()) if dist.is_initialized() else tensor

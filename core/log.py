@@ -10,6 +10,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from core.files import atomic, writing
+from loss import METHODS
 from utils import process_index
 
 
@@ -81,3 +82,38 @@ def read_json_lines(path):
         with contextlib.suppress(ValueError, RecursionError):
             entries.append(json.loads(line))
     return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("epoch"), int)]
+
+
+def log_epoch(log, title, entry, args):
+    """The epoch's line in the log, and warnings of what its entry shows to be wrong."""
+    names = ("total", "identity", "triplet", "local", "correct", *METHODS[args.method].terms)
+    line = f"{title}  lr {entry['lr']:.4g}" + "".join(f"  {name} {entry[name]:.3f}" for name in names)
+    if "FC/Rank-1" in entry:
+        line += "".join(f"  {metric} {entry[f'FC/{metric}']:.2f}" for metric in ("Rank-1", "mAP", "mINP"))
+    log.text(f"{line}  {entry['images_per_second']:.0f} img/s")
+    for warning in warnings(entry, args):
+        log.text(f"warning: {warning}")
+
+
+def warnings(entry, args):
+    """What an epoch's entry of the log shows to be wrong, each with what to do."""
+    epoch = entry["epoch"]
+    if (epoch % args.eval_every == 0 or epoch == args.epochs - 1) and "FC/Rank-1" not in entry:
+        # Non-local blocks are cubic in their input, and overflow where running statistics are far from the batches'.
+        yield (
+            f"no test result for epoch {epoch}: the features are not finite in evaluation; training goes on. This "
+            "happens in the first epochs, when batch norm's running statistics lag behind; if it lasts, lower --lr"
+        )
+    if "at_ln2" not in entry:  # the rest of a resumed epoch was too short for a reading
+        return
+    distances = f"distances within identities {entry['distance_within']:.3g}, across {entry['distance_across']:.3g}"
+    if entry["beyond_clamp"] > 0.5 and args.weighting == "published":
+        yield (
+            f"{entry['beyond_clamp']:.0%} of the anchors are beyond the triplet's clamp and get no gradient from it "
+            f"({distances}): if the identity loss does not fall either, use --weighting stable"
+        )
+    if entry["at_ln2"] > 0.5:
+        yield (
+            f"{entry['at_ln2']:.0%} of the anchors are at ln 2, as near to other people as to their own, where the "
+            f"squared triplet has no gradient ({distances}): use --weighting stable"
+        )

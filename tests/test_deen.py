@@ -15,8 +15,9 @@ import testa
 import train_ext_test0
 from ChannelAug import AUGMENTATIONS, MEAN, GrayAugmentation, normalise, random_gray
 from conftest import exit_status, flags, log_entries
-from core import evaluation, published
-from loss import METHODS, CentrePairLoss, HardTripletLoss, MethodLoss, OrthogonalLoss, method_name
+from core import deen, evaluation, optim, published
+from core.deen import CentrePairLoss, OrthogonalLoss
+from loss import METHODS, HardTripletLoss, MethodLoss, method_name
 from oracles import naive_distances, plain_features
 from tools import export, visualize
 from tools.embedder import Embedder
@@ -161,7 +162,7 @@ def test_views_are_distributed_as_the_published_ones(dataset, recipe):
 def test_aggregation_is_the_published_formula(stride):
     """Both affinities written out; the positions' one of the two halves of each map, side by side as channels."""
     torch.manual_seed(1)
-    block = model.Aggregation(8, 4, stride).double().eval()
+    block = deen.Aggregation(8, 4, stride).double().eval()
     for part in (block.channel, block.position):
         nn.init.normal_(part.norm.weight)
     high = torch.randn(2, 8, 4, 3, dtype=torch.float64)
@@ -329,7 +330,7 @@ def test_defaults_are_the_published_recipe():
     assert (args.img_h, args.img_w, args.batch_size, args.num_pos, args.epochs) == (384, 144, 6, 4, 151)
     assert (args.lr, args.optim, args.margin, args.share_net, args.stages) == (0.1, "sgd", 0.3, 1, 4)
     assert (args.rande, args.padding, args.erase_area) == (0.5, 10, [0.2, 0.8])
-    rates = [train_ext_test0.learning_rate(e, args.lr, args.warmup, args.milestones) for e in range(args.epochs)]
+    rates = [optim.learning_rate(e, args.lr, args.warmup, args.milestones) for e in range(args.epochs)]
     assert rates == pytest.approx([0.01 * (e + 1) for e in range(10)] + [0.1] * 10 + [0.01] * 60 + [0.001] * 71)
     assert parse("--method=deen", "--dataset=regdb").stages == 3
     assert {(*parse("--method=deen", f"--dataset={name}").erase_area,) for name in ("regdb", "llcm")} == {(0.02, 0.4)}

@@ -10,14 +10,14 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import functional
 
-import loss
 import model
 import testa
 import train_ext_test0
 from ChannelAug import AUGMENTATIONS, random_exchange, random_hue
 from conftest import log_entries, tiny_flags
-from core import evaluation, published
-from loss import METHODS, AlignmentLoss, CircleLoss, DistillationLoss, MethodLoss, method_name
+from core import dns, evaluation, published
+from core.dns import AlignmentLoss, CircleLoss, DistillationLoss
+from loss import METHODS, MethodLoss, method_name
 from oracles import plain_features
 from tools import export
 from utils import InputError
@@ -91,7 +91,7 @@ def test_losses_and_gradients_golden(case):
     features = torch.from_numpy((own * width**0.5 + spread * width**0.5 * noise).astype(np.float64)).requires_grad_()
     labels = torch.arange(people).repeat_interleave(shots)
     normed, shifted = features.chunk(2)
-    branch = model.DomainBranch(width, people + 3).double()
+    branch = dns.DomainBranch(width, people + 3).double()
     for part, end in ((branch.classifiers, ""), (branch.followers, "_")):
         for modality, classifier in part.items():
             name = f"{modality}_classifier{end}.weight.{case}.weight"
@@ -164,7 +164,7 @@ def test_views_are_distributed_as_the_published_ones(dataset):
 def test_space_shift_is_the_published_formula():
     """With the shift of every position written out."""
     torch.manual_seed(1)
-    block = model.SpaceShift(64).double().eval()
+    block = dns.SpaceShift(64).double().eval()
     x = torch.randn(2, 64, 5, 3, dtype=torch.float64)
     shift = torch.einsum("bch,bcw->bchw", x.amax(dim=3).softmax(dim=2), x.amax(dim=2).softmax(dim=2))
     profile = torch.cat([(x + shift).mean(dim=3), (x + shift).mean(dim=2)], dim=2)[..., None]
@@ -220,8 +220,8 @@ def test_circle_loss_is_the_plain_loop():
 def test_equal_samples_have_no_discrepancy_and_distant_ones_have():
     torch.manual_seed(3)
     x = torch.randn(6, 4)
-    assert loss.mean_discrepancy(x, x).abs() < 1e-6
-    assert loss.mean_discrepancy(x, x + 10) > 1
+    assert dns.mean_discrepancy(x, x).abs() < 1e-6
+    assert dns.mean_discrepancy(x, x + 10) > 1
 
 
 # ---- augmentation

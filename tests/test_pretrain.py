@@ -10,7 +10,7 @@ import torchvision
 
 import pre_process_sysu
 import train_ext_test0
-from loss import pairwise_distance
+from core.distances import pairwise_distance
 from model import GFMNet
 from tools import demo_data, pretrain
 

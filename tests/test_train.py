@@ -22,9 +22,10 @@ import train_ext_test0
 import utils
 from ChannelAug import TrainAugmentation
 from conftest import SIZE, flags, log_entries, tiny_flags
-from core import engine
+from core import engine, optim
+from core.dns import CircleLoss
 from data_loader import IdentitySampler, sysu_train, train_loader
-from loss import METHODS, CircleLoss, MethodLoss
+from loss import METHODS, MethodLoss
 from model import GFMNet
 from utils import InputError
 
@@ -108,10 +109,10 @@ def test_defaults_are_the_paper_s_recipe():
 
 def test_default_schedule_is_the_published_one():
     args = train_ext_test0.get_args_parser().parse_args([])
-    rates = [train_ext_test0.learning_rate(e, args.lr, args.warmup, args.milestones) for e in range(args.epochs)]
+    rates = [optim.learning_rate(e, args.lr, args.warmup, args.milestones) for e in range(args.epochs)]
     expected = [0.1 * (e + 1) / 10 for e in range(10)] + [0.1] * 10 + [0.01] * 30 + [0.001] * 51
     assert rates == pytest.approx(expected)
-    assert [train_ext_test0.learning_rate(e, 1.0, 0, []) for e in range(3)] == [1.0] * 3
+    assert [optim.learning_rate(e, 1.0, 0, []) for e in range(3)] == [1.0] * 3
 
 
 @pytest.mark.parametrize(("flag", "part"), [("--afam", "attention"), ("--local", "local")])

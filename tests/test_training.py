@@ -16,6 +16,7 @@ import train_ext_test0
 from ChannelAug import TrainAugmentation
 from conftest import SIZE, flags, log_entries
 from core import engine
+from core.log import warnings
 from core.meter import Diverged, EpochMeter
 from data_loader import CachedBatches, IdentitySampler, TrainData, sysu_train
 from loss import Health, Losses, MethodLoss, SquaredTripletLoss
@@ -230,7 +231,7 @@ def test_the_clamp_is_told(far_apart, sysu_tree, tmp_path, capsys):
 def test_warnings(change, weighting, words):
     entry = {"epoch": 1, "beyond_clamp": 0.0, "at_ln2": 0.0, "distance_within": 1.0, "distance_across": 1.0} | change
     args = train_ext_test0.get_args_parser().parse_args(["--weighting", weighting])
-    told = list(train_ext_test0.warnings(entry, args))
+    told = list(warnings(entry, args))
     assert len(told) == bool(words)
     assert re.match(words or "", "".join(told))
 

@@ -1,0 +1,47 @@
+"""The optimiser: which parts of the network learn at which rate, and how the rate changes."""
+
+import numpy as np
+import torch
+
+
+def build_optimizer(net, optim, lr, rates=()):
+    """Bottleneck and classifier learn at the full rate, the parts in `rates` at their share of it, everything else at a
+    tenth (`lr_scale` of the groups, in rising order)."""
+    rates = {"bottleneck": 1.0, "classifier": 1.0} | dict(rates)
+    scaled = {}
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad:
+            scale = next((rate for part, rate in rates.items() if name.startswith(f"{part}.")), 0.1)
+            scaled.setdefault(scale, []).append(parameter)
+    groups = [{"params": scaled[scale], "lr_scale": scale} for scale in sorted(scaled)]
+    if optim == "adam":
+        return torch.optim.Adam(groups, lr, weight_decay=5e-4, fused=True)
+    return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
+
+
+def set_rates(optimizer, args, epoch, steps, step):
+    """Set the learning rates of a step of an epoch -> that of the head."""
+    if args.schedule == "triangle":
+        lr = triangle_rate(epoch, step, steps, args.lr, args.warmup, args.epochs)
+    else:
+        lr = learning_rate(epoch, args.lr, args.warmup, args.milestones)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+    return lr
+
+
+def triangle_rate(epoch, step, steps, lr, warmup, epochs):
+    """Linear from lr / 10000 to `lr` over the first `warmup` epochs, then to 0 at the last one's end, step by step.
+
+    As published, a step has the rate of the one before it in its epoch, and the first that of the last but one.
+    """
+    start, end = np.interp([epoch, epoch + 1], [0, min(warmup, epochs), epochs], [1e-4 * lr, lr, 0.0])
+    counted = max(steps - 1, 1)
+    return float(start + (end - start) * ((step - 1) % counted) / counted)
+
+
+def learning_rate(epoch, lr, warmup, milestones):
+    """Linear warm-up to `lr` over the first `warmup` epochs, then a tenth of the rate from each milestone on."""
+    if epoch < warmup:
+        return lr * (epoch + 1) / warmup
+    return lr * 0.1 ** sum(epoch >= milestone for milestone in milestones)
