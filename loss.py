@@ -118,9 +118,7 @@ class SquaredTripletLoss(nn.Module):
     def forward(self, features, labels):
         positive, negative = _weighted_triplet(features, labels, self.alpha, self.weighting)
         delta = positive - negative
-        exponent = self.gamma * delta
-        if self.square:
-            exponent = self._signed_square(delta)
+        exponent = self._signed_square(delta) if self.square else self.gamma * delta
         return F.softplus(exponent).mean(), (negative >= positive).sum()
 
     def without_gradient(self, features, labels):
@@ -354,11 +352,14 @@ class MethodLoss(nn.Module):
         self.triplet = METHODS[method].triplet(**flags)
         self.local = METHODS[method].local(**flags) if METHODS[method].local else None
         self.terms = METHODS[method].terms
+        views = {METHODS[method].augmentation, *METHODS[method].augmentations.values()}
+        if self.terms and "exchange" in views:
+            raise ValueError(f"method {method!r}: terms need one visible view, but its augmentation gives two")
         self.losses = namedtuple("Losses", [*Losses._fields, *self.terms])
 
     def forward(self, output, labels):
         with torch.autocast(output.pooled.device.type, enabled=False):
-            rows = self._labels_of_rows(output, labels)
+            rows = labels.repeat(len(output.pooled) // len(labels))
             identity = F.cross_entropy(full_precision(output.logits), rows)
             pooled, all_rows = gather(self._features(output)), gather(rows)
             triplet, correct = self.triplet(pooled, all_rows)
@@ -380,10 +381,6 @@ class MethodLoss(nn.Module):
         return [weight * term(batch) for weight, term in self.terms.values()]
 
     @staticmethod
-    def _labels_of_rows(output, labels):
-        return labels.repeat(len(output.pooled) // len(labels))
-
-    @staticmethod
     def _features(output):
         """What the triplets are taken of."""
         return full_precision(output.pooled if output.domain is None else output.domain.normed)
@@ -391,7 +388,8 @@ class MethodLoss(nn.Module):
     @torch.no_grad()
     def health(self, output, labels):
         """Health of the features that `forward` takes the triplets of."""
-        features, labels = gather(self._features(output)), gather(self._labels_of_rows(output, labels))
+        rows = labels.repeat(len(output.pooled) // len(labels))
+        features, labels = gather(self._features(output)), gather(rows)
         distance, same = pairwise_distance(features), same_identity(labels)
         other = same & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
         stuck = torch.zeros_like(distance[:2], dtype=torch.bool)

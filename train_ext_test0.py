@@ -6,6 +6,7 @@ The defaults are the published recipe of the method. The best epoch is chosen by
 set, as published; --select val trains on fewer identities and chooses by the validation ids instead.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -37,25 +38,13 @@ FIGURE_QUERIES, FIGURE_IMAGES = 6, 10  # of a sheet of rankings
 
 # Flags that a resumed run may give anew: where things are and how fast they go, not what is computed.
 MAY_CHANGE = {
-    "workers",
-    "cache",
-    "gpu",
-    "compile",
-    "epochs",
-    "eval_every",
-    "test_batch",
-    "save_epoch",
-    "save_minutes",
-    "model_path",
-    "log_path",
-    "figures",
-    "resume",
-    "data_path",
+    *["workers", "cache", "gpu", "compile", "epochs", "eval_every", "test_batch", "save_epoch", "save_minutes"],
+    *["model_path", "log_path", "figures", "resume", "data_path"],
 }
 
 
 class TrainParser(ArgumentParser):
-    """The flags of training, whose defaults are the recipe of --method on --dataset."""
+    """The flags of training. Parsing sets the defaults to the recipe of --method on --dataset, so it parses once."""
 
     def parse_known_args(self, args=None, namespace=None):
         chooser = ArgumentParser(add_help=False)
@@ -363,6 +352,14 @@ def check_flags(args):
     low, high = args.erase_area
     if low > high:
         raise InputError(f"--erase_area {low} {high}: the first is larger than the second; exchange them")
+    if args.schedule == "triangle" and args.warmup >= args.epochs:
+        raise InputError(f"--warmup {args.warmup}: the rate must fall within --epochs {args.epochs}; reduce --warmup")
+    positions = math.ceil(args.img_h / 16) * math.ceil(args.img_w / 16)
+    if METHODS[args.method].network["expansion"] and positions % 2:
+        raise InputError(
+            f"--method {args.method}: images of {args.img_h}x{args.img_w} have feature maps with an odd number of "
+            "positions; choose an --img_h that is a multiple of 32"
+        )
     for flag in ("afam", "local"):
         if args.method != "adp" and not getattr(args, flag):
             raise InputError(f"--{flag} 0: --method {args.method} has no such part; leave it out, or use --method adp")

@@ -72,6 +72,7 @@ def checkpoint_origin(path, checkpoint, net, size, data_path):
     """Where a checkpoint's features come from, for tables and feature files; None: unknown."""
     flags, epoch = checkpoint.get("args", {}), checkpoint.get("epoch", "unknown")
     method = flags.get("method") or method_name(net.options)
+    method += "".join(f" without {part}" for part in ("afam", "local") if flags.get(part) == 0)
     if "within" in checkpoint:
         epoch = f"{epoch + 1}, {checkpoint['sums']['step']} steps of it"
     return {

@@ -3,12 +3,17 @@
 import numpy as np
 import torch
 
+from utils import InputError
+
 
 def build_optimizer(net, optim, lr, rates=()):
     """Bottleneck and classifier learn at the full rate, the parts in `rates` at their share of it, everything else at a
     tenth (`lr_scale` of the groups, in rising order)."""
     rates = {"bottleneck": 1.0, "classifier": 1.0} | dict(rates)
-    scaled = {}
+    names, scaled = [name for name, _ in net.named_parameters()], {}
+    for part in rates:
+        if not any(name.startswith(f"{part}.") for name in names):
+            raise InputError(f"{part}: has a rate of its own, but is not in this network; reduce --share_net")
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
             scale = next((rate for part, rate in rates.items() if name.startswith(f"{part}.")), 0.1)

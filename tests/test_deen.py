@@ -325,6 +325,12 @@ def parse(*argv):
     return train_ext_test0.get_args_parser().parse_args(argv)
 
 
+def test_an_odd_number_of_positions_is_refused_before_the_run():
+    args = train_ext_test0.get_args_parser().parse_args(["--method=deen", "--img_h=48", "--img_w=16"])
+    with pytest.raises(InputError, match="48x16.*--img_h that is a multiple of 32"):
+        train_ext_test0.check_flags(args)
+
+
 def test_defaults_are_the_published_recipe():
     args = parse("--method", "deen")
     assert (args.img_h, args.img_w, args.batch_size, args.num_pos, args.epochs) == (384, 144, 6, 4, 151)

@@ -291,7 +291,24 @@ def test_schedule_is_the_published_one():
 
 
 def dns_flags(tree, out, *more):
-    return tiny_flags(tree, out, "--method", "dns", "--amp", "off", *more)
+    return tiny_flags(tree, out, "--method", "dns", "--amp", "off", "--warmup", "0", *more)
+
+
+def test_a_warm_up_that_never_ends_is_refused():
+    args = train_ext_test0.get_args_parser().parse_args(["--method=dns", "--epochs=16"])
+    with pytest.raises(InputError, match="--warmup 16: .*--epochs 16; reduce --warmup"):
+        train_ext_test0.check_flags(args)
+
+
+def test_a_rate_of_a_part_that_is_not_there_is_refused():
+    with pytest.raises(InputError, match="shared.layer3: .*--share_net"):
+        train_ext_test0.build_optimizer(tiny(share_net=4), "sgd", 0.1, METHODS["dns"].rates)
+
+
+def test_terms_are_refused_where_visible_images_have_two_views(monkeypatch):
+    monkeypatch.setitem(METHODS, "dns", METHODS["dns"]._replace(augmentation="exchange"))
+    with pytest.raises(ValueError, match="'dns': terms need one visible view"):
+        MethodLoss("dns")
 
 
 COMMON = ["--gpu", "cpu", "--workers", "0"]

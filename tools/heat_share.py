@@ -3,7 +3,7 @@
     python -m tools.heat_share --data_path demo/data --resume demo/save_model/..._best.t --json heat.json
 
 For demo data that was drawn with --masks. Heat maps are those of `tools.visualize heatmap`, of random queries and their
-nearest matches, by the trained network and by the same network before training. A map that ignores the image has the
+nearest matches, by the trained network and by one with random weights. A map that ignores the image has the
 person's share of the area. A map that is the person itself, at the resolution of the network's last feature map, has
 the share in the row "coarse mask". Heat does not show what a network uses, as a position of the last map has seen most
 of the image. So the search is also repeated with the background, then with the person, replaced by the mean colour.
@@ -50,7 +50,7 @@ def main(argv=None):
         check_output(args.json)
     tested = embed_test(args, args.resume)
     args.which, data_path = "random", evaluation.data_folder(args)
-    shares = {}
+    shares, networks = {}, {"untrained": untrained(tested), "trained": tested.net}
     for query in progress(rank_queries(args, tested), desc="heat maps", unit="pair"):
         match = next(image for image in query["gallery"] if image["correct"])
         images = [(query, tested.search.query.modality), (match, tested.search.gallery.modality)]
@@ -58,7 +58,7 @@ def main(argv=None):
         for (_, modality), mask in zip(images, masks, strict=True):
             shares.setdefault(("-", "area", modality), []).append(mask.mean())
             shares.setdefault(("-", "coarse mask", modality), []).append(share(coarse(mask), mask))
-        for network, net in (("untrained", untrained(tested)), ("trained", tested.net)):
+        for network, net in networks.items():
             heats = pair_heats(tested._replace(net=net), images, args.feature)
             for (_, modality), mask, maps in zip(images, masks, heats, strict=True):
                 for name, heat in maps.items():
