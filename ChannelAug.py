@@ -94,7 +94,7 @@ def channel_or_gray(images):
     draw = torch.rand(len(images), device=images.device) * 8
     repeated = _repeat_channel(images, (draw / 2).long().clamp_max(2))
     case = draw[:, None, None, None]
-    return torch.where(case < 6, repeated, torch.where(case < 7, _gray(images), images))
+    return torch.where(case < 6, repeated, torch.where(case < 7, luminance(images), images))
 
 
 def random_exchange(images, probability=2 / 3, gray=True):
@@ -103,7 +103,7 @@ def random_exchange(images, probability=2 / 3, gray=True):
     draw = torch.randint(3 + gray, (len(images), 1, 1, 1), device=images.device)
     repeated = _repeat_channel(images, draw.flatten().clamp_max(2))
     chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < probability
-    return torch.where(chosen, torch.where(draw < 3, repeated, _gray(images)), images)
+    return torch.where(chosen, torch.where(draw < 3, repeated, luminance(images)), images)
 
 
 def random_hue(images, shift=0.5):
@@ -118,8 +118,8 @@ def random_hue(images, shift=0.5):
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
-def _gray(images):
-    """Luminance [N, 1, H, W]."""
+def luminance(images):
+    """Luminance [N, 1, H, W], in the range of the images."""
     return (images * _constant(GRAY, images.device)).sum(dim=1, keepdim=True)
 
 
@@ -131,7 +131,7 @@ def _repeat_channel(images, channel):
 def random_gray(images, probability=0.5):
     """uint8 images -> float32 ones in the same range, made gray with this probability, in whole steps."""
     chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < probability
-    return torch.where(chosen, _gray(images).round(), images)
+    return torch.where(chosen, luminance(images).round(), images)
 
 
 class TrainAugmentation:

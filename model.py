@@ -21,6 +21,7 @@ import torchvision
 from core.checkpoint import check_state, load_weights
 from core.deen import EXPANSIONS, Aggregation, Expansion
 from core.dns import Domain, DomainBranch, SpaceShift
+from core.non_local import NonLocal
 from core.published import (
     convert_published_state,
     is_published,
@@ -50,29 +51,6 @@ class Output(NamedTuple):
     logits: torch.Tensor
     local: torch.Tensor | None
     domain: Domain | None = None
-
-
-class NonLocal(nn.Module):
-    """Non-local block with one inner channel, as published. [B, C, H, W] -> the same shape.
-
-    The published block forms the affinity theta_i phi_j / N of all N = H W positions and applies it to g:
-    y_i = sum_j theta_i phi_j g_j / N. With one inner channel theta_i leaves the sum, y_i = theta_i mean_j(phi_j g_j):
-    the same value without the N x N matrix. The closing batch norm starts at zero, so the block starts as identity.
-    """
-
-    def __init__(self, channels):
-        super().__init__()
-        self.g = nn.Conv2d(channels, 1, 1)
-        self.theta = nn.Conv2d(channels, 1, 1)
-        self.phi = nn.Conv2d(channels, 1, 1)
-        self.out = nn.Conv2d(1, channels, 1)
-        self.norm = nn.BatchNorm2d(channels)
-        nn.init.zeros_(self.norm.weight)
-        nn.init.zeros_(self.norm.bias)
-
-    def forward(self, x):
-        y = self.theta(x) * (self.phi(x) * self.g(x)).mean(dim=(2, 3), keepdim=True)
-        return x + self.norm(self.out(y))
 
 
 class Attention(nn.Module):

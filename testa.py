@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from ChannelAug import GRAY, normalise
+from ChannelAug import luminance, normalise
 from core import engine, evaluation, results
 from core.datasets import DATASETS, search_title
 from core.features import load_features, save_features, select_features
@@ -234,7 +234,7 @@ def baselines(options, device, amp):
 
 def gray_pixels(images):
     """uint8 [B, 3, H, W] -> luminance of all pixels less its mean, of unit length: [B, H W]."""
-    gray = (images * torch.tensor(GRAY).view(3, 1, 1)).sum(dim=1).flatten(1)
+    gray = luminance(images).flatten(1)
     return F.normalize(gray - gray.mean(dim=1, keepdim=True))
 
 
@@ -249,8 +249,7 @@ def gradient_histograms(images):
     """uint8 [B, 3, H, W] -> HOG (Dalal and Triggs, CVPR 2005), resized to 128x64, of unit length: [B, 3780]."""
     from skimage.feature import hog  # slow to import
 
-    gray = (images * torch.tensor(GRAY).view(3, 1, 1)).sum(dim=1, keepdim=True)
-    resized = F.interpolate(gray, (128, 64), mode="bilinear", antialias=True)[:, 0].numpy()
+    resized = F.interpolate(luminance(images), (128, 64), mode="bilinear", antialias=True)[:, 0].numpy()
     return F.normalize(torch.from_numpy(np.stack([hog(image, cells_per_block=(2, 2)) for image in resized])).float())
 
 

@@ -2,8 +2,8 @@
 
     python train_ext_test0.py --dataset sysu --gpu 1
 
-The defaults are the published recipe of the method. The best epoch is chosen by Rank-1 (FC) on trial 0 of the TEST
-set, as published; --select val trains on fewer identities and chooses by the validation ids instead.
+The defaults are GFMNet's published recipe; deen and dns have their own. The best epoch is chosen by Rank-1 (FC) on
+trial 0 of the TEST set, as published; --select val trains on fewer identities and chooses by the validation ids.
 """
 
 import math
@@ -37,10 +37,8 @@ from utils import (
 FIGURE_QUERIES, FIGURE_IMAGES = 6, 10  # of a sheet of rankings
 
 # Flags that a resumed run may give anew: where things are and how fast they go, not what is computed.
-MAY_CHANGE = {
-    *["workers", "cache", "gpu", "compile", "epochs", "eval_every", "test_batch", "save_epoch", "save_minutes"],
-    *["model_path", "log_path", "figures", "resume", "data_path"],
-}
+MAY_CHANGE = {"workers", "cache", "gpu", "compile", "epochs", "eval_every", "test_batch", "save_epoch", "save_minutes"}
+MAY_CHANGE |= {"model_path", "log_path", "figures", "resume", "data_path"}
 
 
 class TrainParser(ArgumentParser):
@@ -114,7 +112,7 @@ def get_args_parser():
     flag("--gamma", type=bounded(float, 0, above=True), default=1, help=text)
     flag = parser.add_argument_group("training").add_argument
     flag("--optim", choices=("sgd", "adam"), default="sgd", help="optimiser")
-    flag("--lr", type=bounded(float, 0, above=True), default=0.1, help="learning rate of the head; a tenth elsewhere")
+    flag("--lr", type=bounded(float, 0, above=True), default=0.1, help="learning rate of the head; less elsewhere")
     flag(
         "--schedule",
         choices=("step", "triangle"),
@@ -354,10 +352,11 @@ def check_flags(args):
         raise InputError(f"--erase_area {low} {high}: the first is larger than the second; exchange them")
     if args.schedule == "triangle" and args.warmup >= args.epochs:
         raise InputError(f"--warmup {args.warmup}: the rate must fall within --epochs {args.epochs}; reduce --warmup")
-    positions = math.ceil(args.img_h / 16) * math.ceil(args.img_w / 16)
+    reduction = 2**args.stages  # of the smallest map that DEEN aggregates: of the stage before the last
+    positions = math.ceil(args.img_h / reduction) * math.ceil(args.img_w / reduction)
     if METHODS[args.method].network["expansion"] and positions % 2:
         raise InputError(
-            f"--method {args.method}: images of {args.img_h}x{args.img_w} have feature maps with an odd number of "
+            f"--method {args.method}: images of {args.img_h}x{args.img_w} have a feature map with an odd number of "
             "positions; choose an --img_h that is a multiple of 32"
         )
     for flag in ("afam", "local"):

@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from core.distances import euclidean, same_identity
+from core.non_local import NonLocalParts
 from utils import InputError
 
 EXPANSIONS = 2  # embeddings that are generated from each one
@@ -14,25 +15,11 @@ DILATIONS = (1, 2, 3)  # of the convolutions that generate one
 DROPOUT = 0.01  # of the expanded feature maps
 
 
-class CrossNonLocal(nn.Module):
-    """Non-local block of two feature maps (DEEN): high [B, C, H, W] attends to low [B, C', H', W'] -> as `high`.
+class ChannelNonLocal(NonLocalParts):
+    """high [B, C, H, W] attends to low [B, C', H', W'], by affinities between channels -> as `high`.
 
-    inner: channels of g, theta and phi. The closing batch norm starts at zero, so the block starts as identity.
+    `low` has `stride` times the height and width of `high`, and is reduced to them.
     """
-
-    def __init__(self, channels, low_channels, inner):
-        super().__init__()
-        self.g = nn.Conv2d(low_channels, inner, 1)
-        self.theta = nn.Conv2d(channels, inner, 1)
-        self.phi = nn.Conv2d(low_channels, inner, 1)
-        self.out = nn.Conv2d(inner, channels, 1)
-        self.norm = nn.BatchNorm2d(channels)
-        nn.init.zeros_(self.norm.weight)
-        nn.init.zeros_(self.norm.bias)
-
-
-class ChannelNonLocal(CrossNonLocal):
-    """Affinities between channels; `low` has `stride` times the height and width of `high`, and is reduced to them."""
 
     def __init__(self, channels, low_channels, stride):
         super().__init__(channels, low_channels, low_channels)
@@ -45,8 +32,8 @@ class ChannelNonLocal(CrossNonLocal):
         return high + self.norm(self.out(y.view_as(low)))
 
 
-class PositionNonLocal(CrossNonLocal):
-    """Affinities between positions, of half of the channels.
+class PositionNonLocal(NonLocalParts):
+    """high [B, C, H, W] attends to low [B, C', H', W'], by affinities between positions, of half of the channels.
 
     As published, the upper and the lower half of a map count as channels of their own: position n and the one half a
     map later go together, so maps need an even number of positions. Published: y = (theta' phi / N) g' with an affinity

@@ -325,6 +325,20 @@ def parse(*argv):
     return train_ext_test0.get_args_parser().parse_args(argv)
 
 
+@pytest.mark.parametrize(("stages", "size", "fits"), [(4, (64, 16), True), (3, (48, 16), True), (3, (56, 24), False)])
+def test_images_are_refused_exactly_if_the_network_cannot_take_them(stages, size, fits):
+    args = train_ext_test0.get_args_parser().parse_args(["--method=deen", f"--stages={stages}"])
+    args.img_h, args.img_w = size
+    net, images = tiny(share_net=1, stages=stages), torch.zeros(2, 3, *size)
+    if fits:
+        train_ext_test0.check_flags(args)
+        net(images, images)
+    else:
+        for call in (lambda: train_ext_test0.check_flags(args), lambda: net(images, images)):
+            with pytest.raises(InputError, match="odd number"):
+                call()
+
+
 def test_an_odd_number_of_positions_is_refused_before_the_run():
     args = train_ext_test0.get_args_parser().parse_args(["--method=deen", "--img_h=48", "--img_w=16"])
     with pytest.raises(InputError, match="48x16.*--img_h that is a multiple of 32"):

@@ -509,8 +509,9 @@ def render(person: Person, camera: Camera, size: tuple, rng: np.random.Generator
         canvas *= (1 - 0.5 * np.exp(-away)).astype(np.float32)[..., None]
     background = canvas.copy()
     draw_person(canvas, person, camera.spectrum, shot)
-    mask, unoccluded = (canvas != background).any(axis=2), canvas.copy()
+    mask = (canvas != background).any(axis=2)
     if rng.uniform() < 0.12:
+        unoccluded = canvas.copy()
         occlude(canvas, rng)
         mask &= (canvas == unoccluded).all(axis=2)
 

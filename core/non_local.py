@@ -1,0 +1,36 @@
+"""Non-local blocks (Wang et al., "Non-local Neural Networks", CVPR 2018): what they share, and that of AGW."""
+
+import torch.nn as nn
+
+
+class NonLocalParts(nn.Module):
+    """The convolutions of a block that adds to `channels` what it reads from `low_channels`.
+
+    inner: channels of g, theta and phi. The closing batch norm starts at zero, so the block starts as identity.
+    """
+
+    def __init__(self, channels, low_channels, inner):
+        super().__init__()
+        self.g = nn.Conv2d(low_channels, inner, 1)
+        self.theta = nn.Conv2d(channels, inner, 1)
+        self.phi = nn.Conv2d(low_channels, inner, 1)
+        self.out = nn.Conv2d(inner, channels, 1)
+        self.norm = nn.BatchNorm2d(channels)
+        nn.init.zeros_(self.norm.weight)
+        nn.init.zeros_(self.norm.bias)
+
+
+class NonLocal(NonLocalParts):
+    """Non-local block with one inner channel, as published. [B, C, H, W] -> the same shape.
+
+    The published block forms the affinity theta_i phi_j / N of all N = H W positions and applies it to g:
+    y_i = sum_j theta_i phi_j g_j / N. With one inner channel theta_i leaves the sum, y_i = theta_i mean_j(phi_j g_j):
+    the same value without the N x N matrix.
+    """
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, 1)
+
+    def forward(self, x):
+        y = self.theta(x) * (self.phi(x) * self.g(x)).mean(dim=(2, 3), keepdim=True)
+        return x + self.norm(self.out(y))
