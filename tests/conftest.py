@@ -17,6 +17,8 @@ from core.checkpoint import save_checkpoint
 from model import GFMNet
 from tools import demo_data
 
+pytest.register_assert_rewrite("checks")
+
 os.environ["PYTHONPATH"] = str(Path(utils.__file__).parent)  # `python -m tools.NAME` from the tests' own folders
 
 SIZE = (96, 48)  # height, width of the tests' images

@@ -9,17 +9,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import checks
 import model
 import pre_process_sysu
-import testa
 import train_ext_test0
 from ChannelAug import AUGMENTATIONS, MEAN, GrayAugmentation, normalise, random_gray
-from conftest import exit_status, flags, log_entries
-from core import deen, evaluation, optim, published
+from conftest import exit_status, flags
+from core import deen, evaluation, optim
 from core.deen import CentrePairLoss, OrthogonalLoss
 from loss import METHODS, HardTripletLoss, MethodLoss, method_name
-from oracles import naive_distances, plain_features
-from tools import export, visualize
+from oracles import naive_distances
+from tools import visualize
 from tools.embedder import Embedder
 from utils import InputError
 
@@ -388,25 +388,10 @@ def deen_flags(tree, out, *more):
     return flags(tree, out, *size, *more)
 
 
-COMMON = ["--gpu", "cpu", "--workers", "0"]
-
-
 def test_training_testing_and_export(tree, tmp_path):
     result = train_ext_test0.main(deen_flags(tree, tmp_path, "--epochs", "1"))
-    (entry,) = log_entries(result["log"])
-    parts = ("identity", "triplet", "centre", "orthogonal")
-    assert entry["total"] == pytest.approx(sum(entry[part] for part in parts), rel=1e-5)
     assert "centre" in Path(result["log"]).with_suffix(".txt").read_text()
-    rows = testa.main(["--data_path", str(tree), "--resume", result["last"], *COMMON])
-    assert [row["feature"] for row in rows] == ["POOL", "FC"]
-    # Trained by its own test, too: the same search by the same features.
-    assert rows[1]["per_trial"][0]["metrics"]["mAP"] == pytest.approx(entry["FC/mAP"], abs=1e-3)
-    argv = ["--resume", result["last"], "--format", "safetensors", "--modality", "infrared", "--out", str(tmp_path)]
-    (exported,) = export.main(argv)
-    net, _, _ = evaluation.open_checkpoint(result["last"], str(tree))
-    images = torch.randint(256, (2, 3, *SIZE), dtype=torch.uint8)
-    features = export.load_embedding(exported["path"])(images)
-    torch.testing.assert_close(features, plain_features(net.eval(), images, "infrared"), rtol=0, atol=2e-5)
+    checks.run_is_tested_and_exported(result, tree, SIZE, ("centre", "orthogonal"), tmp_path)
 
 
 @pytest.mark.slow
@@ -414,8 +399,7 @@ def test_a_resumed_run_is_the_unbroken_one(tree, tmp_path):
     whole = train_ext_test0.main(deen_flags(tree, tmp_path / "whole", "--epochs", "2"))
     train_ext_test0.main(deen_flags(tree, tmp_path / "broken", "--epochs", "1"))
     resumed = train_ext_test0.main(deen_flags(tree, tmp_path / "broken", "--epochs", "2", "--resume", "auto"))
-    states = [torch.load(run["last"])["net"] for run in (whole, resumed)]
-    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    checks.runs_end_alike(whole, resumed)
 
 
 def test_the_size_of_the_prepared_images_is_named(sysu_tree, tmp_path, capsys):
@@ -429,23 +413,16 @@ def test_the_size_of_the_prepared_images_is_named(sysu_tree, tmp_path, capsys):
 def published_file(request, tmp_path_factory):
     """A checkpoint as the published code writes them, of a small network; also what that code keeps without use."""
     net = tiny(share_net=1, stages=request.param)
-    state = {published.published_name(name): value for name, value in net.state_dict().items()}
-    for number in range(1, 5):  # of the three whole networks
-        for part in ("visible_module.visible", "thermal_module.thermal", "base_resnet.base"):
-            state.setdefault(f"{part}.layer{number}.0.conv1.weight", torch.ones(1))
-    state |= {"base_resnet.base.conv1.weight": torch.ones(1), "thermal_module.thermal.fc.bias": torch.ones(1)}
+    parts = ("visible_module.visible", "thermal_module.thermal", "base_resnet.base")  # three whole networks
+    unused = [f"{part}.layer{number}.0.conv1.weight" for part in parts for number in range(1, 5)]
     path = tmp_path_factory.mktemp("published") / "sysu_deen_best.t"
-    torch.save({"net": state, "cmc": np.ones(20), "mAP": np.float64(0.5), "epoch": 7}, path)
+    checks.write_published(net, [*unused, "base_resnet.base.conv1.weight", "thermal_module.thermal.fc.bias"], path)
     return path, net
 
 
 def test_published_checkpoint_loads(published_file):
     path, net = published_file
-    loaded, size, origin = evaluation.open_checkpoint(path, "data")
-    assert size == (384, 144)
-    assert loaded.options == net.options
-    assert all(torch.equal(value, net.state_dict()[name]) for name, value in loaded.state_dict().items())
-    assert origin["network"] == "deen, resnet18, 384x144, epoch 7"
+    checks.published_file_loads(path, net, (384, 144), "deen, resnet18, 384x144, epoch 7")
 
 
 def test_a_damaged_published_checkpoint_is_refused_by_its_names(published_file, tmp_path):
@@ -465,17 +442,13 @@ def test_a_damaged_published_checkpoint_is_refused_by_its_names(published_file, 
 @pytest.mark.slow
 def test_published_checkpoint_through_the_programs(published_file, sysu_tree, tmp_path):
     path, net = published_file
-    rows = testa.main(["--data_path", str(sysu_tree), "--mode", "indoor", "--resume", str(path), *COMMON])
-    assert [row["feature"] for row in rows] == ["POOL", "FC"]
+    checks.published_file_is_tested_and_exported(path, sysu_tree, tmp_path)
     files = sorted(sysu_tree.glob("cam1/*/*.jpg"))[:2]
     for feature, width in net.feature_widths.items():
         embedder = Embedder(path, feature, gpu="cpu", workers=0)
         assert embedder(files, "visible").shape == (2, embedder.dim) == (2, width)
-    argv = ["--resume", str(path), "--format", "onnx", "--modality", "visible", "--out", str(tmp_path)]
-    (exported,) = export.main(argv)
-    assert exported["cosine"] > 0.9999
     visualize.main(
-        ["heatmap", "--data_path", str(sysu_tree), "--resume", str(path), *COMMON, "--queries", "1"]
+        ["heatmap", "--data_path", str(sysu_tree), "--resume", str(path), *checks.PROGRAM, "--queries", "1"]
         + ["--out", str(tmp_path / "heat.png")]
     )
     assert (tmp_path / "heat.png").stat().st_size > 0

@@ -10,16 +10,14 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import functional
 
+import checks
 import model
-import testa
 import train_ext_test0
 from ChannelAug import AUGMENTATIONS, random_exchange, random_hue
-from conftest import log_entries, tiny_flags
-from core import dns, evaluation, published
+from conftest import TINY, tiny_flags
+from core import dns, evaluation
 from core.dns import AlignmentLoss, CircleLoss, DistillationLoss
 from loss import METHODS, MethodLoss, method_name
-from oracles import plain_features
-from tools import export
 from utils import InputError
 
 GOLDEN_DIR = Path(__file__).parent / "golden"
@@ -311,23 +309,10 @@ def test_terms_are_refused_where_visible_images_have_two_views(monkeypatch):
         MethodLoss("dns")
 
 
-COMMON = ["--gpu", "cpu", "--workers", "0"]
-
-
 def test_training_testing_and_export(tiny_tree, tmp_path):
     result = train_ext_test0.main(dns_flags(tiny_tree, tmp_path, "--epochs", "1"))
-    (entry,) = log_entries(result["log"])
-    parts = ("identity", "triplet", "alignment", "distillation")
-    assert entry["total"] == pytest.approx(sum(entry[part] for part in parts), rel=1e-5)
-    rows = testa.main(["--data_path", str(tiny_tree), "--resume", result["last"], *COMMON])
-    assert rows[1]["per_trial"][0]["metrics"]["mAP"] == pytest.approx(entry["FC/mAP"], abs=1e-3)
-    argv = ["--resume", result["last"], "--format", "safetensors", "--modality", "infrared", "--out", str(tmp_path)]
-    (exported,) = export.main(argv)
-    net, _, _ = evaluation.open_checkpoint(result["last"], str(tiny_tree))
-    images = torch.randint(256, (2, 3, 48, 16), dtype=torch.uint8)
-    file = export.load_embedding(exported["path"])
+    file = checks.run_is_tested_and_exported(result, tiny_tree, TINY, ("alignment", "distillation"), tmp_path)
     assert file.net.domain is None
-    torch.testing.assert_close(file(images), plain_features(net.eval(), images, "infrared"), rtol=0, atol=2e-5)
 
 
 @pytest.mark.slow
@@ -352,32 +337,25 @@ def test_a_resumed_run_is_the_unbroken_one(tiny_tree, tmp_path):
             train_ext_test0.main(flags)
     assert epoch_ends == [0]
     resumed = train_ext_test0.main([*flags, "--resume", "auto"])
-    states = [torch.load(run["last"])["net"] for run in (whole, resumed)]
-    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    checks.runs_end_alike(whole, resumed)
 
 
 @pytest.fixture(scope="module")
 def published_file(tmp_path_factory):
     """A checkpoint as the published code writes them, of a small network; also what that code keeps without use."""
     net = tiny()
-    state = {published.published_name(name, shift=True): value for name, value in net.state_dict().items()}
+    unused = [f"base.base.layer{number}.0.conv1.weight" for number in (1, 2)]
+    path = tmp_path_factory.mktemp("published") / "sysu_dns_best.pth"
+    state = checks.write_published(net, unused, path, shift=True)
     assert {name.split(".")[0] for name in state} == {
         "visible", "thermal", "base", "bottleneck", "classifier", "CSS", "DD"
     }  # fmt: skip
-    for number in (1, 2):
-        state[f"base.base.layer{number}.0.conv1.weight"] = torch.ones(1)
-    path = tmp_path_factory.mktemp("published") / "sysu_dns_best.pth"
-    torch.save({"net": state, "cmc": np.ones(20), "mAP": np.float64(0.5), "epoch": 7}, path)
     return path, net
 
 
 def test_published_checkpoint_loads(published_file):
     path, net = published_file
-    loaded, size, origin = evaluation.open_checkpoint(path, "data")
-    assert size == (288, 144)
-    assert loaded.options == net.options
-    assert all(torch.equal(value, net.state_dict()[name]) for name, value in loaded.state_dict().items())
-    assert origin["network"] == "dns, resnet18, 288x144, epoch 7"
+    checks.published_file_loads(path, net, (288, 144), "dns, resnet18, 288x144, epoch 7")
     content = torch.load(path, weights_only=False)
     for name in ("base.HSS4.conv_h.weight", "thermal.thermal.bn1.bias"):
         damaged = {other: value for other, value in content["net"].items() if other != name}
@@ -389,8 +367,4 @@ def test_published_checkpoint_loads(published_file):
 @pytest.mark.slow
 def test_published_checkpoint_through_the_programs(published_file, sysu_tree, tmp_path):
     path, _ = published_file
-    rows = testa.main(["--data_path", str(sysu_tree), "--mode", "indoor", "--resume", str(path), *COMMON])
-    assert [row["feature"] for row in rows] == ["POOL", "FC"]
-    argv = ["--resume", str(path), "--format", "onnx", "--modality", "visible", "--out", str(tmp_path)]
-    (exported,) = export.main(argv)
-    assert exported["cosine"] > 0.9999
+    checks.published_file_is_tested_and_exported(path, sysu_tree, tmp_path)
