@@ -316,6 +316,13 @@ def _backbone_state(arch, network, weights):
 # ------------------------------------------------------------------------------------------------- checkpoints
 
 
+def untrained_network(options):
+    """A network with these options and random weights, the same at each call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return GFMNet(**options)
+
+
 def load_network(checkpoint, path):
     """A checkpoint of this repo or of the published code -> (GFMNet, (height, width) of its images).
 

@@ -21,7 +21,7 @@ from core import engine, evaluation, results
 from core.datasets import DATASETS, search_title
 from core.features import load_features, save_features, select_features
 from core.files import check_output, locate, save_json
-from model import GFMNet
+from model import untrained_network
 from utils import ArgumentParser, InputError, cli, progress, select_device
 
 PAGE = "report.html"
@@ -217,8 +217,7 @@ def stack_embeddings(embeddings):
 
 def baselines(options, device, amp):
     """The embeddings to beat, for `engine.extract`: raw pixels, colours, gradients, the network before training."""
-    torch.manual_seed(0)
-    untrained = GFMNet(**options).to(device, memory_format=torch.channels_last)
+    untrained = untrained_network(options).to(device, memory_format=torch.channels_last)
     embeddings = (
         lambda images, _: {"pixels": gray_pixels(images)},
         lambda images, _: {"colours": colour_histogram(images)},

@@ -9,6 +9,7 @@ the share in the row "coarse mask". Heat does not show what a network uses, as a
 of the image. So the search is also repeated with the background, then with the person, replaced by the mean colour.
 """
 
+import math
 import os
 from pathlib import Path
 
@@ -21,9 +22,9 @@ from ChannelAug import MEAN, normalise
 from core import engine, evaluation, results
 from core.files import check_output, save_json
 from core.images import read_image
-from model import FEATURES, GFMNet
+from model import FEATURES, untrained_network
 from tools.demo_data import mask_file
-from tools.visualize import embed_test, pair_heats, rank_queries
+from tools.visualize import add_search_flags, embed_test, pair_heats, rank_queries
 from utils import ArgumentParser, InputError, bounded, cli, progress
 
 
@@ -32,13 +33,9 @@ def get_args_parser():
     group = parser.add_argument_group("measurement")
     group.add_argument("--queries", type=bounded(int, 1), default=100, help="number of queries")
     group.add_argument("--seed", type=bounded(int, 0), default=0, help="seed of their choice")
-    group.add_argument("--feature", choices=FEATURES, default="FC", help="feature after or before the bottleneck")
-    text = "trial of the gallery, for SYSU-MM01 and LLCM (default: 0)"
-    group.add_argument("--gallery", type=bounded(int, 0, 9), help=text)
     group.add_argument("--json", metavar="FILE", help="write the results to this file")
-    group = parser.add_argument_group("checkpoint and protocol")
-    group.add_argument("--resume", required=True, help="checkpoint: a path, or a name in --model_path")
-    evaluation.add_flags(group)
+    add_search_flags(parser, group)
+    parser.set_defaults(which="random")  # of the choice of queries
     return parser
 
 
@@ -49,8 +46,9 @@ def main(argv=None):
     if args.json:
         check_output(args.json)
     tested = embed_test(args, args.resume)
-    args.which, data_path = "random", evaluation.data_folder(args)
-    shares, networks = {}, {"untrained": untrained(tested), "trained": tested.net}
+    data_path = evaluation.data_folder(args)
+    untrained = untrained_network(tested.net.options).to(tested.device).eval()
+    shares, networks = {}, {"untrained": untrained, "trained": tested.net}
     for query in progress(rank_queries(args, tested), desc="heat maps", unit="pair"):
         match = next(image for image in query["gallery"] if image["correct"])
         images = [(query, tested.search.query.modality), (match, tested.search.gallery.modality)]
@@ -68,7 +66,9 @@ def main(argv=None):
         | {"mean": 100 * float(np.mean(values)), "std": 100 * float(np.std(values))}
         for (network, name, modality), values in shares.items()
     ]
-    rank_1 = {shown: masked_rank_1(tested, args, shown) for shown in ("image", "person", "background")}
+    rank_1 = {"image": rank_1_of(tested.features, tested, args)}
+    for shown in ("person", "background"):
+        rank_1[shown] = rank_1_of(masked_features(tested, args, shown), tested, args)
     found = {"shares": rows, "Rank-1": rank_1}
     if args.json:
         save_json({"flags": vars(args), "network": tested.network, **found}, args.json)
@@ -98,25 +98,29 @@ def share(heat, mask):
 
 def coarse(mask):
     """The mask, averaged over the cells of the network's last feature map."""
-    return F.adaptive_avg_pool2d(torch.from_numpy(mask)[None], [max(1, n // 16) for n in mask.shape])[0].numpy()
+    return F.adaptive_avg_pool2d(torch.from_numpy(mask)[None], [math.ceil(n / 16) for n in mask.shape])[0].numpy()
 
 
 def resized(heat, size):
     return F.interpolate(torch.from_numpy(heat)[None, None], size, mode="bilinear")[0, 0].numpy()
 
 
-def masked_rank_1(tested, args, shown):
-    """Rank-1 in percent, when all images show the whole image, only the person, or only the background."""
+def rank_1_of(features, tested, args):
+    """Rank-1, in percent, of the search with these features of its images."""
+    return results.scores(engine.run_search(features, tested.search)[args.feature, "none"])["Rank-1"]
+
+
+def masked_features(tested, args, shown):
+    """Features of the search's images, as `core.engine.run_search` wants them, when only the "person" or only the
+    "background" is shown."""
     embed = engine.network_embedding(tested.net, tested.device, normalise, args.amp)
     mean, data_path = np.array(MEAN) * 255, evaluation.data_folder(args)
 
     def picture(path):
-        image = read_image(path, tested.size)
-        if shown != "image":
-            mask = read_mask(data_path, path, tested.size)[:, :, None]
-            kept = mask if shown == "person" else 1 - mask
-            image = (kept * image + (1 - kept) * mean).round().astype(np.uint8)
-        return torch.from_numpy(image).movedim(-1, 0)
+        mask = read_mask(data_path, path, tested.size)[:, :, None]
+        kept = mask if shown == "person" else 1 - mask
+        image = kept * read_image(path, tested.size) + (1 - kept) * mean
+        return torch.from_numpy(image.round().astype(np.uint8)).movedim(-1, 0)
 
     features = {}
     for modality, paths in tested.paths.items():
@@ -124,12 +128,7 @@ def masked_rank_1(tested, args, shown):
             images = torch.stack([picture(path) for path in paths]).split(args.test_batch)
             batches = [embed(batch, modality) for batch in progress(images, desc=f"only the {shown}", unit="batch")]
         features[modality] = {name: torch.cat([batch[name] for batch in batches]) for name in FEATURES}
-    return results.scores(engine.run_search(features, tested.search)[args.feature, "none"])["Rank-1"]
-
-
-def untrained(tested):
-    torch.manual_seed(0)
-    return GFMNet(**tested.net.options).to(tested.device).eval()
+    return features
 
 
 if __name__ == "__main__":
