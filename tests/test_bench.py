@@ -129,6 +129,7 @@ def test_test(sysu_tree, capsys):
     assert f"{results['ratio']:.1f} x" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_gpu_keeps_each_stage_and_goes_on_after_one_that_fails(tmp_path, monkeypatch):
     out = tmp_path / "gpu.json"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -209,10 +209,11 @@ def signal_at(step, number, monkeypatch):
     monkeypatch.setattr(TrainAugmentation, "__call__", augment_and_signal)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "where", "more"),
     [
-        pytest.param(3, "epoch 0, after step 3 of 8", ["--optim", "sgd", "--workers", "2"], marks=pytest.mark.slow),
+        (3, "epoch 0, after step 3 of 8", ["--optim", "sgd", "--workers", "2"]),
         (16, "epoch 1, after step 8 of 8", ["--optim", "sgd", "--lr", "0.001"]),
     ],
 )
@@ -277,6 +278,7 @@ def test_a_signal_is_one_line_and_its_status(unbroken, tiny_tree, tmp_path):
     assert_same_runs([unbroken, tmp_path])
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_keeps_its_last_checkpoint(unbroken, tiny_tree, tmp_path, monkeypatch):
     """Also when it is asked to save and stop after the step that is not finite."""
     command = tiny_flags(tiny_tree, tmp_path, *MORE, "--resume", "auto")

@@ -388,6 +388,7 @@ def deen_flags(tree, out, *more):
     return flags(tree, out, *size, *more)
 
 
+@pytest.mark.slow
 def test_training_testing_and_export(tree, tmp_path):
     result = train_ext_test0.main(deen_flags(tree, tmp_path, "--epochs", "1"))
     assert "centre" in Path(result["log"]).with_suffix(".txt").read_text()

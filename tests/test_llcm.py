@@ -11,6 +11,7 @@ from test_datasets import HIDDEN
 from tests.oracles import plain_embedding, plain_match_ranks
 
 
+@pytest.mark.slow
 def test_training_and_both_directions_against_a_plain_loop_over_files(llcm_tree, tmp_path):
     run = train_ext_test0.main(flags(llcm_tree, tmp_path, "--dataset", "llcm", "--epochs", "1"))
     common = ["--dataset", "llcm", "--data_path", str(llcm_tree), "--gpu", "cpu", "--workers", "0"]

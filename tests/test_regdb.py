@@ -61,6 +61,7 @@ def test_no_image_goes_through_the_other_stem(regdb_tree, tmp_path):
     np.testing.assert_allclose(distances["visible to thermal"], distances["thermal to visible"].T, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_ten_trials_in_one_table(regdb_tree, tmp_path):
     """Of checkpoints without flags, as published: {trial} and --trial say their trials, and nothing is guessed."""
     for trial in range(1, 11):

@@ -217,6 +217,7 @@ def test_damaged_weights_are_refused(checkpoint, sysu_tree, tmp_path):
             testa.main([*common, "--resume", str(tmp_path / "damaged.t")])
 
 
+@pytest.mark.slow
 def test_published_checkpoint_is_tested(sysu_tree, tmp_path):
     """A checkpoint under the published names, with the NumPy metrics that the published code stores beside them."""
     sys.path.insert(0, str(GOLDEN))
@@ -238,6 +239,7 @@ def test_results_file_is_checked_before_the_work(sysu_tree, tmp_path):
         testa.main(["--data_path", str(sysu_tree), "--resume", "none.t", "--gpu", "cpu", "--json", str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_table_can_be_cut_off_and_needs_no_unicode(saved, sysu_tree, tmp_path):
     command = [sys.executable, REPO / "testa.py", *saved[2], "--data_path", sysu_tree]
     env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": "1"}
