@@ -58,7 +58,7 @@ def regdb(tmp_path_factory):
     return make(tmp_path_factory.mktemp("demo") / "regdb", layout="regdb", ids=5, images=10)
 
 
-@pytest.mark.parametrize("layout", ["sysu", "regdb", "llcm"])
+@pytest.mark.parametrize("layout", ["sysu", "regdb", pytest.param("llcm", marks=pytest.mark.slow)])
 def test_seed_fixes_every_byte(tmp_path, layout):
     first = digest(make(tmp_path / "a", layout=layout, workers=1))
     assert digest(make(tmp_path / "b", layout=layout, workers=3)) == first
@@ -390,6 +390,7 @@ def test_masks_are_written_beside_the_images(tmp_path):
             assert (image.size, picture.mode) == (picture.size, "1")
 
 
+@pytest.mark.slow
 def test_the_drawing_processes_end_quietly(tmp_path):
     command = [sys.executable, "-m", "tools.demo_data", "--out", tmp_path / "d", "--layout", "sysu", "--ids", "14"]
     result = subprocess.run([*command, "--images", "2", "--workers", "2"], capture_output=True, text=True, timeout=120)

@@ -19,6 +19,7 @@ def common(tree):
     return ["--dataset", "regdb", "--data_path", str(tree), "--gpu", "cpu", "--workers", "0"]
 
 
+@pytest.mark.slow
 def test_a_run_is_tested_on_its_own_trial(regdb_tree, tmp_path):
     run = train_ext_test0.main(flags(regdb_tree, tmp_path, "--dataset", "regdb", "--trial", "2", "--epochs", "1"))
     assert run["best"].endswith("_trial_2_best.t")

@@ -273,6 +273,7 @@ def test_attention_is_afam_s(sysu_tree, checkpoint):
             assert (values.min(), values.max()) == (0, 1)
 
 
+@pytest.mark.slow
 def test_heat_maps_and_feature_maps_are_drawn_alike_each_time(sysu_tree, checkpoint, tmp_path):
     for command, more in (("heatmap", ["--queries", 2]), ("tsne", ["--people", 3])):
         first, second = (draw(command, sysu_tree, checkpoint, tmp_path / f"{n}.png", *more) for n in "ab")
@@ -298,6 +299,7 @@ def test_feature_map_tells_people_and_modalities_apart():
     assert [text.get_text() for text in panel.texts] == [str(i) for i in ids]
 
 
+@pytest.mark.slow
 def test_distances_before_and_after(sysu_tree, checkpoint, tmp_path):
     other = save_network(tmp_path / "other.t", 1, "sysu")
     out = draw("distances", sysu_tree, checkpoint, tmp_path / "a.svg", "--resume", checkpoint, other)
