@@ -20,10 +20,11 @@ import data_manager
 import pre_process_sysu
 import testa
 import train_ext_test0
-from conftest import SIZE, SMALL, exit_status, flags
+from conftest import SIZE, exit_status, flags, save_network
 from core.images import read_image
 from data_loader import sysu_train_files
 from model import GFMNet
+from utils import InputError
 
 SCRIPTS = {
     "prepare": (pre_process_sysu, ["--data_path", "sysu", "--img_h", str(SIZE[0]), "--img_w", str(SIZE[1])]),
@@ -156,7 +157,7 @@ CASES = {
         "prepare",
         lambda: change(EXP, lambda text: f"{text.strip()},{Path('sysu/exp/test_id.txt').read_text()}"),
         [],
-        ["train_id.txt", "test_id.txt", "remove it"],
+        ["is in exp/train_id.txt and in exp/test_id.txt; remove it"],
     ),
     "val id is a train id": (
         "prepare",
@@ -256,7 +257,6 @@ CASES = {
     # flags of training
     "more identities than there are": ("train", lambda: None, ["--batch_size", "11"], ["--batch_size 11", "only 10"]),
     "unknown gpu": ("train", lambda: None, ["--gpu", "one"], ["--gpu one", "cpu"]),
-    "negative gpu": ("train", lambda: None, ["--gpu", "-1"], ["--gpu -1", "cpu"]),
     "images on no gpu": ("train", lambda: None, ["--cache", "gpu"], ["--cache gpu", "use --cache ram"]),
     "file for model_path": (
         "train",
@@ -306,6 +306,7 @@ CASES = {
     ),
     # checkpoints
     "cut checkpoint": ("test", lambda: write("c.t", Path("good.t").read_bytes()[:9999]), ["--resume", "c.t"], ["c.t"]),
+    "empty checkpoint": ("test", lambda: write("c.t"), ["--resume", "c.t"], ["c.t: cannot be loaded safely"]),
     "text as checkpoint": ("test", lambda: write("c.t", "x"), ["--resume", "c.t"], ["c.t: cannot be loaded safely"]),
     "folder as checkpoint": ("test", lambda: None, ["--resume", "sysu"], ["sysu: no such file"]),
     "checkpoint that runs code": (
@@ -342,7 +343,7 @@ CASES = {
         "test",
         lambda: save("c.t", good_checkpoint(net=weights_with(lambda s: s.pop("local.conv.bias")))),
         ["--resume", "c.t"],
-        ["c.t"],
+        ["c.t: does not fit", "'local.conv.bias' is missing"],
     ),
     "checkpoint of another data set": (
         "test",
@@ -357,13 +358,14 @@ CASES = {
         ["--from_features", "f.npz"],
         ["f.npz", "save it again"],
     ),
-    "folder for results": ("test", lambda: None, ["--json", "sysu"], ["sysu: is a folder"]),
+    # before the checkpoint is looked for
+    "folder for results": ("test", lambda: None, ["--resume", "no.t", "--json", "sysu"], ["sysu: is a folder"]),
     "file for a folder": ("test", lambda: write("f"), ["--json", "f/r.json"], ["f/r.json", "choose another folder"]),
     "no permutations": (
         "test",
         lambda: Path("sysu/exp/rand_perm_cam.mat").unlink(),
         ["--protocol", "official"],
-        ["rand_perm_cam.mat: no such file", "--protocol seeded"],
+        ["rand_perm_cam.mat: no such file", "github.com/wuancong/SYSU-MM01", "--protocol seeded"],
     ),
     "damaged permutations": (
         "test",
@@ -412,6 +414,63 @@ def test_one_line_and_nothing_lost(case, capsys):
     assert {file: after.get(file) for file in before} == before
     assert all("cache" in file.parts for file in set(after) - set(before))  # whole arrays of the other images
     assert not Path("pwned").exists()
+
+
+@pytest.mark.parametrize("content", [{1: 2}, {"conv1.weight": 1.0}, {"net": [1]}, {"net": {"a": 1.0}, "options": {}}])
+def test_files_without_weights_are_refused(sysu_tree, tmp_path, content):
+    file = tmp_path / "odd.t"
+    torch.save(content, file)
+    with pytest.raises(InputError, match=r"odd\.t"):
+        testa.main(["--data_path", str(sysu_tree), "--resume", str(file), "--gpu", "cpu"])
+    with pytest.raises(InputError, match=r"odd\.t"):
+        train_ext_test0.main(flags(sysu_tree, tmp_path, "--weights", str(file)))
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "words"),
+    [
+        (testa, [], ["--resume", "--from_features"]),
+        (testa, ["--from_features", "none.npz"], ["none.npz", "--features"]),
+        (testa, ["--from_features", "x.npz", "--baselines"], ["--baselines", "--resume"]),
+        (testa, ["--resume", "x.t", "--tvsearch"], ["--tvsearch", "SYSU-MM01"]),
+        (testa, ["--resume", "x.t", "--dataset", "llcm", "--shots", "10"], ["--shots", "llcm"]),
+        (testa, ["--resume", "x_{trial}.t", "--dataset", "regdb", "--features", "f"], ["--features f", "{trial}"]),
+        (testa, ["--resume", ""], ["no such file", "--model_path"]),
+        (testa, ["--resume", "x.t", "--all", "--protocol", "official"], ["--all", "--protocol"]),
+        (testa, ["--resume", "x.t", "--dataset", "regdb", "--mode", "indoor"], ["--mode", "regdb"]),
+        (testa, ["--resume", "x.t", "--features", "f_{trial}.npz"], ["{trial}", "sysu"]),
+        (testa, ["--resume", "x.t", "--features", "./x.t"], ["x.t, ./x.t", "twice"]),
+        (train_ext_test0, ["--dataset", "llcm", "--mode", "indoor"], ["--mode indoor", "SYSU-MM01"]),
+        (train_ext_test0, ["--trial", "2"], ["--trial 2", "RegDB"]),
+        (testa, ["--resume", "x.t", "--features", "o", "--json", "o"], ["x.t, o, o", "twice"]),
+        (testa, ["--resume", "x.t", "--trial", "2"], ["--trial", "RegDB"]),
+        (train_ext_test0, ["--data_path", "nowhere"], ["nowhere: no such folder", "--data_path"]),
+        (train_ext_test0, ["--dataset", "regdb", "--data_path", "nowhere"], ["nowhere: no such folder"]),
+        (train_ext_test0, ["--lr", "nan"], ["--lr", "nan"]),
+    ],
+)
+def test_bad_flags_are_one_line_and_status_2(script, arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert exit_status(script, [*arguments, "--gpu", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert all(word in error for word in words)
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and file.suffix != ".lock"]
+
+
+def test_a_search_without_a_match_is_refused_before_the_training(sysu_tree, tmp_path):
+    """Camera 3's queries do not see camera 2: with no other cameras there is nothing to find."""
+    tree = tmp_path / "tree"
+    shutil.copytree(sysu_tree, tree)
+    for camera in (1, 4, 5, 6):
+        shutil.rmtree(tree / f"cam{camera}")
+    words = "no query has a match in the gallery that it sees .*not seen: camera 2 by queries of camera 3"
+    with pytest.raises(InputError, match=words):
+        train_ext_test0.main(flags(tree, tmp_path, "--epochs", "1"))
+    assert not list((tmp_path / "models").glob("*.t"))
+    checkpoint = save_network(tmp_path / "net.t", 0, "sysu")
+    with pytest.raises(InputError, match=words):
+        testa.main(["--data_path", str(tree), "--gpu", "cpu", "--resume", str(checkpoint)])
 
 
 @pytest.mark.usefixtures("trees")
@@ -529,5 +588,5 @@ def test_bad_images_are_left_out_if_asked(capsys):
 
 @pytest.mark.slow
 def test_one_image_of_an_identity_and_modality_is_enough(sysu_tree, tmp_path):
-    result = train_ext_test0.main([*SMALL, *flags(sysu_tree, tmp_path, "--num_pos", "1", "--epochs", "1")])
+    result = train_ext_test0.main(flags(sysu_tree, tmp_path, "--num_pos", "1", "--epochs", "1"))
     assert torch.load(result["last"])["epoch"] == 0

@@ -155,9 +155,7 @@ def test_official_gallery_is_the_first_of_each_permutation(tmp_path):
         assert_ids_and_cameras_parse(paths, ids, cameras, tmp_path)
 
 
-def test_official_protocol_needs_its_file_and_the_images_it_was_made_for(sysu, tmp_path):
-    with pytest.raises(InputError, match=r"exp/rand_perm_cam\.mat: no such file.*github\.com/wuancong/SYSU-MM01"):
-        process_gallery_sysu(str(sysu), protocol="official")
+def test_official_protocol_needs_the_images_it_was_made_for(tmp_path):
     build_sysu(tmp_path)
     permute(tmp_path)
     victim = Path(process_gallery_sysu(str(tmp_path), protocol="official")[0][0])
@@ -281,8 +279,6 @@ def test_regdb_lists(tmp_path):
         assert ids.tolist() == [12, 12, 7, 7, 0, 0]
         assert cameras.tolist() == [camera] * 6
     assert process_test_regdb(tmp_path)[0] == process_test_regdb(tmp_path, 1, "visible")[0]
-    with pytest.raises(InputError, match=r"test_thermal_5\.txt"):
-        process_test_regdb(tmp_path, 5, "thermal")
 
 
 LLCM_FILES = {  # (folder, camera, id) -> images
@@ -325,11 +321,3 @@ def test_llcm_lists_against_a_plain_loop(llcm, modality, folder):
         paths, ids, cameras = data_manager.draw_gallery(folders, trial)
         assert relative(paths, llcm) == expected
         assert list(zip(ids, cameras, strict=True)) == sorted(names)
-
-
-def test_llcm_errors_name_what_is_wrong(llcm, tmp_path_factory):
-    with pytest.raises(InputError, match=r"idx/test_id\.txt"):
-        process_query_llcm(tmp_path_factory.mktemp("empty"))
-    (llcm / "idx" / "test_id.txt").write_text("5")
-    with pytest.raises(InputError, match="test_nir: none of the 1 listed ids has an image under cam1, .*; add images"):
-        process_query_llcm(llcm, "infrared")

@@ -249,17 +249,6 @@ def test_bad_flags_name_the_remedy(tmp_path, flags, words):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "flag", ["--ids=-4", "--ids=many", "--images=0", "--seed=-1", "--workers=0", "--layout=market"]
-)
-def test_unparsable_flags_exit_with_2(tmp_path, flag, capsys):
-    with pytest.raises(SystemExit) as stop:
-        demo_data.main(["--out", str(tmp_path / "out"), flag])
-    assert stop.value.code == 2
-    assert flag.split("=")[0] in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
 def test_never_overwrites(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine.txt").write_text("mine")

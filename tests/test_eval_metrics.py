@@ -71,16 +71,6 @@ def test_matches_loop_on_random_problems(evaluate, keys, max_rank):
     assert tied > 40
 
 
-def test_random_problems_depend_on_tie_order():
-    """The loop above would not notice how ties are broken if every order gave the same numbers."""
-    changed = 0
-    for seed in range(30):
-        problem = random_problem(seed)
-        backwards = [a[..., ::-1] if key in ("distmat", "g_pids", "g_camids") else a for key, a in problem.items()]
-        changed += eval_sysu(*problem.values())[1] != eval_sysu(*(a.copy() for a in backwards))[1]
-    assert changed > 20
-
-
 def test_hand_worked():
     """Ranked ids: 5 5 7 5 7 8 for query 7 of camera 6; 7 5 7 8 for query 8 of camera 3, to which camera 2 is hidden."""
     distances = np.array([[0.3, 0.1, 0.2, 0.4, 0.5, 0.9], [0.1, 0.0, 0.2, 0.0, 0.3, 0.4]])
@@ -106,15 +96,6 @@ def test_ties_are_stable_in_a_large_gallery():
     distances = rng.integers(0, 3, (5, 3000)).astype(np.float32)
     q_pids, g_pids = np.arange(5), rng.integers(0, 300, 3000)
     assert_metrics_close(eval_regdb(distances, q_pids, g_pids), plain_metrics(distances, q_pids, g_pids))
-
-
-def test_queries_without_a_match_are_skipped():
-    """Query 1 is absent from the gallery, query 2 is left with nothing once camera 2 is hidden: only query 0 counts."""
-    distances = np.array([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
-    g_pids, g_camids = np.array([5, 6]), np.array([1, 2])
-    actual = eval_sysu(distances, np.array([5, 99, 6]), g_pids, np.array([3, 3, 3]), g_camids)
-    assert_metrics_close(actual, (np.ones(20), 1.0, 1.0))
-    assert_metrics_close(eval_regdb(distances, np.array([5, 99, 6]), g_pids), (np.ones(20), 1.0, 1.0))
 
 
 def evaluate_both(problem):

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -297,20 +296,6 @@ np.save("features.npy", features)
     embed = plain_embedding(checkpoint)
     expected = np.stack([embed(image, "infrared") for image in images])
     np.testing.assert_allclose(np.load(tmp_path / "features.npy"), expected, rtol=0, atol=2e-5)
-
-
-@pytest.mark.slow
-def test_full_disk(checkpoint, tmp_path):
-    older = tmp_path / "adp_lr_0.1_best_visible_FC.safetensors"
-    older.write_bytes(b"older")
-    limit = (1_000_000, resource.RLIM_INFINITY)
-    arguments = ("--resume", checkpoint, "--format", "safetensors", "--modality", "visible", "--out", tmp_path)
-    result = command(*arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
-    assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
-    assert line.startswith(f"export.py: error: {older}: cannot be written")
-    assert [*tmp_path.iterdir()] == [older]
-    assert older.read_bytes() == b"older"
 
 
 def test_bad_input(checkpoint, tmp_path):

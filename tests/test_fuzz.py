@@ -1,6 +1,5 @@
-"""Random input: parsers either read it or name the file, and the measures are those of plain loops."""
+"""Random input: parsers either read it or name the file."""
 
-import itertools
 import json
 import os
 import tempfile
@@ -8,16 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import data_manager
 from core import features as feature_store
 from core.log import RunLog, read_json_lines
-from eval_metrics import eval_regdb, eval_sysu
-from loss import aligned_distance
-from tests.oracles import plain_aligned_distance, plain_metrics
 from utils import InputError
 
 many = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -137,67 +132,3 @@ def test_origins_of_features(tree, origin):
 
 
 FEATURES = {"paths": np.array(["a.jpg"]), "mine/FC": np.ones((1, 2), np.float32)}
-
-
-@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, np.int64, np.int32, np.uint8])
-def test_measures_of_random_problems_with_ties(dtype):
-    rng = np.random.default_rng(np.dtype(dtype).num)
-    found = 0
-    for _ in range(700):
-        queries, images, people = rng.integers(1, 7), rng.integers(1, 14), rng.integers(1, 6)
-        distances = rng.integers(0, rng.integers(1, 9), (queries, images))
-        distances = (distances / 8 if np.issubdtype(dtype, np.floating) else distances).astype(dtype)
-        ids = [rng.integers(0, people, n) for n in (queries, images)]
-        cameras = [rng.choice([3, 6], queries), rng.choice([1, 2, 4, 5], images)]
-        for evaluate, labels in ((eval_sysu, [*ids, *cameras]), (eval_regdb, ids)):
-            matches = any(
-                q == g and not (len(labels) > 2 and labels[2][i] == 3 and labels[3][j] == 2)
-                for (i, q), (j, g) in itertools.product(enumerate(ids[0]), enumerate(ids[1]))
-            )
-            if not matches:
-                with pytest.raises(ValueError, match="no query has a match"):
-                    evaluate(distances, *labels)
-                continue
-            found += 1
-            for mine, plain in zip(evaluate(distances, *labels), plain_metrics(distances, *labels), strict=True):
-                np.testing.assert_allclose(mine, plain, rtol=0, atol=1e-12)
-    assert found > 500
-
-
-@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
-@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
-def test_distances_that_are_no_numbers_are_refused(bad, dtype):
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        distances = rng.normal(size=(3, 5)).astype(dtype)
-        distances[rng.integers(3), rng.integers(5)] = bad
-        with pytest.raises(ValueError, match="not all finite"):
-            eval_regdb(distances, [1, 2, 3], [1, 2, 3, 1, 2])
-
-
-@pytest.mark.parametrize("stripes", range(1, 13))
-def test_walks_do_not_depend_on_their_neighbours(stripes):
-    torch.manual_seed(stripes)
-    x, y = torch.randn(2, 9, stripes, 4, dtype=torch.float64)
-    distances, order = aligned_distance(x, y), torch.randperm(9)
-    assert torch.equal(aligned_distance(x[order], y[order]), distances[order])
-    assert torch.equal(torch.cat([aligned_distance(x[i : i + 1], y[i : i + 1]) for i in range(9)]), distances)
-    if stripes > 1:
-        plain = torch.stack([plain_aligned_distance(*pair) for pair in zip(x, y, strict=True)])
-        torch.testing.assert_close(distances, plain)
-
-
-def test_walks_of_ties():
-    rng = np.random.default_rng(0)
-    for _ in range(100):
-        x, y = torch.from_numpy(rng.integers(0, 2, (2, 4, rng.integers(2, 7), 2)).astype(np.float64))
-        plain = torch.stack([plain_aligned_distance(*pair) for pair in zip(x, y, strict=True)])
-        torch.testing.assert_close(aligned_distance(x, y), plain)
-
-
-@pytest.mark.parametrize(
-    "shapes", [((3, 4, 5), (3, 6, 5)), ((3, 4, 5), (2, 4, 5)), ((3, 4), (3, 4)), ((3, 4, 5), (3, 4, 6))]
-)
-def test_stripes_that_do_not_pair_up_are_refused(shapes):
-    with pytest.raises(ValueError, match="aligned_distance needs two"):
-        aligned_distance(*(torch.zeros(shape) for shape in shapes))

@@ -9,7 +9,6 @@ from PIL import Image
 
 from core import images
 from data_manager import process_query_sysu
-from utils import InputError
 
 
 def test_chunks_and_processes_do_not_change_the_array(sysu_tree, tmp_path, monkeypatch):
@@ -36,11 +35,3 @@ def test_room_is_taken_where_the_system_has_no_call_for_it(sysu_tree, tmp_path, 
         monkeypatch.setattr(np.lib.format, "open_memmap", lambda *_: types.SimpleNamespace(offset=0))
         with pytest.raises(OSError, match="No space left"):
             images.write_images(paths, (16, 8), tmp_path / "full.npy", "full", workers=1)
-
-
-@pytest.mark.parametrize("content", [b"", b"not an image", b"\xff\xd8\xff\xe0 cut off"])
-def test_unreadable_image_is_named(tmp_path, content):
-    file = tmp_path / "0007.jpg"
-    file.write_bytes(content)
-    with pytest.raises(InputError, match=r"0007\.jpg: cannot be read as an image"):
-        images.read_image(file, (16, 8))

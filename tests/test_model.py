@@ -205,17 +205,6 @@ def test_non_local_and_attention_start_from_the_file_too(backbone_files):
     torch.testing.assert_close(extended.embed(pictures, "visible")[0], plain.embed(pictures, "visible")[0])
 
 
-def test_without_weights_initialisation_is_random():
-    first, second = (dict(tiny(seed=seed).named_parameters()) for seed in (0, 1))
-    convolutions = [name for name, p in first.items() if p.ndim == 4]
-    assert all(not torch.equal(first[name], second[name]) for name in convolutions)
-
-
-def test_missing_weights_file_is_named(tmp_path):
-    with pytest.raises((OSError, ValueError), match="absent.pth"):
-        model.GFMNet(7, arch="resnet18", weights=str(tmp_path / "absent.pth"))
-
-
 # ---- two streams
 
 
@@ -299,11 +288,6 @@ def test_local_stripes(height, stripes):
     torch.testing.assert_close(output.local.norm(dim=1), torch.ones(4, stripes))
 
 
-@torch.no_grad()
-def test_local_branch_can_be_left_out():
-    assert tiny(local=False).train()(images(2, 0), images(2, 1)).local is None
-
-
 @pytest.mark.parametrize("switch", ["attention", "non_local", "local"])
 def test_switches_remove_parameters(switch):
     with_it, without = (set(dict(tiny(**{switch: value}).named_parameters())) for value in (True, False))
@@ -346,16 +330,6 @@ def test_head_initialisation():
     assert net.classifier.bias is None
     assert net.classifier.weight.mean().item() == pytest.approx(0, abs=1e-5)
     assert net.classifier.weight.std().item() == pytest.approx(0.001, rel=0.01)
-
-
-def test_bottleneck_bias_stays_zero_in_training():
-    net = tiny().train()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    output = net(images(3, 0), images(3, 1))
-    F.cross_entropy(output.logits, torch.arange(6)).backward()
-    optimizer.step()
-    assert net.bottleneck.bias.eq(0).all()
-    assert not net.bottleneck.weight.eq(1).all()
 
 
 @pytest.mark.parametrize("training", [True, False])
