@@ -1,16 +1,100 @@
 """What a method must do through the programs, checked in the same way for each."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+import published_state
 import testa
-from conftest import log_entries
+from ChannelAug import AUGMENTATIONS
+from conftest import log_entries, parse, search_flags
 from core import evaluation, published
-from oracles import plain_features
+from core.optim import build_optimizer
+from loss import METHODS
+from tests.oracles import plain_features
 from tools import export
 
-PROGRAM = ["--gpu", "cpu", "--workers", "0"]
+GOLDEN = Path(__file__).parent / "golden"
+BATCHES = ((3, 2, 16, 1.0), (6, 4, 8, 0.6), (4, 3, 12, 3.0))  # identities, images of each, width, spread
+
+
+# ---- golden values of the published code; tests/golden/README.md describes them
+
+
+def published_weights(*files, without=()):
+    """The state of a published network: names and shapes of the golden files, less those that begin with `without`."""
+    shapes = {}
+    for file in files:
+        shapes |= published_state.read_shapes(GOLDEN / f"{file}_shapes.txt")
+    weights = {name: published_state.fill(name, shape, 1) for name, shape in shapes.items()}
+    return {name: torch.from_numpy(value) for name, value in weights.items() if not name.startswith(without)}
+
+
+def golden_batch(case, copies):
+    """One of BATCHES -> features [copies x P S, C], float64 with gradient, and the labels [P S] of each copy."""
+    people, shots, width, spread = BATCHES[case]
+    own = np.repeat(published_state.fill(f"identities.{case}", (people, width), 1), shots, axis=0)
+    noise = published_state.fill(f"features.{case}", (copies * people * shots, width), 1)
+    features = np.tile(own, (copies, 1)) * width**0.5 + spread * width**0.5 * noise
+    return torch.from_numpy(features.astype(np.float64)).requires_grad_(), torch.arange(people).repeat_interleave(shots)
+
+
+def losses_and_gradients_are_golden(values, features, golden, case):
+    for name, value in values.items():
+        assert value.item() == pytest.approx(golden[f"losses/{case}/{name}"].item(), rel=1e-6)
+        (gradient,) = torch.autograd.grad(value, features, retain_graph=True)
+        np.testing.assert_allclose(gradient, golden[f"losses/{case}/{name}_gradient"], rtol=1e-6, atol=1e-12)
+
+
+def golden_steps(views, height, width, seed, base_seed):
+    """Of each step of a trajectory: images, the visible ones first, and their labels; `views` views of six images."""
+    for step in range(5):
+        base = np.repeat(published_state.images(3, height, width, base_seed + step), 2, axis=0)
+        images = 0.5 * published_state.images(6 * views, height, width, seed + step) + np.tile(base, (views, 1, 1, 1))
+        yield torch.from_numpy(images).double(), (3 * step + torch.arange(3).repeat_interleave(2)).repeat(views)
+
+
+def trains_as_published(net, criterion, steps, terms, trajectory, names, norms, lr=5e-4, rates=()):
+    """SGD steps: the losses `terms` of each, and the norms of all gradients at the first."""
+    optimizer, first = build_optimizer(net, "sgd", lr, rates), None
+    for group in optimizer.param_groups:
+        group["lr"] *= group["lr_scale"]
+    for (images, labels), expected in zip(steps, trajectory, strict=True):
+        losses = criterion(net(images[:-6], images[-6:]), labels)
+        optimizer.zero_grad()
+        losses.total.backward()
+        first = first or {name: p.grad.norm().item() for name, p in net.named_parameters() if p.grad is not None}
+        optimizer.step()
+        assert [getattr(losses, term).item() for term in terms] == pytest.approx(expected, rel=1e-6)
+    norm = dict(zip(names.tolist(), norms.tolist(), strict=True))
+    ours = published.convert_published_state({name: name for name in norm})
+    assert len(ours) == len(norm)
+    # Below 1e-8 are the biases before a batch norm, which takes them out again: what they have is rounding.
+    assert first == pytest.approx({name: norm[theirs] for name, theirs in ours.items()}, rel=1e-3, abs=1e-8)
+
+
+def views_are_distributed_as_published(method, dataset, golden, moments, count):
+    """The mean and the deviation of each pixel, in standard errors. moments: names of the golden ones, visible and
+    infrared."""
+    args = parse("--method", method, "--dataset", dataset)
+    augmentation = METHODS[method].augmentations.get(dataset, METHODS[method].augmentation)
+    augment = AUGMENTATIONS[augmentation](args.augc, args.rande, args.padding, args.erase_area)
+    torch.manual_seed(0)
+    image = torch.from_numpy(golden["augmentation/image"]).permute(2, 0, 1).expand(count, -1, -1, -1)
+    *views, labels = augment(image, image, torch.zeros(count))
+    assert len(labels) == 2 * count
+    error = (1 / count + 1 / golden["augmentation/draws"].item()) ** 0.5
+    for images, name in zip(views, moments, strict=True):
+        mean, deviation = (torch.from_numpy(golden[f"augmentation/{name}_{part}"]) for part in ("mean", "deviation"))
+        z = (images - mean) / deviation
+        square = z.square()
+        assert z.mean(dim=0).abs().max() < 6 * error
+        assert ((square.mean(dim=0) - 1) / square.std(dim=0)).abs().max() < 6 * error
+
+
+# ---- through the programs
 
 
 def run_is_tested_and_exported(result, tree, size, terms, out):
@@ -20,7 +104,7 @@ def run_is_tested_and_exported(result, tree, size, terms, out):
     """
     (entry,) = log_entries(result["log"])
     assert entry["total"] == pytest.approx(sum(entry[part] for part in ("identity", "triplet", *terms)), rel=1e-5)
-    rows = testa.main(["--data_path", str(tree), "--resume", result["last"], *PROGRAM])
+    rows = testa.main(search_flags(tree, result["last"]))
     assert [row["feature"] for row in rows] == ["POOL", "FC"]
     assert rows[1]["per_trial"][0]["metrics"]["mAP"] == pytest.approx(entry["FC/mAP"], abs=1e-3)
     argv = ["--resume", result["last"], "--format", "safetensors", "--modality", "infrared", "--out", str(out)]
@@ -30,12 +114,6 @@ def run_is_tested_and_exported(result, tree, size, terms, out):
     file = export.load_embedding(exported["path"])
     torch.testing.assert_close(file(images), plain_features(net.eval(), images, "infrared"), rtol=0, atol=2e-5)
     return file
-
-
-def runs_end_alike(*results):
-    """The last checkpoints of two runs have the same weights, bit for bit."""
-    first, second = (torch.load(result["last"])["net"] for result in results)
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def write_published(net, unused, path, shift=False):
@@ -54,7 +132,7 @@ def published_file_loads(path, net, size, network):
 
 
 def published_file_is_tested_and_exported(path, tree, out):
-    rows = testa.main(["--data_path", str(tree), "--mode", "indoor", "--resume", str(path), *PROGRAM])
+    rows = testa.main(search_flags(tree, path, "--mode", "indoor"))
     assert [row["feature"] for row in rows] == ["POOL", "FC"]
     argv = ["--resume", str(path), "--format", "onnx", "--modality", "visible", "--out", str(out)]
     (exported,) = export.main(argv)

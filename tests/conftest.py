@@ -23,7 +23,8 @@ os.environ["PYTHONPATH"] = str(Path(utils.__file__).parent)  # `python -m tools.
 
 SIZE = (96, 48)  # height, width of the tests' images
 TINY = (48, 16)  # of those of training runs
-SMALL = ["--arch", "resnet18", "--weights", "none", "--gpu", "cpu", "--workers", "0"]
+PROGRAM = ["--gpu", "cpu", "--workers", "0"]
+SMALL = [*PROGRAM, "--arch", "resnet18", "--weights", "none"]
 SMALL += ["--img_h", str(SIZE[0]), "--img_w", str(SIZE[1]), "--batch_size", "4", "--num_pos", "2", "--optim", "adam"]
 SMALL += ["--lr", "0.01"]
 
@@ -35,6 +36,16 @@ def flags(tree, out, *more):
 def tiny_flags(tree, out, *more):
     """As `flags`, for `tiny_tree`."""
     return flags(tree, out, "--img_h", str(TINY[0]), "--img_w", str(TINY[1]), *more)
+
+
+def search_flags(tree, checkpoint, *more):
+    """Flags of the programs that test a checkpoint."""
+    return ["--data_path", str(tree), "--resume", str(checkpoint), *PROGRAM, *map(str, more)]
+
+
+def parse(*argv):
+    """The flags of a training, with the defaults of its method and data set."""
+    return train_ext_test0.get_args_parser().parse_args(argv)
 
 
 def log_entries(path):

@@ -275,13 +275,17 @@ def plain_features(net, images, modality, feature="FC"):
     return F.normalize(image + mirror)
 
 
-def plain_embedding(checkpoint):
-    """The path of a checkpoint -> embed(image file, modality) -> FC feature [C], image by image."""
+def plain_network(checkpoint):
+    """The path of a checkpoint of this code -> (network, (height, width) of its images)."""
     content = torch.load(checkpoint)
     net = GFMNet(**content["options"])
     net.load_state_dict(content["net"])
-    net.eval()
-    height, width = content["image_size"]
+    return net.eval(), content["image_size"]
+
+
+def plain_embedding(checkpoint):
+    """The path of a checkpoint -> embed(image file, modality) -> FC feature [C], image by image."""
+    net, (height, width) = plain_network(checkpoint)
 
     def embed(path, modality):
         with Image.open(path) as image:

@@ -20,7 +20,7 @@ import data_manager
 import pre_process_sysu
 import testa
 import train_ext_test0
-from conftest import SIZE, exit_status, flags, save_network
+from conftest import SIZE, exit_status, flags, parse, save_network, search_flags
 from core.images import read_image
 from data_loader import sysu_train_files
 from model import GFMNet
@@ -31,7 +31,7 @@ SCRIPTS = {
     "train": (train_ext_test0, flags("sysu", "out", "--epochs", "1")),
     "regdb": (train_ext_test0, flags("regdb", "out", "--dataset", "regdb", "--epochs", "1")),
     "llcm": (train_ext_test0, flags("llcm", "out", "--dataset", "llcm", "--epochs", "1")),
-    "test": (testa, ["--data_path", "sysu", "--resume", "good.t", "--gpu", "cpu", "--workers", "0"]),
+    "test": (testa, search_flags("sysu", "good.t")),
 }
 
 
@@ -377,7 +377,7 @@ CASES = {
 
 
 def resumable(classes, **more):
-    args = vars(train_ext_test0.get_args_parser().parse_args(SCRIPTS["train"][1])) | more
+    args = vars(parse(*SCRIPTS["train"][1])) | more
     net, state = GFMNet(classes, "resnet18"), {"optimizer": {}, "epoch": 0, "best": {"Rank-1": -1.0}}
     return good_checkpoint(net=net.state_dict(), options=net.options, args=args, **state)
 
@@ -421,7 +421,7 @@ def test_files_without_weights_are_refused(sysu_tree, tmp_path, content):
     file = tmp_path / "odd.t"
     torch.save(content, file)
     with pytest.raises(InputError, match=r"odd\.t"):
-        testa.main(["--data_path", str(sysu_tree), "--resume", str(file), "--gpu", "cpu"])
+        testa.main(search_flags(sysu_tree, file))
     with pytest.raises(InputError, match=r"odd\.t"):
         train_ext_test0.main(flags(sysu_tree, tmp_path, "--weights", str(file)))
 
@@ -440,10 +440,10 @@ def test_files_without_weights_are_refused(sysu_tree, tmp_path, content):
         (testa, ["--resume", "x.t", "--dataset", "regdb", "--mode", "indoor"], ["--mode", "regdb"]),
         (testa, ["--resume", "x.t", "--features", "f_{trial}.npz"], ["{trial}", "sysu"]),
         (testa, ["--resume", "x.t", "--features", "./x.t"], ["x.t, ./x.t", "twice"]),
-        (train_ext_test0, ["--dataset", "llcm", "--mode", "indoor"], ["--mode indoor", "SYSU-MM01"]),
-        (train_ext_test0, ["--trial", "2"], ["--trial 2", "RegDB"]),
         (testa, ["--resume", "x.t", "--features", "o", "--json", "o"], ["x.t, o, o", "twice"]),
         (testa, ["--resume", "x.t", "--trial", "2"], ["--trial", "RegDB"]),
+        (train_ext_test0, ["--dataset", "llcm", "--mode", "indoor"], ["--mode indoor", "SYSU-MM01"]),
+        (train_ext_test0, ["--trial", "2"], ["--trial 2", "RegDB"]),
         (train_ext_test0, ["--data_path", "nowhere"], ["nowhere: no such folder", "--data_path"]),
         (train_ext_test0, ["--dataset", "regdb", "--data_path", "nowhere"], ["nowhere: no such folder"]),
         (train_ext_test0, ["--lr", "nan"], ["--lr", "nan"]),
@@ -470,7 +470,7 @@ def test_a_search_without_a_match_is_refused_before_the_training(sysu_tree, tmp_
     assert not list((tmp_path / "models").glob("*.t"))
     checkpoint = save_network(tmp_path / "net.t", 0, "sysu")
     with pytest.raises(InputError, match=words):
-        testa.main(["--data_path", str(tree), "--gpu", "cpu", "--resume", str(checkpoint)])
+        testa.main(search_flags(tree, checkpoint))
 
 
 @pytest.mark.usefixtures("trees")
@@ -495,11 +495,6 @@ def test_a_lost_test_image_is_told_before_the_training(capsys):
     assert not list(Path("out").rglob("*.t"))
 
 
-def as_list(name, text):
-    write(f"tree/idx/{name}.txt", text)
-    return data_manager.read_list("tree", name)
-
-
 @pytest.mark.parametrize(
     "text",
     [
@@ -509,20 +504,19 @@ def as_list(name, text):
         "\n\na/1.jpg\t1\n\n  b c/2.jpg  \t 2  \n \n",
     ],
 )
-def test_lists_of_other_editors(text, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("tree/idx").mkdir(parents=True)
-    paths, ids = as_list("l", text)
-    assert paths == ["tree/a/1.jpg", "tree/b c/2.jpg"]
+def test_lists_of_other_editors(text, tmp_path):
+    (tmp_path / "idx").mkdir()
+    write(tmp_path / "idx" / "l.txt", text)
+    paths, ids = data_manager.read_list(tmp_path, "l")
+    assert paths == [f"{tmp_path}/a/1.jpg", f"{tmp_path}/b c/2.jpg"]
     assert ids.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("text", ["1,2,30", "1, 2,\t30\r\n", "\ufeff0001,2,\n30,", "1,\n\n2,30\n"])
-def test_ids_of_other_editors(text, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("tree/exp").mkdir(parents=True)
-    write("tree/exp/train_id.txt", text)
-    assert data_manager.read_ids("tree", "train") == [1, 2, 30]
+def test_ids_of_other_editors(text, tmp_path):
+    (tmp_path / "exp").mkdir()
+    write(tmp_path / "exp" / "train_id.txt", text)
+    assert data_manager.read_ids(tmp_path, "train") == [1, 2, 30]
 
 
 RNG = np.random.default_rng(0)

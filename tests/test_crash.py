@@ -23,7 +23,7 @@ import testa
 import train_ext_test0
 import utils
 from ChannelAug import TrainAugmentation
-from conftest import SIZE, log_entries, tiny_flags
+from conftest import SIZE, log_entries, search_flags, tiny_flags
 from core import features as feature_store
 from core.checkpoint import load_checkpoint
 from data_loader import IdentitySampler, sysu_train_files
@@ -77,10 +77,6 @@ def wait_until(ready, seconds=120):
         time.sleep(0.01)
 
 
-def logged_epochs(folder):
-    return sum(len(file.read_text().splitlines()) for file in folder.glob("log/*/*.jsonl"))
-
-
 def assert_same_runs(folders):
     """Two runs ended alike, bit for bit: checkpoints, optimiser, JSON lines but for the times."""
     names, logs = [], []
@@ -88,7 +84,7 @@ def assert_same_runs(folders):
         files = sorted((folder / "models").glob("*.t"))
         names.append([file.name for file in files])
         (log,) = (folder / "log" / "sysu_log").glob("*.jsonl")
-        logs.append([json.loads(line) for line in log.read_text().splitlines()])
+        logs.append(log_entries(log))
         for entry in logs[-1]:
             del entry["seconds"], entry["images_per_second"]
     assert names[0] == names[1]
@@ -183,8 +179,7 @@ def test_killed_tests_leave_whole_files(unbroken, tiny_tree, tmp_path):
     rng = random.Random(0)
     (best,) = (unbroken / "models").glob("*_best.t")
     table, features = tmp_path / "table.json", tmp_path / "features.npz"
-    command = ["--data_path", tiny_tree, "--resume", best, "--gpu", "cpu", "--workers", "0", "--json", table]
-    command += ["--features", features]
+    command = search_flags(tiny_tree, best, "--json", table, "--features", features)
     begin = time.monotonic()
     assert finish(testa, command) == 0
     whole = time.monotonic() - begin
@@ -265,7 +260,7 @@ def test_a_signal_is_one_line_and_its_status(unbroken, tiny_tree, tmp_path):
     command = tiny_flags(tiny_tree, tmp_path, *MORE, "--resume", "auto")
     errors = tmp_path / "stderr.txt"
     process = start(train_ext_test0, command, errors)
-    wait_until(lambda: logged_epochs(tmp_path))
+    wait_until(lambda: any(file.read_text() for file in tmp_path.glob("log/*/*.jsonl")))
     os.kill(process.pid, signal.SIGTERM)
     join(process)
     assert process.exitcode == 143

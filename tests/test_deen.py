@@ -1,6 +1,5 @@
 """DEEN against values of its published code, plain loops and formulas; its recipe; its way through the programs."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,45 +10,29 @@ from torch.nn import functional as F
 
 import checks
 import model
-import pre_process_sysu
+import published_state
 import train_ext_test0
-from ChannelAug import AUGMENTATIONS, MEAN, GrayAugmentation, normalise, random_gray
-from conftest import flags
+from ChannelAug import MEAN, GrayAugmentation, normalise, random_gray
+from checks import published_weights
+from conftest import SIZE, flags, parse, search_flags
 from core import deen, evaluation, optim
 from core.deen import CentrePairLoss, OrthogonalLoss
 from loss import METHODS, HardTripletLoss, MethodLoss, method_name
-from oracles import naive_distances
+from tests.oracles import naive_distances
 from tools import visualize
 from tools.embedder import Embedder
 from utils import InputError
 
-GOLDEN_DIR = Path(__file__).parent / "golden"
-sys.path.insert(0, str(GOLDEN_DIR))
-
-import published_state  # noqa: E402  (lies beside the golden values)
-
-GOLDEN = np.load(GOLDEN_DIR / "deen.npz")
-SHAPES = {"sysu": "deen_shapes.txt", "regdb": "deen_regdb_shapes.txt"}
+GOLDEN = np.load(checks.GOLDEN / "deen.npz")
+SHAPES = {"sysu": "deen", "regdb": "deen_regdb"}  # what DEEN has of its own, beside AGW without non-local blocks
 NETWORK = METHODS["deen"].network
-SIZE = (48, 32)  # height, width of the images of training runs
-
-
-def weights(dataset):
-    """The published network's state for a data set: AGW's without non-local blocks, and what DEEN has of its own."""
-    shapes = published_state.read_shapes(GOLDEN_DIR / "agw_shapes.txt")
-    shapes = {name: shape for name, shape in shapes.items() if not name.startswith("NL_")}
-    shapes |= published_state.read_shapes(GOLDEN_DIR / SHAPES[dataset])
-    return {name: torch.from_numpy(published_state.fill(name, shape, 1)) for name, shape in shapes.items()}
 
 
 def golden_network(dataset):
-    net, size = model.load_network({"net": weights(dataset), "epoch": 30}, "x.t")
+    weights = published_weights("agw", SHAPES[dataset], without="NL_")
+    net, size = model.load_network({"net": weights, "epoch": 30}, "x.t")
     assert size == (384, 144)
     return net.double()
-
-
-def pictures(count, height, width, seed):
-    return torch.from_numpy(published_state.images(count, height, width, seed).astype(np.float64))
 
 
 def tiny(num_classes=7, **options):
@@ -72,7 +55,7 @@ def test_features_golden(dataset, stages):
     net = golden_network(dataset).eval()
     assert method_name(net.options) == "deen"
     assert (net.options["stages"], net.options["share_net"]) == (stages, 1)
-    images = pictures(2, 96, 48, 3)
+    images = torch.from_numpy(published_state.images(2, 96, 48, 3)).double()
     for row, modality in enumerate(("visible", "infrared")):
         if f"{dataset}_{modality}_pool" not in GOLDEN:
             continue
@@ -85,74 +68,34 @@ def test_features_golden(dataset, stages):
         assert (pooled.shape[1], normed.shape[1]) == (net.feature_widths["POOL"], net.feature_widths["FC"])
 
 
-BATCHES = ((3, 2, 16, 1.0), (6, 4, 8, 0.6), (4, 3, 12, 3.0))  # identities, images of each, width, spread
-
-
-@pytest.mark.parametrize("case", range(len(BATCHES)))
+@pytest.mark.parametrize("case", range(len(checks.BATCHES)))
 def test_losses_and_gradients_golden(case):
     """Measured deviation 1e-15."""
-    people, shots, width, spread = BATCHES[case]
-    own = np.tile(np.repeat(published_state.fill(f"identities.{case}", (people, width), 1), shots, axis=0), (6, 1))
-    noise = published_state.fill(f"features.{case}", (6 * people * shots, width), 1)
-    features = torch.from_numpy((own * width**0.5 + spread * width**0.5 * noise).astype(np.float64)).requires_grad_()
-    labels = torch.arange(people).repeat_interleave(shots)
+    features, labels = checks.golden_batch(case, copies=6)
     embeddings = features.unflatten(0, (3, 2, -1)).movedim(2, 0)
     values = {
         "triplet": HardTripletLoss(0.3)(features, labels.repeat(6))[0],
         "centre": CentrePairLoss(0.2)(embeddings, labels),
         "orthogonal": OrthogonalLoss()(embeddings, labels),
     }
-    for name, value in values.items():
-        assert value.item() == pytest.approx(GOLDEN[f"losses/{case}/{name}"].item(), rel=1e-6)
-        (gradient,) = torch.autograd.grad(value, features, retain_graph=True)
-        np.testing.assert_allclose(gradient, GOLDEN[f"losses/{case}/{name}_gradient"], rtol=1e-6, atol=1e-12)
+    checks.losses_and_gradients_are_golden(values, features, GOLDEN, case)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dataset", "parameters"), [("sysu", 234), ("regdb", 184)])
-def test_trajectory_golden(dataset, parameters):
+@pytest.mark.parametrize("dataset", ["sysu", "regdb"])
+def test_trajectory_golden(dataset):
     """Five SGD steps without dropout. Measured deviation of the losses 4e-9, of the first gradients' norms 2e-13."""
     net = golden_network(dataset).train()
     net.shared.expansion.dropout.p = 0
-    optimizer = train_ext_test0.build_optimizer(net, "sgd", 5e-4)
-    for group in optimizer.param_groups:
-        group["lr"] *= group["lr_scale"]
-    criterion, norms = MethodLoss("deen"), None
-    for step, expected in enumerate(GOLDEN[f"{dataset}_trajectory"]):
-        base = np.tile(np.repeat(published_state.images(3, 48, 24, 6100 + step), 2, axis=0), (2, 1, 1, 1))
-        images = torch.from_numpy(0.5 * published_state.images(12, 48, 24, 2100 + step) + base).double()
-        labels = (3 * step + torch.arange(3).repeat_interleave(2)).repeat(2)
-        losses = criterion(net(images[:6], images[6:]), labels)
-        optimizer.zero_grad()
-        losses.total.backward()
-        norms = norms or {name: p.grad.norm().item() for name, p in net.named_parameters() if p.grad is not None}
-        optimizer.step()
-        values = [losses.total, losses.identity, losses.triplet, losses.centre, losses.orthogonal]
-        assert [value.item() for value in values] == pytest.approx(expected, rel=1e-6)
-    theirs = dict(zip(GOLDEN[f"{dataset}_names"].tolist(), GOLDEN[f"{dataset}_norms"].tolist(), strict=True))
-    ours = model.convert_published_state({name: name for name in theirs})
-    assert len(ours) == parameters
-    # Below 1e-8 are the biases before a batch norm, which takes them out again: what they have is rounding.
-    assert norms == pytest.approx({name: theirs[their] for name, their in ours.items()}, rel=1e-3, abs=1e-8)
+    terms = ("total", "identity", "triplet", "centre", "orthogonal")
+    golden = {name: GOLDEN[f"{dataset}_{name}"] for name in ("trajectory", "names", "norms")}
+    checks.trains_as_published(net, MethodLoss("deen"), checks.golden_steps(2, 48, 24, 2100, 6100), terms, **golden)
 
 
 @pytest.mark.parametrize(("dataset", "recipe"), [("sysu", "sysu"), ("regdb", "regdb"), ("regdb", "llcm")])
 def test_views_are_distributed_as_the_published_ones(dataset, recipe):
-    """Of each pixel the mean and the deviation, in standard errors; gray values are rounded otherwise, by 1/255."""
-    args = train_ext_test0.get_args_parser().parse_args(["--method", "deen", "--dataset", recipe])
-    augment = AUGMENTATIONS[METHODS["deen"].augmentation](args.augc, args.rande, args.padding, args.erase_area)
-    torch.manual_seed(0)
-    image = torch.from_numpy(GOLDEN["augmentation/image"]).permute(2, 0, 1).expand(4000, -1, -1, -1)
-    mean, deviation = (torch.from_numpy(GOLDEN[f"augmentation/{dataset}_{name}"]) for name in ("mean", "deviation"))
-    visible, infrared, labels = augment(image, image, torch.zeros(len(image)))
-    assert len(labels) == 2 * len(image)
-    error = (1 / len(image) + 1 / GOLDEN["augmentation/draws"].item()) ** 0.5
-    for views in (visible, infrared):
-        z = (views - mean) / deviation
-        square = z.square()
-        spread = (square.mean(dim=0) - 1) / square.std(dim=0)
-        assert z.mean(dim=0).abs().max() < 6 * error
-        assert spread.abs().max() < 6 * error
+    """Gray values are rounded otherwise, by 1/255."""
+    checks.views_are_distributed_as_published("deen", recipe, GOLDEN, (dataset, dataset), count=4000)
 
 
 # ---- the network against formulas
@@ -316,15 +259,11 @@ def test_one_view_of_each_image_erased_with_the_mean():
 # ---- the recipe
 
 
-def parse(*argv):
-    return train_ext_test0.get_args_parser().parse_args(argv)
-
-
 @pytest.mark.parametrize(
     ("stages", "size", "fits"), [(4, (64, 16), True), (4, (48, 16), False), (3, (48, 16), True), (3, (56, 24), False)]
 )
 def test_images_are_refused_exactly_if_the_network_cannot_take_them(stages, size, fits):
-    args = train_ext_test0.get_args_parser().parse_args(["--method=deen", f"--stages={stages}"])
+    args = parse("--method=deen", f"--stages={stages}")
     args.img_h, args.img_w = size
     net, images = tiny(share_net=1, stages=stages), torch.zeros(2, 3, *size)
     if fits:
@@ -362,28 +301,11 @@ def test_flags_win_over_the_recipe_and_other_methods_keep_theirs(capsys):
 # ---- through the programs
 
 
-@pytest.fixture(scope="module")
-def tree(sysu_tree, tmp_path_factory):
-    """`sysu_tree`, prepared at SIZE."""
-    tree = tmp_path_factory.mktemp("deen") / "sysu"
-    tree.mkdir()
-    for item in sysu_tree.iterdir():
-        if item.suffix != ".npy":
-            (tree / item.name).symlink_to(item)
-    pre_process_sysu.main(["--data_path", str(tree), "--img_h", str(SIZE[0]), "--img_w", str(SIZE[1])])
-    return tree
-
-
-def deen_flags(tree, out, *more):
-    size = ["--img_h", str(SIZE[0]), "--img_w", str(SIZE[1]), "--method", "deen"]
-    return flags(tree, out, *size, *more)
-
-
 @pytest.mark.slow
-def test_training_testing_and_export(tree, tmp_path):
-    result = train_ext_test0.main(deen_flags(tree, tmp_path, "--epochs", "1"))
+def test_training_testing_and_export(sysu_tree, tmp_path):
+    result = train_ext_test0.main(flags(sysu_tree, tmp_path, "--method", "deen", "--epochs", "1"))
     assert "centre" in Path(result["log"]).with_suffix(".txt").read_text()
-    checks.run_is_tested_and_exported(result, tree, SIZE, ("centre", "orthogonal"), tmp_path)
+    checks.run_is_tested_and_exported(result, sysu_tree, SIZE, ("centre", "orthogonal"), tmp_path)
 
 
 @pytest.fixture(scope="module", params=[4, 3])
@@ -424,8 +346,6 @@ def test_published_checkpoint_through_the_programs(published_file, sysu_tree, tm
     for feature, width in net.feature_widths.items():
         embedder = Embedder(path, feature, gpu="cpu", workers=0)
         assert embedder(files, "visible").shape == (2, embedder.dim) == (2, width)
-    visualize.main(
-        ["heatmap", "--data_path", str(sysu_tree), "--resume", str(path), *checks.PROGRAM, "--queries", "1"]
-        + ["--out", str(tmp_path / "heat.png")]
-    )
-    assert (tmp_path / "heat.png").stat().st_size > 0
+    out = tmp_path / "heat.png"
+    visualize.main(["heatmap", *search_flags(sysu_tree, path, "--queries", "1", "--out", out)])
+    assert out.stat().st_size > 0

@@ -18,7 +18,7 @@ import data_loader
 import testa
 import train_ext_test0
 import utils
-from conftest import SIZE, flags, log_entries, tiny_flags
+from conftest import SIZE, flags, log_entries, search_flags, tiny_flags
 from core import engine
 from core.datasets import regdb_train
 from core.distributed import leave_processes, sum_over_processes
@@ -149,8 +149,7 @@ def test_two_processes_train_and_test_as_one_run(tiny_tree, tmp_path):
 
     # One process on the same images in the same batches: the same numbers, to the last digit.
     torch.set_num_threads(1)
-    common = ["--data_path", str(tiny_tree), "--gpu", "cpu", "--workers", "0", "--test_batch", "5"]
-    rows = testa.main([*common, "--resume", str(last)])
+    rows = testa.main(search_flags(tiny_tree, last, "--test_batch", "5"))
     for row in rows:
         for metric, value in row["per_trial"][0]["metrics"].items():
             assert entries[1][f"{row['feature']}/{metric}"] == value

@@ -1,8 +1,5 @@
 """DNS against values of its published code, torchvision and plain loops; its recipe; its way through the programs."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -12,27 +9,21 @@ from torchvision.transforms import functional
 
 import checks
 import model
+import published_state
 import train_ext_test0
-from ChannelAug import AUGMENTATIONS, random_exchange, random_hue
-from conftest import TINY, tiny_flags
+from ChannelAug import random_exchange, random_hue
+from conftest import TINY, parse, tiny_flags
 from core import dns, evaluation
 from core.dns import AlignmentLoss, CircleLoss, DistillationLoss
 from loss import METHODS, MethodLoss, method_name
 from utils import InputError
 
-GOLDEN_DIR = Path(__file__).parent / "golden"
-sys.path.insert(0, str(GOLDEN_DIR))
-
-import published_state  # noqa: E402  (lies beside the golden values)
-
-GOLDEN = np.load(GOLDEN_DIR / "dns.npz")
+GOLDEN = np.load(checks.GOLDEN / "dns.npz")
 NETWORK = METHODS["dns"].network
 
 
 def golden_network():
-    arrays = published_state.state(GOLDEN_DIR / "dns_shapes.txt", seed=1)
-    state = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    net, size = model.load_network({"net": state, "epoch": 30}, "x.t")
+    net, size = model.load_network({"net": checks.published_weights("dns"), "epoch": 30}, "x.t")
     assert size == (288, 144)
     return net.double()
 
@@ -65,9 +56,6 @@ def test_features_golden():
             assert (actual - torch.from_numpy(GOLDEN[f"{modality}_{name}"])).norm() < 1e-6
 
 
-BATCHES = ((3, 2, 16, 1.0), (6, 4, 8, 0.6), (4, 3, 12, 3.0))  # identities, images of each, width, spread
-
-
 class Given(nn.Module):
     """In the place of the common space: gives what it is told."""
 
@@ -79,15 +67,11 @@ class Given(nn.Module):
         return self.features
 
 
-@pytest.mark.parametrize("case", range(len(BATCHES)))
+@pytest.mark.parametrize("case", range(len(checks.BATCHES)))
 def test_losses_and_gradients_golden(case):
     """Measured deviation 1e-15."""
-    people, shots, width, spread = BATCHES[case]
-    pairs = people * shots
-    own = np.tile(np.repeat(published_state.fill(f"identities.{case}", (people, width), 1), shots, axis=0), (4, 1))
-    noise = published_state.fill(f"features.{case}", (4 * pairs, width), 1)
-    features = torch.from_numpy((own * width**0.5 + spread * width**0.5 * noise).astype(np.float64)).requires_grad_()
-    labels = torch.arange(people).repeat_interleave(shots)
+    features, labels = checks.golden_batch(case, copies=4)
+    (people, _, width, _), pairs = checks.BATCHES[case], len(labels)
     normed, shifted = features.chunk(2)
     branch = dns.DomainBranch(width, people + 3).double()
     for part, end in ((branch.classifiers, ""), (branch.followers, "_")):
@@ -101,58 +85,25 @@ def test_losses_and_gradients_golden(case):
         "alignment": AlignmentLoss()(features.unflatten(0, (2, 2, -1)).movedim(2, 0), labels),
         "distillation": DistillationLoss()(branch(shifted, normed, pairs), labels.repeat(2)),
     }
-    for name, value in values.items():
-        assert value.item() == pytest.approx(GOLDEN[f"losses/{case}/{name}"].item(), rel=1e-6)
-        (gradient,) = torch.autograd.grad(value, features, retain_graph=True)
-        np.testing.assert_allclose(gradient, GOLDEN[f"losses/{case}/{name}_gradient"], rtol=1e-6, atol=1e-12)
+    checks.losses_and_gradients_are_golden(values, features, GOLDEN, case)
 
 
 @pytest.mark.slow
 def test_trajectory_golden():
     """Five SGD steps without dropout. Measured deviation of the losses 1e-11, of the first gradients' norms 1e-14."""
-    net = without_dropout(golden_network())
-    optimizer = train_ext_test0.build_optimizer(net, "sgd", 1e-3, METHODS["dns"].rates)
-    for group in optimizer.param_groups:
-        group["lr"] *= group["lr_scale"]
-    criterion, norms = MethodLoss("dns", margin=0.45, gamma=64.0), None
-    for step, expected in enumerate(GOLDEN["trajectory"]):
-        base = np.tile(np.repeat(published_state.images(3, 48, 24, 6100 + step), 2, axis=0), (2, 1, 1, 1))
-        images = torch.from_numpy(0.5 * published_state.images(12, 48, 24, 2100 + step) + base).double()
-        labels = (3 * step + torch.arange(3).repeat_interleave(2)).repeat(2)
-        losses = criterion(net(images[:6], images[6:]), labels)
-        optimizer.zero_grad()
-        losses.total.backward()
-        norms = norms or {name: p.grad.norm().item() for name, p in net.named_parameters() if p.grad is not None}
-        optimizer.step()
-        values = [losses.total, losses.identity, losses.triplet, losses.alignment, losses.distillation]
-        assert [value.item() for value in values] == pytest.approx(expected, rel=1e-6)
-    theirs = dict(zip(GOLDEN["names"].tolist(), GOLDEN["norms"].tolist(), strict=True))
-    ours = model.convert_published_state({name: name for name in theirs})
-    assert len(ours) == 252
-    assert norms == pytest.approx({name: theirs[their] for name, their in ours.items()}, rel=1e-3)
+    net, criterion = without_dropout(golden_network()), MethodLoss("dns", margin=0.45, gamma=64.0)
+    terms = ("total", "identity", "triplet", "alignment", "distillation")
+    golden = {name: GOLDEN[name] for name in ("trajectory", "names", "norms")}
+    steps = checks.golden_steps(2, 48, 24, 2100, 6100)
+    checks.trains_as_published(net, criterion, steps, terms, **golden, lr=1e-3, rates=METHODS["dns"].rates)
     followers = [net.domain.followers[modality].weight.norm().item() for modality in ("visible", "infrared")]
     assert followers == pytest.approx(GOLDEN["momentum"], rel=1e-6)
 
 
 @pytest.mark.parametrize("dataset", ["sysu", "regdb", "llcm"])
 def test_views_are_distributed_as_the_published_ones(dataset):
-    """Of each pixel the mean and the deviation, in standard errors."""
-    args = train_ext_test0.get_args_parser().parse_args(["--method", "dns", "--dataset", dataset])
-    name = METHODS["dns"].augmentations.get(dataset, METHODS["dns"].augmentation)
-    augment = AUGMENTATIONS[name](args.augc, args.rande, args.padding, args.erase_area)
-    torch.manual_seed(0)
-    image = torch.from_numpy(GOLDEN["augmentation/image"]).permute(2, 0, 1).expand(8000, -1, -1, -1)
-    visible, infrared, labels = augment(image, image, torch.zeros(len(image)))
-    assert len(labels) == 2 * len(image)
-    error = (1 / len(image) + 1 / GOLDEN["augmentation/draws"].item()) ** 0.5
-    for modality, views in (("visible", visible), ("infrared", infrared)):
-        mean, deviation = (
-            torch.from_numpy(GOLDEN[f"augmentation/{dataset}_{modality}_{part}"]) for part in ("mean", "deviation")
-        )
-        z = (views - mean) / deviation
-        square = z.square()
-        assert z.mean(dim=0).abs().max() < 6 * error
-        assert ((square.mean(dim=0) - 1) / square.std(dim=0)).abs().max() < 6 * error
+    moments = [f"{dataset}_{modality}" for modality in ("visible", "infrared")]
+    checks.views_are_distributed_as_published("dns", dataset, GOLDEN, moments, count=8000)
 
 
 # ---- the network
@@ -252,10 +203,6 @@ def test_exchange_has_the_published_shares(gray):
 # ---- the recipe
 
 
-def parse(*argv):
-    return train_ext_test0.get_args_parser().parse_args(argv)
-
-
 def test_defaults_are_the_published_recipe():
     args = parse("--method", "dns")
     assert (args.img_h, args.img_w, args.batch_size, args.num_pos, args.epochs) == (288, 144, 6, 4, 100)
@@ -293,9 +240,8 @@ def dns_flags(tree, out, *more):
 
 
 def test_a_warm_up_that_never_ends_is_refused():
-    args = train_ext_test0.get_args_parser().parse_args(["--method=dns", "--epochs=16"])
     with pytest.raises(InputError, match="--warmup 16: .*--epochs 16; reduce --warmup"):
-        train_ext_test0.check_flags(args)
+        train_ext_test0.check_flags(parse("--method=dns", "--epochs=16"))
 
 
 def test_a_rate_of_a_part_that_is_not_there_is_refused():
@@ -337,7 +283,8 @@ def test_a_resumed_run_is_the_unbroken_one(tiny_tree, tmp_path):
             train_ext_test0.main(flags)
     assert epoch_ends == [0]
     resumed = train_ext_test0.main([*flags, "--resume", "auto"])
-    checks.runs_end_alike(whole, resumed)
+    first, second = (torch.load(run["last"])["net"] for run in (whole, resumed))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 @pytest.fixture(scope="module")

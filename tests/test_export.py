@@ -15,20 +15,16 @@ import safetensors
 import torch
 from torchvision.transforms import functional
 
+from checks import published_weights
 from conftest import SIZE
 from data_manager import process_query_sysu
 from loss import METHODS
 from model import GFMNet, convert_published_state
-from tests.oracles import plain_embedding, plain_features
+from tests.oracles import plain_embedding, plain_features, plain_network
 from tools import export
 from utils import InputError
 
 REPO = Path(export.__file__).parent.parent
-GOLDEN_DIR = Path(__file__).parent / "golden"
-sys.path.insert(0, str(GOLDEN_DIR))
-
-import published_state  # noqa: E402  (lies beside the golden values)
-
 FLAGS = {"dataset": "sysu", "method": "adp", "lr": 0.1, "milestones": [20, 50]}
 VARIANTS = [
     pytest.param(file, *variant, marks=pytest.mark.slow if file == "onnx" else [])
@@ -72,16 +68,17 @@ def run(path, images):
     return export.load_embedding(path)(images)
 
 
+def assert_features(path, net, modality, size=SIZE):
+    """A file gives the FC features of a network."""
+    images = random_images(2, size)
+    torch.testing.assert_close(run(path, images), plain_features(net, images, modality), rtol=0, atol=2e-5)
+
+
 def metadata(path):
     if path.endswith(".onnx"):
         return json.loads(onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map["gfmnet"])
     with safetensors.safe_open(path, "numpy") as file:
         return json.loads(file.metadata()["gfmnet"])
-
-
-def command(*arguments, **options):
-    line = [sys.executable, "-m", "tools.export", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=300, **options)
 
 
 @pytest.fixture(scope="module")
@@ -91,17 +88,15 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def net(checkpoint):
-    content = torch.load(checkpoint)
-    net = GFMNet(**content["options"])
-    net.load_state_dict(content["net"])
-    return net.eval()
+    return plain_network(checkpoint)[0]
 
 
 @pytest.fixture(scope="module")
 def command_line(checkpoint, tmp_path_factory):
     """The defaults as ONNX, by a process that has not met the network before: (file of --json, what it printed)."""
     out = tmp_path_factory.mktemp("command_line")
-    result = command("--resume", checkpoint, "--format", "onnx", "--out", out, "--json", out / "r.json")
+    command = ["-m", "tools.export", "--resume", checkpoint, "--format", "onnx", "--out", out, "--json", out / "r.json"]
+    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300)
     assert (result.returncode, result.stderr) == (0, "")
     assert len([*out.iterdir()]) == 3
     return out / "r.json", result.stdout
@@ -202,9 +197,7 @@ def test_safetensors_load_into_a_whole_network(exported):
     missing, unexpected = net.load_state_dict(state, strict=False)
     assert not unexpected
     assert {name.split(".")[0] for name in missing} == {"visible", "classifier"}
-    images = random_images(2)
-    expected = plain_features(net, images, "infrared", "FC")
-    torch.testing.assert_close(run(result["path"], images), expected, rtol=0, atol=2e-5)
+    assert_features(result["path"], net, "infrared")
 
 
 @pytest.mark.parametrize(
@@ -221,18 +214,12 @@ def test_every_method_and_share_net(method, share_net, file, tmp_path):
     argv = ["--resume", str(path), "--format", file, "--modality", "infrared", "--out", str(tmp_path)]
     (result,) = export.main([*argv, "--json", str(tmp_path / "r.json")])
     assert json.loads((tmp_path / "r.json").read_text())["results"] == [result]
-    content = torch.load(path)
-    net = GFMNet(**content["options"]).eval()
-    net.load_state_dict(content["net"])
-    images = random_images(2)
-    expected = plain_features(net, images, "infrared", "FC")
-    torch.testing.assert_close(run(result["path"], images), expected, rtol=0, atol=2e-5)
+    assert_features(result["path"], plain_network(path)[0], "infrared")
 
 
 @pytest.mark.slow
 def test_published_checkpoint(tmp_path):
-    arrays = published_state.state(GOLDEN_DIR / "published_shapes.txt", seed=1)
-    state = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    state = published_weights("published")
     torch.save({"net": state, "epoch": 30, "mAP": np.float64(0.5)}, tmp_path / "published_best.t")
     argv = ["--resume", "published_best.t", "--model_path", str(tmp_path), "--out", str(tmp_path)]
     (result,) = export.main([*argv, "--format", "safetensors", "--modality", "visible"])
@@ -246,9 +233,7 @@ def test_published_checkpoint(tmp_path):
     }
     net = GFMNet(395).eval()
     net.load_state_dict(convert_published_state(state))
-    images = random_images(1, (288, 144))
-    expected = plain_features(net, images, "visible", "FC")
-    torch.testing.assert_close(run(result["path"], images), expected, rtol=0, atol=2e-5)
+    assert_features(result["path"], net, "visible", (288, 144))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 
 import ChannelAug
 import testa
-from conftest import save_network
+from conftest import save_network, search_flags
 from core.images import read_image
 from tools import demo_data, heat_share
 from utils import InputError
@@ -27,12 +27,17 @@ def test_share_of_hand_worked_maps():
     assert heat_share.share(heat, mask) == pytest.approx(rows[:16].sum() / rows.sum())
 
 
-def test_whole_command(tmp_path):
-    tree, out = tmp_path / "people", tmp_path / "heat.json"
-    demo_data.main(["--out", str(tree), "--ids", "8", "--images", "1", "--masks"])
-    checkpoint = save_network(tmp_path / "net.t", seed=1)
-    flags = ["--data_path", str(tree), "--gpu", "cpu", "--resume", str(checkpoint), "--queries", "2"]
-    found = heat_share.main([*flags, "--json", str(out), "--workers", "0"])
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """The flags that test a random network on people with masks."""
+    folder = tmp_path_factory.mktemp("masked")
+    demo_data.main(["--out", str(folder / "people"), "--ids", "8", "--images", "1", "--masks"])
+    return search_flags(folder / "people", save_network(folder / "net.t", seed=1))
+
+
+def test_whole_command(command, tmp_path):
+    out = tmp_path / "heat.json"
+    found = heat_share.main([*command, "--queries", "2", "--json", str(out)])
     rows, rank_1 = found["shares"], found["Rank-1"]
     assert {name: json.loads(out.read_text())[name] for name in found} == found
     names = {(row["network"], row["map"]) for row in rows}
@@ -42,17 +47,13 @@ def test_whole_command(tmp_path):
     for modality in ("visible", "infrared"):
         assert 5 < shares["area", modality] < shares["coarse mask", modality] < 100
     assert all(row["images"] == 2 and 0 < row["mean"] < 100 for row in rows)
-    test = ["--data_path", str(tree), "--gpu", "cpu", "--resume", str(checkpoint), "--workers", "0"]
-    (row,) = [row for row in testa.main(test) if row["feature"] == "FC"]
+    (row,) = [row for row in testa.main(command) if row["feature"] == "FC"]
     assert rank_1["image"] == pytest.approx(row["per_trial"][0]["metrics"]["Rank-1"])
     assert {*rank_1} == {"image", "person", "background"}
 
 
-def test_masked_images_hide_what_they_should(tmp_path, monkeypatch):
+def test_masked_images_hide_what_they_should(command, monkeypatch):
     """What the network sees: a pixel of the person or of the background, or the mean colour."""
-    tree = tmp_path / "people"
-    demo_data.main(["--out", str(tree), "--ids", "8", "--images", "1", "--masks"])
-    checkpoint = save_network(tmp_path / "net.t", seed=1)
     seen = []
 
     def embedding(*_):
@@ -62,8 +63,7 @@ def test_masked_images_hide_what_they_should(tmp_path, monkeypatch):
 
         return embed
 
-    flags = ["--data_path", str(tree), "--gpu", "cpu", "--resume", str(checkpoint), "--queries", "1", "--workers", "0"]
-    args = heat_share.get_args_parser().parse_args(flags)
+    args = heat_share.get_args_parser().parse_args(command)
     tested = heat_share.embed_test(args, args.resume)
     monkeypatch.setattr(heat_share.engine, "network_embedding", embedding)
     pictures = {}
@@ -78,9 +78,6 @@ def test_masked_images_hide_what_they_should(tmp_path, monkeypatch):
     assert (pictures["person"] - mean).abs().lt(1).float().mean() > 0.4  # most of an image is background
 
 
-def test_data_without_masks_is_refused(tmp_path):
-    tree = tmp_path / "people"
-    demo_data.main(["--out", str(tree), "--ids", "8", "--images", "1"])
-    checkpoint = save_network(tmp_path / "net.t", seed=1)
+def test_data_without_masks_is_refused(sysu_tree, tmp_path):
     with pytest.raises(InputError, match="masks.*--masks"):
-        heat_share.main(["--data_path", str(tree), "--gpu", "cpu", "--resume", str(checkpoint), "--workers", "0"])
+        heat_share.main(search_flags(sysu_tree, save_network(tmp_path / "net.t", seed=1)))

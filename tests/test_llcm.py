@@ -5,7 +5,7 @@ import pytest
 
 import testa
 import train_ext_test0
-from conftest import flags
+from conftest import flags, search_flags
 from data_manager import draw_gallery, llcm_folders, process_query_llcm
 from test_datasets import HIDDEN
 from tests.oracles import plain_embedding, plain_match_ranks
@@ -14,14 +14,14 @@ from tests.oracles import plain_embedding, plain_match_ranks
 @pytest.mark.slow
 def test_training_and_both_directions_against_a_plain_loop_over_files(llcm_tree, tmp_path):
     run = train_ext_test0.main(flags(llcm_tree, tmp_path, "--dataset", "llcm", "--epochs", "1"))
-    common = ["--dataset", "llcm", "--data_path", str(llcm_tree), "--gpu", "cpu", "--workers", "0"]
-    rows = testa.main([*common, "--resume", run["best"], "--all"])
+    common = search_flags(llcm_tree, run["best"], "--dataset", "llcm")
+    rows = testa.main([*common, "--all"])
     by_direction = {
         direction: [row for row in rows if row["direction"] == direction]
         for direction in ("visible to infrared", "infrared to visible")
     }
     for direction, more in zip(by_direction, ([], ["--tvsearch"]), strict=True):
-        assert testa.main([*common, "--resume", run["best"], *more]) == by_direction[direction]
+        assert testa.main([*common, *more]) == by_direction[direction]
     # The run's epoch is chosen by the first trial of the first direction.
     (_, first), _ = by_direction.values()
     assert (first["trials"], first["selection"]) == (list(range(10)), "test")

@@ -2,9 +2,7 @@
 
 import copy
 import re
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,15 +10,12 @@ import torch
 import torchvision
 from torch.nn import functional as F
 
-import loss
+import checks
 import model
+import published_state
+from loss import MethodLoss
 
-GOLDEN_DIR = Path(__file__).parent / "golden"
-sys.path.insert(0, str(GOLDEN_DIR))
-
-import published_state  # noqa: E402  (lies beside the golden values)
-
-GOLDEN = np.load(GOLDEN_DIR / "model.npz")
+GOLDEN = np.load(checks.GOLDEN / "model.npz")
 PLAIN = {"attention": False, "non_local": False, "local": False}  # backbone and pooling only
 
 
@@ -62,15 +57,9 @@ def parameters_reached(net, modality):
 
 
 @pytest.fixture(scope="module")
-def published():
-    state = published_state.state(GOLDEN_DIR / "published_shapes.txt", seed=1)
-    return {name: torch.from_numpy(array) for name, array in state.items()}
-
-
-@pytest.fixture(scope="module")
-def published_net(published):
+def published_net():
     net = model.GFMNet(num_classes=395)
-    net.load_state_dict(model.convert_published_state(published), strict=True)
+    net.load_state_dict(model.convert_published_state(checks.published_weights("published")), strict=True)
     return net.eval()
 
 
@@ -99,48 +88,16 @@ def test_training_outputs_golden(published_net):
         assert relative_deviation(actual, GOLDEN[key]) < 1e-3
 
 
-def training_step_data(step):
-    noise = published_state.images(18, 144, 72, 1100 + step)
-    base = published_state.images(3, 144, 72, 5100 + step)
-    pictures = 0.5 * noise + np.tile(np.repeat(base, 2, axis=0), (3, 1, 1, 1))
-    identities = 3 * step + torch.arange(3).repeat_interleave(2)
-    return torch.from_numpy(pictures.astype(np.float64)), identities.repeat(3)
-
-
 @pytest.mark.slow
 def test_trajectory_golden(published_net):
     """Five SGD steps on the published losses. Measured deviation of the losses 1e-9, of the first gradients 2e-11.
 
     In float64, as in float32 the steps after the first update depend on rounding.
     """
-    golden = np.load(GOLDEN_DIR / "trajectory.npz")
     net = copy.deepcopy(published_net).train().to(torch.float64, memory_format=torch.channels_last)
-    head = [p for part in (net.bottleneck, net.classifier) for p in part.parameters() if p.requires_grad]
-    rest = [p for p in net.parameters() if p.requires_grad and all(p is not q for q in head)]
-    optimizer = torch.optim.SGD(
-        [{"params": head, "lr": 5e-4}, {"params": rest, "lr": 5e-5}], momentum=0.9, nesterov=True, weight_decay=5e-4
-    )
-    triplet_loss = loss.SquaredTripletLoss(1, 1, 1, weighting="published")
-    local_loss = loss.AlignedLocalLoss()
-    rows, norms = [], None
-    for step in range(len(golden["trajectory"])):
-        pictures, identities = training_step_data(step)
-        output = net(pictures[:12], pictures[12:])
-        identity = F.cross_entropy(output.logits, identities)
-        triplet, _ = triplet_loss(output.pooled, identities)
-        local = local_loss(output.pooled, identities, output.local)
-        total = identity + triplet + 0.5 * local
-        optimizer.zero_grad()
-        total.backward()
-        norms = norms or {name: p.grad.norm().item() for name, p in net.named_parameters() if p.grad is not None}
-        optimizer.step()
-        rows.append([value.item() for value in (total, identity, triplet, local)])
-    np.testing.assert_allclose(rows, golden["trajectory"], rtol=1e-6, atol=0)
-    published = dict(zip(golden["names"].tolist(), golden["norms"].tolist(), strict=True))
-    ours = model.convert_published_state({name: name for name in published})
-    assert len(ours) == 261
-    # Below 1e-8 are the biases before a batch norm, which takes them out again: what they have is rounding.
-    assert norms == pytest.approx({name: published[theirs] for name, theirs in ours.items()}, rel=1e-3, abs=1e-8)
+    terms = ("total", "identity", "triplet", "local")
+    golden = np.load(checks.GOLDEN / "trajectory.npz")
+    checks.trains_as_published(net, MethodLoss("adp"), checks.golden_steps(3, 144, 72, 1100, 5100), terms, **golden)
 
 
 # ---- backbone, pooling and weights against torchvision

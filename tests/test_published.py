@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,29 +9,22 @@ import torch
 import torchvision
 from torch.nn import functional as F
 
+import checks
 import model
+import published_state
 import testa
+from checks import published_weights
 from core import published
 from loss import METHODS, method_name
 from tools import demo_data
 from utils import InputError
 
-GOLDEN_DIR = Path(__file__).parent / "golden"
-sys.path.insert(0, str(GOLDEN_DIR))
-
-import published_state  # noqa: E402  (lies beside the golden values)
-
 PLAIN = {"attention": False, "non_local": False, "pool": "avg", "local": False}
-
-
-def weights(network):
-    state = published_state.state(GOLDEN_DIR / f"{network}_shapes.txt", seed=1)
-    return {name: torch.from_numpy(array) for name, array in state.items()}
 
 
 @pytest.fixture(scope="module")
 def agw():
-    return weights("agw")
+    return published_weights("agw")
 
 
 def checkpoint(state, prefix=""):
@@ -48,11 +40,11 @@ def theirs(state):
 @pytest.mark.parametrize(("network", "method"), [("agw", "agw or caj"), ("base", "base")])
 def test_features_golden(network, method):
     """Measured deviation 3e-7, allowed 1e-3."""
-    net, size = model.load_network(checkpoint(weights(network), "module."), "x.t")
+    net, size = model.load_network(checkpoint(published_weights(network), "module."), "x.t")
     assert size == (288, 144)
     assert method_name(net.options) == method
     pictures = torch.from_numpy(published_state.images(12, 144, 72, 1))
-    golden = np.load(GOLDEN_DIR / "forerunners.npz")
+    golden = np.load(checks.GOLDEN / "forerunners.npz")
     for modality, rows in (("visible", slice(0, 4)), ("infrared", slice(4, 8))):
         with torch.inference_mode():
             features = net.eval().embed(pictures[rows], modality)

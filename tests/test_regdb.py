@@ -6,7 +6,7 @@ import torch
 
 import testa
 import train_ext_test0
-from conftest import flags, save_network
+from conftest import PROGRAM, flags, save_network, search_flags
 from data_manager import process_test_regdb
 from eval_metrics import eval_regdb
 from tests.oracles import plain_embedding
@@ -15,19 +15,19 @@ from utils import InputError
 MODALITIES = {"visible": "visible", "thermal": "infrared"}
 
 
-def common(tree):
-    return ["--dataset", "regdb", "--data_path", str(tree), "--gpu", "cpu", "--workers", "0"]
+def search_regdb(tree, checkpoint, *more):
+    return testa.main(search_flags(tree, checkpoint, "--dataset", "regdb", *more))
 
 
 @pytest.mark.slow
 def test_a_run_is_tested_on_its_own_trial(regdb_tree, tmp_path):
     run = train_ext_test0.main(flags(regdb_tree, tmp_path, "--dataset", "regdb", "--trial", "2", "--epochs", "1"))
     assert run["best"].endswith("_trial_2_best.t")
-    rows = testa.main([*common(regdb_tree), "--resume", run["best"]])
+    rows = search_regdb(regdb_tree, run["best"])
     assert [(row["direction"], row["trials"], row["std"]) for row in rows] == [("visible to thermal", [2], None)] * 2
     assert rows[1]["mean"]["mAP"] == pytest.approx(run["metrics"]["mAP"])
     with pytest.raises(InputError, match="was trained on trial 2"):
-        testa.main([*common(regdb_tree), "--resume", run["best"], "--trial", "1"])
+        search_regdb(regdb_tree, run["best"], "--trial", "1")
 
 
 def test_no_image_goes_through_the_other_stem(regdb_tree, tmp_path):
@@ -46,11 +46,10 @@ def test_no_image_goes_through_the_other_stem(regdb_tree, tmp_path):
         swapped = embed(paths[0], {"visible": "infrared", "infrared": "visible"}[modality])
         assert features[modal][0] @ swapped < 0.999  # the stems do differ
 
-    argv = [*common(regdb_tree), "--trial", "1", "--resume", str(checkpoint)]
-    both = testa.main([*argv, "--all"])
+    both = search_regdb(regdb_tree, checkpoint, "--trial", "1", "--all")
     for direction, more in (("visible to thermal", []), ("thermal to visible", ["--tvsearch"])):
         file = tmp_path / f"{direction}.npz"
-        rows = testa.main([*argv, *more, "--features", str(file)])
+        rows = search_regdb(regdb_tree, checkpoint, "--trial", "1", *more, "--features", file)
         assert rows == [row for row in both if row["direction"] == direction]
         saved = np.load(file)
         for modal, modality in MODALITIES.items():
@@ -69,7 +68,7 @@ def test_ten_trials_in_one_table(regdb_tree, tmp_path):
         path = save_network(tmp_path / f"net_trial_{trial}.t", trial)
         torch.save({**torch.load(path), "args": {}}, path)
     networks, saved = str(tmp_path / "net_trial_{trial}.t"), str(tmp_path / "features_{trial}.npz")
-    both = testa.main([*common(regdb_tree), "--all", "--resume", networks, "--features", saved])
+    both = search_regdb(regdb_tree, networks, "--all", "--features", saved)
     assert [row["direction"] for row in both] == ["visible to thermal"] * 2 + ["thermal to visible"] * 2
     assert [row["trials"] for row in both] == [list(range(1, 11))] * 4
     for trial in both[0]["per_trial"]:
@@ -77,12 +76,13 @@ def test_ten_trials_in_one_table(regdb_tree, tmp_path):
     scores = [trial["metrics"]["mAP"] for trial in both[1]["per_trial"]]
     assert len(set(scores)) > 1
     assert both[1]["mean"]["mAP"] == pytest.approx(np.mean(scores))
-    assert testa.main([*common(regdb_tree), "--all", "--from_features", saved]) == both
+    features = ["--dataset", "regdb", "--data_path", str(regdb_tree), *PROGRAM, "--from_features", saved]
+    assert testa.main([*features, "--all"]) == both
 
-    alone = testa.main([*common(regdb_tree), "--resume", networks.format(trial=7), "--trial", "7"])
+    alone = search_regdb(regdb_tree, networks.format(trial=7), "--trial", "7")
     assert [row["per_trial"] for row in alone] == [[row["per_trial"][6]] for row in both[:2]]
     with pytest.raises(InputError, match="pass it with --trial"):
-        testa.main([*common(regdb_tree), "--resume", networks.format(trial=7)])
+        search_regdb(regdb_tree, networks.format(trial=7))
     (tmp_path / "net_trial_3.t").unlink()
     with pytest.raises(InputError, match=r"trial_3\.t: no such file; of the 10, only trials 1, 2, 4, .* exist"):
-        testa.main([*common(regdb_tree), "--resume", networks])
+        search_regdb(regdb_tree, networks)

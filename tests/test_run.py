@@ -12,8 +12,7 @@ import torch
 
 import core.run
 import train_ext_test0
-import utils
-from conftest import log_entries, tiny_flags
+from conftest import log_entries, parse, tiny_flags
 from core.files import atomic
 from core.log import RunLog
 from core.run import SaveTimer, run_lock
@@ -24,8 +23,7 @@ from utils import InputError
 
 
 def run_code(code):
-    env = {**os.environ, "PYTHONPATH": str(Path(utils.__file__).parent)}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=300)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.slow
@@ -153,7 +151,7 @@ def test_every_flag_that_decides_what_is_computed_is_compared():
     recipe = "afam alpha amp arch augc batch_size dataset erase_area gamma img_h img_w local lr margin"
     recipe += " method milestones mode num_pos optim padding rande seed select share_net square stages"
     recipe += " schedule sync_bn trial warmup weighting weights"
-    flags = vars(train_ext_test0.get_args_parser().parse_args([]))
+    flags = vars(parse())
     assert {*recipe.split()} == flags.keys() - train_ext_test0.MAY_CHANGE
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import testa
-from conftest import save_network
+from checks import published_weights
+from conftest import save_network, search_flags
 from core import re_rank
 from core.features import load_features
 from data_manager import process_gallery_sysu, process_query_sysu, read_ids
@@ -21,7 +22,6 @@ from tests.oracles import plain_embedding
 from utils import InputError
 
 REPO = Path(testa.__file__).parent
-GOLDEN = REPO / "tests" / "golden"
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,7 @@ def saved(checkpoint, sysu_tree, tmp_path_factory):
     file, lines = tmp_path_factory.mktemp("features") / "features.npz", []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("builtins.print", lambda *text, **_: lines.append(" ".join(map(str, text))))
-        common = ["--data_path", str(sysu_tree), "--gpu", "cpu", "--workers", "0"]
-        table = testa.main([*common, "--resume", checkpoint, "--all", "--features", str(file)])
+        table = testa.main(search_flags(sysu_tree, checkpoint, "--all", "--features", file))
     return table, "\n".join(lines), ["--gpu", "cpu", "--from_features", str(file)]
 
 
@@ -55,8 +54,8 @@ def copy_lists(sysu_tree, tree):
 def test_table_is_what_a_plain_loop_over_files_gives(checkpoint, sysu_tree, tmp_path, capsys):
     """The whole of testa against one image at a time, embedded and ranked in plain steps."""
     out = tmp_path / "results.json"
-    common = ["--data_path", str(sysu_tree), "--gpu", "cpu", "--test_batch", "7"]
-    rows = testa.main(["--resume", checkpoint, "--mode", "indoor", "--json", str(out), *common])
+    more = ["--mode", "indoor", "--json", out, "--test_batch", "7", "--workers", "2"]
+    rows = testa.main(search_flags(sysu_tree, checkpoint, *more))
     assert json.loads(out.read_text())["results"] == rows
     assert [row["feature"] for row in rows] == ["POOL", "FC"]
     printed = capsys.readouterr().out
@@ -152,7 +151,7 @@ def test_reranked_rows_stand_beside_the_plain_ones(saved, sysu_tree):
 
 
 def test_all_with_baselines_is_one_table(checkpoint, sysu_tree):
-    rows = testa.main(["--data_path", str(sysu_tree), "--resume", checkpoint, "--all", "--baselines", "--gpu", "cpu"])
+    rows = testa.main(search_flags(sysu_tree, checkpoint, "--all", "--baselines"))
     models = [("gray pixels", "pixels"), ("colour histogram", "colours"), ("HOG", "gradients")]
     models += [(model, feature) for model in ("untrained", "trained") for feature in ("POOL", "FC")]
     labels = ("protocol", "mode", "shots", "model", "feature")
@@ -202,17 +201,12 @@ def test_without_scikit_image_the_other_baselines_remain(monkeypatch, capsys):
 @pytest.mark.slow
 def test_published_checkpoint_is_tested(sysu_tree, tmp_path):
     """A checkpoint under the published names, with the NumPy metrics that the published code stores beside them."""
-    sys.path.insert(0, str(GOLDEN))
-    from published_state import state
-
-    net = {k: torch.from_numpy(v) for k, v in state(GOLDEN / "published_shapes.txt", 1).items()}
-    torch.save(
-        {"net": net, "cmc": np.ones(20), "mAP": np.float64(0.5), "mINP": np.float64(0.5), "epoch": 1}, tmp_path / "p.t"
-    )
+    metrics = {"cmc": np.ones(20), "mAP": np.float64(0.5), "mINP": np.float64(0.5)}
+    torch.save({"net": published_weights("published"), **metrics, "epoch": 1}, tmp_path / "p.t")
     tree = tmp_path / "tree"
     shutil.copytree(sysu_tree, tree)
     (tree / "exp" / "test_id.txt").write_text(",".join(map(str, read_ids(tree, "test")[:2])))  # it is a large network
-    rows = testa.main(["--data_path", str(tree), "--resume", str(tmp_path / "p.t"), "--gpu", "cpu", "--mode", "indoor"])
+    rows = testa.main(search_flags(tree, tmp_path / "p.t", "--mode", "indoor"))
     assert [row["feature"] for row in rows] == ["POOL", "FC"]
 
 
@@ -237,8 +231,7 @@ def test_table_can_be_cut_off_and_needs_no_unicode(saved, sysu_tree, tmp_path):
 def test_flags_of_any_plain_value_stand_in_the_saved_features_and_on_the_page(sysu_tree, tmp_path):
     path = save_network(tmp_path / "net.t", 0, "sysu")
     torch.save(torch.load(path) | {"args": {"dataset": "sysu", "weights": torch.zeros(2), "lr": 0.1}}, path)
-    argv = ["--data_path", str(sysu_tree), "--gpu", "cpu", "--workers", "0", "--resume", str(path)]
-    testa.main([*argv, "--features", str(tmp_path / "f.npz"), "--report", str(tmp_path)])
+    testa.main(search_flags(sysu_tree, path, "--features", tmp_path / "f.npz", "--report", tmp_path))
     _, origin = load_features(tmp_path / "f.npz")
     assert origin["flags"] == {"dataset": "sysu", "weights": "tensor([0., 0.])", "lr": 0.1}
     assert "tensor([0., 0.])" in (tmp_path / "report.html").read_text()
@@ -251,16 +244,15 @@ def test_every_row_of_ten_trials_is_on_the_page(regdb_tree, tmp_path):
         content = torch.load(path)
         content["args"]["trial"] = trial
         torch.save(content | {"selection": selection}, path)
-    argv = ["--dataset", "regdb", "--data_path", str(regdb_tree), "--gpu", "cpu", "--workers", "0", "--all"]
-    results = []
+    results, more = [], ["--dataset", "regdb", "--all"]
     for trial in (1, 2):
-        results += testa.main([*argv, "--resume", str(tmp_path / f"net_{trial}.t")])
+        results += testa.main(search_flags(regdb_tree, tmp_path / f"net_{trial}.t", *more))
     results = [row | {"trials": [1]} for row in results]  # or the two would differ in that, too
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(testa.results, "summarise", lambda rows: results)
         patch.setattr("tools.report.write_page", lambda *page: drawn.append(page[5]))
-        testa.main([*argv, "--resume", str(tmp_path / "net_1.t"), "--report", str(tmp_path)])
+        testa.main(search_flags(regdb_tree, tmp_path / "net_1.t", *more, "--report", tmp_path))
     (pictures,) = drawn
     cmc = [figure for caption, figure in pictures.items() if caption.startswith("CMC")]
     labels = [[line.get_label() for line in figure.axes[0].lines] for figure in cmc]

@@ -21,7 +21,7 @@ import testa
 import train_ext_test0
 import utils
 from ChannelAug import TrainAugmentation
-from conftest import SIZE, flags, log_entries, tiny_flags
+from conftest import SIZE, flags, log_entries, parse, search_flags, tiny_flags
 from core import engine, optim
 from core.dns import CircleLoss
 from data_loader import IdentitySampler, sysu_train, train_loader
@@ -71,7 +71,7 @@ def test_every_method_trains_and_its_checkpoint_tests(tiny_tree, tmp_path, more)
     (entry,) = log_entries(result["log"])
     assert math.isfinite(entry["total"])
     assert (entry["local"] > 0) == ("adp" in more)
-    rows = testa.main(["--data_path", str(tiny_tree), "--resume", result["last"], "--gpu", "cpu", "--workers", "0"])
+    rows = testa.main(search_flags(tiny_tree, result["last"]))
     assert len(rows) == 2
 
 
@@ -89,17 +89,16 @@ READ = set()
 
 
 def test_every_flag_is_read(tiny_tree, tmp_path, monkeypatch):
-    parse = utils.ArgumentParser.parse_args
-    monkeypatch.setattr(utils.ArgumentParser, "parse_args", lambda self, argv: parse(self, argv, Recorder()))
     command = tiny_flags(tiny_tree, tmp_path, "--epochs", "1")
-    flags = set(vars(parse(train_ext_test0.get_args_parser(), command)))
+    flags, parse_args = set(vars(parse(*command))), utils.ArgumentParser.parse_args
+    monkeypatch.setattr(utils.ArgumentParser, "parse_args", lambda self, argv: parse_args(self, argv, Recorder()))
     READ.clear()
     train_ext_test0.main(command)
     assert flags - READ == set()
 
 
 def test_defaults_are_the_paper_s_recipe():
-    args = train_ext_test0.get_args_parser().parse_args([])
+    args = parse()
     assert train_ext_test0.run_name(args) + "_best.t" == (
         "sysu_adp_joint_co_nog_ch_nog_sq1_aug_G_erase_0.5_p4_n8_lr_0.1_seed_0_9_best.t"
     )
@@ -108,7 +107,7 @@ def test_defaults_are_the_paper_s_recipe():
 
 
 def test_default_schedule_is_the_published_one():
-    args = train_ext_test0.get_args_parser().parse_args([])
+    args = parse()
     rates = [optim.learning_rate(e, args.lr, args.warmup, args.milestones) for e in range(args.epochs)]
     expected = [0.1 * (e + 1) / 10 for e in range(10)] + [0.1] * 10 + [0.01] * 30 + [0.001] * 51
     assert rates == pytest.approx(expected)
@@ -117,7 +116,7 @@ def test_default_schedule_is_the_published_one():
 
 @pytest.mark.parametrize(("flag", "part"), [("--afam", "attention"), ("--local", "local")])
 def test_a_part_of_gfmnet_is_left_out(flag, part):
-    args = train_ext_test0.get_args_parser().parse_args([flag, "0", "--arch", "resnet18", "--weights", "none"])
+    args = parse(flag, "0", "--arch", "resnet18", "--weights", "none")
     train_ext_test0.check_flags(args)
     net = train_ext_test0.build_network(args, 4, torch.device("cpu"), pretrained=True)
     assert net.options | METHODS["adp"].network == net.options | {part: True}  # all its other parts are there
@@ -138,11 +137,10 @@ def test_a_method_is_one_entry(monkeypatch):
         triplet=lambda margin, **_: CircleLoss(margin), recipe=recipe, recipes={"regdb": {"lr": 0.1}}
     )
     monkeypatch.setitem(METHODS, "circle", entry)
-    parse = train_ext_test0.get_args_parser().parse_args
     small = ["--method", "circle", "--arch", "resnet18", "--weights", "none"]
-    args = parse([*small, "--epochs", "7"])
+    args = parse(*small, "--epochs", "7")
     assert (args.lr, args.epochs, args.milestones, args.batch_size) == (0.05, 7, [30, 45], 8)
-    assert train_ext_test0.get_args_parser().parse_args([*small, "--dataset", "regdb"]).lr == 0.1
+    assert parse(*small, "--dataset", "regdb").lr == 0.1
     net = train_ext_test0.build_network(args, 4, torch.device("cpu"), pretrained=True)
     images, labels = torch.randn(4, 3, 48, 16), torch.arange(2).repeat(4)
     losses = MethodLoss("circle", margin=0.2)(net(images, images), labels)
@@ -176,12 +174,11 @@ def test_epoch_chosen_by_the_validation_ids(tiny_tree, tmp_path):
     tree = tmp_path / "tree"
     shutil.copytree(tiny_tree, tree)
     (tree / "exp" / "val_id.txt").rename(tree / "exp" / "test_id.txt")
-    common = ["--gpu", "cpu", "--workers", "0"]
-    rows = testa.main(["--data_path", str(tree), "--resume", result["last"], *common])
+    rows = testa.main(search_flags(tree, result["last"]))
     assert rows[1]["per_trial"][0]["metrics"]["mAP"] == pytest.approx(entries[-1]["FC/mAP"])
 
     for kind, selection in (("best", "val"), ("last", "none")):
-        rows = testa.main(["--data_path", str(tiny_tree), "--resume", result[kind], *common])
+        rows = testa.main(search_flags(tiny_tree, result[kind]))
         assert {row["selection"] for row in rows} == {selection}
 
 

@@ -14,7 +14,7 @@ import torchvision
 
 import train_ext_test0
 from ChannelAug import TrainAugmentation
-from conftest import SIZE, flags, log_entries
+from conftest import SIZE, flags, log_entries, parse
 from core import engine
 from core.log import warnings
 from core.meter import Diverged, EpochMeter
@@ -230,7 +230,7 @@ def test_the_clamp_is_told(far_apart, sysu_tree, tmp_path, capsys):
 )
 def test_warnings(change, weighting, words):
     entry = {"epoch": 1, "beyond_clamp": 0.0, "at_ln2": 0.0, "distance_within": 1.0, "distance_across": 1.0} | change
-    args = train_ext_test0.get_args_parser().parse_args(["--weighting", weighting])
+    args = parse("--weighting", weighting)
     told = list(warnings(entry, args))
     assert len(told) == bool(words)
     assert re.match(words or "", "".join(told))

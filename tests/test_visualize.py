@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import data_manager
 import testa
 import train_ext_test0
-from conftest import flags, save_network
+from conftest import flags, save_network, search_flags
 from loss import METHODS
 from tests.oracles import plain_embedding
 from tools import figures, visualize
@@ -199,22 +199,24 @@ def checkpoint(tmp_path_factory):
 
 
 def draw(command, tree, checkpoint, out, *more):
-    where = ["--data_path", str(tree), "--gpu", "cpu", "--workers", "0", "--out", str(out)]
-    return visualize.main([command, "--resume", str(checkpoint), *where, *map(str, more)])
+    return visualize.main([command, *search_flags(tree, checkpoint, "--out", out, *more)])
+
+
+def embed_test(tree, checkpoint):
+    """What the figures of a checkpoint are drawn from."""
+    args = visualize.get_args_parser().parse_args(["heatmap", *search_flags(tree, checkpoint, "--out", "a.png")])
+    return visualize.embed_test(args, checkpoint)
 
 
 def test_ranking_shows_what_the_query_may_see(sysu_tree, checkpoint, tmp_path):
-    (_, ids, _), (paths, g_ids, cameras) = (
-        data_manager.process_query_sysu(sysu_tree),
-        data_manager.process_gallery_sysu(sysu_tree, trial=4),
-    )
-    asked = int(ids[0])
+    queries = [*zip(*data_manager.process_query_sysu(sysu_tree), strict=True)]
+    images = zip(*data_manager.process_gallery_sysu(sysu_tree, trial=4), strict=True)
+    asked = int(queries[0][1])
     out = draw("ranking", sysu_tree, checkpoint, tmp_path / "a.svg", "--which", asked, "--gallery", 4, "--top", 3)
     text = re.findall(r">([^<>]*)</(?:text|tspan)", Path(out).read_text())
     embed = plain_embedding(checkpoint)
-    gallery = [(embed(path, "visible"), *labels) for path, *labels in zip(paths, g_ids, cameras, strict=True)]
-    rows = []
-    for path, identity, camera in zip(*data_manager.process_query_sysu(sysu_tree), strict=True):
+    gallery, rows = [(embed(path, "visible"), *labels) for path, *labels in images], []
+    for path, identity, camera in queries:
         if identity == asked:
             query = embed(path, "infrared")
             seen = [(float(query @ x), i, c) for x, i, c in gallery if not (camera == 3 and c == 2)]
@@ -233,10 +235,7 @@ def test_ranking_shows_what_the_query_may_see(sysu_tree, checkpoint, tmp_path):
 def test_heat_is_what_each_place_adds_to_the_similarity(sysu_tree, tmp_path):
     """With average pooling and no bottleneck, the similarity is a mean over places of a product of features."""
     path = save_network(tmp_path / "net.t", 1, "sysu", **METHODS["base"].network)
-    args = visualize.get_args_parser().parse_args(
-        ["heatmap", "--resume", str(path), "--data_path", str(sysu_tree), "--gpu", "cpu", "--out", "a.png"]
-    )
-    tested = visualize.embed_test(args, path)
+    tested = embed_test(sysu_tree, path)
     images = [({"path": tested.paths[m][0]}, m) for m in ("infrared", "visible")]
     heats = visualize.pair_heats(tested, images, "POOL")
     maps = []
@@ -256,10 +255,7 @@ def test_heat_is_what_each_place_adds_to_the_similarity(sysu_tree, tmp_path):
 
 
 def test_attention_is_afam_s(sysu_tree, checkpoint):
-    args = visualize.get_args_parser().parse_args(
-        ["heatmap", "--resume", str(checkpoint), "--data_path", str(sysu_tree), "--gpu", "cpu", "--out", "a.png"]
-    )
-    tested = visualize.embed_test(args, checkpoint)
+    tested = embed_test(sysu_tree, checkpoint)
     x = torch.rand(1, 3, 96, 48)
     with torch.no_grad():
         features = tested.net.infrared(x)
@@ -323,18 +319,8 @@ def test_distances_before_and_after(sysu_tree, checkpoint, tmp_path):
 def results(sysu_tree, checkpoint, tmp_path_factory):
     """(testa.py's results, their .json, the page's folder)."""
     out = tmp_path_factory.mktemp("results")
-    flags = [
-        "--data_path",
-        str(sysu_tree),
-        "--gpu",
-        "cpu",
-        "--workers",
-        "0",
-        "--resume",
-        str(checkpoint),
-        "--baselines",
-    ]
-    rows = testa.main([*flags, "--json", str(out / "results.json"), "--report", str(out / "page")])
+    more = ["--baselines", "--json", out / "results.json", "--report", out / "page"]
+    rows = testa.main(search_flags(sysu_tree, checkpoint, *more))
     return rows, out / "results.json", out / "page"
 
 
@@ -366,19 +352,10 @@ def test_report_is_of_these_results(results):
     assert "trial 0, model trained, feature FC" in text
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("", "contains no results with CMC curves"),
-        ("[]", "contains no results"),
-        ('{"results": [{"model": "a"}]}', "contains no results"),
-        ('{"results": 3}', "contains no results"),
-        ('{"results": []}', "contains no results"),
-    ],
-)
-def test_other_json_is_refused(tmp_path, content, words):
+@pytest.mark.parametrize("content", ["", "[]", '{"results": [{"model": "a"}]}', '{"results": 3}', '{"results": []}'])
+def test_other_json_is_refused(tmp_path, content):
     (tmp_path / "a.json").write_text(content)
-    with pytest.raises(InputError, match=rf"a\.json: {words}.*testa.py --json"):
+    with pytest.raises(InputError, match=r"a\.json: contains no results with CMC curves.*testa.py --json"):
         visualize.main(["curves", str(tmp_path / "a.json"), "--out", str(tmp_path / "a.png")])
 
 
@@ -416,8 +393,7 @@ def test_the_other_data_sets(command, dataset, regdb_tree, llcm_tree, tmp_path, 
     few = {"heatmap": ["--queries", "1"], "tsne": ["--people", "2"]}.get(command, [])
     tree, more = {"regdb": (regdb_tree, ["--trial", "1"]), "llcm": (llcm_tree, ["--tvsearch"])}[dataset]
     path, out = save_network(tmp_path / f"{dataset}.t", 0, dataset), tmp_path / f"{dataset}.svg"
-    argv = [command, "--resume", path, "--data_path", tree, "--gpu", "cpu", "--workers", "0", "--out", out]
-    visualize.main([*map(str, [*argv, "--dataset", dataset, *more, *few])])
+    draw(command, tree, path, out, "--dataset", dataset, *more, *few)
     assert capsys.readouterr().out == f"{out}\n"
     setting = {
         "regdb": "RegDB, visible to thermal, standard protocol, trial 1; FC",

@@ -32,11 +32,6 @@ def read_shapes(path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def state(path, seed: int = 0) -> dict[str, np.ndarray]:
-    """Whole published-checkpoint state: {name: array}."""
-    return {name: fill(name, shape, seed) for name, shape in read_shapes(path).items()}
-
-
 def images(n: int, height: int, width: int, seed: int) -> np.ndarray:
     """Smooth random images, float32 [n, 3, height, width], roughly zero mean and unit variance."""
     rng = np.random.default_rng([77, seed])
