@@ -24,8 +24,8 @@ def normalise(images):
 
 
 def _constant(values, device):
-    """[3, 1, 1], filled in on the device: copying it there would wait for the device. Not kept: one that is made while
-    torch.export traces is no real tensor."""
+    """[3, 1, 1], filled in on the device, as a copy from the CPU would wait for it. Made anew at each call, as a tensor
+    that is made while torch.export traces is no real one."""
     return torch.stack([torch.full((1, 1), value, device=device) for value in values])
 
 

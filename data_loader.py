@@ -88,7 +88,7 @@ def _prepared_arrays(files, size, remedy):
         if images.shape[1:] != (*size, 3) or images.dtype != np.uint8:
             raise InputError(f"{file}: has {images.dtype} {images.shape[1:]}, not uint8 {(*size, 3)}; {remedy}")
         if labels.shape != images.shape[:1] or not len(images):
-            raise InputError(f"{file}: has {len(images)} images, but {labels.size} labels; {remedy}")
+            raise InputError(f"{file}: has {len(images)} images, and labels of the shape {labels.shape}; {remedy}")
         if not np.issubdtype(labels.dtype, np.integer):
             raise InputError(f"{file}: its labels are {labels.dtype}, not integers; {remedy}")
     arrays[1::2] = (labels.astype(np.int64) for labels in arrays[1::2])  # the published script stores other integers

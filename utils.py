@@ -56,8 +56,8 @@ def cli(main):
 
 
 def leave_signals_to_the_main_process(_=None):
-    """For a loading process: a terminal's Ctrl-C, and many a queue's SIGTERM, goes to all processes, but the main one
-    has a step to finish. `cli` ends the others, and they end on their own when it is gone."""
+    """For a loading process. Ctrl-C in a terminal and the SIGTERM of many queues reach all processes, but the main one
+    still has a step to finish. `cli` ends the loading processes; without it, they end by themselves."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 

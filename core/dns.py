@@ -16,8 +16,11 @@ FOLLOW = 0.2  # how far a follower of `DomainBranch` goes to its classifier in a
 
 
 class Domain(NamedTuple):
-    """normed, shifted [A+B, C]: embeddings after the bottleneck, and in the common space; own, other [2 (A+B), K]: of
-    these and of those, logits of the classifier of the image's own modality, and of the other one's follower."""
+    """normed, shifted [A+B, C]: embeddings after the bottleneck, and in the common space.
+
+    own, other [2 (A+B), K]: logits of `normed`, then of `shifted`, by the classifier of the image's own modality, and
+    by the follower of the other modality's classifier.
+    """
 
     normed: torch.Tensor
     shifted: torch.Tensor
@@ -106,7 +109,7 @@ class CircleLoss(nn.Module):
         features = F.normalize(features)
         cosine, same = features @ features.mT, same_identity(labels)
         positive = same & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
-        # The published weights are those of the masked cosines: of other pairs they do not matter.
+        # The published code computes these weights from masked cosines: for masked pairs they do not matter.
         pull = (1 + self.margin - cosine.detach()).clamp_min(0) * (1 - self.margin - cosine)
         push = (cosine.detach() + self.margin).clamp_min(0) * (cosine - self.margin)
         near, far = (

@@ -48,7 +48,7 @@ def check_search_flags(args, names=()):
     check_options(args)
     trials = args.trial or any("{trial}" in name for name in names)
     if trials and "trial" not in DATASETS[args.dataset].options:
-        raise InputError(f"--trial, {{trial}}: --dataset {args.dataset} has one checkpoint for all; leave them out")
+        raise InputError(f"--trial, {{trial}}: --dataset {args.dataset} has a single checkpoint; leave them out")
 
 
 def is_default(args):
@@ -72,7 +72,7 @@ def checkpoint_origin(path, checkpoint, net, size, data_path):
     """Where a checkpoint's features come from, for tables and feature files; None: unknown."""
     flags, epoch = checkpoint.get("args", {}), checkpoint.get("epoch", "unknown")
     method = flags.get("method") or method_name(net.options)
-    method += "".join(f" without {part}" for part in ("afam", "local") if flags.get(part) == 0)
+    left_out = "".join(f" without {part}" for part in ("afam", "local") if flags.get(part) == 0)
     if "within" in checkpoint:
         epoch = f"{epoch + 1}, {checkpoint['sums']['step']} steps of it"
     return {
@@ -81,7 +81,7 @@ def checkpoint_origin(path, checkpoint, net, size, data_path):
         "selection": checkpoint.get("selection"),
         "flipped": list(FEATURES),
         "checkpoint": str(path),
-        "network": f"{method}, {net.options['arch']}, {size[0]}x{size[1]}, epoch {epoch}",
+        "network": f"{method}{left_out}, {net.options['arch']}, {size[0]}x{size[1]}, epoch {epoch}",
         "data_path": os.path.abspath(data_path),
         "demo": is_demo(data_path),
         "flags": json.loads(json.dumps(flags, default=str)),  # plain values, whatever the file has
@@ -92,8 +92,8 @@ def tested_trial(path, origin, dataset, trial):
     """The trial to test on, that of the checkpoint or features; None where a network is trained for all trials.
 
     origin: {"dataset", "trial"}, as far as they are known. trial: of --trial. Raises InputError for features of another
-    data set, of another trial, as the network was trained on people of this one's test, or of an unknown trial, as
-    published checkpoints do not record it.
+    data set; of another trial, whose network was trained on people that this one tests; and of an unknown trial, which
+    published checkpoints do not record.
     """
     if (origin.get("dataset") or dataset) != dataset:
         raise InputError(f"{path}: was trained on {origin['dataset']}; test it with --dataset {origin['dataset']}")

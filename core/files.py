@@ -17,7 +17,7 @@ from utils import InputError
 def atomic(path):
     """Give a temporary path beside `path`; move it there when the block ends, remove it if the block fails.
 
-    What a process that was killed has left there is removed, too. Raises InputError when the disk is full.
+    Temporaries that killed processes have left there are removed. Raises InputError when the disk is full.
     """
     path = Path(path)
     check_output(path)
@@ -39,7 +39,7 @@ def atomic(path):
 
 
 def flush(path):
-    """Have the disk hold what was written: or a power failure could leave a new name with nothing in it."""
+    """Wait until the disk holds what was written: otherwise a power failure could leave a name with nothing in it."""
     with writing(path), open(path, "r+b") as file:
         os.fsync(file)
 

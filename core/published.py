@@ -90,7 +90,7 @@ def convert_published_state(state):
 
 
 def published_name(name, shift=False):
-    """The published code's name of a tensor of ours; shift: that of DNS's."""
+    """The name of a tensor of ours in the published code; shift: in that of DNS."""
     return _renamed(name, _THEIRS_OF_DNS if shift else _THEIRS)
 
 

@@ -1,4 +1,4 @@
-"""Small demo trees shared by the tests, and the GPU tests' skip."""
+"""Small demo trees, flags and rows that tests share, and the skip of tests that need a GPU."""
 
 import json
 import os
@@ -30,6 +30,7 @@ SMALL += ["--lr", "0.01"]
 
 
 def flags(tree, out, *more):
+    """Flags of a small training."""
     return [*SMALL, "--data_path", str(tree), "--model_path", f"{out}/models/", "--log_path", f"{out}/log/", *more]
 
 
@@ -46,6 +47,14 @@ def search_flags(tree, checkpoint, *more):
 def parse(*argv):
     """The flags of a training, with the defaults of its method and data set."""
     return train_ext_test0.get_args_parser().parse_args(argv)
+
+
+def result_row(**more):
+    """A row of results of a single trial, as `core.results.summarise` gives it."""
+    row = {"dataset": "sysu", "split": "test", "mode": "all", "direction": "infrared to visible", "protocol": "seeded"}
+    row |= {"shots": 1, "similarity": "cosine", "cmc_counts": "identities", "unseen": "camera 2 by queries of camera 3"}
+    row |= {"model": "trained", "feature": "FC", "flip_averaging": True, "reranking": "none", "selection": "test"}
+    return row | {"images": "/data", "demo": False, "trials": [0], "per_trial": [{"queries": 3803}]} | more
 
 
 def log_entries(path):

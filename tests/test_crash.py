@@ -155,8 +155,7 @@ def test_killed_trainings_lose_nothing(unbroken, tiny_tree, tmp_path):
 def test_killed_preparing_leaves_whole_arrays(tiny_tree, tmp_path):
     """Arrays of another size are there; those that a kill leaves are all of one set or of the other."""
     rng = random.Random(0)
-    tree = tmp_path / "sysu"
-    shutil.copytree(tiny_tree, tree)
+    tree = shutil.copytree(tiny_tree, tmp_path / "sysu")
     old = {file.name: file.read_bytes() for file in sysu_train_files(tree)}
     command = ["--data_path", tree, "--img_h", SIZE[0], "--img_w", SIZE[1]]
     begin = time.monotonic()
@@ -348,8 +347,7 @@ def test_full_disk_keeps_the_last_checkpoint(unbroken, tiny_tree, tmp_path):
 
 @pytest.mark.slow
 def test_full_disk_while_preparing(tiny_tree, tmp_path):
-    tree = tmp_path / "sysu"
-    shutil.copytree(tiny_tree, tree)
+    tree = shutil.copytree(tiny_tree, tmp_path / "sysu")
     before = [file.read_bytes() for file in sysu_train_files(tree)]
     errors = tmp_path / "stderr.txt"
     command = ["--data_path", tree, "--img_h", "288", "--img_w", "144"]

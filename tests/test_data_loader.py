@@ -79,19 +79,14 @@ def test_loading_processes_map_the_arrays_themselves(sysu_tree):
     )
 
 
-def prepare_tree(sysu_tree, tmp_path):
-    """A prepared copy of the demo tree -> (its path, its arrays as bytes)."""
-    tree = tmp_path / "tree"
-    shutil.copytree(sysu_tree, tree)
-    return tree, {file: file.read_bytes() for file in data_loader.sysu_train_files(tree)}
-
-
 @pytest.mark.parametrize("renames", range(8))
 def test_crash_among_the_renames_leaves_no_mixed_set_and_loses_nothing(sysu_tree, tmp_path, monkeypatch, renames):
     """Four files cannot be renamed at once: when the process dies between two of them, training must not start."""
-    tree, before = prepare_tree(sysu_tree, tmp_path)
+    tree = shutil.copytree(sysu_tree, tmp_path / "tree")
+    before = {file: file.read_bytes() for file in data_loader.sysu_train_files(tree)}
     ids = tree / "exp" / "train_id.txt"
     ids.write_text(ids.read_text().split(",", 1)[1])
+    command = ["--data_path", str(tree), "--img_h", str(SIZE[0]), "--img_w", str(SIZE[1])]
     rename, renamed = os.replace, []
 
     def die_after_some(source, target):
@@ -103,21 +98,20 @@ def test_crash_among_the_renames_leaves_no_mixed_set_and_loses_nothing(sysu_tree
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", die_after_some)
         with pytest.raises(KeyboardInterrupt):
-            pre_process_sysu.main(["--data_path", str(tree), "--img_h", str(SIZE[0]), "--img_w", str(SIZE[1])])
+            pre_process_sysu.main(command)
     if renames:
         with pytest.raises(InputError, match="cannot be read as a prepared array"):
             sysu_train(tree, SIZE)
     for file, content in before.items():
         old = file.with_suffix(".npy.old")
         assert (old if old.exists() else file).read_bytes() == content
-    pre_process_sysu.main(["--data_path", str(tree), "--img_h", str(SIZE[0]), "--img_w", str(SIZE[1])])
+    pre_process_sysu.main(command)
     sysu_train(tree, SIZE)
     assert not list(tree.glob("*.old"))
 
 
 def test_regdb_labels_agree_between_lists_with_different_ids(regdb_tree, tmp_path):
-    tree = tmp_path / "regdb"
-    shutil.copytree(regdb_tree, tree)
+    tree = shutil.copytree(regdb_tree, tmp_path / "regdb")
     listing = tree / "idx" / "train_thermal_3.txt"
     lines = listing.read_text().splitlines()
     listing.write_text("\n".join(line for line in lines if not line.endswith(" 0")))
@@ -127,8 +121,7 @@ def test_regdb_labels_agree_between_lists_with_different_ids(regdb_tree, tmp_pat
 
 
 def test_regdb_is_decoded_once_and_again_when_a_file_changes(regdb_tree, tmp_path, monkeypatch):
-    tree = tmp_path / "regdb"
-    shutil.copytree(regdb_tree, tree)
+    tree = shutil.copytree(regdb_tree, tmp_path / "regdb")
     first = regdb_train(tree, (32, 16), 3)
     paths, ids = data_manager.read_list(tree, "train_thermal_3")
     assert len(first.infrared) == len(paths)
@@ -167,8 +160,7 @@ def test_val_selection_trains_on_the_train_ids_only(sysu_tree):
 
 
 def test_val_selection_needs_arrays_of_the_same_lists(sysu_tree, tmp_path):
-    tree = tmp_path / "sysu"
-    shutil.copytree(sysu_tree, tree)
+    tree = shutil.copytree(sysu_tree, tmp_path / "sysu")
     (tree / "exp" / "val_id.txt").write_text(str(data_manager.read_ids(tree, "val")[0]))
     with pytest.raises(InputError, match=r"train_rgb_resized_label\.npy.*pre_process_sysu\.py"):
         sysu_train(tree, SIZE, select="val")

@@ -253,8 +253,7 @@ def test_wrong_arguments_are_named(sysu):
 
 
 def test_folders_without_leading_zeros_are_named(sysu_tree, tmp_path):
-    tree = tmp_path / "tree"
-    shutil.copytree(sysu_tree, tree)
+    tree = shutil.copytree(sysu_tree, tmp_path / "tree")
     identity = next(i for i in data_manager.read_ids(tree, "train") if i < 100 and (tree / f"cam1/{i:04d}").is_dir())
     for digits in (len(str(identity)), 3):
         (tree / f"cam1/{identity:04d}").rename(short := tree / f"cam1/{identity:0{digits}d}")

@@ -97,8 +97,7 @@ def test_identities_of_a_batch_are_shared_without_repetition(monkeypatch):
 
 def test_images_are_decoded_before_the_processes_start(regdb_tree, tmp_path, monkeypatch):
     """The others wait for the file, not in a collective operation, which has a time limit."""
-    tree = tmp_path / "regdb"
-    shutil.copytree(regdb_tree, tree)
+    tree = shutil.copytree(regdb_tree, tmp_path / "regdb")
     monkeypatch.setattr(train_ext_test0, "start_processes", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     command = flags(tree, tmp_path, "--dataset", "regdb")
     with pytest.raises(KeyboardInterrupt):

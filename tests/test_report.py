@@ -12,6 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from conftest import result_row
 from tools import report
 from utils import InputError
 
@@ -26,28 +27,19 @@ def result(number, mode, model, feature, trials=10):
     mean = {name: (37.123 * (number + 1) * (k + 1)) % 100 for k, name in enumerate(METRICS)}
     count = {"queries": 200, "evaluated": 181 if mode == "indoor" else 200, "gallery": 55 if mode == "indoor" else 1040}
     where = {"checkpoint": "runs/best.t", "network": "resnet18, adp"}
-    return {
-        "dataset": "sysu",
-        "split": "test",
-        "mode": mode,
-        "direction": "infrared to visible",
-        "protocol": "seeded",
-        "shots": 1,
-        "similarity": "cosine",
-        "cmc_counts": "identities",
-        "unseen": "camera 2 by queries of camera 3",
-        "model": model,
-        "feature": feature,
-        "flip_averaging": {"pixels": False, "FC": True, "POOL": None}[feature],
-        "reranking": "none",
-        "selection": None if feature == "pixels" else "val",
-        "images": f"/data/{HOSTILE}",
-        "demo": True,
-        "trials": list(range(trials)),
-        "mean": mean,
-        "std": {name: value / 30 for name, value in mean.items()} if trials > 1 else None,
-        "per_trial": [{"trial": t, **where, **count, "metrics": mean} for t in range(trials)],
-    }
+    return result_row(
+        mode=mode,
+        model=model,
+        feature=feature,
+        flip_averaging={"pixels": False, "FC": True, "POOL": None}[feature],
+        selection=None if feature == "pixels" else "val",
+        images=f"/data/{HOSTILE}",
+        demo=True,
+        trials=list(range(trials)),
+        mean=mean,
+        std={name: value / 30 for name, value in mean.items()} if trials > 1 else None,
+        per_trial=[{"trial": t, **where, **count, "metrics": mean} for t in range(trials)],
+    )
 
 
 MODELS = [("gray pixels", "pixels"), ("</script>", "FC"), ("trained", "POOL"), ("trained", "FC")]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import result_row
 from core import engine
 from core.datasets import DATASETS, Images, Search
 from core.results import choose_queries, pair_distances, print_results, rank_images, scores, summarise
@@ -30,9 +31,8 @@ def test_metrics_are_percents():
 
 def test_trials_of_a_setting_become_one_row_with_all_metrics(capsys):
     """Columns follow from the metrics of the rows, whatever these are."""
-    labels = {"dataset": "sysu", "demo": False, "mode": "all", "direction": "infrared to visible", "protocol": "seeded"}
-    labels |= {"shots": 1, "images": "/data", "model": "trained", "flip_averaging": True, "reranking": "none"}
-    labels |= {"selection": "test", "checkpoint": "net.t", "network": "adp", "queries": 9, "evaluated": 8, "gallery": 4}
+    labels = result_row(checkpoint="net.t", network="adp", queries=9, evaluated=8, gallery=4)
+    del labels["trials"], labels["per_trial"]  # these are rows of single searches
     rows = [
         labels | {"feature": feature, "trial": trial, "metrics": {"new": value}, "curves": {"cmc": [value, 100.0]}}
         for trial, value in ((0, 20.0), (1, 40.0))

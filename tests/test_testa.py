@@ -12,14 +12,12 @@ import pytest
 import torch
 
 import testa
-from checks import published_weights
 from conftest import save_network, search_flags
 from core import re_rank
 from core.features import load_features
-from data_manager import process_gallery_sysu, process_query_sysu, read_ids
+from data_manager import process_gallery_sysu, process_query_sysu
 from eval_metrics import eval_sysu
 from tests.oracles import plain_embedding
-from utils import InputError
 
 REPO = Path(testa.__file__).parent
 
@@ -122,8 +120,6 @@ def test_what_is_missing_is_named(saved, sysu_tree, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "no test id has an image of camera 5, 6\n" in printed
     assert "rand_perm_cam.mat, so without the official protocol" in printed
-    with pytest.raises(InputError, match=r"rand_perm_cam\.mat: no such file"):
-        testa.main([*flags, "--protocol", "official"])
 
 
 def test_reranked_rows_stand_beside_the_plain_ones(saved, sysu_tree):
@@ -196,18 +192,6 @@ def test_without_scikit_image_the_other_baselines_remain(monkeypatch, capsys):
     options = {"num_classes": 2, "arch": "resnet18"}
     assert [*testa.baselines(options, torch.device("cpu"), "off")] == ["gray pixels", "colour histogram", "untrained"]
     assert "pip install scikit-image" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_published_checkpoint_is_tested(sysu_tree, tmp_path):
-    """A checkpoint under the published names, with the NumPy metrics that the published code stores beside them."""
-    metrics = {"cmc": np.ones(20), "mAP": np.float64(0.5), "mINP": np.float64(0.5)}
-    torch.save({"net": published_weights("published"), **metrics, "epoch": 1}, tmp_path / "p.t")
-    tree = tmp_path / "tree"
-    shutil.copytree(sysu_tree, tree)
-    (tree / "exp" / "test_id.txt").write_text(",".join(map(str, read_ids(tree, "test")[:2])))  # it is a large network
-    rows = testa.main(search_flags(tree, tmp_path / "p.t", "--mode", "indoor"))
-    assert [row["feature"] for row in rows] == ["POOL", "FC"]
 
 
 @pytest.mark.slow

@@ -171,8 +171,7 @@ def test_epoch_chosen_by_the_validation_ids(tiny_tree, tmp_path):
     assert "trial 0 of the VALIDATION ids" in text
 
     # The logged numbers are those of a tree whose test ids are the validation ids.
-    tree = tmp_path / "tree"
-    shutil.copytree(tiny_tree, tree)
+    tree = shutil.copytree(tiny_tree, tmp_path / "tree")
     (tree / "exp" / "val_id.txt").rename(tree / "exp" / "test_id.txt")
     rows = testa.main(search_flags(tree, result["last"]))
     assert rows[1]["per_trial"][0]["metrics"]["mAP"] == pytest.approx(entries[-1]["FC/mAP"])

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import data_manager
 import testa
 import train_ext_test0
-from conftest import flags, save_network, search_flags
+from conftest import flags, result_row, save_network, search_flags
 from loss import METHODS
 from tests.oracles import plain_embedding
 from tools import figures, visualize
@@ -147,19 +147,9 @@ def test_overlap():
             assert size < 50 or shift or figures.overlap(same, other) > 0.8  # chance
 
 
-def result_row(model, feature, **more):
-    row = {"dataset": "sysu", "demo": False, "mode": "all", "direction": "infrared to visible", "protocol": "seeded"}
-    row |= {
-        "shots": 1,
-        "images": "/data",
-        "trials": [0],
-        "per_trial": [{"queries": 3803}],
-        "model": model,
-        "feature": feature,
-        "reranking": "none",
-        "selection": "test",
-    }
-    return row | {"curves": {"cmc": [1.0, 2.0], "precision": [3.0, 2.0, 1.0]}} | more
+def row(model, feature, **more):
+    curves = {"cmc": [1.0, 2.0], "precision": [3.0, 2.0, 1.0]}
+    return result_row(model=model, feature=feature, curves=curves, **more)
 
 
 def test_lines_of_results_say_what_tells_them_apart():
@@ -169,20 +159,20 @@ def test_lines_of_results_say_what_tells_them_apart():
         return dict(zip(titles, [[line.get_label() for line in panel.lines] for panel in figure.axes], strict=True))
 
     seeded = "SYSU-MM01, all-search, infrared to visible, seeded protocol, 1-shot, trial 0"
-    both = [result_row("trained", feature) for feature in ("POOL", "FC")]
-    assert lines(result_row("gray", "pixels"), *both) == {seeded: ["gray", "trained, FC"]}
+    both = [row("trained", feature) for feature in ("POOL", "FC")]
+    assert lines(row("gray", "pixels"), *both) == {seeded: ["gray", "trained, FC"]}
     assert lines(both[0]) == {seeded: ["trained"]}  # POOL alone is drawn
-    assert lines(result_row("mine", "global"), result_row("mine", "local")) == {seeded: ["mine, global", "mine, local"]}
-    reranked = result_row("trained", "FC", reranking="random_walk")
+    assert lines(row("mine", "global"), row("mine", "local")) == {seeded: ["mine, global", "mine, local"]}
+    reranked = row("trained", "FC", reranking="random_walk")
     assert lines(both[1], reranked) == {seeded: ["trained", "trained, random_walk"]}
-    chosen = result_row("trained", "FC", selection="val")
+    chosen = row("trained", "FC", selection="val")
     assert lines(both[1], chosen) == {seeded: ["trained, chosen on test", "trained, chosen on val"]}
-    elsewhere = result_row("trained", "FC", images="/other")
+    elsewhere = row("trained", "FC", images="/other")
     assert lines(both[1], elsewhere) == {seeded: ["trained, /data", "trained, /other"]}
     assert lines(both[1], other=[both[1]]) == {seeded: ["file, trained", "other, trained"]}
-    apart = lines(both[1], result_row("trained", "FC", trials=[1, 2]), result_row("trained", "FC", demo=True))
+    apart = lines(both[1], row("trained", "FC", trials=[1, 2]), row("trained", "FC", demo=True))
     assert [*apart] == [seeded, seeded.replace("trial 0", "2 trials"), f"demo data like {seeded}"]
-    assert [*lines(result_row("mine", "FC", per_trial=[{"queries": 3802}]))] == [f"data like {seeded}"]
+    assert [*lines(row("mine", "FC", per_trial=[{"queries": 3802}]))] == [f"data like {seeded}"]
     with pytest.raises(InputError, match="two rows of results have the same name, trained"):
         lines(both[1], both[1])
 
@@ -370,8 +360,7 @@ def test_bad_input_of_the_commands(sysu_tree, checkpoint, results, logs, tmp_pat
         with pytest.raises(InputError, match=words):
             draw(command, sysu_tree, checkpoint, tmp_path / "a.png", *more)
     people = sysu_tree / "exp" / "test_id.txt"
-    alone = tmp_path / "alone"
-    shutil.copytree(sysu_tree, alone)
+    alone = shutil.copytree(sysu_tree, tmp_path / "alone")
     (alone / "exp" / "test_id.txt").write_text(people.read_text().split(",")[0])
     with pytest.raises(InputError, match="images of two identities"):
         draw("distances", alone, checkpoint, tmp_path / "a.png")

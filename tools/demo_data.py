@@ -715,7 +715,7 @@ def get_args_parser() -> utils.ArgumentParser:
         "--like", type=Path, metavar="FILE", help="SYSU-MM01's rand_perm_cam.mat: use its ids and counts"
     )
     parser.add_argument("--seed", type=utils.bounded(int, 0), default=0, help="the same seed gives the same bytes")
-    parser.add_argument("--workers", type=count, default=os.cpu_count(), help="drawing processes")
+    parser.add_argument("--workers", type=count, default=utils.cores(), help="drawing processes")
     parser.add_argument("--masks", action="store_true", help="also write where the person is in each image: masks/")
     parser.add_argument("--sheet", type=Path, help="also draw a dozen people on this .png file")
     return parser

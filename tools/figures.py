@@ -197,7 +197,7 @@ def overlap(a, b):
 
 
 def epoch_curves(runs, values):
-    """runs: {label: entries of a `run.RunLog`} -> Figure with a panel for each of `values`, by epoch.
+    """runs: {label: entries of a `log.RunLog`} -> Figure with a panel for each of `values`, by epoch.
 
     Raises InputError for a value that no log contains."""
     known = {

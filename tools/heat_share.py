@@ -92,17 +92,13 @@ def read_mask(data_path, path, size):
 
 def share(heat, mask):
     """The share of a heat map [h, w] that lies on a mask [H, W]; of a map without heat, that of the area."""
-    heat = resized(heat, mask.shape)
+    heat = F.interpolate(torch.from_numpy(heat)[None, None], mask.shape, mode="bilinear")[0, 0].numpy()
     return float((heat * mask).sum() / heat.sum()) if heat.sum() > 0 else float(mask.mean())
 
 
 def coarse(mask):
     """The mask, averaged over the cells of the network's last feature map."""
     return F.adaptive_avg_pool2d(torch.from_numpy(mask)[None], [math.ceil(n / 16) for n in mask.shape])[0].numpy()
-
-
-def resized(heat, size):
-    return F.interpolate(torch.from_numpy(heat)[None, None], size, mode="bilinear")[0, 0].numpy()
 
 
 def rank_1_of(features, tested, args):

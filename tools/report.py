@@ -15,6 +15,7 @@ from PIL import Image
 from core.datasets import DATASETS
 from core.files import atomic
 from core.images import read_image
+from core.results import FLIPS
 from utils import progress
 
 CROP = (256, 128)  # height, width of an embedded image; about 7 KB each
@@ -106,7 +107,7 @@ def row_labels(row):
         "not seen": row["unseen"],
         "model": row["model"],
         "feature": row["feature"],
-        "flip": {True: "yes", False: "no", None: "unknown"}[row["flip_averaging"]],
+        "flip": FLIPS[row["flip_averaging"]],
         "re-ranking": row["reranking"],
         "chosen on": row["selection"],
         "queries": count["queries"],
@@ -130,9 +131,7 @@ def inline_svg(figure, caption, prefix):
         figure.savefig(buffer, format="svg", transparent=True)
     root = ElementTree.fromstring(buffer.getvalue())
     for parent in (root, *root):
-        for child in parent.findall("{*}metadata") + parent.findall(
-            "{*}style"
-        ):  # a style would apply to the whole page
+        for child in (*parent.findall("{*}metadata"), *parent.findall("{*}style")):  # a style would apply to the page
             parent.remove(child)
     for element in root.iter():
         element.tag = element.tag.split("}")[1]
