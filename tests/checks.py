@@ -1,4 +1,4 @@
-"""What a method must do through the programs, checked in the same way for each."""
+"""What every method must do: agree with values of its published code, and go through the programs."""
 
 from pathlib import Path
 
