@@ -57,7 +57,7 @@ def cli(main):
 
 def leave_signals_to_the_main_process(_=None):
     """For a loading process. Ctrl-C in a terminal and the SIGTERM of many queues reach all processes, but the main one
-    still has a step to finish. `cli` ends the loading processes; without it, they end by themselves."""
+    still has a step to finish. `cli` ends the loading processes. They also end by themselves once it is gone."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 

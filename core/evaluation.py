@@ -74,7 +74,10 @@ def checkpoint_origin(path, checkpoint, net, size, data_path):
     method = flags.get("method") or method_name(net.options)
     left_out = "".join(f" without {part}" for part in ("afam", "local") if flags.get(part) == 0)
     if "within" in checkpoint:
-        epoch = f"{epoch + 1}, {checkpoint['sums']['step']} steps of it"
+        try:
+            epoch = f"{epoch + 1}, {checkpoint['sums']['step']} steps of it"
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path}: is not a complete ..._last.t ({error}); use another checkpoint") from error
     return {
         "dataset": flags.get("dataset"),
         "trial": flags.get("trial"),

@@ -345,6 +345,12 @@ CASES = {
         ["--resume", "c.t"],
         ["c.t: does not fit", "'local.conv.bias' is missing"],
     ),
+    "checkpoint within an epoch, of which it lacks the sums": (
+        "test",
+        lambda: save("c.t", good_checkpoint(epoch=1, within={})),
+        ["--resume", "c.t"],
+        ["c.t: is not a complete ..._last.t ('sums'); use another"],
+    ),
     "checkpoint of another data set": (
         "test",
         lambda: save("c.t", good_checkpoint(args={"dataset": "llcm"})),
