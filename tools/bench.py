@@ -8,7 +8,7 @@ loss     the aligned local loss, forward and backward, against a walk sample by 
 metrics  Rank-k, mAP and mINP against Python lists query by query; memory of a search directly from features
 test     SYSU-MM01's test, from image files to metrics, against reading the files again for each gallery
 rerank   k-reciprocal re-ranking against loops over images
-search   inverted lists against exact search: recall and time per query
+search   an index: size, rate, time per query; of a server's graph also the recall
 gpu      the GPU tests and every measurement on the GPU, collected in one file
 
 Each comparison warms up, alternates between code and reference, repeats, and reports medians. The references are in
@@ -25,7 +25,7 @@ from data_loader import CACHES
 from model import ARCHS
 from tools.benchmarks.data import bench_data
 from tools.benchmarks.gpu import STAGES, bench_gpu
-from tools.benchmarks.inverted_lists import bench_search
+from tools.benchmarks.search import bench_search
 from tools.benchmarks.step import bench_loss, bench_step
 from tools.benchmarks.testing import bench_metrics, bench_rerank, bench_test
 from utils import ArgumentParser, bounded, cli, cores, select_device
@@ -84,12 +84,13 @@ def get_args_parser():
     rerank = command("rerank", "k-reciprocal re-ranking against loops over images", run=run)
     rerank.add_argument("--queries", type=bounded(int, 1), default=3803, help="number of queries")
     rerank.add_argument("--gallery", type=bounded(int, 1), default=301, help="number of gallery images")
-    search = command("search", "inverted lists against exact search, on random vectors", run="repeats json")
+    search = command("search", "size, rate and time per query of an index of random vectors", run="repeats json")
+    search.add_argument("--index", help="empty database, postgresql://... (default: a file in the folder of TMPDIR)")
     search.add_argument("--vectors", type=bounded(int, 1000), default=1_000_000, help="vectors in the index")
     search.add_argument("--people", type=bounded(int, 1), default=20_000, help="clusters of the vectors")
-    search.add_argument("--dim", type=bounded(int, 2), default=512, help="values per vector")
-    cosine, text = bounded(float, 0.01, 0.99), "mean cosine of two vectors of a person"
-    search.add_argument("--cosine", type=cosine, nargs="+", default=[0.3, 0.45, 0.6], help=text)
+    search.add_argument("--dim", type=bounded(int, 2), default=2048, help="values per vector")
+    text = "mean cosine of two vectors of a person"
+    search.add_argument("--cosine", type=bounded(float, 0.01, 0.99), default=0.45, help=text)
     search.set_defaults(gpu="cpu")
     gpu = commands.add_parser("gpu", help="the GPU tests, then every measurement, each in a process of its own")
     gpu.add_argument("--out", required=True, metavar="FILE", help="write all results to this file, after each stage")

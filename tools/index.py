@@ -1,147 +1,390 @@
-"""An index of image features on disk: a folder with the vectors in a FAISS file, exact or in inverted lists, and
-`index.json`, which names that file and the image of each vector. Loading an index executes nothing in it."""
+"""An index of image features: one SQLite file, searched in memory, or a PostgreSQL database with pgvector.
 
+The address decides. Both hold the same two tables. A version is what one checkpoint has embedded; the oldest serves,
+and a younger one takes its place when it is complete and the older ones are deleted.
+"""
+
+import contextlib
 import json
-import math
 import os
 import re
+import sqlite3
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import parse_qs, urlsplit
 
-import faiss
 import numpy as np
 
-from core.files import atomic
-from model import MODALITIES
-from utils import InputError, progress
+from core.files import check_output
+from utils import InputError
 
-# Inverted lists: about LISTS * sqrt(N) of them, with centres learned from SAMPLE vectors per list. A search probes one
-# list of PROBED, at least LEAST (`nprobe`, which the FAISS file holds).
-LISTS, SAMPLE, PROBED, LEAST = 4, 64, 16, 8
-BLOCK = 100_000  # vectors copied at a time from one FAISS index to another
-# Several queries at once use matrix products: 100 are then 16 times as fast as row by row, FAISS's own choice.
-faiss.cvar.distance_compute_blas_threshold = 1024
-
-VECTORS = r"index\.\d+\.faiss"
-FIELDS = {  # of index.json
-    "folder": str,  # absolute
-    "modality": str,
-    "feature": str,
-    "image_size": list,  # height, width
-    "dim": int,  # C
-    "checkpoint": str,  # absolute path when the index was made
-    "sha256": str,  # of the checkpoint; identifies it
-    "vectors": str,  # name of the FAISS file
-    "bytes": int,  # its size
-    "images": dict,  # path below the folder: [size, mtime_ns]; in the order of the vectors
-}
+TABLES = """
+CREATE TABLE versions (version {serial}, checkpoint TEXT NOT NULL, sha256 TEXT NOT NULL, feature TEXT NOT NULL,
+    dim INT NOT NULL, UNIQUE (sha256, feature)){strict};
+CREATE TABLE images (id {serial}, version INT NOT NULL REFERENCES versions ON DELETE CASCADE, path TEXT NOT NULL,
+    stamp TEXT NOT NULL, modality TEXT NOT NULL, camera TEXT, person TEXT, time TEXT NOT NULL, vector {vector} NOT NULL,
+    UNIQUE (path, version)){strict};
+CREATE INDEX images_by_place ON images (version, camera, time);
+"""
+VERSION = ("version", "checkpoint", "sha256", "feature", "dim")
+BLOCK = 8192  # vectors read or compared at a time
+CANDIDATES = 10  # nearest images by halves of float32 of pgvector's graph, for each that is returned by exact distance
 
 
-def read_about(folder):
-    """`index.json` of an index: a dict with FIELDS. InputError if it is missing, damaged or not ours."""
-    file = Path(folder) / "index.json"
-    if not file.is_file():
-        raise InputError(f"{folder}: contains no index.json; make an index with python -m tools.search index")
+class Entry(NamedTuple):
+    """An image of an index. path: absolute; stamp: of the file when it was embedded; time: YYYY-MM-DD HH:MM:SS."""
+
+    path: str
+    stamp: str
+    modality: str
+    camera: str | None
+    person: str | None
+    time: str
+
+
+class Filter(NamedTuple):
+    """Which images a search sees: start <= time < end."""
+
+    modality: str | None = None
+    cameras: tuple = ()
+    start: str | None = None
+    end: str | None = None
+    folder: str | None = None
+
+    def where(self, version):
+        """-> (SQL condition, its values)."""
+        terms = {"version = ?": [version]}
+        if self.modality:
+            terms["modality = ?"] = [self.modality]
+        if self.cameras:
+            terms[f"camera IN ({', '.join('?' * len(self.cameras))})"] = self.cameras
+        if self.start:
+            terms["time >= ?"] = [self.start]
+        if self.end:
+            terms["time < ?"] = [self.end]
+        if self.folder:
+            prefix = os.path.join(self.folder, "")
+            terms["substr(path, 1, ?) = ?"] = [len(prefix), prefix]
+        return " AND ".join(terms), [value for values in terms.values() for value in values]
+
+
+def open_index(uri, create=False):
+    """The index at an address. InputError if there is none (unless `create`) or it cannot be used."""
+    if re.match("postgres(ql)?://", uri):
+        return ServerIndex(uri, create)
+    if "://" in uri:
+        raise InputError(f"{uri}: unknown kind of address; pass a file, or postgresql://USER@HOST:PORT/DATABASE")
+    return FileIndex(uri, create)
+
+
+class Index:
+    """What both kinds share. Each method is one transaction. Subclasses give `search` and what talks to the
+    database."""
+
+    def versions(self):
+        """Dicts with VERSION, the one that serves first."""
+        with self.transaction(write=False):
+            rows = self._run(f"SELECT {', '.join(VERSION)} FROM versions ORDER BY version").fetchall()
+        return [dict(zip(VERSION, row, strict=True)) for row in rows]
+
+    def begin(self, checkpoint, sha256, feature, dim):
+        """The number of the version of a checkpoint, new or old; remembers where the checkpoint is."""
+        with self.transaction():
+            self._run(
+                "INSERT INTO versions (checkpoint, sha256, feature, dim) VALUES (?, ?, ?, ?) "
+                "ON CONFLICT (sha256, feature) DO UPDATE SET checkpoint = excluded.checkpoint",
+                (checkpoint, sha256, feature, dim),
+            )
+            where = "sha256 = ? AND feature = ?"
+            return self._run(f"SELECT version FROM versions WHERE {where}", (sha256, feature)).fetchone()[0]
+
+    def switch(self, version):
+        """Let a version serve, and delete the older ones."""
+        with self.transaction():
+            self._run("DELETE FROM versions WHERE version < ?", (version,))
+
+    def entries(self, version, folder=None):
+        """{path: Entry} of a folder, or of the whole version."""
+        where, values = Filter(folder=folder).where(version)
+        with self.transaction(write=False):
+            rows = self._run(f"SELECT {', '.join(Entry._fields)} FROM images WHERE {where}", values).fetchall()
+        return {row[0]: Entry(*row) for row in rows}
+
+    def counts(self, version, column):
+        """{value of a column: number of images}."""
+        with self.transaction(write=False):
+            sql = f"SELECT {column}, COUNT(*) FROM images WHERE version = ? GROUP BY {column} ORDER BY {column}"
+            return dict(self._run(sql, (version,)).fetchall())
+
+    def add(self, version, entries, vectors):
+        """Add images, or replace those of the same path."""
+        names = ("version", *Entry._fields, "vector")
+        rows = [(version, *entry, self._encode(vector)) for entry, vector in zip(entries, vectors, strict=True)]
+        with self.transaction():
+            self._run_many("DELETE FROM images WHERE version = ? AND path = ?", [row[:2] for row in rows])
+            marks = ", ".join("?" * len(names))
+            # Another process may be adding the same image.
+            sql = f"INSERT INTO images ({', '.join(names)}) VALUES ({marks}) ON CONFLICT (path, version) DO NOTHING"
+            self._run_many(sql, rows)
+
+    def label(self, version, entries):
+        """Replace camera, person and time of images."""
+        rows = [(entry.camera, entry.person, entry.time, version, entry.path) for entry in entries]
+        with self.transaction():
+            self._run_many("UPDATE images SET camera = ?, person = ?, time = ? WHERE version = ? AND path = ?", rows)
+
+    def remove(self, paths):
+        """Remove images from all versions."""
+        with self.transaction():
+            self._run_many("DELETE FROM images WHERE path = ?", [(path,) for path in paths])
+
+    def move(self, old, new):
+        """Note that a folder has another path now -> number of its images."""
+        old, new = (os.path.join(folder, "") for folder in (old, new))
+        with self.transaction():
+            sql = "UPDATE images SET path = CAST(? AS TEXT) || substr(path, ?) WHERE substr(path, 1, ?) = ?"
+            return self._run(sql, (new, len(old) + 1, len(old), old)).rowcount
+
+    def vectors(self, ids):
+        """-> [N, C]; for some hundred."""
+        with self.transaction(write=False):
+            rows = self._run(f"SELECT id, vector FROM images WHERE id IN ({', '.join('?' * len(ids))})", ids).fetchall()
+        rows = {i: self._decode(value) for i, value in rows}
+        return np.stack([rows[i] for i in ids])
+
+
+class FileIndex(Index):
+    """One SQLite file. The vectors of a version are read into memory, and compared with all of a query's."""
+
+    def __init__(self, path, create=False):
+        self.uri, self.blocks, self.seen = str(path), [], None
+        if Path(path).is_dir():
+            raise InputError(_folder_message(path))
+        if create:
+            check_output(path)
+        elif not Path(path).is_file():
+            raise InputError(f"{path}: no such index; make it with python -m tools.search index")
+        with self._errors():
+            # Threads of the page take turns.
+            self.connection = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
+            self.connection.execute("PRAGMA trusted_schema = OFF")
+            self.connection.execute("PRAGMA foreign_keys = ON")
+            self._check_tables(create)
+            self.connection.execute("PRAGMA journal_mode = WAL")  # readers and a writer do not wait for each other
+            self.connection.execute("PRAGMA synchronous = NORMAL")
+
+    def _check_tables(self, create):
+        """Make the tables of an empty file; refuse a file with others, whatever they would run."""
+        ours = _tables(serial="INTEGER PRIMARY KEY AUTOINCREMENT", vector="BLOB", strict=" STRICT")
+        with self.transaction(write=create):
+            read = "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND name <> 'sqlite_sequence'"
+            found = [sql for (sql,) in self._run(read)]
+            if create and not found:
+                for sql in ours:
+                    self._run(sql)
+            elif sorted(found) != sorted(ours):
+                raise InputError(f"{self.uri}: is not an index, or was written by another program; choose another file")
+
+    def close(self):
+        self.connection.close()
+
+    @contextlib.contextmanager
+    def _errors(self):
+        try:
+            yield
+        except InputError:
+            raise
+        except sqlite3.IntegrityError as error:
+            raise InputError(f"{self.uri}: another checkpoint has replaced this version; run again") from error
+        except (sqlite3.Error, ValueError) as error:  # ValueError: vectors of another size
+            remedy = {
+                "SQLITE_FULL": "free some space and run again; the index is intact",
+                "SQLITE_BUSY": "another process keeps it; run again later",
+            }.get(getattr(error, "sqlite_errorname", None), "check the file, or remove it and index again")
+            raise InputError(f"{self.uri}: cannot be used as an index ({error}); {remedy}") from error
+
+    @contextlib.contextmanager
+    def transaction(self, write=True):
+        with self._errors(), self.connection:  # commits, or rolls back
+            self.connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+            self.seen = None if write else self.seen
+            yield
+
+    def _run(self, sql, values=()):
+        return self.connection.execute(sql, values)
+
+    def _run_many(self, sql, rows):
+        self.connection.executemany(sql, rows)
+
+    def _encode(self, vector):
+        return vector.astype("<f4").tobytes()
+
+    def _decode(self, value):
+        return np.frombuffer(value, "<f4")
+
+    def approximate(self, version, dim):
+        raise InputError(f"--approximate: {self.uri} is a file, which is searched exactly; leave it out")
+
+    def search(self, version, queries, top, where=Filter()):  # noqa: B008 (a constant)
+        """queries [Q, C] -> for each, dicts with "id", "similarity" and the fields of `Entry`, best first."""
+        with self.transaction(write=False):
+            self._read(version)
+            chosen = None
+            if any(where):
+                condition, values = where.where(version)
+                chosen = self._ids(f"SELECT id FROM images WHERE {condition}", values)
+            similarities, ids = self._nearest(queries, top, chosen)
+            names = ("id", *Entry._fields)
+            # As JSON: there is a limit to a statement's values.
+            sql = f"SELECT {', '.join(names)} FROM images WHERE id IN (SELECT value FROM json_each(?))"
+            rows = self._run(sql, (json.dumps(np.unique(ids).tolist()),))
+            found = {row[0]: dict(zip(names, row, strict=True)) for row in rows}
+        return [
+            [found[i] | {"similarity": similarity} for i, similarity in zip(*ranked, strict=True)]
+            for ranked in zip(ids.tolist(), similarities.tolist(), strict=True)
+        ]
+
+    def _ids(self, sql, values):
+        return np.fromiter((i for (i,) in self._run(sql, values)), np.int64)
+
+    def _read(self, version):
+        """Bring the vectors in memory up to date with the file."""
+        seen = version, self._run("PRAGMA data_version").fetchone()[0]  # changes when another connection writes
+        if seen == self.seen:
+            return
+        ids = self._ids("SELECT id FROM images WHERE version = ?", (version,))
+        kept = [(block, vectors, np.isin(block, ids)) for block, vectors in self.blocks]
+        self.blocks = [(block[keep], vectors if keep.all() else vectors[keep]) for block, vectors, keep in kept]
+        last = max((int(block[-1]) for block, _ in self.blocks if len(block)), default=0)
+        sql = "SELECT id, vector FROM images WHERE version = ? AND id > ? ORDER BY id"  # a changed image has a new id
+        cursor = self._run(sql, (version, last))
+        while rows := cursor.fetchmany(BLOCK):
+            block, vectors = zip(*rows, strict=True)
+            self.blocks.append((np.array(block), np.frombuffer(b"".join(vectors), "<f4").reshape(len(block), -1)))
+        self.seen = seen
+
+    def _nearest(self, queries, top, chosen=None):
+        """The inner products [Q, K] and ids of the nearest vectors, best first. chosen: ids that may be found."""
+        best, best_ids = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+        for ids, vectors in self.blocks:
+            if chosen is not None:
+                rows = np.flatnonzero(np.isin(ids, chosen))
+                ids, vectors = ids[rows], vectors[rows]
+            best = np.hstack([best, queries @ vectors.T])
+            best_ids = np.hstack([best_ids, np.broadcast_to(ids, (len(queries), len(ids)))])
+            if best.shape[1] > top:
+                nearest = np.argpartition(-best, top - 1, axis=1)[:, :top]
+                best, best_ids = (np.take_along_axis(x, nearest, 1) for x in (best, best_ids))
+        order = np.argsort(-best, axis=1, kind="stable")
+        return np.take_along_axis(best, order, 1), np.take_along_axis(best_ids, order, 1)
+
+
+def _tables(serial, vector, strict):
+    return [sql.strip() for sql in TABLES.format(serial=serial, vector=vector, strict=strict).split(";")[:-1]]
+
+
+def _folder_message(path):
+    """Why a folder is refused; an index of the old format with the command that makes it anew."""
+    new = os.path.join(path, "index.db")
     try:
-        about = json.loads(file.read_text())
-        whole = all(isinstance(about[name], kind) for name, kind in FIELDS.items())
-        whole = whole and re.fullmatch(VECTORS, about["vectors"]) and about["modality"] in MODALITIES
-        whole = whole and not any(os.path.isabs(path) or ".." in Path(path).parts for path in about["images"])
+        about = json.loads(Path(path, "index.json").read_text())
+        flags = f"{about['folder']} --resume {about['checkpoint']} --modality {about['modality']}"
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        whole = False
-    if not whole:
-        raise InputError(
-            f"{file}: damaged, or written by another program; remove it and its .faiss file, and make a new index"
-        )
-    return about
+        return f"{path}: is a folder; name a file, such as {new}"
+    return f"{path}: is an index of the old format; make it anew: python -m tools.search index {flags} --index {new}"
 
 
-def read_index(folder, mapped=True):
-    """An index -> (dict with FIELDS, faiss.IndexFlatIP or IndexIVFFlat of its vectors).
+class ServerIndex(Index):
+    """A PostgreSQL database with pgvector. Searches are exact until `approximate` makes a graph of a version."""
 
-    mapped: leave the vectors in their file, which processes share. Raises InputError as `read_about`, and for vectors
-    that do not fit.
-    """
-    about = read_about(folder)
-    file = Path(folder) / about["vectors"]
-    try:
-        if file.stat().st_size != about["bytes"]:
-            raise ValueError("the file is cut off")
-        with file.open("rb") as start:
-            if start.read(4) not in (b"IxFI", b"IwFl"):  # what FAISS calls flat and inverted
-                raise ValueError("it is of another kind")
-        vectors = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
-        if (vectors.ntotal, vectors.d, vectors.metric_type) != (
-            len(about["images"]),
-            about["dim"],
-            faiss.METRIC_INNER_PRODUCT,
-        ):
-            raise ValueError(f"it holds {vectors.ntotal} of {vectors.d} values")
-        if isinstance(vectors, faiss.IndexIVF):
-            _check_lists(vectors)
-    except Exception as error:  # FAISS raises RuntimeError for anything
-        if read_about(folder)["vectors"] != about["vectors"]:
-            return read_index(folder, mapped)  # another process has replaced the index
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"{file}: does not hold the {len(about['images'])} vectors of the index.json beside it ({reason}); "
-            "remove both, and make a new index"
-        ) from error
-    return about, vectors
+    def __init__(self, uri, create=False):
+        parts = urlsplit(uri)
+        if parts.password or "password" in parse_qs(parts.query):
+            raise InputError("--index: leave the password out of the address; set PGPASSWORD in the environment")
+        try:
+            import pgvector.psycopg
+            import psycopg
+        except ImportError as error:
+            raise InputError(f'{uri}: needs python -m pip install "psycopg[binary]" pgvector ({error})') from error
+        self.uri, self.psycopg, self.register, self.connection = uri, psycopg, pgvector.psycopg.register_vector, None
+        with self._errors():
+            self._connect(create)
 
+    def _connect(self, create=False):
+        self.connection = self.psycopg.connect(self.uri, autocommit=True, connect_timeout=10)
+        with self.connection.transaction():
+            self._run("SELECT pg_advisory_xact_lock(7316)")  # two processes must not make the tables at once
+            exists = self._run("SELECT to_regclass('images')").fetchone()[0]
+            if not (exists or create):
+                raise InputError(f"{self.uri}: contains no index; make it with python -m tools.search index")
+            if not exists:
+                self._run("CREATE EXTENSION IF NOT EXISTS vector")
+                for sql in _tables("BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY", "vector", ""):
+                    self._run(sql)
+        self.register(self.connection)
 
-def _check_lists(vectors):
-    """Raise ValueError for an index that `arrange` does not make, such as lists in other files, which adding vectors
-    would overwrite."""
-    quantizer, lists = faiss.downcast_index(vectors.quantizer), faiss.downcast_InvertedLists(vectors.invlists)
-    if type(quantizer) is not faiss.IndexFlatIP or type(lists) is not faiss.ArrayInvertedLists:
-        raise ValueError("it is of another kind")
-    for i in range(vectors.nlist):
-        ids = faiss.rev_swig_ptr(lists.get_ids(i), lists.list_size(i))
-        if len(ids) and not (ids.min() >= 0 and ids.max() < vectors.ntotal):
-            raise ValueError("it is damaged")
+    def close(self):
+        self.connection.close()
 
+    @contextlib.contextmanager
+    def _errors(self):
+        try:
+            yield
+        except self.psycopg.IntegrityError as error:
+            raise InputError(f"{self.uri}: another checkpoint has replaced this version; run again") from error
+        except self.psycopg.Error as error:
+            reason = str(error).strip().splitlines()[0]
+            remedy = "check the address, the server and PGPASSWORD, and run again"
+            raise InputError(f"{self.uri}: cannot be used as an index ({reason}); {remedy}") from error
 
-def save_index(folder, about, vectors):
-    """Write both files, index.json last: until it is in place, the old index stays intact.
+    @contextlib.contextmanager
+    def transaction(self, write=True):
+        with self._errors():
+            if self.connection.closed:  # the server was restarted
+                self._connect()
+            with self.connection.transaction():
+                yield
 
-    Sets `vectors` and `bytes` of `about`.
-    """
-    folder, before = Path(folder), about.get("vectors", "index.0.faiss")
-    about["vectors"] = f"index.{int(before.split('.')[1]) + 1}.faiss"
-    with atomic(folder / about["vectors"]) as temporary, temporary.open("wb") as file:
-        faiss.write_index(vectors, faiss.PyCallbackIOWriter(file.write, 2**24))
-        about["bytes"] = file.tell()
-    with atomic(folder / "index.json") as temporary:
-        temporary.write_text(json.dumps(about))  # no indentation: for millions of images it takes minutes
-    for other in folder.iterdir():  # also what killed runs have left
-        if other.name != about["vectors"] and re.fullmatch(rf"{VECTORS}|\.{VECTORS}\..*", other.name):
-            other.unlink()
+    def _run(self, sql, values=()):
+        return self.connection.execute(sql.replace("?", "%s"), values, binary=True)
 
+    def _run_many(self, sql, rows):
+        self.connection.cursor().executemany(sql.replace("?", "%s"), rows)
 
-def drop_rows(vectors, kept):
-    """Remove the rows of a FAISS index where kept, bool [N], is False; the others close up in order."""
-    vectors.remove_ids(faiss.IDSelectorBatch(np.flatnonzero(~kept)))
-    if isinstance(vectors, faiss.IndexIVF):  # FAISS leaves the row numbers in its lists as they were
-        row = kept.cumsum() - 1
-        for i in range(vectors.nlist):
-            ids = faiss.rev_swig_ptr(vectors.invlists.get_ids(i), vectors.invlists.list_size(i))
-            ids[:] = row[ids]
+    def _encode(self, vector):
+        return vector
 
+    def _decode(self, value):
+        return value.to_numpy()
 
-def arrange(vectors):
-    """The same vectors in a suitable number of inverted lists: a FAISS index; `vectors` itself if it has between half
-    and twice as many."""
-    count, current = vectors.ntotal, vectors.nlist if isinstance(vectors, faiss.IndexIVF) else 0
-    lists = max(1, min(int(LISTS * math.sqrt(count)), count // 39))  # FAISS asks for 39 vectors per list
-    if lists / 2 <= current <= 2 * lists:
-        return vectors
-    if current:
-        vectors.make_direct_map()  # to read rows
-    arranged = faiss.index_factory(vectors.d, f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
-    arranged.cp.min_points_per_centroid, arranged.cp.max_points_per_centroid = 1, SAMPLE
-    sample = np.random.default_rng(0).choice(count, min(count, SAMPLE * lists), replace=False)
-    arranged.train(vectors.reconstruct_batch(np.sort(sample)))
-    arranged.nprobe = min(lists, max(LEAST, math.ceil(lists / PROBED)))
-    for start in progress(range(0, count, BLOCK), desc="arranging", unit="block", leave=False):
-        arranged.add(vectors.reconstruct_n(start, min(BLOCK, count - start)))
-    return arranged
+    def bytes(self):
+        """Size of the images with their vectors and indexes."""
+        with self.transaction(write=False):
+            return self._run("SELECT pg_total_relation_size('images')").fetchone()[0]
+
+    def approximate(self, version, dim):
+        """Make a graph of a version's vectors, in halves of float32, or keep the one that there is."""
+        with self.transaction():
+            self._run(
+                f"CREATE INDEX IF NOT EXISTS graph_{version} ON images USING hnsw "
+                f"((vector::halfvec({dim})) halfvec_ip_ops) WHERE version = {version}"
+            )
+
+    def search(self, version, queries, top, where=Filter()):  # noqa: B008 (a constant)
+        """As `FileIndex.search`."""
+        condition, values = where.where(version)
+        names, source, results = ("id", *Entry._fields), f"images WHERE {condition}", []
+        with self.transaction(write=False):
+            graph = self._run(f"SELECT to_regclass('graph_{version}')").fetchone()[0]
+            if graph:
+                half = f"halfvec({queries.shape[1]})"
+                nearest = f"{condition} AND version = {version} ORDER BY vector::{half} <#> ?::{half} LIMIT ?"
+                source = f"(SELECT * FROM images WHERE {nearest}) AS candidates"
+                self._run("SET LOCAL hnsw.iterative_scan = strict_order")
+                self._run(f"SET LOCAL hnsw.ef_search = {min(1000, CANDIDATES * max(top, 10))}")
+            sql = f"SELECT {', '.join(names)}, -(vector <#> ?) FROM {source} ORDER BY vector <#> ? LIMIT ?"
+            for query in queries:
+                inner = [*values, query, CANDIDATES * top] if graph else values
+                rows = self._run(sql, (query, *inner, query, top)).fetchall()
+                results.append([dict(zip((*names, "similarity"), row, strict=True)) for row in rows])
+        return results

@@ -1,129 +1,161 @@
-"""Builds and updates the index of a folder of images, and searches it."""
+"""Fills an index from folders of images."""
 
+import contextlib
 import os
 import stat
-import time
-from pathlib import Path
+from datetime import datetime
 
-import faiss
-import numpy as np
 from PIL import Image
 
 from core.images import FORMATS
-from core.run import run_lock
+from model import MODALITIES
 from tools.embedder import Embedder
-from tools.index import arrange, drop_rows, read_index, save_index
+from tools.index import Entry, open_index
+from tools.labels import read_labels, time_text
 from utils import InputError
-
-SAVE_MINUTES = 15  # between two saves while an index is built
 
 
 def index_folder(args):
-    """Returns {"embedded", "changed", "vanished", "images": counts, "unreadable": lines}."""
-    folder, out = Path(args.folder).resolve(), Path(args.out)
-    if not folder.is_dir():
+    """Returns {"embedded", "changed", "vanished", "images": counts, "unreadable": lines, "unlabelled": paths}."""
+    folder = os.path.realpath(args.folder)
+    if not os.path.isdir(folder):
         raise InputError(f"{args.folder}: no such folder; pass a folder of images")
-    with run_lock(out / "index.json", "another --out"):
-        about, vectors = {}, None
-        if (out / "index.json").exists():
-            about, vectors = read_index(out, mapped=False)
-        elif not (args.resume and args.modality):
-            raise InputError(f"{out}: there is no index yet; pass --resume and --modality to make one")
-        embedder = indexing_embedder(args, about, folder)
-        files, unreadable = folder_images(folder, about)
-        images = about.get("images", {})
-        kept = np.array([files.get(path) == stamp for path, stamp in images.items()], bool)
-        changed = sum(path in files for path, keep in zip(images, kept, strict=True) if not keep)
-        vanished = int((~kept).sum()) - changed
-        if len(kept) and not kept.any() and str(folder) != about["folder"]:
-            raise InputError(
-                f"{folder}: contains no image of {out}, which was made from {about['folder']}; that folder no longer "
-                "exists: pass its new location"
-            )
-        if vectors is None:
-            vectors = faiss.IndexFlatIP(embedder.dim)
-        elif not kept.all():
-            drop_rows(vectors, kept)
-            images = {path: images[path] for path, keep in zip(images, kept, strict=True) if keep}
-        before = about.get("folder"), about.get("checkpoint")
-        about |= {"folder": str(folder), "modality": args.modality or about.get("modality"), "images": images}
-        about |= {"feature": embedder.feature, "image_size": list(embedder.size), "dim": embedder.dim}
-        # An .onnx file embeds one modality only; the index remembers a checkpoint while there is one.
-        if len(embedder.modalities) > 1 or not os.path.isfile(about.get("checkpoint", "")):
-            about |= {"checkpoint": str(embedder.path.resolve()), "sha256": embedder.sha256}
-
-        embedded = add_images(embedder, files, about, vectors, out, unreadable)
-        arranged = arrange(vectors) if args.ivf or isinstance(vectors, faiss.IndexIVF) else vectors
-        moved = before != (about["folder"], about["checkpoint"])
-        if embedded or not kept.all() or arranged is not vectors or moved:
-            save_index(out, about, arranged)
-    counts = {"embedded": embedded, "changed": changed, "vanished": vanished, "images": len(images)}
-    return counts | {"unreadable": unreadable}
-
-
-def add_images(embedder, files, about, vectors, out, unreadable):
-    """Embed the files that the index lacks, and save it every SAVE_MINUTES -> their number."""
-    folder, images = Path(about["folder"]), about["images"]
-    new = [path for path in files if path not in images]
-    embedded, due = 0, time.monotonic() + 60 * SAVE_MINUTES
-    for rows, features, failed in embedder.batches([str(folder / path) for path in new], about["modality"]):
-        vectors.add(features)
-        images |= {new[row]: files[new[row]] for row in rows}
-        unreadable += failed
-        embedded += len(rows)
-        if time.monotonic() > due:
-            save_index(out, about, vectors)
-            due = time.monotonic() + 60 * SAVE_MINUTES
+    files, unreadable, unknown = list_images(folder)
+    if not files:
+        raise InputError(f"{folder}: contains no image; pass a folder of images")
+    labels, unlabelled = label_files(args, files, folder)
+    with contextlib.closing(open_index(args.index, create=True)) as index:
+        old = next(iter(index.versions()), None)
+        if args.moved_from and not index.move(os.path.abspath(args.moved_from), folder):
+            raise InputError(f"--moved_from {args.moved_from}: {args.index} has no image of it; leave it out")
+        before = index.entries(old["version"], folder) if old else {}
+        modality = folder_modality(args, before, folder)
+        version, embedder = begin_version(args, index, old)
+        known = index.entries(version, folder)
+        before |= known
+        entries = [make_entry(path, files[path], modality, labels[path], before.get(path)) for path in files]
+        new = [entry for entry in entries if entry.path not in known or entry[:3] != known[entry.path][:3]]
+        index.label(version, [entry for entry in set(entries) - set(new) if entry != known[entry.path]])
+        gone = [path for path in before if path not in files and not path.startswith(unknown)]
+        index.remove(gone)
+        embedded = embed(embedder, index, version, new, unreadable)
+        index.remove([entry.path for entry in new if entry.path not in embedded])
+        count = len(embedded)
+        if old and version > old["version"]:
+            count += embed_rest(embedder, index, old["version"], version, unreadable)
+        if args.approximate:
+            index.approximate(version, embedder.dim)
+        index.switch(version)
+        images = sum(index.counts(version, "modality").values())
     if not images:
         raise InputError(f"{folder}: none of its {len(files)} images can be read: {unreadable[0]}")
+    changed = sum(entry.path in known for entry in new)
+    counts = {"embedded": count, "changed": changed, "vanished": len(gone), "images": images}
+    return counts | {"unreadable": unreadable, "unlabelled": unlabelled}
+
+
+def remove_folder(args):
+    """Take the images of a folder, which need not exist, out of an index -> their number."""
+    with contextlib.closing(open_index(args.index)) as index:
+        folder, versions = os.path.abspath(args.folder), index.versions()
+        paths = {path for row in versions for path in index.entries(row["version"], folder)}
+        if not paths:
+            raise InputError(f"{args.folder}: {args.index} has no image of it; pass a folder that was indexed")
+        index.remove(paths)
+    return len(paths)
+
+
+def label_files(args, files, folder):
+    """-> ({path: labels that --pattern or --csv gives}, paths to which it gives none)."""
+    read = read_labels(args.pattern, args.csv)
+    labels = {path: read(os.path.relpath(path, folder)) for path in files}
+    unlabelled = [path for path, found in labels.items() if found is None]
+    if len(unlabelled) == len(files):
+        flag = f"--pattern {args.pattern}" if args.pattern else f"--csv {args.csv}"
+        name = os.path.relpath(unlabelled[0], folder)
+        raise InputError(f"{flag}: fits no image of {folder}, such as {name}; write it for paths below that folder")
+    return labels, unlabelled
+
+
+def folder_modality(args, before, folder):
+    """The modality of a folder's images: of --modality, or as the index has it."""
+    known = {entry.modality for entry in before.values()}
+    if args.modality and known <= {args.modality}:
+        return args.modality
+    if args.modality:
+        raise InputError(
+            f"--modality {args.modality}: {args.index} has other images of {folder}; index its folders one by one, or "
+            "remove it first"
+        )
+    if len(known) != 1:
+        raise InputError(f"--modality: {args.index} does not know which one {folder} has; pass it")
+    return known.pop()
+
+
+def begin_version(args, index, old):
+    """-> (number of the version that the flags ask for, its Embedder). old: the version that serves, or None."""
+    if not (args.resume or old):
+        raise InputError(f"{args.index}: there is no index yet; pass --resume and --modality to make one")
+    embedder = load_embedder(args, old, args.index)
+    path, sha256 = str(embedder.path.resolve()), embedder.sha256
+    # An .onnx file embeds one modality only; the index remembers a checkpoint while there is one.
+    if old and len(embedder.modalities) == 1 and old["sha256"] == sha256 and os.path.isfile(old["checkpoint"]):
+        path = old["checkpoint"]
+    return index.begin(path, sha256, embedder.feature, embedder.dim), embedder
+
+
+def load_embedder(args, version, uri):
+    """The network of --resume, or of a version of an index, from where it was."""
+    path = args.resume or version["checkpoint"]
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file; {uri} was made with it: pass its new location with --resume")
+    feature = getattr(args, "feature", None) or (version["feature"] if version else "FC")
+    return Embedder(path, feature, args.gpu, args.batch, args.workers)
+
+
+def make_entry(path, stamp, modality, found, before):
+    """The Entry of a file. found: its labels; before: as the index has it, or None."""
+    entry = Entry(path, stamp, modality, None, None, _file_time(stamp))
+    if before:
+        entry = entry._replace(camera=before.camera, person=before.person)
+        if before.time != _file_time(before.stamp):  # it was labelled
+            entry = entry._replace(time=before.time)
+    return entry._replace(**(found or {}))
+
+
+def embed(embedder, index, version, entries, unreadable):
+    """Embed images and add them to an index, batch by batch -> the set of their paths."""
+    embedded = set()
+    for modality in MODALITIES:
+        part = [entry for entry in entries if entry.modality == modality]
+        batches = embedder.batches([entry.path for entry in part], modality) if part else ()
+        for rows, features, failed in batches:
+            index.add(version, [part[row] for row in rows], features)
+            embedded.update(part[row].path for row in rows)
+            unreadable += failed
     return embedded
 
 
-def indexing_embedder(args, about, folder):
-    """The network for a new index (about is empty) or an old one. InputError for flags that do not fit the old one."""
-    if not about:
-        return Embedder(args.resume, args.feature or "FC", args.gpu, args.batch, args.workers)
-    for name in ("modality", "feature"):
-        if getattr(args, name) not in (None, about[name]):
+def embed_rest(embedder, index, old, version, unreadable):
+    """Embed what an old version has and a new one lacks, until nothing is left -> number of images."""
+    count = 0
+    while True:
+        there = index.entries(version)
+        missing = [entry for path, entry in index.entries(old).items() if path not in there]
+        if not missing:
+            return count
+        embedded = len(embed(embedder, index, version, missing, unreadable))
+        if not embedded:
             raise InputError(
-                f"--{name} {getattr(args, name)}: {args.out} was made with --{name} {about[name]}; choose another --out"
+                f"{index.uri}: the old version still serves, because {len(missing)} of its images cannot be read, such "
+                f"as {missing[0].path}; run again when they can, or after `remove` of their folder"
             )
-    if str(folder) != about["folder"] and os.path.isdir(about["folder"]):  # else it was moved
-        raise InputError(f"{folder}: {args.out} was made from {about['folder']}; choose another --out")
-    return index_embedder(args, about, args.out)
-
-
-def index_embedder(args, about, index):
-    """The network that made an index, from --resume or from where it was."""
-    path = args.resume or about["checkpoint"]
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file; {index} was made with it: pass its new location with --resume")
-    embedder = Embedder(path, about["feature"], args.gpu, args.batch, args.workers)
-    if (embedder.sha256, list(embedder.size), embedder.dim) != (about["sha256"], about["image_size"], about["dim"]):
-        raise InputError(
-            f"{path}: is not the checkpoint that made {index}; pass {about['checkpoint']} (sha256 "
-            f"{about['sha256'][:12]}...) with --resume, or make a new index"
-        )
-    return embedder
-
-
-def folder_images(folder, about):
-    """The images of a folder {path below it: [size, mtime_ns]}, and lines on what cannot be read.
-
-    Images of the index `about` that may still exist, because their folder cannot be listed, count as unchanged.
-    """
-    files, unreadable, unknown = list_images(folder)
-    for path, stamp in about.get("images", {}).items():
-        if any(path == place or path.startswith(f"{place}{os.sep}") for place in unknown):
-            files[path] = stamp
-    if not files:
-        raise InputError(f"{folder}: contains no image; pass a folder of images")
-    return files, unreadable
+        count += embedded
 
 
 def list_images(folder):
-    """A folder's images at any depth -> ({path below it: [size, mtime_ns]}, lines on what cannot be read, paths below
-    it that may still exist).
+    """A folder's images at any depth -> ({path: stamp of size and time}, lines on what cannot be read, a tuple of
+    beginnings of paths that may still exist).
 
     Images are the files with a suffix of FORMATS. Hidden files and folders, and links to folders, are left out.
     """
@@ -132,7 +164,7 @@ def list_images(folder):
 
     def no_listing(error):
         unreadable.append(f"{error.filename}: cannot be listed ({error.strerror})")
-        unknown.append(os.path.relpath(error.filename, folder))
+        unknown.append(os.path.join(error.filename, ""))
 
     for where, folders, names in os.walk(folder, onerror=no_listing):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -141,45 +173,23 @@ def list_images(folder):
                 continue
             path = os.path.join(where, name)
             try:
+                path.encode()  # a database holds text
                 status = os.stat(path)
+            except UnicodeEncodeError:
+                unreadable.append(f"{os.fsencode(path)!r}: its name is not UTF-8; rename it")
             except OSError as error:
                 unreadable.append(f"{path}: cannot be read ({error.strerror})")
                 if not isinstance(error, FileNotFoundError):
-                    unknown.append(os.path.relpath(path, folder))
-                continue
-            if stat.S_ISREG(status.st_mode):  # reading a pipe would wait
-                files[os.path.relpath(path, folder)] = _stamp(status)
-    return files, unreadable, unknown
+                    unknown.append(path)
+            else:
+                if stat.S_ISREG(status.st_mode):  # reading a pipe would wait
+                    files[path] = file_stamp(status)
+    return files, unreadable, tuple(unknown)
 
 
-def _stamp(status):
-    return [status.st_size, status.st_mtime_ns]
+def file_stamp(status):
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
-class Finder:
-    """An open index: finder(image files, modality, top) -> for each, a list of {"rank", "similarity", "path",
-    "changed"}, best first. changed: the file differs from the one that was indexed, or is missing."""
-
-    def __init__(self, args):
-        self.about, self.vectors = read_index(args.index)
-        self.embedder = index_embedder(args, self.about, args.index)
-        self.paths = list(self.about["images"])
-
-    def __call__(self, images, modality, top):
-        similarities, rows = self.vectors.search(self.embedder(images, modality), min(top, len(self.paths)))
-        return [
-            [
-                {"rank": rank, "similarity": float(similarity), **self._file(self.paths[row])}
-                for rank, (similarity, row) in enumerate(zip(*ranked, strict=True), 1)
-                if row >= 0  # the probed lists may hold fewer
-            ]
-            for ranked in zip(similarities, rows, strict=True)
-        ]
-
-    def _file(self, name):
-        path = os.path.join(self.about["folder"], name)
-        try:
-            changed = _stamp(os.stat(path)) != self.about["images"][name]
-        except OSError:
-            changed = True
-        return {"path": path, "changed": changed}
+def _file_time(stamp):
+    return time_text(datetime.fromtimestamp(int(stamp.split()[1]) / 1e9))

@@ -1,13 +1,15 @@
 """Find a person among your own images.
 
-    python -m tools.search index FOLDER --resume save_model/..._best.t --modality visible --out INDEX
+    python -m tools.search index FOLDER --resume save_model/..._best.t --modality visible --index INDEX
     python -m tools.search query IMAGE... --modality infrared --index INDEX
     python -m tools.search serve --index INDEX
 
 index   embeds a folder of images of one modality; a second call embeds new and changed images and drops deleted ones
+remove  takes a folder out of an index
 query   ranks the images of an index by cosine similarity to each given image
 serve   the same as a local web page, which only this machine can reach
 
+INDEX is a file, or postgresql://USER@HOST:PORT/DATABASE with the password in PGPASSWORD.
 Features are those of testa.py: image and mirror averaged, FC or POOL. As a library:
 
     from tools.search import Embedder
@@ -25,7 +27,8 @@ from pathlib import Path
 from model import FEATURES, MODALITIES
 from tools import figures, search_page
 from tools.embedder import Embedder  # noqa: F401 (the library)
-from tools.indexer import Finder, index_folder
+from tools.finder import Finder, describe
+from tools.indexer import index_folder, remove_folder
 from utils import ArgumentParser, InputError, bounded, cli
 
 SHEET_LIMIT = 100  # queries, and images of each, that fit on a sheet
@@ -36,24 +39,45 @@ def get_args_parser():
     commands = parser.add_subparsers(dest="command", required=True)
     index = commands.add_parser("index", help="embed a folder's images, or those that are new or changed")
     index.add_argument("folder", metavar="FOLDER", help="images at any depth; links to folders are not followed")
-    group = index.add_argument_group("index")
-    group.add_argument("--modality", choices=MODALITIES, help="modality of the images (needed for a new index)")
+    group = index.add_argument_group("images")
+    group.add_argument("--modality", choices=MODALITIES, help="modality of the images (needed for a new folder)")
+    labels = group.add_mutually_exclusive_group()
+    text = "what paths below FOLDER say, such as cam{camera}/{person}/{time:%%Y%%m%%d_%%H%%M%%S}_{n}.jpg"
+    labels.add_argument("--pattern", help=text)
+    labels.add_argument("--csv", metavar="FILE", help="table with the columns path, camera, person, time")
+    group.add_argument("--moved_from", metavar="OLD", help="where FOLDER was when it was indexed")
     group.add_argument("--feature", choices=FEATURES, help="feature after or before the bottleneck (default: FC)")
-    group.add_argument("--out", required=True, metavar="INDEX", help="folder of the index, new or old")
-    text = "for millions of images: use inverted lists, which are approximate, from now on"
-    group.add_argument("--ivf", action="store_true", help=text)
+    text = "on a server, for millions of images: make a graph, with which searches are approximate"
+    group.add_argument("--approximate", action="store_true", help=text)
+    remove = commands.add_parser("remove", help="take a folder out of an index")
+    remove.add_argument("folder", metavar="FOLDER", help="folder that was indexed, or one below it")
     query = commands.add_parser("query", help="rank the images of an index by their similarity to others")
     query.add_argument("images", nargs="+", metavar="IMAGE", help="query images")
     group = query.add_argument_group("query")
     group.add_argument("--modality", choices=MODALITIES, required=True, help="modality of the query images")
-    group.add_argument("--top", type=bounded(int, 1, 10**6), default=10, help="number of images to find")
+    text = "all query images show one person: use their mean feature, or the best similarity to one of them"
+    group.add_argument("--combine", choices=("mean", "best"), help=text)
     group.add_argument("--save", metavar="FILE", help="draw the images on a sheet: .png, .svg or .pdf")
     group.add_argument("--json", action="store_true", help="print JSON, and nothing else, to stdout")
+    group = query.add_argument_group("images that are searched")
+    group.add_argument("--camera", nargs="+", default=[], help="only these cameras")
+    group.add_argument("--from", dest="start", metavar="TIME", help="only from this time on, such as 2026-11-20T14:00")
+    group.add_argument("--to", dest="end", metavar="TIME", help="only before this time; a date means its end")
+    group.add_argument("--gallery_modality", choices=MODALITIES, help="only images of this modality")
+    group.add_argument("--folder", help="only images at any depth of this folder")
+    group = query.add_argument_group("result")
+    group.add_argument("--top", type=bounded(int, 1, 10**6), default=10, help="number of images to find")
+    group.add_argument("--page", type=bounded(int, 1, 10**6), default=1, help="2: the next --top images, and so on")
+    group.add_argument("--group", action="store_true", help="show each known person once, by the most similar image")
+    group.add_argument(
+        "--rerank", action="store_true", help="k-reciprocal re-ranking of the hundred most similar images"
+    )
     serve = commands.add_parser("serve", help="a local web page to search with")
     serve.add_argument("--port", type=bounded(int, 1, 65535), default=7860, help="port on 127.0.0.1")
     serve.set_defaults(batch=64, workers=0)  # one image at a time
-    for command in (query, serve):
-        command.add_argument("--index", required=True, metavar="INDEX", help="folder that `index` made")
+    for command in (index, remove, query, serve):
+        text = "file, or postgresql://USER@HOST:PORT/DATABASE (password: PGPASSWORD)"
+        command.add_argument("--index", required=True, metavar="INDEX", help=text)
     for command in (index, query, serve):
         group = command.add_argument_group("network")
         text = "checkpoint, or an .onnx of tools.export (default: the one that made the index)"
@@ -67,42 +91,52 @@ def get_args_parser():
 
 
 def main(argv=None):
-    """Returns the counts of `index_folder` or the results of `run_query`; `serve` runs until it is stopped."""
+    """Returns the counts of `index_folder`, or the results of `run_query`; `serve` runs until it is stopped."""
     args = get_args_parser().parse_args(argv)
-    return {"index": run_index, "query": run_query, "serve": run_page}[args.command](args)
+    return {"index": run_index, "remove": run_remove, "query": run_query, "serve": run_page}[args.command](args)
 
 
 def run_index(args):
     counts = index_folder(args)
     for line in counts["unreadable"]:
         print(f"unreadable: {line}")
+    for path in counts["unlabelled"]:
+        print(f"without labels: {path}")
     print(
-        f"{args.out}: {counts['images']} images. Embedded now: {counts['embedded']}; changed since the last call: "
+        f"{args.index}: {counts['images']} images. Embedded now: {counts['embedded']}; changed since the last call: "
         f"{counts['changed']}; deleted: {counts['vanished']}; unreadable: {len(counts['unreadable'])}"
     )
     return counts
 
 
+def run_remove(args):
+    print(f"{args.index}: {(count := remove_folder(args))} images removed")
+    return count
+
+
 def run_query(args):
-    """Returns for each image {"query": path, "modality", "found": as `Finder` gives it}."""
+    """Returns for each image (with --combine, for all) {"queries": paths, "modality", "found": of `Finder`}."""
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):  # keeps warnings out of the JSON
         finder = Finder(args)
         check_sheet(args, finder)
-        images = finder(args.images, args.modality, args.top)
+        where = finder.read_filter(args.camera, args.gallery_modality, args.start, args.end, args.folder)
+        options = {name: getattr(args, name) for name in ("page", "combine", "rerank", "group")}
+        lists = finder(args.images, args.modality, args.top, where=where, **options)
+    queries = [args.images] if args.combine else [[path] for path in args.images]
     results = [
-        {"query": path, "modality": args.modality, "found": ranked}
-        for path, ranked in zip(args.images, images, strict=True)
+        {"queries": paths, "modality": args.modality, "found": found}
+        for paths, found in zip(queries, lists, strict=True)
     ]
     if args.save:
-        figures.save(draw_sheet(results, finder.about), args.save)
+        title = f"{args.modality} queries in {args.index}; {os.path.basename(finder.about['checkpoint'])}"
+        figures.save(draw_sheet(results, title), args.save)
     if args.json:
         print(json.dumps(results, indent=1))
         return results
     for result in results:
-        print(f"{result['query']} ({args.modality})")
+        print(f"{', '.join(result['queries'])} ({args.modality})")
         for image in result["found"]:
-            changed = "  (changed since it was indexed)" if image["changed"] else ""
-            print(f"{image['rank']:>4}  {image['similarity']:6.3f}  {image['path']}{changed}")
+            print(f"{image['rank']:>4}  {image['similarity']:6.3f}  {image['path']}  {describe(image)}")
     if args.save:
         print(args.save)
     return results
@@ -120,22 +154,21 @@ def check_sheet(args, finder):
     if max(len(args.images), args.top) > SHEET_LIMIT:
         raise InputError(f"--save: a sheet has room for {SHEET_LIMIT} queries and --top {SHEET_LIMIT}; reduce them")
     path = os.path.realpath(args.save)
-    if path in map(os.path.realpath, args.images) or os.path.relpath(path, finder.about["folder"]) in finder.paths:
+    beside = finder.index.entries(finder.about["version"], os.path.dirname(path))
+    if path in map(os.path.realpath, args.images) or path in beside:
         raise InputError(f"--save {args.save}: is a query or an image of the index; choose another file")
 
 
-def draw_sheet(results, about):
+def draw_sheet(results, title):
     """The results of `run_query` -> Figure with a row for each query."""
     rows = [
-        [figures.Tile(result["query"], f"query\n{short_name(result['query'])}", "query")]
+        [figures.Tile(path, f"query\n{short_name(path)}", "query") for path in result["queries"]]
         + [
             figures.Tile(image["path"], f"{image['similarity']:.3f}\n{short_name(image['path'])}")
             for image in result["found"]
         ]
         for result in results
     ]
-    modality, checkpoint = results[0]["modality"], os.path.basename(about["checkpoint"])
-    title = f"{modality} queries in {about['modality']} images of {about['folder']}; cosine similarity; {checkpoint}"
     try:
         return figures.ranking_sheet(rows, printable(title))
     except InputError as error:

@@ -6,12 +6,15 @@ import io
 import os
 import socket
 import tempfile
+from pathlib import Path
 
 from PIL import Image
 
 from tools import figures
+from tools.finder import describe
 from utils import InputError
 
+TIMELINE = 100  # images on it
 STYLE = """
 .found { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); gap: 1rem; }
 .found figure { margin: 0; }
@@ -50,39 +53,78 @@ def build_page(finder):
     served."""
     import gradio
 
-    def show(upload, modality, top):
-        if upload is None:
-            return "<p>The most similar images will appear here.</p>"
-        path, name = upload
+    def show(page, uploads, modality, combine, top, group, rerank, *filters):
+        """Returns the page's number, the images as HTML, and the hundred best for the timeline."""
+        if not uploads:
+            return 1, "<p>The most similar images will appear here.</p>", timeline([])
+        names = {path: name or "the image" for path, name in uploads}
+        options = {"combine": combine, "rerank": rerank, "group": group}
         try:
-            (images,) = finder([path], modality, top)
+            options["where"] = finder.read_filter(*filters)
+            (found,) = finder(list(names), modality, max(page * top, TIMELINE), **options)
         except InputError as error:
-            return f'<p role="alert"><b>{html.escape(str(error).replace(path, name or "the image"))}</b></p>'
-        return f'<div class="found">{"".join(draw_card(image, about["folder"]) for image in images)}</div>'
+            line = str(error).removeprefix("--")
+            for path, name in names.items():
+                line = line.replace(path, name)
+            return page, f'<p role="alert"><b>{html.escape(line)}</b></p>', timeline([])
+        page = max(1, min(page, -(-len(found) // top)))
+        cards = "".join(map(draw_card, found[(page - 1) * top : page * top]))
+        return page, f'<div class="found">{cards}</div>', timeline(found[:TIMELINE])
 
-    about, choices = finder.about, finder.embedder.modalities
-    count = len(finder.paths)
+    choices, counts = finder.embedder.modalities, finder.counts("modality")
+    total = sum(counts.values())
+    title = f"{', '.join(f'{count:,} {name}' for name, count in counts.items())} images in {_text(finder.index.uri)}"
     with gradio.Blocks(title="GFMNet search", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        gradio.Markdown(f"## GFMNet search\n{count:,} {about['modality']} images of {_text(about['folder'])}")
+        gradio.Markdown(f"## GFMNet search\n{title}")
+        number = gradio.State(1)
         with gradio.Row():
             with gradio.Column(scale=1, min_width=240):
-                upload = gradio.Image(label="Image of a person", sources=["upload", "clipboard"], height=320)
-                # The file as it was uploaded: only `read_image` decodes it, and reports if it cannot.
-                upload.preprocess = lambda payload: payload and (payload.path, payload.orig_name)
+                upload = gradio.Gallery(label="Images of one person", height=220, columns=2)
+                # The files as they were uploaded: only `read_image` decodes them, and reports if it cannot.
+                upload.preprocess = lambda payload: [
+                    (file.image.path, file.image.orig_name) for file in (payload.root if payload else ())
+                ]
                 # By default the other modality than the index's, if there is a choice.
-                other = next((choice for choice in choices if choice != about["modality"]), choices[0])
-                modality = gradio.Radio(choices, value=other, label="Its modality")
-                top = gradio.Slider(1, min(100, max(2, count)), value=min(10, count), step=1, label="Images to find")
+                other = next((choice for choice in choices if choice not in counts), choices[0])
+                modality = gradio.Radio(choices, value=other, label="Their modality")
+                combine = gradio.Radio(("mean", "best"), value="mean", label="Several images: mean feature or best")
+                cameras = [name for name in finder.counts("camera") if name]
+                camera = gradio.Dropdown(cameras, multiselect=True, label="Cameras", visible=bool(cameras))
+                searched = gradio.Radio([("both", ""), *counts], value="", label="Search", visible=len(counts) > 1)
+                start = gradio.DateTime(label="From", type="string")
+                end = gradio.DateTime(label="Before", type="string")
+                folder = gradio.Textbox(label="Folder", placeholder="all")
+                group = gradio.Checkbox(label="Each known person once")
+                rerank = gradio.Checkbox(label="Re-rank the hundred best")
+                top = gradio.Slider(1, min(100, max(2, total)), value=min(10, total), step=1, label="Images per page")
             with gradio.Column(scale=3):
-                result = gradio.HTML(show(None, None, None))
-        for event in (upload.change, modality.change, top.change):
-            event(show, [upload, modality, top], result, api_visibility="private", trigger_mode="always_last")
+                result = gradio.HTML("<p>The most similar images will appear here.</p>")
+                with gradio.Row():
+                    back, forth = gradio.Button("Previous page"), gradio.Button("Next page")
+                times = gradio.ScatterPlot(
+                    timeline([]), x="time", y="camera", color="similarity", title="When and where"
+                )
+        inputs = [upload, modality, combine, top, group, rerank, camera, searched, start, end, folder]
+        flags = {"outputs": [number, result, times], "api_visibility": "private", "trigger_mode": "always_last"}
+        flags |= {"concurrency_id": "search", "concurrency_limit": 1}
+        changes = [getattr(item, "submit" if item is folder else "change") for item in inputs]
+        gradio.on(changes, lambda *values: show(1, *values), inputs, **flags)
+        back.click(lambda page, *values: show(page - 1, *values), [number, *inputs], **flags)
+        forth.click(lambda page, *values: show(page + 1, *values), [number, *inputs], **flags)
     return page, {"theme": gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]), "css": STYLE}
 
 
-def draw_card(image, folder):
-    """One of `Finder`'s images as HTML: its path below the folder, and the whole path as a tooltip."""
-    path, name = _text(image["path"]), _text(os.path.relpath(image["path"], folder))
+def timeline(found):
+    """The time and camera of images, for the plot."""
+    import pandas
+
+    rows = [(pandas.Timestamp(image["time"]), image["camera"] or "unknown", image["similarity"]) for image in found]
+    return pandas.DataFrame(rows, columns=["time", "camera", "similarity"])
+
+
+def draw_card(image):
+    """One of `Finder`'s images as HTML: what is known of it, and its path as a tooltip."""
+    path, name = _text(image["path"]), _text(os.path.join(*Path(image["path"]).parts[-2:]))
     try:
         if image["changed"]:
             raise InputError("not the image that was indexed")
@@ -94,7 +136,8 @@ def draw_card(image, folder):
         picture = "<p>This image has changed or no longer exists; run index again.</p>"
     return (
         f'<figure title="{path}">{picture}<figcaption><b>{image["rank"]}.</b> similarity '
-        f"<b>{image['similarity']:.3f}</b><br>{name.replace('/', '/<wbr>')}</figcaption></figure>"
+        f"<b>{image['similarity']:.3f}</b><br>{_text(describe(image))}<br>{name.replace('/', '/<wbr>')}"
+        "</figcaption></figure>"
     )
 
 

@@ -1,0 +1,105 @@
+"""Size and speed of an index, and what the graph of a server misses."""
+
+import contextlib
+import os
+import statistics
+import tempfile
+import time
+from datetime import datetime, timedelta
+
+import numpy as np
+
+from tools.benchmarks.measuring import PeakMemory, gib_text
+from tools.index import Entry, FileIndex, Filter, open_index
+from tools.labels import time_text
+from utils import InputError, progress
+
+BATCH = 1000  # images per transaction
+
+
+def bench_search(args, device):
+    """People are random directions; a vector is its person's plus Gaussian noise, so that two vectors of a person have
+    the mean cosine that `--cosine` gives. Queries are further vectors of the same people."""
+    rng = np.random.default_rng(0)
+    centres = _unit(rng.standard_normal((args.people, args.dim), np.float32))
+
+    def draw(people):
+        noise = np.float32(((1 / args.cosine - 1) / args.dim) ** 0.5)
+        return _unit(centres[people] + noise * rng.standard_normal((len(people), args.dim), np.float32))
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        address = args.index or os.path.join(folder, "index.db")
+        index = stack.enter_context(contextlib.closing(open_index(address, create=True)))
+        if index.versions():
+            raise InputError(f"--index {address}: is an index already; pass an empty database")
+        version = index.begin("none", "0" * 64, "FC", args.dim)
+        results = {"add_seconds": fill(index, version, args, draw)}
+        print(f"{args.vectors} x {args.dim}: {args.vectors / results['add_seconds']:.0f} vectors/s added")
+        queries = draw(rng.integers(args.people, size=100))
+        if isinstance(index, FileIndex):
+            index.close()
+            results["bytes"] = os.path.getsize(address)
+            index = stack.enter_context(contextlib.closing(open_index(address)))  # as a search does
+            with PeakMemory() as memory:
+                start = time.perf_counter()
+                index.search(version, queries[:1], 10)
+                results["first_seconds"] = time.perf_counter() - start
+            results["gib"] = memory.gib
+            size = f"{results['bytes'] / 1e9:.2f} GB on disk, {gib_text(memory.gib)} in memory"
+            print(f"{size}, {results['first_seconds']:.1f} s to read them and search")
+        else:
+            results["bytes"] = index.bytes()
+            print(f"{results['bytes'] / 1e9:.2f} GB on disk")
+        results["exact"], exact = measure(index, version, queries, args.repeats, "exact")
+        if not isinstance(index, FileIndex):
+            start = time.perf_counter()
+            index.approximate(version, args.dim)
+            results["graph_seconds"] = time.perf_counter() - start
+            print(f"graph made in {results['graph_seconds']:.0f} s; then {index.bytes() / 1e9:.2f} GB on disk")
+            results["graph"], found = measure(index, version, queries, args.repeats, "graph")
+            for name, ids in found.items():
+                pairs = zip(ids, exact[name], strict=True)
+                results["graph"][name]["recall"] = recall = np.mean([np.isin(b, a).mean() for a, b in pairs])
+                print(f"graph, {name}: recall@10 {recall:.3f}")
+    return results
+
+
+def fill(index, version, args, draw):
+    """Add images of ten cameras, one a second -> seconds that it took, without the drawing."""
+    seconds, begin = 0, datetime(2026, 1, 1)
+    for start in progress(range(0, args.vectors, BATCH), desc="adding", unit="batch", leave=False):
+        rows = range(start, min(start + BATCH, args.vectors))
+        vectors = draw(np.array(rows) % args.people)
+        entries = [
+            Entry(f"/{i}.jpg", "0 0", "visible", str(i % 10), None, time_text(begin + timedelta(seconds=i)))
+            for i in rows
+        ]
+        before = time.perf_counter()
+        index.add(version, entries, vectors)
+        seconds += time.perf_counter() - before
+    return seconds
+
+
+def measure(index, version, queries, repeats, kind):
+    """-> ({name: {"seconds": median of a query}}, {name: ids of the ten nearest of some queries})."""
+    results, found = {}, {}
+    filters = {"all images": Filter(), "one camera of ten": Filter(cameras=("3",))}
+    for name, where in filters.items():
+        times, found[name] = [], []
+        for query in queries[: max(5, repeats)]:
+            start = time.perf_counter()
+            (images,) = index.search(version, query[None], 10, where)
+            times.append(time.perf_counter() - start)
+            found[name].append([image["id"] for image in images])
+        results[name] = {"seconds": statistics.median(times)}
+        print(f"{kind}, {name}: {1000 * results[name]['seconds']:.1f} ms a query")
+    if isinstance(index, FileIndex):
+        start = time.perf_counter()
+        index.search(version, queries, 10)
+        results["100 at once"] = {"seconds": (time.perf_counter() - start) / len(queries)}
+        print(f"{kind}, 100 queries at once: {1000 * results['100 at once']['seconds']:.1f} ms a query")
+    return results, found
+
+
+def _unit(vectors):
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -1,0 +1,77 @@
+"""Camera, person and time of an image: from its path by a pattern, from a CSV file, or its file's time."""
+
+import csv
+import re
+import string
+from datetime import datetime, timedelta
+
+from utils import InputError
+
+NAMES = ("camera", "person", "time")
+COLUMNS = "path, and any of camera, person and time"
+DIGITS = {"Y": r"\d{4}", "m": r"\d\d", "d": r"\d\d", "H": r"\d\d", "M": r"\d\d", "S": r"\d\d", "f": r"\d{1,6}"}
+
+
+def read_labels(pattern, table):
+    """The flags --pattern and --csv, or None -> function(path below the folder): dict with some of NAMES, or None."""
+    if pattern:
+        return _pattern_labels(pattern)
+    return _table_labels(table).get if table else lambda path: {}
+
+
+def _pattern_labels(pattern):
+    expression, time_format = "", None
+    try:
+        for literal, name, spec, _ in string.Formatter().parse(pattern):
+            value = "[^/]+?"
+            if name == "time":
+                time_format = spec
+                value = "".join(DIGITS.get(a, value) if a else re.escape(b) for a, b in re.findall("%(.)|(.)", spec))
+            expression += re.escape(literal) + (f"(?P<{name}>{value})" if name else "")
+        expression = re.compile(expression)
+    except (ValueError, re.error) as error:
+        raise InputError(f"--pattern {pattern}: {error}; write it as cam{{camera}}/{{n}}.jpg") from error
+
+    def labels(path):
+        match = expression.fullmatch(path)
+        found = {name: value for name, value in match.groupdict().items() if name in NAMES} if match else None
+        if found and time_format:
+            try:
+                found["time"] = time_text(datetime.strptime(found["time"], time_format))
+            except ValueError:  # such as the 31st of June
+                return None
+        return found
+
+    return labels
+
+
+def _table_labels(file):
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as lines:
+            rows = csv.DictReader(lines)
+            if "path" not in (rows.fieldnames or ()):
+                raise InputError(f"--csv {file}: has no column path; its first line must name its columns: {COLUMNS}")
+            return {row["path"]: _table_row(row, f"--csv {file}, line {rows.line_num}") for row in rows}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"--csv {file}: cannot be read ({error})") from error
+
+
+def _table_row(row, place):
+    found = {name: row[name] for name in NAMES if row.get(name)}
+    if "time" in found:
+        found["time"] = parse_time(found["time"], f"{place}: time")
+    return found
+
+
+def parse_time(text, place, end=False):
+    """An ISO 8601 time -> text as `Entry.time` has it. end: a date alone means the end of that day."""
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise InputError(f"{place} {text}: is no time; write it as 2026-11-20 or 2026-11-20T14:30") from error
+    return time_text(time + timedelta(days=end and len(text) <= 10))
+
+
+def time_text(time):
+    """Local time without its zone, to the second."""
+    return (time.astimezone() if time.tzinfo else time).replace(tzinfo=None).isoformat(" ", "seconds")
