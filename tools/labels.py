@@ -27,7 +27,7 @@ def _pattern_labels(pattern):
             if name == "time":
                 time_format = spec
                 value = "".join(DIGITS.get(a, value) if a else re.escape(b) for a, b in re.findall("%(.)|(.)", spec))
-            expression += re.escape(literal) + (f"(?P<{name}>{value})" if name else "")
+            expression += re.escape(literal) + (f"(?P<{name}>{value})" if name is not None else "")
         expression = re.compile(expression)
     except (ValueError, re.error) as error:
         raise InputError(f"--pattern {pattern}: {error}; write it as cam{{camera}}/{{n}}.jpg") from error

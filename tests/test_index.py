@@ -1,0 +1,270 @@
+"""The index of images: the same tests on a SQLite file and on a PostgreSQL server, against plain NumPy."""
+
+import contextlib
+import json
+import multiprocessing
+import sqlite3
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tools.index import Entry, Filter, open_index
+from tools.labels import parse_time, read_labels
+from utils import InputError
+
+DIM = 16
+
+
+def unit(count, seed=0):
+    vectors = np.random.default_rng(seed).standard_normal((count, DIM), np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def images(count):
+    """Images of two folders, two modalities, three cameras and one without a name, one a minute."""
+    return [
+        Entry(
+            f"/photos/{'a_b' if i % 2 else 'aXb'}/ü {i}.jpg",
+            f"{i} 0",
+            "visible" if i % 3 else "infrared",
+            (None, "1", "2", "yard")[i % 4],
+            None,
+            f"2026-11-20 {i // 60:02d}:{i % 60:02d}:00",
+        )
+        for i in range(count)
+    ]
+
+
+FILTERS = [
+    (Filter(), lambda entry: True),
+    (Filter(modality="infrared"), lambda entry: entry.modality == "infrared"),
+    (Filter(cameras=("2", "yard")), lambda entry: entry.camera in ("2", "yard")),
+    (Filter(start="2026-11-20 00:30:00"), lambda entry: entry.time >= "2026-11-20 00:30:00"),
+    (Filter(end="2026-11-20 00:30:00"), lambda entry: entry.time < "2026-11-20 00:30:00"),
+    (Filter(folder="/photos/a_b"), lambda entry: entry.path.startswith("/photos/a_b/")),  # _ is no wildcard
+    (Filter(folder="/photos/a"), lambda entry: False),
+    (
+        Filter("visible", ("1", "2"), "2026-11-20 00:10:00", "2026-11-20 01:00:00", "/photos"),
+        lambda entry: (
+            entry.modality == "visible"
+            and entry.camera in ("1", "2")
+            and "2026-11-20 00:10:00" <= entry.time < "2026-11-20 01:00:00"
+        ),
+    ),
+]
+
+
+def check_search(index, version, expected, top=7):
+    """expected: {Entry: vector}. Every filter finds what a sort of all similarities finds."""
+    queries = unit(3, seed=9)
+    for where, fits in FILTERS:
+        entries = [entry for entry in expected if fits(entry)]
+        scores = queries @ np.array([expected[entry] for entry in entries], np.float32).reshape(-1, DIM).T
+        for found, row in zip(index.search(version, queries, top, where), scores, strict=True):
+            nearest = np.argsort(-row)[:top]
+            assert [Entry(*(image[name] for name in Entry._fields)) for image in found] == [entries[i] for i in nearest]
+            np.testing.assert_allclose([image["similarity"] for image in found], row[nearest], atol=1e-6)
+
+
+@pytest.fixture
+def index(address):
+    with contextlib.closing(open_index(address, create=True)) as index:
+        yield index
+
+
+def test_an_index_finds_what_plain_numpy_finds(index, address):
+    entries, vectors = images(90), unit(90)
+    version = index.begin("net.t", "a" * 64, "FC", DIM)
+    index.add(version, entries[:50], vectors[:50])
+    with contextlib.closing(open_index(address)) as reader:  # already open when another process writes
+        expected = dict(zip(entries[:50], vectors[:50], strict=True))
+        check_search(reader, version, expected)
+        index.add(version, entries[50:], vectors[50:])
+        changed = entries[3]._replace(stamp="new", time="2026-11-20 01:29:30")
+        index.add(version, [changed], unit(1, seed=5))
+        index.remove([entries[4].path, entries[89].path, "/photos/none.jpg"])
+        relabelled = entries[5]._replace(camera="yard", person="Ann", time="2026-11-20 00:00:30")
+        index.label(version, [relabelled])
+        expected = dict(zip(entries, vectors, strict=True)) | {changed: unit(1, seed=5)[0], relabelled: vectors[5]}
+        for entry in (entries[3], entries[4], entries[5], entries[89]):
+            del expected[entry]
+        check_search(reader, version, expected)
+        check_search(reader, version, expected, top=200)
+        assert reader.entries(version) == {entry.path: entry for entry in expected}
+        folder = {entry.path: entry for entry in expected if "/aXb/" in entry.path}
+        assert reader.entries(version, "/photos/aXb") == folder
+        assert sum(reader.counts(version, "camera").values()) == 88
+        ids = [image["id"] for image in reader.search(version, unit(1, seed=9), 5)[0]]
+        stored = {image["id"]: image["path"] for image in reader.search(version, unit(1, seed=9), 99)[0]}
+        by_path = {entry.path: vector for entry, vector in expected.items()}
+        np.testing.assert_array_equal(reader.vectors(ids), [by_path[stored[i]] for i in ids])
+        assert index.move("/photos/a_b", "/elsewhere") == sum("/a_b/" in entry.path for entry in expected)
+        assert all(not path.startswith("/photos/a_b/") for path in reader.entries(version))
+
+
+def test_a_version_serves_until_a_complete_one_takes_its_place(index, address):
+    entries, old, new = images(20), unit(20), unit(20, seed=1)
+    first = index.begin("old.t", "a" * 64, "FC", DIM)
+    index.add(first, entries, old)
+    second = index.begin("new.t", "b" * 64, "FC", DIM)
+    assert second == index.begin("moved.t", "b" * 64, "FC", DIM) != index.begin("new.t", "b" * 64, "POOL", DIM)
+    index.add(second, entries[:12], new[:12])
+    assert [row["checkpoint"] for row in index.versions()][:2] == ["old.t", "moved.t"]
+    check_search(index, first, dict(zip(entries, old, strict=True)))
+    check_search(index, second, dict(zip(entries[:12], new, strict=False)))
+    index.switch(second)
+    assert index.versions()[0]["version"] == second
+    check_search(index, second, dict(zip(entries[:12], new, strict=False)))
+    assert not index.entries(first)
+    with contextlib.closing(open_index(address)) as other, pytest.raises(InputError, match="another checkpoint has re"):
+        other.add(first, entries[:1], old[:1])
+
+
+def add_part(address, start, barrier):
+    barrier.wait()
+    with contextlib.closing(open_index(address, create=True)) as index:
+        version = index.begin("net.t", "a" * 64, "FC", DIM)
+        entries, vectors = images(90), unit(90)
+        for row in range(start, start + 40, 4):  # neighbours share rows
+            index.add(version, entries[row : row + 4], vectors[row : row + 4])
+
+
+@pytest.mark.slow
+def test_several_processes_fill_one_index(address):
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(4)
+    processes = [context.Process(target=add_part, args=(address, start, barrier)) for start in (0, 0, 20, 50)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0] * 4
+    with contextlib.closing(open_index(address)) as index:
+        check_search(index, index.versions()[0]["version"], dict(zip(images(90), unit(90), strict=True)))
+
+
+@pytest.mark.slow
+def test_the_graph_of_a_server_finds_nearly_the_same(database):
+    entries, vectors = images(90) * 30, unit(2700)
+    entries = [entry._replace(path=f"/{i}.jpg") for i, entry in enumerate(entries)]
+    with contextlib.closing(open_index(database, create=True)) as index:
+        version = index.begin("net.t", "a" * 64, "FC", DIM)
+        index.add(version, entries, vectors)
+        plain = [index.search(version, unit(20, seed=9), 10, where) for where, _ in FILTERS]
+        index.approximate(version, DIM)
+        index.approximate(version, DIM)  # it is there already
+        for (where, _), exact in zip(FILTERS, plain, strict=True):
+            found = index.search(version, unit(20, seed=9), 10, where)
+            names = [[image["path"] for image in images] for pair in (found, exact) for images in pair]
+            recall = [np.isin(b, a).mean() for a, b in zip(names[:20], names[20:], strict=True) if b]
+            assert not recall or np.mean(recall) > 0.95
+            scores = [[image["similarity"] for image in images] for images in found]
+            assert all(row == sorted(row, reverse=True) for row in scores)
+
+
+@pytest.mark.slow
+def test_a_server_that_cannot_be_used_is_one_line(database, postgres, monkeypatch):
+    with pytest.raises(InputError, match="contains no index; make it with"):
+        open_index(database)
+    for address in (database.replace("@", ":secret@"), f"{database}?password=secret"):
+        with pytest.raises(InputError, match="leave the password out of the address; set PGPASSWORD") as caught:
+            open_index(address)
+        assert "secret" not in str(caught.value)
+    monkeypatch.setenv("PGPASSWORD", "wrong")
+    for address, words in ((database, "password authentication failed"), ("postgresql://127.0.0.1:1/a", "refused")):
+        with pytest.raises(InputError, match=f"cannot be used as an index .*{words}.*; check the address") as caught:
+            open_index(address)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_missing_client_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(InputError, match=r'needs python -m pip install "psycopg\[binary\]" pgvector'):
+        open_index("postgresql://127.0.0.1/a")
+    with pytest.raises(InputError, match="http://127.0.0.1:1: unknown kind of address; pass a file, or postgresql://"):
+        open_index("http://127.0.0.1:1")
+
+
+def test_files_that_are_no_index_are_refused_and_stay(tmp_path):
+    other = tmp_path / "other.db"
+    with contextlib.closing(sqlite3.connect(other)) as connection:
+        connection.execute("CREATE TABLE notes (text)")
+    (tmp_path / "text.db").write_text("no database" * 100)
+    for name in ("other.db", "text.db"):
+        before = (tmp_path / name).read_bytes()
+        for create in (False, True):
+            with pytest.raises(InputError, match=f"{name}: (is not an index|cannot be used as an index .file is not)"):
+                open_index(str(tmp_path / name), create)
+        assert (tmp_path / name).read_bytes() == before
+    with pytest.raises(InputError, match=r"none.db: no such index; make it with python -m tools.search index"):
+        open_index(str(tmp_path / "none.db"))
+    with pytest.raises(InputError, match=r"is a folder; name a file, such as .*index.db"):
+        open_index(str(tmp_path))
+    about = {"folder": "/photos", "checkpoint": "/net.t", "modality": "visible"}
+    (tmp_path / "index.json").write_text(json.dumps(about))
+    command = r"python -m tools.search index /photos --resume /net.t --modality visible --index .*index\.db"
+    with pytest.raises(InputError, match=f"is an index of the old format; make it anew: {command}"):
+        open_index(str(tmp_path))
+
+
+def test_a_damaged_or_doctored_file_is_refused(tmp_path):
+    path = str(tmp_path / "index.db")
+    with contextlib.closing(open_index(path, create=True)) as index:
+        index.add(index.begin("net.t", "a" * 64, "FC", DIM), images(20), unit(20))
+    good = (tmp_path / "index.db").read_bytes()
+    (tmp_path / "cut.db").write_bytes(good[: len(good) // 2])
+    with pytest.raises(InputError, match=r"cut.db: cannot be used as an index \(.*\); check the file, or remove it"):
+        open_index(str(tmp_path / "cut.db")).search(1, unit(1), 5)
+    for name, sql, words in (
+        ("run.db", "CREATE TRIGGER t AFTER DELETE ON images BEGIN DELETE FROM versions; END", "is not an index"),
+        ("size.db", "UPDATE images SET vector = x'00'", "cannot be used as an index"),
+    ):
+        path = str(tmp_path / name)
+        Path(path).write_bytes(good)
+        with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute(sql)
+        with pytest.raises(InputError, match=words):
+            open_index(path).search(1, unit(1), 5)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("cam3/0007/20261120_140311_5.jpg", {"camera": "3", "person": "0007", "time": "2026-11-20 14:03:11"}),
+        ("cam3/0007/20261340_140311_5.jpg", None),  # no such month
+        ("cam3/0007/20261120_5.jpg", None),
+        ("a/cam3/0007/20261120_140311_5.jpg", None),
+        ("cam3/0007/20261120_140311_5.jpgg", None),
+    ],
+)
+def test_a_pattern_reads_a_path(path, expected):
+    assert read_labels("cam{camera}/{person}/{time:%Y%m%d_%H%M%S}_{n}.jpg", None)(path) == expected
+
+
+def test_labels_of_a_table(tmp_path):
+    table = tmp_path / "labels.csv"
+    table.write_text("path,camera,time\na.jpg,3,2026-11-20T14:00\nb.jpg,,\n")
+    labels = read_labels(None, table)
+    assert labels("a.jpg") == {"camera": "3", "time": "2026-11-20 14:00:00"}
+    assert (labels("b.jpg"), labels("c.jpg")) == ({}, None)
+    for text, words in (
+        ("path,time\na.jpg,noon\n", "labels.csv, line 2: time noon: is no time; write it as 2026-11-20 or"),
+        ("file\na.jpg\n", "labels.csv: has no column path; its first line must name"),
+    ):
+        table.write_text(text)
+        with pytest.raises(InputError, match=words):
+            read_labels(None, table)
+    with pytest.raises(InputError, match="none.csv: cannot be read"):
+        read_labels(None, tmp_path / "none.csv")
+    for pattern in ("cam{camera", "{camera}/{camera}.jpg", "{}.jpg", "{a b}.jpg"):
+        with pytest.raises(InputError, match="--pattern .*; write it as"):
+            read_labels(pattern, None)
+
+
+def test_times_of_flags():
+    assert parse_time("2026-11-20", "--to", end=True) == "2026-11-21 00:00:00"
+    assert parse_time("2026-11-20T14:30", "--to", end=True) == "2026-11-20 14:30:00"
+    with pytest.raises(InputError, match="--from noon: is no time; write it as"):
+        parse_time("noon", "--from")
