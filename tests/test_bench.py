@@ -158,11 +158,35 @@ def test_gpu_plans_commands_that_the_programs_accept():
                 assert bench.get_args_parser().parse_args(command[2:]).json.startswith("work/")
 
 
-def test_search():
-    size = ["--vectors", "5000", "--people", "100", "--dim", "16", "--repeats", "1", "--cosine", "0.2", "0.9"]
-    results = bench.main(["search", *size])["by_cosine"]
-    assert list(results) == [0.2, 0.9]
-    for result in results.values():
-        assert 0.3 < result["recall"][10] <= result["recall"][1] + 0.1
-        assert [row["name"] for row in result["rows"]] == ["1 at once: exact, inverted", "100 at once: exact, inverted"]
-    assert results[0.2]["recall"][10] < results[0.9]["recall"][10] > 0.99
+@pytest.mark.parametrize("server", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_search(server, request, tmp_path):
+    index = ["--index", request.getfixturevalue("database")] if server else []
+    size = ["--vectors", "2500", "--people", "100", "--dim", "16", "--repeats", "2", "--json", str(tmp_path / "a.json")]
+    results = bench.main(["search", *size, *index])
+    assert results["bytes"] > 2500 * 16 * 4
+    assert set(results["exact"]) == {"all images", "one camera of ten", "100 queries at once"}
+    assert not server or all(0.5 < row["recall"] <= 1 for row in results["graph"].values())
+    if server:
+        with pytest.raises(InputError, match="is an index already; pass an empty database"):
+            bench.main(["search", *size, *index])
+
+
+@pytest.mark.slow
+def test_embed():
+    flags = [
+        "--arch",
+        "resnet18",
+        "--img_h",
+        "96",
+        "--img_w",
+        "48",
+        "--images",
+        "32",
+        "--repeats",
+        "1",
+        "--workers",
+        "0",
+    ]
+    results = bench.main(["embed", *flags])["by_kind"]
+    assert results["ONNX Runtime float32"]["cosine"] > 0.9999
+    assert 0.9 < results["ONNX Runtime int8"]["cosine"] < 0.99999

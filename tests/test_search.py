@@ -257,7 +257,7 @@ def test_filters_groups_pages_and_several_queries(cameras, checkpoint, sysu_tree
             ["--from", "2026-11-20T14:10", "--to", "2026-11-21"],
             lambda f: "2026-11-20 14:10" <= f["time"] < "2026-11-22",
         ),
-        (["--folder", sysu_tree / "cam2" / "0030"], lambda f: f["camera"] == "2" and f["person"] == "0030"),
+        (["--folder", sysu_tree / "cam2" / "0066"], lambda f: f["camera"] == "2" and f["person"] == "0066"),
     ):
         check_found(found(*flags), [ranked(fits)[:9]])
     (first,) = found("--camera", "2")
@@ -302,8 +302,8 @@ def test_a_new_checkpoint_takes_over_when_all_is_embedded(made, checkpoint, pict
     folder, index = made
     second = tmp_path / "second"
     second.mkdir()
-    for path in pictures[0][:3]:
-        shutil.copy(path, second)
+    for number, path in enumerate(pictures[0][:3]):
+        shutil.copy(path, second / f"{number}.jpg")
     run_index(second, index, "--modality", "visible")
     before, other = stored(index), save_network(tmp_path / "other.t", seed=1)
     lost = second.rename(tmp_path / "unmounted")

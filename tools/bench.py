@@ -9,6 +9,7 @@ metrics  Rank-k, mAP and mINP against Python lists query by query; memory of a s
 test     SYSU-MM01's test, from image files to metrics, against reading the files again for each gallery
 rerank   k-reciprocal re-ranking against loops over images
 search   an index: size, rate, time per query; of a server's graph also the recall
+embed    images embedded per second from files: PyTorch, ONNX Runtime, int8
 gpu      the GPU tests and every measurement on the GPU, collected in one file
 
 Each comparison warms up, alternates between code and reference, repeats, and reports medians. The references are in
@@ -24,6 +25,7 @@ from core.files import check_output, save_json
 from data_loader import CACHES
 from model import ARCHS
 from tools.benchmarks.data import bench_data
+from tools.benchmarks.embedding import bench_embed
 from tools.benchmarks.gpu import STAGES, bench_gpu
 from tools.benchmarks.search import bench_search
 from tools.benchmarks.step import bench_loss, bench_step
@@ -38,6 +40,7 @@ COMMANDS = {
     "test": bench_test,
     "rerank": bench_rerank,
     "search": bench_search,
+    "embed": bench_embed,
 }
 FLAGS = {
     "--data_path": {"default": DATASETS["sysu"].path, "help": "folder of SYSU-MM01 or of demo data"},
@@ -92,6 +95,11 @@ def get_args_parser():
     text = "mean cosine of two vectors of a person"
     search.add_argument("--cosine", type=bounded(float, 0.01, 0.99), default=0.45, help=text)
     search.set_defaults(gpu="cpu")
+    text = "images embedded from files: PyTorch and ONNX Runtime, float32, bf16 and int8"
+    embed = command("embed", text, data="img_h img_w workers", network="arch", run="repeats json")
+    embed.add_argument("--images", type=bounded(int, 32), default=256, help="number of images")
+    embed.add_argument("--batch", type=bounded(int, 1), default=64, help="images per batch")
+    embed.set_defaults(gpu="cpu")
     gpu = commands.add_parser("gpu", help="the GPU tests, then every measurement, each in a process of its own")
     gpu.add_argument("--out", required=True, metavar="FILE", help="write all results to this file, after each stage")
     gpu.add_argument("--only", nargs="+", choices=STAGES, default=STAGES, help="run only these stages")

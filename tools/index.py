@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import sqlite3
 from pathlib import Path
 from typing import NamedTuple
@@ -266,10 +267,13 @@ class FileIndex(Index):
     def _nearest(self, queries, top, chosen=None):
         """The inner products [Q, K] and ids of the nearest vectors, best first. chosen: ids that may be found."""
         best, best_ids = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
-        for ids, vectors in self.blocks:
-            if chosen is not None:
-                rows = np.flatnonzero(np.isin(ids, chosen))
-                ids, vectors = ids[rows], vectors[rows]
+        masks = [None] * len(self.blocks)
+        if chosen is not None and self.blocks:
+            mask = np.isin(np.concatenate([ids for ids, _ in self.blocks]), chosen)
+            masks = np.split(mask, np.cumsum([len(ids) for ids, _ in self.blocks])[:-1])
+        for (ids, vectors), mask in zip(self.blocks, masks, strict=True):
+            if mask is not None:
+                ids, vectors = ids[mask], vectors[mask]
             best = np.hstack([best, queries @ vectors.T])
             best_ids = np.hstack([best_ids, np.broadcast_to(ids, (len(queries), len(ids)))])
             if best.shape[1] > top:
@@ -288,10 +292,11 @@ def _folder_message(path):
     new = os.path.join(path, "index.db")
     try:
         about = json.loads(Path(path, "index.json").read_text())
-        flags = f"{about['folder']} --resume {about['checkpoint']} --modality {about['modality']}"
+        flags = [about["folder"], "--resume", about["checkpoint"], "--modality", about["modality"], "--index", new]
+        command = shlex.join(["python", "-m", "tools.search", "index", *flags])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return f"{path}: is a folder; name a file, such as {new}"
-    return f"{path}: is an index of the old format; make it anew: python -m tools.search index {flags} --index {new}"
+    return f"{path}: is an index of the old format; make it anew: {command}"
 
 
 class ServerIndex(Index):

@@ -79,7 +79,7 @@ def build_page(finder):
         number = gradio.State(1)
         with gradio.Row():
             with gradio.Column(scale=1, min_width=240):
-                upload = gradio.Gallery(label="Images of one person", height=220, columns=2)
+                upload = gradio.Gallery(label="Images of one person", file_types=["image"], height=220, columns=2)
                 # The files as they were uploaded: only `read_image` decodes them, and reports if it cannot.
                 upload.preprocess = lambda payload: [
                     (file.image.path, file.image.orig_name) for file in (payload.root if payload else ())
