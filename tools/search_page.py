@@ -6,6 +6,7 @@ import io
 import os
 import socket
 import tempfile
+from datetime import datetime
 from pathlib import Path
 
 from PIL import Image
@@ -79,7 +80,9 @@ def build_page(finder):
         number = gradio.State(1)
         with gradio.Row():
             with gradio.Column(scale=1, min_width=240):
-                upload = gradio.Gallery(label="Images of one person", file_types=["image"], height=220, columns=2)
+                upload = gradio.Gallery(
+                    label="Images of one person", file_types=["image"], height=220, object_fit="contain"
+                )
                 # The files as they were uploaded: only `read_image` decodes them, and reports if it cannot.
                 upload.preprocess = lambda payload: [
                     (file.image.path, file.image.orig_name) for file in (payload.root if payload else ())
@@ -118,7 +121,11 @@ def timeline(found):
     """The time and camera of images, for the plot."""
     import pandas
 
-    rows = [(pandas.Timestamp(image["time"]), image["camera"] or "unknown", image["similarity"]) for image in found]
+    rows = []
+    for image in found:
+        # The plot takes UTC and shows the browser's zone, which is this machine's.
+        time = pandas.Timestamp(datetime.fromisoformat(image["time"]).timestamp(), unit="s")
+        rows.append((time, image["camera"] or "unknown", image["similarity"]))
     return pandas.DataFrame(rows, columns=["time", "camera", "similarity"])
 
 
