@@ -23,6 +23,12 @@ def normalise(images):
     return (images - _constant(MEAN, images.device) * 255) / (_constant(STD, images.device) * 255)
 
 
+def without_colour(images):
+    """Normalised images -> normalised images of their luminance."""
+    mean, std = _constant(MEAN, images.device), _constant(STD, images.device)
+    return (luminance(images * std + mean) - mean) / std
+
+
 def _constant(values, device):
     """[3, 1, 1], filled in on the device, as a copy from the CPU would wait for it. Made anew at each call, as a tensor
     that is made while torch.export traces is no real one."""
@@ -134,6 +140,25 @@ def random_gray(images, probability=0.5):
     return torch.where(chosen, luminance(images).round(), images)
 
 
+def random_mix(images):
+    """Replace all three channels of each image by one mixture of them, with weights drawn uniformly from those that add
+    up to 1."""
+    weights = torch.rand(len(images), 3, 1, 1, device=images.device).log()
+    return (images * (weights / weights.sum(dim=1, keepdim=True))).sum(dim=1, keepdim=True).expand_as(images)
+
+
+def random_curve(images, probability=0.7, pieces=4):
+    """Send the values, 0 to 255, of an image with this probability through a random curve: its values at the ends of
+    `pieces` equal parts of the range are drawn uniformly, and it is linear between them. Dark may become bright."""
+    heights = 255 * torch.rand(len(images), pieces + 1, device=images.device)
+    place = images.flatten(1) * (pieces / 255)
+    piece = place.long().clamp_max(pieces - 1)
+    low, high = heights.gather(1, piece), heights.gather(1, piece + 1)
+    curved = (low + (high - low) * (place - piece)).view_as(images)
+    chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < probability
+    return torch.where(chosen, curved, images)
+
+
 class TrainAugmentation:
     """GFMNet's recipe of `--augc`, `--rande`, `--padding`, `--erase_area`: uint8 batches -> the network's float32
     inputs, and labels.
@@ -205,7 +230,24 @@ class ShiftAugmentation(TrainAugmentation):
         return views[:count], views[count:], labels.repeat(2)
 
 
+class CurveAugmentation(TrainAugmentation):
+    """The recipe of gfm2, of the same flags: one visible view, and labels [2A].
+
+    With `augc`, the channels of the visible images are mixed, and the brightness of images of both modalities is
+    changed by random curves, so that only shape and texture tell people apart. Images are erased after it.
+    """
+
+    def __call__(self, visible, infrared, labels):
+        views, count = random_flip(random_crop(torch.cat([visible, infrared]), self.padding)).float(), len(visible)
+        if self.augc:
+            views[:count] = random_mix(views[:count])
+            views = random_curve(views)
+        views = random_erasing(normalise(views), self.rande, area=self.area)
+        return *views.split(count), labels.repeat(2)
+
+
 AUGMENTATIONS = {
+    "curve": CurveAugmentation,
     "exchange": TrainAugmentation,
     "gray": GrayAugmentation,
     "shift": ShiftAugmentation,

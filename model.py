@@ -18,6 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
+from ChannelAug import without_colour
 from core.checkpoint import check_state, load_weights
 from core.deen import EXPANSIONS, Aggregation, Expansion
 from core.dns import Domain, DomainBranch, SpaceShift
@@ -128,6 +129,7 @@ class GFMNet(nn.Module):
     expansion: DEEN's parts: an `Aggregation` after each stage but the last, and an `Expansion` before the last, which
         makes three embeddings of an image. share_net is then at most `stages`: the last stage is shared.
     shift: DNS's parts: a `SpaceShift` after stages 3 and 4, a bottleneck with a bias, and a `DomainBranch`.
+    gray: the network takes the luminance of visible images instead of their colours (gfm2).
     stages: of the backbone, 4, or 3 to leave out the last (DEEN on RegDB).
     weights: what the backbone starts from: None (random), "imagenet" (torchvision's V1), or the path of a state dict
         of torchvision's network. Both streams start from the same values.
@@ -149,6 +151,7 @@ class GFMNet(nn.Module):
         local=True,
         expansion=False,
         shift=False,
+        gray=False,
         stages=4,
         weights=None,
     ):
@@ -164,9 +167,19 @@ class GFMNet(nn.Module):
         if pool not in ("gem", "avg"):
             raise InputError(f"pool {pool!r}: neither 'gem' nor 'avg'")
         _, stem, blocks, widths = backbone(arch, weights)
-        self.options = {"num_classes": num_classes, "arch": arch, "share_net": share_net, "attention": attention}
-        self.options |= {"non_local": non_local, "pool": pool, "local": local, "expansion": expansion, "shift": shift}
-        self.options |= {"stages": stages}
+        self.options = {
+            "num_classes": num_classes,
+            "arch": arch,
+            "share_net": share_net,
+            "attention": attention,
+            "non_local": non_local,
+            "pool": pool,
+            "local": local,
+            "expansion": expansion,
+            "shift": shift,
+            "gray": gray,
+            "stages": stages,
+        }
         parts, width = dict(stem), widths[stages]
         for number in range(1, stages + 1):
             name, low_channels = f"layer{number}", widths[number - 1]
@@ -197,7 +210,7 @@ class GFMNet(nn.Module):
 
     def forward(self, visible, infrared):
         """visible [A, 3, H, W], infrared [B, 3, H, W], normalised -> Output of A + B rows, the visible first."""
-        x = self._features(torch.cat([self.visible(visible), self.infrared(infrared)]))
+        x = self._features(torch.cat([self._own_parts(visible, "visible"), self._own_parts(infrared, "infrared")]))
         with torch.autocast(x.device.type, enabled=False):  # in float32 from here: the losses live on it
             maps = full_precision(x)
             pooled = self.pool(maps)
@@ -223,8 +236,7 @@ class GFMNet(nn.Module):
         count as constants."""
         if modality not in MODALITIES:
             raise ValueError(f"modality {modality!r}: neither 'visible' nor 'infrared'")
-        stream = self.visible if modality == "visible" else self.infrared
-        pooled = self.pool(full_precision(self._features(stream(images))))
+        pooled = self.pool(full_precision(self._features(self._own_parts(images, modality))))
         normed = self.bottleneck(pooled)
         if self.options["expansion"]:
             units = [x / x.detach().norm(dim=1, keepdim=True).clamp_min(1e-12) for x in (pooled, normed)]
@@ -236,6 +248,12 @@ class GFMNet(nn.Module):
         """Compile, in place, the parts that `forward` and `embed` share; the names of the weights stay."""
         for part in (self.visible, self.infrared, self.attention, self.shared):
             part.compile(**options)
+
+    def _own_parts(self, images, modality):
+        """What the parts that a modality has for itself make of its images."""
+        if modality == "infrared":
+            return self.infrared(images)
+        return self.visible(without_colour(images) if self.options["gray"] else images)
 
     def _features(self, x):
         return self.shared(self.attention(x))

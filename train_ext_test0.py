@@ -1,9 +1,9 @@
-"""Train GFMNet, one of its forerunners, DEEN or DNS on SYSU-MM01, RegDB or LLCM, testing as it goes.
+"""Train GFMNet, one of its forerunners, DEEN, DNS or gfm2 on SYSU-MM01, RegDB or LLCM, testing as it goes.
 
     python train_ext_test0.py --dataset sysu --gpu 1
 
-The defaults are GFMNet's published recipe; deen and dns have their own. The best epoch is chosen by Rank-1 (FC) on
-trial 0 of the TEST set, as published; --select val trains on fewer identities and chooses by the validation ids.
+The defaults are GFMNet's published recipe; deen, dns and gfm2 have their own. The best epoch is chosen by Rank-1 (FC)
+on trial 0 of the TEST set, as published; --select val trains on fewer identities and chooses by the validation ids.
 """
 
 import math
@@ -76,7 +76,8 @@ def get_args_parser():
         "--method",
         choices=METHODS,
         default="adp",
-        help="network, loss and recipe: base (two-stream baseline), agw, caj, adp (GFMNet), deen, or dns",
+        help="network, loss and recipe: base (two-stream baseline), agw, caj, adp (GFMNet), deen, dns, or "
+        "gfm2 (GFMNet without colour)",
     )
     flag("--arch", choices=ARCHS, default="resnet50", help="backbone")
     flag("--weights", default="imagenet", help="start of the backbone: imagenet, none (random), or a state-dict file")
@@ -87,28 +88,33 @@ def get_args_parser():
         help="first shared stage: each modality has its own stem and stages before it",
     )
     flag("--stages", type=int, choices=(3, 4), default=4, help="stages of the backbone: 3 leaves out the last")
-    flag("--afam", type=int, choices=(0, 1), default=1, help="0 leaves out GFMNet's attention (adp)")
+    flag("--afam", type=int, choices=(0, 1), default=1, help="0 leaves out GFMNet's attention (adp, gfm2)")
     flag("--local", type=int, choices=(0, 1), default=1, help="0 leaves out GFMNet's local branch and its loss (adp)")
     flag = parser.add_argument_group("loss").add_argument
     flag(
         "--weighting",
         choices=WEIGHTINGS,
         default="published",
-        help="weights of the triplet's distances (agw, caj, adp): published (the paper's softmax, which ignores large "
-        "distances), exact (a true softmax; from a start with large distances it may collapse at ln 2), or stable (a "
-        "true softmax of distances divided by their mean, so that the loss does not depend on scale)",
+        help="weights of the triplet's distances (agw, caj, adp, gfm2): published (the paper's softmax, which ignores "
+        "large distances), exact (a true softmax; from a start with large distances it may collapse at ln 2), or stable "
+        "(a true softmax of distances divided by their mean, so that the loss does not depend on scale)",
     )
     flag(
         "--square",
         type=int,
         choices=(0, 1),
         default=1,
-        help="square the triplet's difference of distances (caj, adp); choose 0 to train from random weights",
+        help="square the triplet's difference of distances (caj, adp, gfm2); choose 0 to train from random weights",
     )
     text = "margin of the hard (base, deen) and local (adp) triplets, and of the circle loss (dns)"
     flag("--margin", type=bounded(float, 0), default=0.3, help=text)
-    flag("--alpha", type=bounded(float, 0, above=True), default=1, help="sharpness of the triplet's weights (caj, adp)")
-    text = "scale of the triplet's exponent (caj, adp), and of the circle loss (dns)"
+    flag(
+        "--alpha",
+        type=bounded(float, 0, above=True),
+        default=1,
+        help="sharpness of the triplet's weights (caj, adp, gfm2)",
+    )
+    text = "scale of the triplet's exponent (caj, adp, gfm2), and of the circle loss (dns)"
     flag("--gamma", type=bounded(float, 0, above=True), default=1, help=text)
     flag = parser.add_argument_group("training").add_argument
     flag("--optim", choices=("sgd", "adam"), default="sgd", help="optimiser")
@@ -359,8 +365,8 @@ def check_flags(args):
             f"--method {args.method}: images of {args.img_h}x{args.img_w} have a feature map with an odd number of "
             "positions; choose an --img_h that is a multiple of 32"
         )
-    for flag in ("afam", "local"):
-        if args.method != "adp" and not getattr(args, flag):
+    for flag, part in (("afam", "attention"), ("local", "local")):
+        if not (getattr(args, flag) or METHODS[args.method].network[part]):
             raise InputError(f"--{flag} 0: --method {args.method} has no such part; leave it out, or use --method adp")
 
 
