@@ -96,8 +96,8 @@ def get_args_parser():
         choices=WEIGHTINGS,
         default="published",
         help="weights of the triplet's distances (agw, caj, adp, gfm2): published (the paper's softmax, which ignores "
-        "large distances), exact (a true softmax; from a start with large distances it may collapse at ln 2), or stable "
-        "(a true softmax of distances divided by their mean, so that the loss does not depend on scale)",
+        "large distances), exact (a true softmax; from a start with large distances it may collapse at ln 2), or "
+        "stable (a true softmax of distances divided by their mean, so that the loss does not depend on scale)",
     )
     flag(
         "--square",

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torchvision
 
 import data_manager
 from ChannelAug import normalise
@@ -16,7 +17,7 @@ from core.datasets import sysu_searches
 from core.results import scores
 from data_loader import eval_loader
 from eval_metrics import eval_regdb, eval_sysu
-from loss import Losses
+from loss import METHODS, Losses
 from model import GFMNet
 from test_eval_metrics import REGDB_KEYS, assert_metrics_close, random_problem
 from tests.oracles import lean_metrics, plain_test
@@ -24,7 +25,8 @@ from tools import bench
 from tools.benchmarks import gpu, measuring, step
 from utils import InputError
 
-SMALL = ["--gpu", "cpu", "--img_h", str(SIZE[0]), "--img_w", str(SIZE[1]), "--workers", "0"]
+SIZED = ["--gpu", "cpu", "--img_h", str(SIZE[0]), "--img_w", str(SIZE[1])]
+SMALL = [*SIZED, "--workers", "0"]
 NETWORK = [*SMALL, "--arch", "resnet18", "--repeats", "1"]
 
 
@@ -88,6 +90,19 @@ def test_step(capsys):
     assert list(budget) == ["loading", "augmentation", "forward", "loss", "backward", "optimiser"]
     assert min(budget.values()) > 0
     assert "where the time of a step goes" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_methods(capsys):
+    results = bench.main(["methods", *SIZED, "--arch", "resnet18", "--repeats", "1"])
+    assert list(results) == [*METHODS, "flags", "device", "cores", "python", "torch"]
+    # torchvision's network without its classifier, a second stem and first stage, the bottleneck, and our classifier.
+    network = torchvision.models.resnet18()
+    parts = [network, network.conv1, network.bn1, network.layer1]
+    count = sum(p.numel() for part in parts for p in part.parameters()) - 513 * 1000 + 2 * 512 + 64 * 512
+    assert results["base"]["parameters"] == count
+    assert [results[method]["images_per_step"] for method in ("adp", "deen", "dns", "gfm2")] == [96, 48, 48, 64]
+    assert "parameters, M" in capsys.readouterr().out
 
 
 def test_floors_count_what_a_layer_computes():

@@ -35,7 +35,8 @@ def test_mixtures_are_convex_and_cover_the_channels():
 def test_curve_is_linear_between_random_heights():
     ramp = torch.arange(256.0).view(1, 1, 1, 256).expand(50, 3, 2, 256)
     curved = random_curve(ramp, probability=1)
-    assert curved.min() >= 0 and curved.max() <= 255
+    assert curved.min() >= 0
+    assert curved.max() <= 255
     for image in curved.numpy():
         knots = np.linspace(0, 255, 5)
         # The heights at the inner knots lie between two values; each half of a piece gives its line.
@@ -60,7 +61,8 @@ def test_views():
     visible, infrared = (torch.randint(256, (5, 3, 16, 8), dtype=torch.uint8) for _ in range(2))
     labels = torch.arange(5)
     first, second, both = CurveAugmentation(1, 0, padding=0)(visible, infrared, labels)
-    assert first.shape == second.shape == visible.shape and torch.equal(both, labels.repeat(2))
+    assert first.shape == second.shape == visible.shape
+    assert torch.equal(both, labels.repeat(2))
     torch.testing.assert_close(without_colour(first), first, rtol=0, atol=5e-4)  # the mixture is gray
     plain, _, _ = CurveAugmentation(0, 0, padding=0)(visible, infrared, labels)
     for view, image in zip(plain, normalise(visible), strict=True):

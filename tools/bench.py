@@ -4,6 +4,7 @@
 
 data     preparing SYSU-MM01's arrays (time, peak memory); one epoch of sampler, loader and augmentation
 step     training steps against the published recipe; where the time of a step goes
+methods  what each --method costs: parameters, a training step, an image in a test
 loss     the aligned local loss, forward and backward, against a walk sample by sample
 metrics  Rank-k, mAP and mINP against Python lists query by query; memory of a search directly from features
 test     SYSU-MM01's test, from image files to metrics, against reading the files again for each gallery
@@ -27,6 +28,7 @@ from model import ARCHS
 from tools.benchmarks.data import bench_data
 from tools.benchmarks.embedding import bench_embed
 from tools.benchmarks.gpu import STAGES, bench_gpu
+from tools.benchmarks.methods import bench_methods
 from tools.benchmarks.search import bench_search
 from tools.benchmarks.step import bench_loss, bench_step
 from tools.benchmarks.testing import bench_metrics, bench_rerank, bench_test
@@ -35,6 +37,7 @@ from utils import ArgumentParser, bounded, cli, cores, select_device
 COMMANDS = {
     "data": bench_data,
     "step": bench_step,
+    "methods": bench_methods,
     "loss": bench_loss,
     "metrics": bench_metrics,
     "test": bench_test,
@@ -78,6 +81,8 @@ def get_args_parser():
     step = command("step", text, data=f"cache {images}", training=f"arch amp {batch}", run=run)
     step.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
     step.add_argument("--steps", type=bounded(int, 1), default=10, help="steps per turn")
+    text = "parameters of each --method, its training step and its test, on random images"
+    command("methods", text, data="img_h img_w", network="arch amp", run=run)
     command("loss", "the aligned local loss against a walk sample by sample", training=batch, run=run)
     metrics = command("metrics", "the metrics against Python lists query by query", run=run)
     metrics.add_argument("--queries", type=bounded(int, 1), default=20_000, help="queries of the search from features")

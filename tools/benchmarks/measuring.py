@@ -36,11 +36,19 @@ def compare(name, ours, baseline, repeats, device, per=1, before=lambda: None):
     """Time both by turns -> {"name", "ours_seconds", "baseline_seconds", "ratio"}, medians; prints them.
 
     per: units of work in a call; the seconds are per unit. before: called, untimed, before each turn.
+    """
+    ours, baseline = (time / per for time in alternate(name, [ours, baseline], repeats, device, before))
+    print(f"{name:52}{1000 * baseline:12.1f} ms{1000 * ours:12.2f} ms{baseline / ours:9.1f} x")
+    return {"name": name, "ours_seconds": ours, "baseline_seconds": baseline, "ratio": baseline / ours}
+
+
+def alternate(name, functions, repeats, device, before=lambda: None):
+    """Time functions by turns -> the median seconds of a call of each.
 
     A turn makes as many calls as fill 50 ms, after two to warm up (one, if that takes a second).
     """
     runs = []
-    for function in (ours, baseline):
+    for function in functions:
         calls = 1
         if seconds(function, 1, device) < 1:
             calls = max(1, int(0.05 / seconds(function, 1, device)))
@@ -51,9 +59,7 @@ def compare(name, ours, baseline, repeats, device, per=1, before=lambda: None):
         return seconds(*run)
 
     turns = [[turn(run) for run in runs] for _ in progress(range(repeats), desc=name, unit="turn", leave=False)]
-    ours, baseline = (statistics.median(times) / per for times in zip(*turns, strict=True))
-    print(f"{name:52}{1000 * baseline:12.1f} ms{1000 * ours:12.2f} ms{baseline / ours:9.1f} x")
-    return {"name": name, "ours_seconds": ours, "baseline_seconds": baseline, "ratio": baseline / ours}
+    return [statistics.median(times) for times in zip(*turns, strict=True)]
 
 
 def print_head():
