@@ -356,6 +356,8 @@ def load_network(checkpoint, path):
             size, state = published_image_size(options), convert_published_state(state)
         elif "options" in checkpoint and "image_size" in checkpoint:
             options, size = checkpoint["options"], tuple(checkpoint["image_size"])
+            if not (len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)):
+                raise InputError(f"its image_size {checkpoint['image_size']!r:.40} is no height and width; train again")
         else:
             raise InputError(
                 f"{next(iter(state))!r:.120} is no tensor of this repo's checkpoints, nor of the published baseline, "

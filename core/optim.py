@@ -8,7 +8,7 @@ from utils import InputError
 
 def build_optimizer(net, optim, lr, rates=()):
     """Bottleneck and classifier learn at the full rate, the parts in `rates` at their share of it, everything else at a
-    tenth (`lr_scale` of the groups, in rising order)."""
+    tenth. The groups have their share as `lr_scale` and stand in rising order of it."""
     rates = {"bottleneck": 1.0, "classifier": 1.0} | dict(rates)
     names, scaled = [name for name, _ in net.named_parameters()], {}
     for part in rates:

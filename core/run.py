@@ -25,7 +25,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-PROCESSES_AGREE = 10  # steps between two times that the processes agree on whether to save: it waits for the device
+AGREEMENT_STEPS = 10  # steps between two times that the processes agree on whether to save: it waits for the device
 
 
 class Run:
@@ -280,7 +280,7 @@ class SaveTimer:
         wishes = [self._received, int(time.monotonic() > self._next)]
         self._calls += 1
         if process_count() > 1:
-            if self.device.type == "cuda" and self._calls % PROCESSES_AGREE:
+            if self.device.type == "cuda" and self._calls % AGREEMENT_STEPS:
                 return False
             agreed = torch.tensor(wishes, device=self.device)
             dist.all_reduce(agreed, dist.ReduceOp.MAX)

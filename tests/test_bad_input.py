@@ -327,6 +327,12 @@ CASES = {
         ["--resume", "c.t"],
         ["c.t"],
     ),
+    "checkpoint without an image size": (
+        "test",
+        lambda: save("c.t", good_checkpoint(image_size=(-1, 0))),
+        ["--resume", "c.t"],
+        ["c.t: its image_size (-1, 0)", "train again"],
+    ),
     "checkpoint with unknown options": (
         "test",
         lambda: save("c.t", good_checkpoint(options={"num_classes": 10, "depth": 18})),
