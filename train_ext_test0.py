@@ -108,12 +108,8 @@ def get_args_parser():
     )
     text = "margin of the hard (base, deen) and local (adp) triplets, and of the circle loss (dns)"
     flag("--margin", type=bounded(float, 0), default=0.3, help=text)
-    flag(
-        "--alpha",
-        type=bounded(float, 0, above=True),
-        default=1,
-        help="sharpness of the triplet's weights (caj, adp, gfm2)",
-    )
+    text = "sharpness of the triplet's weights (caj, adp, gfm2)"
+    flag("--alpha", type=bounded(float, 0, above=True), default=1, help=text)
     text = "scale of the triplet's exponent (caj, adp, gfm2), and of the circle loss (dns)"
     flag("--gamma", type=bounded(float, 0, above=True), default=1, help=text)
     flag = parser.add_argument_group("training").add_argument
@@ -233,11 +229,8 @@ def train(args, run, data, test, device):
 
     net = build_network(args, data.num_classes, device, pretrained=not run.resumed)
     model = data_parallel(net, device)
-    criterion = MethodLoss(args.method, args.margin, args.alpha, args.gamma, args.square, args.weighting)
-    method = METHODS[args.method]
-    augmentation = AUGMENTATIONS[method.augmentations.get(args.dataset, method.augmentation)]
-    augment = augmentation(args.augc, args.rande, args.padding, args.erase_area)
-    optimizer = build_optimizer(net, args.optim, args.lr, method.rates)
+    criterion, augment = build_loss(args), build_augmentation(args)
+    optimizer = build_optimizer(net, args.optim, args.lr, METHODS[args.method].rates)
 
     run.start(net, optimizer, device, data.num_images, sampler.steps)
     run.log.text(describe(args, data, search, sampler.steps, device))
@@ -274,6 +267,16 @@ def build_network(args, num_classes, device, pretrained):
     if args.compile:
         net.compile()
     return net
+
+
+def build_loss(args):
+    return MethodLoss(args.method, args.margin, args.alpha, args.gamma, args.square, args.weighting)
+
+
+def build_augmentation(args):
+    method = METHODS[args.method]
+    augmentation = AUGMENTATIONS[method.augmentations.get(args.dataset, method.augmentation)]
+    return augmentation(args.augc, args.rande, args.padding, args.erase_area)
 
 
 def data_parallel(net, device):

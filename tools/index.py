@@ -80,7 +80,22 @@ def open_index(uri, create=False):
 
 class Index:
     """What both kinds share. Each method is one transaction. Subclasses give `search` and what talks to the
-    database."""
+    database: `connection`, `driver` (its module) and the `_remedy` of an error."""
+
+    def close(self):
+        self.connection.close()
+
+    @contextlib.contextmanager
+    def _errors(self):
+        try:
+            yield
+        except InputError:
+            raise
+        except self.driver.IntegrityError as error:
+            raise InputError(f"{self.uri}: another checkpoint has replaced this version; run again") from error
+        except (self.driver.Error, ValueError) as error:  # ValueError: vectors of another size
+            reason = str(error).strip().partition("\n")[0]
+            raise InputError(f"{self.uri}: cannot be used as an index ({reason}); {self._remedy(error)}") from error
 
     def versions(self):
         """Dicts with VERSION, the one that serves first."""
@@ -157,6 +172,8 @@ class Index:
 class FileIndex(Index):
     """One SQLite file. The vectors of a version are read into memory, and compared with all of a query's."""
 
+    driver = sqlite3
+
     def __init__(self, path, create=False):
         self.uri, self.blocks, self.seen = str(path), [], None
         if Path(path).is_dir():
@@ -186,23 +203,12 @@ class FileIndex(Index):
             elif sorted(found) != sorted(ours):
                 raise InputError(f"{self.uri}: is not an index, or was written by another program; choose another file")
 
-    def close(self):
-        self.connection.close()
-
-    @contextlib.contextmanager
-    def _errors(self):
-        try:
-            yield
-        except InputError:
-            raise
-        except sqlite3.IntegrityError as error:
-            raise InputError(f"{self.uri}: another checkpoint has replaced this version; run again") from error
-        except (sqlite3.Error, ValueError) as error:  # ValueError: vectors of another size
-            remedy = {
-                "SQLITE_FULL": "free some space and run again; the index is intact",
-                "SQLITE_BUSY": "another process keeps it; run again later",
-            }.get(getattr(error, "sqlite_errorname", None), "check the file, or remove it and index again")
-            raise InputError(f"{self.uri}: cannot be used as an index ({error}); {remedy}") from error
+    @staticmethod
+    def _remedy(error):
+        return {
+            "SQLITE_FULL": "free some space and run again; the index is intact",
+            "SQLITE_BUSY": "another process keeps it; run again later",
+        }.get(getattr(error, "sqlite_errorname", None), "check the file, or remove it and index again")
 
     @contextlib.contextmanager
     def transaction(self, write=True):
@@ -311,12 +317,12 @@ class ServerIndex(Index):
             import psycopg
         except ImportError as error:
             raise InputError(f'{uri}: needs python -m pip install "psycopg[binary]" pgvector ({error})') from error
-        self.uri, self.psycopg, self.register, self.connection = uri, psycopg, pgvector.psycopg.register_vector, None
+        self.uri, self.driver, self.register, self.connection = uri, psycopg, pgvector.psycopg.register_vector, None
         with self._errors():
             self._connect(create)
 
     def _connect(self, create=False):
-        self.connection = self.psycopg.connect(self.uri, autocommit=True, connect_timeout=10)
+        self.connection = self.driver.connect(self.uri, autocommit=True, connect_timeout=10)
         with self.connection.transaction():
             self._run("SELECT pg_advisory_xact_lock(7316)")  # two processes must not make the tables at once
             exists = self._run("SELECT to_regclass('images')").fetchone()[0]
@@ -328,19 +334,9 @@ class ServerIndex(Index):
                     self._run(sql)
         self.register(self.connection)
 
-    def close(self):
-        self.connection.close()
-
-    @contextlib.contextmanager
-    def _errors(self):
-        try:
-            yield
-        except self.psycopg.IntegrityError as error:
-            raise InputError(f"{self.uri}: another checkpoint has replaced this version; run again") from error
-        except self.psycopg.Error as error:
-            reason = str(error).strip().splitlines()[0]
-            remedy = "check the address, the server and PGPASSWORD, and run again"
-            raise InputError(f"{self.uri}: cannot be used as an index ({reason}); {remedy}") from error
+    @staticmethod
+    def _remedy(_):
+        return "check the address, the server and PGPASSWORD, and run again"
 
     @contextlib.contextmanager
     def transaction(self, write=True):

@@ -6,19 +6,18 @@ import time
 from pathlib import Path
 
 import numpy as np
-import onnx
 import torch
-from onnxruntime import quantization
 from PIL import Image
 
 from core.checkpoint import save_checkpoint
 from model import GFMNet
-from tools import export
 from tools.embedder import Embedder
 
 
 def bench_embed(args, device):
     """A random network embeds smooth random images; int8 is calibrated on the first 32 of them."""
+    from tools import export  # only here: the other benchmarks need no ONNX
+
     with tempfile.TemporaryDirectory() as folder:
         paths = draw_images(args, folder)
         torch.manual_seed(0)
@@ -66,6 +65,8 @@ def draw_images(args, folder):
 
 def quantise(source, target, paths):
     """Write an ONNX file of tools.export with weights and activations in int8, calibrated on images."""
+    import onnx
+    from onnxruntime import quantization
 
     class Images(quantization.CalibrationDataReader):
         def __init__(self):

@@ -3,10 +3,10 @@
 import torch
 
 import train_ext_test0
-from ChannelAug import AUGMENTATIONS, normalise
+from ChannelAug import normalise
 from core import engine
 from core.optim import build_optimizer
-from loss import METHODS, MethodLoss
+from loss import METHODS
 from tools.benchmarks.measuring import alternate
 from tools.benchmarks.step import PEOPLE
 from utils import seed_everything
@@ -41,10 +41,9 @@ class MethodRun:
         seed_everything(0)
         self.device, self.amp = device, args.amp
         self.net = train_ext_test0.build_network(recipe, PEOPLE, device, pretrained=True)
-        spec = METHODS[method]
-        self.augment = AUGMENTATIONS[spec.augmentation](recipe.augc, recipe.rande, recipe.padding, recipe.erase_area)
-        self.criterion = MethodLoss(method, recipe.margin, recipe.alpha, recipe.gamma, recipe.square, recipe.weighting)
-        self.optimizer = build_optimizer(self.net, recipe.optim, 1e-6, spec.rates)
+        self.augment = train_ext_test0.build_augmentation(recipe)
+        self.criterion = train_ext_test0.build_loss(recipe)
+        self.optimizer = build_optimizer(self.net, recipe.optim, 1e-6, METHODS[method].rates)
         labels = torch.arange(recipe.batch_size, device=device).repeat_interleave(recipe.num_pos)
         shape = (len(labels), 3, args.img_h, args.img_w)
         self.images = torch.randint(256, shape, dtype=torch.uint8, device=device)
