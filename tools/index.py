@@ -316,7 +316,8 @@ class ServerIndex(Index):
             import pgvector.psycopg
             import psycopg
         except ImportError as error:
-            raise InputError(f'{uri}: needs python -m pip install "psycopg[binary]" pgvector ({error})') from error
+            install = 'python -m pip install "psycopg[binary]>=3.2.3" "pgvector>=0.5"'
+            raise InputError(f"{uri}: needs {install} ({error})") from error
         self.uri, self.driver, self.register, self.connection = uri, psycopg, pgvector.psycopg.register_vector, None
         with self._errors():
             self._connect(create)
