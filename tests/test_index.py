@@ -181,7 +181,7 @@ def test_a_server_that_cannot_be_used_is_one_line(database, postgres, monkeypatc
 
 def test_a_missing_client_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "psycopg", None)
-    with pytest.raises(InputError, match=r'needs python -m pip install "psycopg\[binary\]" pgvector'):
+    with pytest.raises(InputError, match=r'needs python -m pip install "psycopg\[binary\]>=3.2.3" "pgvector>=0.5"'):
         open_index("postgresql://127.0.0.1/a")
     with pytest.raises(InputError, match="http://127.0.0.1:1: unknown kind of address; pass a file, or postgresql://"):
         open_index("http://127.0.0.1:1")
