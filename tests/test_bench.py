@@ -21,7 +21,7 @@ from loss import METHODS, Losses
 from model import GFMNet
 from test_eval_metrics import REGDB_KEYS, assert_metrics_close, random_problem
 from tests.oracles import lean_metrics, plain_test
-from tools import bench
+from tools import bench, sweep
 from tools.benchmarks import gpu, measuring, step
 from utils import InputError
 
@@ -161,16 +161,24 @@ def test_gpu_keeps_each_stage_and_goes_on_after_one_that_fails(tmp_path, monkeyp
     assert "ratio" in json.loads(results["loss"]["files"]["loss.json"][0])
     assert "No module named" in results["rerank"]["runs"][0]["stderr"]
     assert gpu.run_recorded(["-c", "import time; time.sleep(60)"], 1)["status"] == "timeout"
+    out.write_text("figures")
+    with pytest.raises(InputError, match="gpu.json: holds no results of earlier stages"):
+        bench.main(["gpu", "--out", str(out)])
+    assert out.read_text() == "figures"
 
 
-def test_gpu_plans_commands_that_the_programs_accept():
+def test_gpu_plans_commands_that_the_programs_accept(tmp_path):
     args = bench.get_args_parser().parse_args(["gpu", "--out", "a.json"])
     names = [name for name, *_ in gpu.plan(args, "work")]
-    assert len(names) == len(set(names)) == 17
+    assert len(names) == len(set(names)) == 12
     for _, commands, _ in gpu.plan(args, "work"):
         for command in commands:
             if command[:2] == ["-m", "tools.bench"]:
                 assert bench.get_args_parser().parse_args(command[2:]).json.startswith("work/")
+            if command[:2] == ["-m", "tools.sweep"]:
+                split = command.index("--")
+                plan = sweep.new_plan(sweep.get_args_parser().parse_args(command[2:split]), command[split + 1 :])
+                assert len(sweep.plan_runs(plan, tmp_path)) == 6
 
 
 @pytest.mark.parametrize("server", [False, pytest.param(True, marks=pytest.mark.slow)])

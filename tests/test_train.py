@@ -12,6 +12,7 @@ import urllib.error
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -20,7 +21,6 @@ import data_manager
 import testa
 import train_ext_test0
 import utils
-from ChannelAug import TrainAugmentation
 from conftest import SIZE, flags, log_entries, parse, search_flags, tiny_flags
 from core import engine, optim
 from core.dns import CircleLoss
@@ -30,6 +30,7 @@ from model import GFMNet
 from utils import InputError
 
 REPO = Path(utils.__file__).parent
+BY_METHOD = [["--method", method, "--schedule", "step"] for method in METHODS]
 
 
 @pytest.mark.slow
@@ -254,23 +255,29 @@ def test_optimiser_of_a_gpu_goes_on_without_one():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("more", [["--cache", "gpu"], ["--cache", "disk", "--workers", "2"], ["--compile"]])
+@pytest.mark.parametrize("more", [["--cache", "disk", "--workers", "2"], ["--compile"], *BY_METHOD])
 def test_training_on_the_gpu_under_bf16(sysu_tree, tmp_path, more):
     more = ["--gpu", "0", "--amp", "bf16", "--epochs", "2", *more]
     result = train_ext_test0.main([*flags(sysu_tree, tmp_path), *more])
-    rows = testa.main(["--data_path", str(sysu_tree), "--resume", result["best"], "--gpu", "0"])
+    test = ["--data_path", str(sysu_tree), "--resume", result["best"]]
+    rows = testa.main([*test, "--gpu", "0", "--features", str(tmp_path / "gpu.npz")])
     assert all(math.isfinite(value) for row in rows for value in row["mean"].values())
+    testa.main([*test, "--gpu", "cpu", "--features", str(tmp_path / "cpu.npz")])
+    gpu, cpu = (np.load(tmp_path / f"{device}.npz") for device in ("gpu", "cpu"))
+    for name in [name for name in cpu if cpu[name].dtype == np.float32]:
+        assert (gpu[name] * cpu[name]).sum(axis=1).min() > 0.999, name  # convolutions of the GPU are in TF32
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_steps_do_not_wait_for_the_gpu(sysu_tree, monkeypatch, amp):
+@pytest.mark.parametrize("more", [["--amp", "off"], *(["--amp", "bf16", *method] for method in BY_METHOD)])
+def test_steps_do_not_wait_for_the_gpu(sysu_tree, tmp_path, monkeypatch, more):
     """But for the readings of the losses, which the first step and every tenth have, no step waits for the device."""
     device = torch.device("cuda")
+    args = parse(*flags(sysu_tree, tmp_path, *more, "--lr", "1e-6"))
     data = sysu_train(sysu_tree, SIZE)
     sampler = IdentitySampler(data, 4, 2, 0)
-    net = GFMNet(data.num_classes, "resnet18").to(device, memory_format=torch.channels_last)
-    optimizer = train_ext_test0.build_optimizer(net, "sgd", 1e-6)
+    net = train_ext_test0.build_network(args, data.num_classes, device, pretrained=True)
+    optimizer = train_ext_test0.build_optimizer(net, "sgd", args.lr, METHODS[args.method].rates)
     loader = train_loader(data, sampler, 0, device, "gpu")
 
     def loader_that_forbids():
@@ -282,7 +289,8 @@ def test_steps_do_not_wait_for_the_gpu(sysu_tree, monkeypatch, amp):
         torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(engine, "LOG_STEPS", 10**9)
-    run = partial(engine.train_epoch, net, MethodLoss(), optimizer, augment=TrainAugmentation(), device=device, amp=amp)
+    criterion, augment = train_ext_test0.build_loss(args), train_ext_test0.build_augmentation(args)
+    run = partial(engine.train_epoch, net, criterion, optimizer, augment=augment, device=device, amp=args.amp)
     meter = run(loader)
     try:
         run(loader_that_forbids(), meter=meter)

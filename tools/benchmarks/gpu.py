@@ -14,7 +14,7 @@ from core.files import check_output, save_json
 from tools.benchmarks.measuring import REPO
 from utils import InputError
 
-STAGES = ("tests", "step", "loss", "metrics", "rerank", "data", "train")
+STAGES = ("tests", "step", "methods", "loss", "metrics", "rerank", "data", "train")
 LONGEST = 30_000  # characters of an output that are kept
 STEPS = {
     "step float32": ["--amp", "off"],
@@ -24,8 +24,10 @@ STEPS = {
 }
 DEMO = ["--layout", "sysu", "--ids", "100", "--images", "4"]
 SMALL = ["--img_h", "96", "--img_w", "48"]
-TRAIN = ["--arch", "resnet18", "--weights", "none", "--square", "0", "--rande", "0.2", "--optim", "adam"]
-TRAIN += ["--lr", "0.01", "--epochs", "11", "--warmup", "1", "--milestones", "8", "--eval_every", "5"]
+SWEEP = ["--vary", "amp=off,bf16", "--seeds", "0", "1", "2"]
+TRAIN = ["--arch", "resnet18", "--weights", "none", "--weighting", "stable", "--padding", "6", "--rande", "0"]
+TRAIN += ["--batch_size", "16", "--num_pos", "2", "--optim", "adam", "--lr", "0.01", "--epochs", "11", "--warmup", "0"]
+TRAIN += ["--milestones", "8", "--eval_every", "5"]
 
 
 def bench_gpu(args):
@@ -40,7 +42,10 @@ def bench_gpu(args):
         raise InputError("PyTorch sees no CUDA device; run this on a machine with a GPU")
     if args.like and not Path(args.like).is_file():
         raise InputError(f"--like {args.like}: no such file; pass SYSU-MM01's rand_perm_cam.mat, or leave it out")
-    results = json.loads(out.read_text()) if out.is_file() else {}
+    try:
+        results = json.loads(out.read_text()) if out.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{out}: holds no results of earlier stages ({error}); choose another --out") from error
     with tempfile.TemporaryDirectory() as work:
         for name, commands, files in plan(args, work):
             results[name] = {"runs": []}
@@ -77,17 +82,15 @@ def plan(args, work):
         line = ["-m", "tools.bench", command, *flags, *gpu, "--json", f"{work}/{name}.json"]
         return name, [line], [f"{name}.json"]
 
-    def train(amp, seed):
-        flags = ["--data_path", tree, *SMALL, *TRAIN, *gpu, "--amp", amp, "--seed", str(seed)]
-        flags += ["--model_path", f"{work}/{amp}{seed}", "--log_path", f"{work}/{amp}{seed}"]
-        return f"train {amp} seed {seed}", [["train_ext_test0.py", *flags]], [f"{amp}{seed}/sysu_log/*.jsonl"]
-
     data, preparation, files = bench("data", "data", "--data_path", large)
     test = ["--amp", "bf16", "--workers", "16", "--repeats", "1"]
     make_tree = [["-m", "tools.demo_data", "--out", tree, *DEMO], ["pre_process_sysu.py", "--data_path", tree, *SMALL]]
+    sweep = ["-m", "tools.sweep", "--out", f"{work}/sweep", "--gpus", args.gpu, *SWEEP]
+    sweep += ["--", "--data_path", tree, *SMALL, *TRAIN]
     runs = {
         "tests": [("tests", [["-m", "pytest", "-q", "-m", "gpu"]], [])],
-        "step": [bench(name, "step", *flags) for name, flags in STEPS.items()],
+        "step": [bench(name, "step", *flags, "--repeats", "3") for name, flags in STEPS.items()],
+        "methods": [bench("methods", "methods", "--amp", "bf16", "--repeats", "3")],
         "loss": [bench("loss", "loss")],
         "metrics": [bench("metrics", "metrics")],
         "rerank": [bench("rerank", "rerank")],
@@ -95,6 +98,6 @@ def plan(args, work):
             (data, [["-m", "tools.demo_data", "--out", large, *size], *preparation], files),
             bench("test", "test", "--data_path", large, *test),
         ],
-        "train": [("demo data", make_tree, [])] + [train(amp, seed) for seed in range(3) for amp in ("off", "bf16")],
+        "train": [("train", [*make_tree, sweep], ["sweep/table.json", "sweep/*/*/log/*/*.jsonl"])],
     }
     return [run for stage in args.only for run in runs[stage]]
