@@ -17,9 +17,10 @@ from ChannelAug import AUGMENTATIONS, ERASE_AREA, PADDING, normalise
 from core import engine, results
 from core.datasets import DATASETS, check_options, option_values, search_title
 from core.distributed import broadcast_buffers, leave_processes, start_processes
-from core.log import log_epoch, read_json_lines
+from core.log import log_epoch
 from core.optim import build_optimizer, set_rates
 from core.run import Run
+from core.step import GraphedStep, TrainStep
 from data_loader import CACHES, IdentitySampler, eval_loader, train_loader
 from loss import METHODS, WEIGHTINGS, MethodLoss
 from model import ARCHS, GFMNet
@@ -30,15 +31,12 @@ from utils import (
     check_device,
     cli,
     process_count,
-    process_index,
     seed_everything,
 )
 
-FIGURE_QUERIES, FIGURE_IMAGES = 6, 10  # of a sheet of rankings
-
 # Flags that a resumed run may give anew: where things are and how fast they go, not what is computed.
 MAY_CHANGE = {"workers", "cache", "gpu", "compile", "epochs", "eval_every", "test_batch", "save_epoch", "save_minutes"}
-MAY_CHANGE |= {"model_path", "log_path", "figures", "resume", "data_path"}
+MAY_CHANGE |= {"model_path", "log_path", "figures", "resume", "data_path", "graph"}
 
 
 class TrainParser(ArgumentParser):
@@ -153,6 +151,8 @@ def get_args_parser():
     flag("--gpu", default="0", help="number of the GPU, or cpu; under torchrun, each process takes its own GPU")
     flag("--amp", choices=("off", "bf16"), default="off", help="mixed precision: bf16 runs the network in bfloat16")
     flag("--compile", action="store_true", help="compile the network with torch.compile")
+    text = "0 lets the CPU start each task of a step, instead of a CUDA graph of all; for one GPU, without --compile"
+    flag("--graph", type=int, choices=(0, 1), default=1, help=text)
     flag(
         "--sync_bn",
         type=int,
@@ -229,7 +229,7 @@ def train(args, run, data, test, device):
 
     net = build_network(args, data.num_classes, device, pretrained=not run.resumed)
     model = data_parallel(net, device)
-    criterion, augment = build_loss(args), build_augmentation(args)
+    step = build_step(args, model, device)
     optimizer = build_optimizer(net, args.optim, args.lr, METHODS[args.method].rates)
 
     run.start(net, optimizer, device, data.num_images, sampler.steps)
@@ -240,7 +240,7 @@ def train(args, run, data, test, device):
         sampler.set_epoch(epoch, meter.step)
         schedule = partial(set_rates, optimizer, args, epoch, sampler.steps)
         title = f"epoch {epoch}/{args.epochs - 1}"
-        engine.train_epoch(model, criterion, optimizer, loader, augment, device, args.amp, title, meter, run, schedule)
+        engine.train_epoch(step, optimizer, loader, title, meter, run, schedule)
         lr = schedule(sampler.steps - 1)
         entry, tested = {"epoch": epoch, "lr": lr, "select": args.select, **meter.summary()}, None
         if epoch % args.eval_every == 0 or epoch == args.epochs - 1:
@@ -250,7 +250,7 @@ def train(args, run, data, test, device):
         log_epoch(run.log, title, entry, args)
         run.end_epoch(entry)
         if figures and tested:
-            draw(figures, run.log, title, tested, test)
+            figures.draw_epoch(run.log, title, tested, test)
     return run.finish()
 
 
@@ -267,6 +267,12 @@ def build_network(args, num_classes, device, pretrained):
     if args.compile:
         net.compile()
     return net
+
+
+def build_step(args, model, device):
+    graphed = args.graph and device.type == "cuda" and process_count() == 1 and not args.compile
+    kind = GraphedStep if graphed else TrainStep
+    return kind(model, build_loss(args), build_augmentation(args), device, args.amp)
 
 
 def build_loss(args):
@@ -333,24 +339,6 @@ def import_figures(log):
         log.text("Matplotlib is not installed, so --figures draws nothing; to get figures: pip install matplotlib")
         return None
     return figures
-
-
-def draw(figures, log, title, tested, test):
-    """Draw the run's curves, and of the epoch that was logged last some queries, the same after each epoch, with the
-    images nearest to them by FC."""
-    if process_index() > 0:
-        return
-    entries, (search,), matches = read_json_lines(log.json_path), test.searches, tested.matches["FC"]
-    curves = figures.epoch_curves({log.json_path.stem: entries}, ["total", "correct", "FC/Rank-1", "FC/mAP"])
-    chosen = results.choose_queries(matches, search, "random", FIGURE_QUERIES)
-    ranked = results.rank_images(tested.features, test.paths, search, "FC", matches, chosen, FIGURE_IMAGES)
-    ids = {"test": "test ids", "val": "VALIDATION ids"}[search.setting["split"]]
-    title = f"{title}: {ids}, {search_title(search.setting)}, trial {search.setting['trial']}; FC"
-    sheet = figures.ranking_sheet(figures.ranking_tiles(ranked), title)
-    epoch, folder = entries[-1]["epoch"], log.json_path.with_suffix("")
-    for tag, figure, name in (("curves", curves, "curves"), ("ranking", sheet, f"ranking_epoch_{epoch}")):
-        figures.save(figure, folder / f"{name}.png")
-        log.image(tag, folder / f"{name}.png", epoch)
 
 
 def check_flags(args):

@@ -17,19 +17,17 @@ class FeaturesNotFinite(InputError):
     """A network's features are not finite."""
 
 
-def train_epoch(
-    net, criterion, optimizer, loader, augment, device, amp="off", desc="train", meter=None, saver=None, schedule=None
-):
+def train_epoch(step, optimizer, loader, desc="train", meter=None, saver=None, schedule=None):
     """One pass over `loader`, or the rest of it -> `EpochMeter` of the whole epoch.
 
-    augment: uint8 (visible, infrared) and labels on the device -> the two inputs of `net`, and their labels;
-    criterion(output, labels) -> a named tuple of scalar tensors whose `total` is minimised, criterion.health(output,
-    labels) -> another. meter: of the steps before `loader`'s first batch. saver: after each step, saver.due() says
-    whether to call saver.save(meter). schedule(step), before each step of the epoch, from 0, sets the learning rates.
+    step: a `step.TrainStep`, whose criterion.health(output, labels) -> a named tuple of scalars. meter: of the steps
+    before `loader`'s first batch. saver: after each step, saver.due() says whether to call saver.save(meter).
+    schedule(number), before each step of the epoch, from 0, sets the learning rates.
 
     Raises Diverged when a loss or gradient is not finite. That is read every few steps, as it waits for the device, so
     that some more steps may follow; but a network with a weight that is not finite is never saved or returned.
     """
+    net, device = step.net, step.device
     net.train()
     meter = meter or EpochMeter(device)
     meter.start_clock()
@@ -37,17 +35,12 @@ def train_epoch(
         for batch in bar:
             if schedule is not None:
                 schedule(meter.step)
-            visible, infrared, labels = augment(*(t.to(device, non_blocking=True) for t in batch))
-            with autocast(device, amp):
-                output = net(visible, infrared)
-            losses = criterion(output, labels)
-            optimizer.zero_grad(set_to_none=True)
-            losses.total.backward()
+            losses, output, labels = step(*(t.to(device, non_blocking=True) for t in batch))
             meter.add(losses, [p.grad for p in net.parameters() if p.grad is not None])
             optimizer.step()
             meter.images += len(labels)
             if meter.step % LOG_STEPS == 0 or meter.step == 1:
-                meter.read(criterion.health(output, labels))
+                meter.read(step.criterion.health(output, labels))
                 bar.set_postfix({name: f"{value:.3f}" for name, value in meter.means().items()})
                 meter.check(desc)
             if saver is not None and saver.due():

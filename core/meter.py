@@ -66,8 +66,10 @@ class EpochMeter:
 
     def check(self, desc, weights=()):
         """Raise Diverged on all processes if any of them had a step that is not finite, or has such `weights`."""
-        bad = [self.first_bad] + [torch.where(torch.isfinite(w).all(), torch.inf, self.step) for w in weights]
-        if (step := min_over_processes(torch.stack(bad).min()).item()) <= self.step:
+        bad = self.first_bad
+        if weights:
+            bad = torch.where(torch.isfinite(get_total_norm(weights)), bad, bad.clamp_max(self.step))
+        if (step := min_over_processes(bad.clone()).item()) <= self.step:
             raise Diverged(
                 f"{desc}: the loss, its gradient or a weight is not finite from step {int(step)} on; lower --lr"
             )

@@ -94,7 +94,7 @@ def test_step(capsys):
 
 @pytest.mark.slow
 def test_methods(capsys):
-    results = bench.main(["methods", *SIZED, "--arch", "resnet18", "--repeats", "1"])
+    results = bench.main(["methods", *SIZED, "--arch", "resnet18", "--repeats", "1", "--steps", "1"])
     assert list(results) == [*METHODS, "flags", "device", "cores", "python", "torch"]
     # torchvision's network without its classifier, a second stem and first stage, the bottleneck, and our classifier.
     network = torchvision.models.resnet18()

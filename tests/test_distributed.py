@@ -24,6 +24,7 @@ from core.datasets import regdb_train
 from core.distributed import leave_processes, sum_over_processes
 from core.meter import Diverged, EpochMeter
 from core.run import SaveTimer
+from core.step import TrainStep
 from data_loader import IdentitySampler
 from loss import METHODS, MethodLoss
 from model import GFMNet
@@ -192,9 +193,8 @@ def diverging_epoch(index, count, file):
     criterion = Criterion(loss=[3] if index == count - 1 else [])
     model, meter = DistributedDataParallel(Net()), EpochMeter(torch.device("cpu"))
     try:
-        engine.train_epoch(
-            model, criterion, torch.optim.Adam(model.parameters()), batches(25), plain, meter.losses.device, meter=meter
-        )
+        step = TrainStep(model, criterion, plain, meter.losses.device)
+        engine.train_epoch(step, torch.optim.Adam(model.parameters()), batches(25), meter=meter)
     except Diverged as error:
         Path(f"{file}.{index}").write_text(f"{meter.step} {error}")
     del model, criterion

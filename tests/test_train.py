@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from torch.nn.utils import get_total_norm
 
 import data_manager
 import testa
@@ -269,11 +270,12 @@ def test_training_on_the_gpu_under_bf16(sysu_tree, tmp_path, more):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("more", [["--amp", "off"], *(["--amp", "bf16", *method] for method in BY_METHOD)])
-def test_steps_do_not_wait_for_the_gpu(sysu_tree, tmp_path, monkeypatch, more):
+@pytest.mark.parametrize("graph", ["0", "1"])
+@pytest.mark.parametrize("method", BY_METHOD)
+def test_steps_do_not_wait_for_the_gpu(sysu_tree, tmp_path, monkeypatch, method, graph):
     """But for the readings of the losses, which the first step and every tenth have, no step waits for the device."""
     device = torch.device("cuda")
-    args = parse(*flags(sysu_tree, tmp_path, *more, "--lr", "1e-6"))
+    args = parse(*flags(sysu_tree, tmp_path, *method, "--amp", "bf16", "--graph", graph, "--lr", "1e-6"))
     data = sysu_train(sysu_tree, SIZE)
     sampler = IdentitySampler(data, 4, 2, 0)
     net = train_ext_test0.build_network(args, data.num_classes, device, pretrained=True)
@@ -289,14 +291,32 @@ def test_steps_do_not_wait_for_the_gpu(sysu_tree, tmp_path, monkeypatch, more):
         torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(engine, "LOG_STEPS", 10**9)
-    criterion, augment = train_ext_test0.build_loss(args), train_ext_test0.build_augmentation(args)
-    run = partial(engine.train_epoch, net, criterion, optimizer, augment=augment, device=device, amp=args.amp)
+    run = partial(engine.train_epoch, train_ext_test0.build_step(args, net, device), optimizer)
     meter = run(loader)
     try:
         run(loader_that_forbids(), meter=meter)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert meter.step == 2 * len(sampler)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", BY_METHOD)
+def test_graph_of_a_step_computes_what_its_tasks_compute(sysu_tree, tmp_path, method):
+    """Recording it changes nothing: not the statistics, nor the random numbers that augmentation draws."""
+    device, data, found = torch.device("cuda"), sysu_train(sysu_tree, SIZE), []
+    for graph in ("0", "1"):
+        utils.seed_everything(0)
+        args = parse(*flags(sysu_tree, tmp_path, *method, "--graph", graph))
+        net = train_ext_test0.build_network(args, data.num_classes, device, pretrained=True)
+        step = train_ext_test0.build_step(args, net, device)
+        optimizer = train_ext_test0.build_optimizer(net, "sgd", 1e-6, METHODS[args.method].rates)
+        loader = train_loader(data, IdentitySampler(data, 4, 2, 0), 0, device, "gpu")
+        meter = engine.train_epoch(step, optimizer, loader)
+        gradient = get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
+        found.append({"losses": meter.losses / meter.step, "gradient": gradient, **net.state_dict()})
+        assert (getattr(step, "graph", None) is not None) == (graph == "1")
+    torch.testing.assert_close(*found, rtol=0.02, atol=1e-3)  # two runs on a GPU differ in the order of sums
 
 
 @pytest.mark.gpu

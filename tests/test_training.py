@@ -18,6 +18,7 @@ from conftest import SIZE, flags, log_entries, parse
 from core import engine
 from core.log import warnings
 from core.meter import Diverged, EpochMeter
+from core.step import TrainStep
 from data_loader import CachedBatches, IdentitySampler, TrainData, sysu_train
 from loss import Health, Losses, MethodLoss, SquaredTripletLoss
 from model import Output
@@ -97,7 +98,7 @@ def test_a_step_that_is_not_finite_stops_the_run(bad, saves, first, last):
     loader, net, criterion, meter = batches(23), Net(), Criterion(**bad), EpochMeter(CPU)
     optimizer, saver = torch.optim.Adam(net.parameters()), Saver(meter, *saves)
     with pytest.raises(Diverged, match=f"^epoch 3/9: the loss.* is not finite from step {first} on; lower --lr"):
-        engine.train_epoch(net, criterion, optimizer, loader, plain, CPU, "off", "epoch 3/9", meter, saver)
+        engine.train_epoch(TrainStep(net, criterion, plain, CPU), optimizer, loader, "epoch 3/9", meter, saver)
     assert meter.step == last
     assert [state["step"] for state in saver.saved] == [step for step in saves if step < first]
 
@@ -116,13 +117,13 @@ def test_a_network_with_a_weight_that_is_not_finite_is_not_returned(broken):
             return Losses(*[torch.zeros((), requires_grad=True)] * 5)
 
     with pytest.raises(Diverged, match="is not finite from step 3 on"):
-        engine.train_epoch(net, Blind(), torch.optim.Adam(net.parameters()), batches(3), augment, CPU)
+        engine.train_epoch(TrainStep(net, Blind(), augment, CPU), torch.optim.Adam(net.parameters()), batches(3))
 
 
 def test_an_epoch_goes_on_from_any_checkpoint_of_its_meter():
     loader, net, criterion, meter = batches(25), Net(), Criterion(), EpochMeter(CPU)
     optimizer, saver = torch.optim.Adam(net.parameters(), lr=0), Saver(meter, 3, 10, 17, 25)
-    engine.train_epoch(net, criterion, optimizer, loader, plain, CPU, meter=meter, saver=saver)
+    engine.train_epoch(TrainStep(net, criterion, plain, CPU), optimizer, loader, meter=meter, saver=saver)
     assert criterion.read == [1, 10, 20]
     whole = meter.summary()
     assert whole["images_per_second"] == pytest.approx(25 * 8 / whole["seconds"], rel=0.1)
@@ -132,7 +133,7 @@ def test_an_epoch_goes_on_from_any_checkpoint_of_its_meter():
         resumed, rest = EpochMeter.from_checkpoint(older, CPU), Criterion()
         rest.step = state["step"]
         loader.sampler.set_epoch(0, state["step"])
-        engine.train_epoch(net, rest, optimizer, loader, plain, CPU, meter=resumed)
+        engine.train_epoch(TrainStep(net, rest, plain, CPU), optimizer, loader, meter=resumed)
         for name, value in resumed.summary().items():
             if "second" not in name:
                 assert value == pytest.approx(whole[name]), name
@@ -267,7 +268,7 @@ def test_two_thousand_steps_take_no_more_memory_than_a_hundred(sysu_tree):
     measured = []
     for epoch in range(20):
         sampler.set_epoch(epoch)
-        engine.train_epoch(net, MethodLoss(), optimizer, loader, augment, CPU)
+        engine.train_epoch(TrainStep(net, MethodLoss(), augment, CPU), optimizer, loader)
         measured.append(held())
     memory, files, children = zip(*measured, strict=True)
     # In MiB. A batch has 0.02 as bytes and 0.2 as network inputs: kept, they would be 300.

@@ -13,10 +13,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
+from core.datasets import search_title
 from core.files import atomic, check_output
 from core.images import read_image
-from core.results import result_title
-from utils import InputError
+from core.log import read_json_lines
+from core.results import choose_queries, rank_images, result_title
+from utils import InputError, process_index
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 2, 2)))
@@ -28,6 +30,7 @@ FRAMES = {
 matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is no formula
 SUFFIXES = (".png", ".svg", ".pdf")
 DPI = 150
+EPOCH_QUERIES, EPOCH_IMAGES = 6, 10  # of the sheet of rankings that training draws
 
 
 def check_picture(path, flag="--out"):
@@ -210,6 +213,27 @@ def epoch_curves(runs, values):
         points = {label: [(e["epoch"], e[value]) for e in entries if value in e] for label, entries in runs.items()}
         panels[value] = {label: tuple(zip(*pairs, strict=True)) for label, pairs in points.items() if pairs}
     return line_panels(panels, "epoch")
+
+
+def draw_epoch(log, title, tested, test):
+    """Write the curves of a training, and of the epoch that was logged last some queries, the same after each epoch,
+    with the images nearest to them by FC.
+
+    log: the run's `core.log.RunLog`; tested: a `train_ext_test0.TestResult` of test, a `Searches`.
+    """
+    if process_index() > 0:
+        return
+    entries, (search,), matches = read_json_lines(log.json_path), test.searches, tested.matches["FC"]
+    curves = epoch_curves({log.json_path.stem: entries}, ["total", "correct", "FC/Rank-1", "FC/mAP"])
+    chosen = choose_queries(matches, search, "random", EPOCH_QUERIES)
+    ranked = rank_images(tested.features, test.paths, search, "FC", matches, chosen, EPOCH_IMAGES)
+    ids = {"test": "test ids", "val": "VALIDATION ids"}[search.setting["split"]]
+    title = f"{title}: {ids}, {search_title(search.setting)}, trial {search.setting['trial']}; FC"
+    sheet = ranking_sheet(ranking_tiles(ranked), title)
+    epoch, folder = entries[-1]["epoch"], log.json_path.with_suffix("")
+    for tag, figure, name in (("curves", curves, "curves"), ("ranking", sheet, f"ranking_epoch_{epoch}")):
+        save(figure, folder / f"{name}.png")
+        log.image(tag, folder / f"{name}.png", epoch)
 
 
 def result_curves(tables, curve, titled=True):

@@ -15,12 +15,13 @@ from utils import seed_everything
 def bench_methods(args, device):
     """Steps have the batch of the method's own recipe for SYSU-MM01, at one size of images for all."""
     runs = {method: MethodRun(method, args, device) for method in METHODS}
-    steps = alternate("step", [run.step for run in runs.values()], args.repeats, device)
+    turns = alternate("steps", [run.train for run in runs.values()], args.repeats, device)
     tests = alternate("test", [run.test for run in runs.values()], args.repeats, device)
     print(f"{'':10}{'parameters, M':>15}{'images a step':>15}{'a step, ms':>12}{'a test image, ms':>18}")
     results = {}
-    for (method, run), step, test in zip(runs.items(), steps, tests, strict=True):
-        parameters, image = sum(p.numel() for p in run.net.parameters()), test / len(run.images)
+    for (method, run), turn, test in zip(runs.items(), turns, tests, strict=True):
+        parameters = sum(p.numel() for p in run.net.parameters())
+        step, image = turn / args.steps, test / len(run.images)
         print(f"{method:10}{parameters / 1e6:15.1f}{run.count:15}{1000 * step:12.0f}{1000 * image:18.1f}")
         results[method] = {
             "parameters": parameters,
@@ -36,23 +37,21 @@ class MethodRun:
 
     def __init__(self, method, args, device):
         argv = ["--method", method, "--weights", "none", "--arch", args.arch]
-        argv += ["--img_h", str(args.img_h), "--img_w", str(args.img_w)]
+        argv += ["--img_h", str(args.img_h), "--img_w", str(args.img_w), "--amp", args.amp]
         recipe = train_ext_test0.get_args_parser().parse_args(argv)
         seed_everything(0)
-        self.device, self.amp = device, args.amp
+        self.device, self.amp, self.steps = device, args.amp, args.steps
         self.net = train_ext_test0.build_network(recipe, PEOPLE, device, pretrained=True)
-        self.augment = train_ext_test0.build_augmentation(recipe)
-        self.criterion = train_ext_test0.build_loss(recipe)
+        self.train_step = train_ext_test0.build_step(recipe, self.net, device)
         self.optimizer = build_optimizer(self.net, recipe.optim, 1e-6, METHODS[method].rates)
         labels = torch.arange(recipe.batch_size, device=device).repeat_interleave(recipe.num_pos)
         shape = (len(labels), 3, args.img_h, args.img_w)
         self.images = torch.randint(256, shape, dtype=torch.uint8, device=device)
         self.batch = self.images, self.images.flip(0), labels
-        self.count = len(self.augment(*self.batch)[2])
+        self.count = len(self.train_step.augment(*self.batch)[2])
 
-    def step(self):
-        augment, amp = self.augment, self.amp
-        engine.train_epoch(self.net, self.criterion, self.optimizer, [self.batch], augment, self.device, amp)
+    def train(self):
+        engine.train_epoch(self.train_step, self.optimizer, [self.batch] * self.steps)
 
     def test(self):
         """Embed the visible images of a batch, each with its mirror image."""

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ChannelAug import TrainAugmentation
 from core import engine
+from core.step import GraphedStep, TrainStep
 from data_loader import CachedBatches, IdentitySampler, TrainData, train_loader
 from loss import AlignedLocalLoss, MethodLoss
 from model import GFMNet
@@ -42,7 +43,7 @@ class Training:
         self.net.to(memory_format=torch.channels_last)
         if args.compile:
             self.net.compile()  # as training does
-        self.criterion, self.augment = MethodLoss("adp"), TrainAugmentation(1, 0.5)
+        self.step = self.build_step(self.net, TrainAugmentation(1, 0.5))
         self.optimizer = sgd(self.net.parameters(), fused=True)
 
         plain_loader = DataLoader(
@@ -55,11 +56,13 @@ class Training:
         self.plain_batches = endless(plain_loader)
         self.plain_optimizer = sgd(self.plain_net.parameters())
 
-    def train(self, model=None, augment=None):
+    def build_step(self, net, augment, graph=True):
+        graphed = graph and self.device.type == "cuda" and not self.args.compile  # as training does
+        return (GraphedStep if graphed else TrainStep)(net, MethodLoss("adp"), augment, self.device, self.args.amp)
+
+    def train(self, step=None):
         """`--steps` of our steps."""
-        steps, augment = islice(self.batches, self.args.steps), augment or self.augment
-        model, amp = model or self.net, self.args.amp
-        engine.train_epoch(model, self.criterion, self.optimizer, steps, augment, self.device, amp)
+        engine.train_epoch(step or self.step, self.optimizer, islice(self.batches, self.args.steps))
 
     def train_plainly(self, criterion=plain_loss):
         """`--steps` of the published recipe's steps."""
@@ -78,9 +81,10 @@ class Training:
 
 def bench_step(args, device):
     run = Training(args, device)
-    visible, infrared, labels = run.augment(*(x.to(device) for x in next(run.batches)))
+    criterion = run.step.criterion
+    visible, infrared, labels = run.step.augment(*(x.to(device) for x in next(run.batches)))
     output = run.net(visible, infrared)
-    for plain, ours in zip(plain_loss(output, labels), run.criterion(output, labels), strict=True):
+    for plain, ours in zip(plain_loss(output, labels), criterion(output, labels), strict=True):
         torch.testing.assert_close(plain, ours, rtol=1e-4, atol=1e-6)
     del output
 
@@ -90,20 +94,20 @@ def bench_step(args, device):
     turns = {"repeats": args.repeats, "device": device, "per": args.steps, "before": run.use_up_queues}
     results = compare(f"step: {name}", run.train, run.train_plainly, **turns)
     results["images_per_second"] = inputs / results["ours_seconds"]
-    plain_with_our_loss = partial(run.train_plainly, run.criterion)
+    plain_with_our_loss = partial(run.train_plainly, criterion)
     results["with_our_loss"] = compare("against the plain step with our loss", run.train, plain_with_our_loss, **turns)
     if device.type == "cuda":
         del run.plain_net, run.plain_optimizer
         torch.cuda.empty_cache()
         with PeakMemory(device) as memory:
-            run.train()
+            run.train(run.build_step(run.net, run.step.augment))
         results["peak_gib_without_cache"] = (memory.peak - run.cached_bytes()) / 2**30
         print(f"peak memory without the cached images: {results['peak_gib_without_cache']:.1f} GiB")
 
     budget = step_budget(run)
-    floors = step_floors(GFMNet(**run.net.options).to(device), run.criterion, (visible, infrared), labels, args.amp)
+    floors = step_floors(GFMNet(**run.net.options).to(device), criterion, (visible, infrared), labels, args.amp)
     if device.type == "cuda":
-        budget["gaps, the device waiting (part of the above)"] = device_gaps(run.train) / args.steps
+        budget["gaps, the device waiting"] = device_gaps(run.train) / args.steps
     print("where the time of a step goes, and how fast it could be:")
     for part, seconds in (budget | floors["seconds"]).items():
         print(f"  {part:60}{1000 * seconds:10.2f} ms{seconds / results['ours_seconds']:8.1%}")
@@ -139,7 +143,7 @@ class Timed(torch.nn.Module):
 
 
 def step_budget(run):
-    """Median seconds of each part of a step.
+    """Median seconds of each part of a step whose tasks start one by one.
 
     GPUs are timed on their own clock: a part ends when the device has finished it. Copying batches there is part of
     the loading.
@@ -153,9 +157,10 @@ def step_budget(run):
         else:
             marks.append(time.perf_counter())
 
-    hooks = [run.criterion.register_forward_pre_hook(mark), run.criterion.register_forward_hook(mark)]
+    step = run.build_step(Timed(run.net, mark), Timed(run.step.augment, mark), graph=False)
+    hooks = [step.criterion.register_forward_pre_hook(mark), step.criterion.register_forward_hook(mark)]
     hooks += [run.optimizer.register_step_pre_hook(mark), run.optimizer.register_step_post_hook(mark)]
-    run.train(Timed(run.net, mark), Timed(run.augment, mark))
+    run.train(step)
     for hook in hooks:
         hook.remove()
     if run.device.type == "cuda":
