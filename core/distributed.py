@@ -85,4 +85,4 @@ class _Gather(torch.autograd.Function):
 
 def gather(tensor):
     """Rows of all processes, in the order of the processes, with gradient: [N, ...] -> [processes x N, ...]."""
-    return _Gather.apply(tensor.contiguous()) if dist.is_initialized() else tensor
+    return _Gather.apply(tensor.contiguous()) if process_count() > 1 else tensor

@@ -1,5 +1,6 @@
 """What an epoch of training has measured so far: losses, health, speed, and the first step that is not finite."""
 
+import math
 import time
 
 import torch
@@ -68,7 +69,8 @@ class EpochMeter:
         """Raise Diverged on all processes if any of them had a step that is not finite, or has such `weights`."""
         bad = self.first_bad
         if weights:
-            bad = torch.where(torch.isfinite(get_total_norm(weights)), bad, bad.clamp_max(self.step))
+            largest = get_total_norm(weights, math.inf)
+            bad = torch.where(torch.isfinite(largest), bad, bad.clamp_max(self.step))
         if (step := min_over_processes(bad.clone()).item()) <= self.step:
             raise Diverged(
                 f"{desc}: the loss, its gradient or a weight is not finite from step {int(step)} on; lower --lr"

@@ -18,7 +18,7 @@ class TrainStep:
         self.net, self.criterion, self.augment, self.device, self.amp = net, criterion, augment, device, amp
 
     def __call__(self, *batch):
-        self.net.zero_grad(set_to_none=True)
+        self.net.zero_grad()
         return self._compute(*batch)
 
     def _compute(self, *batch):
@@ -34,7 +34,9 @@ class GraphedStep(TrainStep):
     """The same, recorded at the first call as a CUDA graph, which later calls replay.
 
     A step has thousands of short tasks. The GPU waits while the CPU starts them one by one; it starts a graph at once.
-    All batches need one shape. What a call returns, and the gradients, stay valid until the next one.
+    All batches need one shape. What a call returns, and the gradients, stay valid until the next one. Python runs only
+    while the step is recorded: a loss or augmentation whose Python code decides anything anew in each step, or reads a
+    tensor's value, needs `--graph 0`.
     """
 
     graph = None
@@ -45,6 +47,8 @@ class GraphedStep(TrainStep):
         for recorded, values in zip(self.batch, batch, strict=True):
             recorded.copy_(values)
         self.graph.replay()
+        for parameter, gradient in self.gradients:  # somebody may have taken them off since
+            parameter.grad = gradient
         return self.result
 
     def _record(self, batch):
@@ -66,4 +70,5 @@ class GraphedStep(TrainStep):
             self.result = self._compute(*self.batch)
         self.net.load_state_dict(state)
         torch.cuda.set_rng_state(random, self.device)
+        self.gradients = [(parameter, parameter.grad) for parameter in self.net.parameters()]
         self.graph = graph

@@ -170,7 +170,7 @@ def test_gpu_keeps_each_stage_and_goes_on_after_one_that_fails(tmp_path, monkeyp
 def test_gpu_plans_commands_that_the_programs_accept(tmp_path):
     args = bench.get_args_parser().parse_args(["gpu", "--out", "a.json"])
     names = [name for name, *_ in gpu.plan(args, "work")]
-    assert len(names) == len(set(names)) == 12
+    assert len(names) == len(set(names)) == 13
     for _, commands, _ in gpu.plan(args, "work"):
         for command in commands:
             if command[:2] == ["-m", "tools.bench"]:

@@ -55,6 +55,7 @@ FLAGS = {
     "--num_pos": {"type": bounded(int, 1), "default": 4, "help": "images per identity and modality in a batch"},
     "--arch": {"choices": ARCHS, "default": "resnet50", "help": "backbone"},
     "--amp": {"choices": ("off", "bf16"), "default": "off", "help": "mixed precision of the network"},
+    "--graph": {"type": int, "choices": (0, 1), "default": 1, "help": "0: start each task of a step, as in training"},
     "--steps": {"type": bounded(int, 1), "default": 10, "help": "training steps per turn"},
     "--repeats": {"type": bounded(int, 1), "default": 5, "help": "turns of each side of a comparison"},
     "--gpu": {"default": "0", "help": "number of the GPU, or cpu"},
@@ -79,10 +80,10 @@ def get_args_parser():
     text = "prepare the arrays of a data set; load and augment one epoch"
     command("data", text, data=f"data_path {images}", training=f"cache {batch}", run="gpu json")
     text = "training steps on random images, against the published recipe"
-    step = command("step", text, data=f"cache {images}", training=f"arch amp {batch}", run=f"steps {run}")
+    step = command("step", text, data=f"cache {images}", training=f"arch amp graph {batch}", run=f"steps {run}")
     step.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
     text = "parameters of each --method, its training step and its test, on random images"
-    command("methods", text, data="img_h img_w", network="arch amp", run=f"steps {run}")
+    command("methods", text, data="img_h img_w", network="arch amp graph", run=f"steps {run}")
     command("loss", "the aligned local loss against a walk sample by sample", training=batch, run=run)
     metrics = command("metrics", "the metrics against Python lists query by query", run=run)
     metrics.add_argument("--queries", type=bounded(int, 1), default=20_000, help="queries of the search from features")

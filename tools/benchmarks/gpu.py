@@ -19,6 +19,7 @@ LONGEST = 30_000  # characters of an output that are kept
 STEPS = {
     "step float32": ["--amp", "off"],
     "step bf16": ["--amp", "bf16"],
+    "step bf16 without a graph": ["--amp", "bf16", "--graph", "0"],
     "step bf16 from loading processes": ["--amp", "bf16", "--cache", "disk", "--workers", "16"],
     "step bf16 compiled": ["--amp", "bf16", "--compile"],
 }
@@ -43,8 +44,8 @@ def bench_gpu(args):
     if args.like and not Path(args.like).is_file():
         raise InputError(f"--like {args.like}: no such file; pass SYSU-MM01's rand_perm_cam.mat, or leave it out")
     try:
-        results = json.loads(out.read_text()) if out.is_file() else {}
-    except ValueError as error:
+        results = dict(json.loads(out.read_text())) if out.is_file() else {}
+    except (TypeError, ValueError) as error:
         raise InputError(f"{out}: holds no results of earlier stages ({error}); choose another --out") from error
     with tempfile.TemporaryDirectory() as work:
         for name, commands, files in plan(args, work):
@@ -61,12 +62,14 @@ def bench_gpu(args):
 
 def run_recorded(command, timeout):
     """Run Python with these arguments in the repo -> {"command", "seconds", "status", "stdout", "stderr"}."""
-    start = time.perf_counter()
-    try:
-        done = subprocess.run([sys.executable, *command], cwd=REPO, capture_output=True, text=True, timeout=timeout)
-        status, stdout, stderr = done.returncode, done.stdout, done.stderr
-    except subprocess.TimeoutExpired as late:
-        status, (stdout, stderr) = "timeout", ((text or b"").decode() for text in (late.stdout, late.stderr))
+    start, pipes = time.perf_counter(), {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, *command], cwd=REPO, text=True, errors="replace", **pipes) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=timeout)
+            status = process.returncode
+        except subprocess.TimeoutExpired:
+            process.terminate()  # a sweep passes that on, and waits for its runs
+            (stdout, stderr), status = process.communicate(), "timeout"
     seconds = round(time.perf_counter() - start, 1)
     print(f"{' '.join(command)}: status {status} after {seconds} s\n{stdout[-800:]}{stderr[-800:]}", flush=True)
     output = {"stdout": stdout[-LONGEST:], "stderr": stderr[-LONGEST:]}

@@ -32,12 +32,13 @@ def median_seconds(function, device, calls, repeats=5):
     return statistics.median([seconds(function, calls, device) for _ in range(repeats + 2)][2:])
 
 
-def compare(name, ours, baseline, repeats, device, per=1, before=lambda: None):
-    """Time both by turns -> {"name", "ours_seconds", "baseline_seconds", "ratio"}, medians; prints them.
+def compare(name, ours, baseline, repeats, device):
+    """Time both by turns -> {"name", "ours_seconds", "baseline_seconds", "ratio"}, medians; prints them."""
+    return compared(name, *alternate(name, [ours, baseline], repeats, device))
 
-    per: units of work in a call; the seconds are per unit. before: called, untimed, before each turn.
-    """
-    ours, baseline = (time / per for time in alternate(name, [ours, baseline], repeats, device, before))
+
+def compared(name, ours, baseline):
+    """Print the seconds of both -> them and their ratio."""
     print(f"{name:52}{1000 * baseline:12.1f} ms{1000 * ours:12.2f} ms{baseline / ours:9.1f} x")
     return {"name": name, "ours_seconds": ours, "baseline_seconds": baseline, "ratio": baseline / ours}
 
@@ -45,7 +46,8 @@ def compare(name, ours, baseline, repeats, device, per=1, before=lambda: None):
 def alternate(name, functions, repeats, device, before=lambda: None):
     """Time functions by turns -> the median seconds of a call of each.
 
-    A turn makes as many calls as fill 50 ms, after two to warm up (one, if that takes a second).
+    A turn makes as many calls as fill 50 ms, after two to warm up (one, if that takes a second). before: called,
+    untimed, before each turn.
     """
     runs = []
     for function in functions:

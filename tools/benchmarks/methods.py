@@ -14,12 +14,11 @@ from utils import seed_everything
 
 def bench_methods(args, device):
     """Steps have the batch of the method's own recipe for SYSU-MM01, at one size of images for all."""
-    runs = {method: MethodRun(method, args, device) for method in METHODS}
-    turns = alternate("steps", [run.train for run in runs.values()], args.repeats, device)
-    tests = alternate("test", [run.test for run in runs.values()], args.repeats, device)
     print(f"{'':10}{'parameters, M':>15}{'images a step':>15}{'a step, ms':>12}{'a test image, ms':>18}")
     results = {}
-    for (method, run), turn, test in zip(runs.items(), turns, tests, strict=True):
+    for method in METHODS:  # one after the other: the memory of a recorded step serves no other network
+        run = MethodRun(method, args, device)
+        (turn,), (test,) = (alternate(method, [side], args.repeats, device) for side in (run.train, run.test))
         parameters = sum(p.numel() for p in run.net.parameters())
         step, image = turn / args.steps, test / len(run.images)
         print(f"{method:10}{parameters / 1e6:15.1f}{run.count:15}{1000 * step:12.0f}{1000 * image:18.1f}")
@@ -38,6 +37,7 @@ class MethodRun:
     def __init__(self, method, args, device):
         argv = ["--method", method, "--weights", "none", "--arch", args.arch]
         argv += ["--img_h", str(args.img_h), "--img_w", str(args.img_w), "--amp", args.amp]
+        argv += ["--graph", str(args.graph)]
         recipe = train_ext_test0.get_args_parser().parse_args(argv)
         seed_everything(0)
         self.device, self.amp, self.steps = device, args.amp, args.steps

@@ -11,14 +11,15 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from ChannelAug import TrainAugmentation
+import train_ext_test0
 from core import engine
-from core.step import GraphedStep, TrainStep
+from core.optim import build_optimizer
+from core.step import TrainStep
 from data_loader import CachedBatches, IdentitySampler, TrainData, train_loader
-from loss import AlignedLocalLoss, MethodLoss
+from loss import AlignedLocalLoss
 from model import GFMNet
 from tests.oracles import PlainPairs, plain_aligned_loss, plain_loss, plain_step
-from tools.benchmarks.measuring import PeakMemory, compare, median_seconds, print_head
+from tools.benchmarks.measuring import PeakMemory, alternate, compare, compared, median_seconds, print_head
 from utils import autocast, cores, seed_everything
 
 PEOPLE = 64  # identities of the random images, at least
@@ -34,17 +35,17 @@ class Training:
         self.args, self.device = args, device
         size, data = (args.img_h, args.img_w), random_data(args)
         sampler = IdentitySampler(data, args.batch_size, args.num_pos, seed=0)
-        seed_everything(0)
-        self.net, self.plain_net = (GFMNet(data.num_classes, args.arch).to(device) for _ in range(2))
-        sgd = partial(torch.optim.SGD, lr=1e-6, momentum=0.9, nesterov=True, weight_decay=5e-4)
-
         self.loader = train_loader(data, sampler, args.workers, device, args.cache)
         self.batches = endless(self.loader)
-        self.net.to(memory_format=torch.channels_last)
-        if args.compile:
-            self.net.compile()  # as training does
-        self.step = self.build_step(self.net, TrainAugmentation(1, 0.5))
-        self.optimizer = sgd(self.net.parameters(), fused=True)
+
+        names = ("arch", "img_h", "img_w", "batch_size", "num_pos", "amp", "graph")
+        argv = [f"--{name}={getattr(args, name)}" for name in names] + ["--compile"] * args.compile
+        recipe = train_ext_test0.get_args_parser().parse_args([*argv, "--weights=none"])
+        seed_everything(0)
+        self.plain_net = GFMNet(data.num_classes, args.arch).to(device)
+        self.net = train_ext_test0.build_network(recipe, data.num_classes, device, pretrained=True)
+        self.step = train_ext_test0.build_step(recipe, self.net, device)
+        self.optimizer = build_optimizer(self.net, "sgd", 1e-6)
 
         plain_loader = DataLoader(
             PlainPairs(data, sampler, size),
@@ -54,11 +55,8 @@ class Training:
             pin_memory=device.type == "cuda",
         )
         self.plain_batches = endless(plain_loader)
-        self.plain_optimizer = sgd(self.plain_net.parameters())
-
-    def build_step(self, net, augment, graph=True):
-        graphed = graph and self.device.type == "cuda" and not self.args.compile  # as training does
-        return (GraphedStep if graphed else TrainStep)(net, MethodLoss("adp"), augment, self.device, self.args.amp)
+        sgd = torch.optim.SGD
+        self.plain_optimizer = sgd(self.plain_net.parameters(), 1e-6, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
     def train(self, step=None):
         """`--steps` of our steps."""
@@ -81,36 +79,36 @@ class Training:
 
 def bench_step(args, device):
     run = Training(args, device)
-    criterion = run.step.criterion
-    visible, infrared, labels = run.step.augment(*(x.to(device) for x in next(run.batches)))
+    criterion, augment = run.step.criterion, run.step.augment
+    visible, infrared, labels = augment(*(x.to(device) for x in next(run.batches)))
     output = run.net(visible, infrared)
     for plain, ours in zip(plain_loss(output, labels), criterion(output, labels), strict=True):
         torch.testing.assert_close(plain, ours, rtol=1e-4, atol=1e-6)
     del output
+    with PeakMemory(device) as memory:  # before a step is recorded: a graph's memory is not counted as allocated
+        budget = step_budget(run)
 
-    print_head()
-    inputs = 3 * args.batch_size * args.num_pos
+    inputs = len(labels)
     name = f"{args.arch}, {inputs} images {args.img_h}x{args.img_w}, {args.amp}{', compiled' * args.compile}"
-    turns = {"repeats": args.repeats, "device": device, "per": args.steps, "before": run.use_up_queues}
-    results = compare(f"step: {name}", run.train, run.train_plainly, **turns)
-    results["images_per_second"] = inputs / results["ours_seconds"]
-    plain_with_our_loss = partial(run.train_plainly, criterion)
-    results["with_our_loss"] = compare("against the plain step with our loss", run.train, plain_with_our_loss, **turns)
-    if device.type == "cuda":
-        del run.plain_net, run.plain_optimizer
-        torch.cuda.empty_cache()
-        with PeakMemory(device) as memory:
-            run.train(run.build_step(run.net, run.step.augment))
-        results["peak_gib_without_cache"] = (memory.peak - run.cached_bytes()) / 2**30
-        print(f"peak memory without the cached images: {results['peak_gib_without_cache']:.1f} GiB")
-
-    budget = step_budget(run)
+    sides = [run.train, run.train_plainly, partial(run.train_plainly, criterion)]
+    turns = alternate(name, sides, args.repeats, device, run.use_up_queues)
+    ours, plain, plain_with_our_loss = (turn / args.steps for turn in turns)
+    print_head()
+    results = compared(f"step: {name}", ours, plain)
+    results["with_our_loss"] = compared("against the plain step with our loss", ours, plain_with_our_loss)
+    results["images_per_second"] = inputs / ours
+    print("where the time of a step goes if its tasks start one by one:")
+    for part, seconds in budget.items():
+        print(f"  {part:60}{1000 * seconds:10.2f} ms{seconds / sum(budget.values()):8.1%}")
+    print("how fast a step could be, and its share of the time of ours:")
     floors = step_floors(GFMNet(**run.net.options).to(device), criterion, (visible, infrared), labels, args.amp)
     if device.type == "cuda":
-        budget["gaps, the device waiting"] = device_gaps(run.train) / args.steps
-    print("where the time of a step goes, and how fast it could be:")
-    for part, seconds in (budget | floors["seconds"]).items():
-        print(f"  {part:60}{1000 * seconds:10.2f} ms{seconds / results['ours_seconds']:8.1%}")
+        floors["seconds"]["the GPU's tasks alone"] = busy_seconds(run.train) / args.steps
+    for part, seconds in floors["seconds"].items():
+        print(f"  {part:60}{1000 * seconds:10.2f} ms{seconds / ours:8.1%}")
+    if device.type == "cuda":
+        results["peak_gib_without_cache"] = (memory.peak - run.cached_bytes()) / 2**30
+        print(f"peak memory without the cached images: {results['peak_gib_without_cache']:.1f} GiB")
     return results | {"budget_seconds": budget, "floors": floors}
 
 
@@ -157,8 +155,11 @@ def step_budget(run):
         else:
             marks.append(time.perf_counter())
 
-    step = run.build_step(Timed(run.net, mark), Timed(run.step.augment, mark), graph=False)
-    hooks = [step.criterion.register_forward_pre_hook(mark), step.criterion.register_forward_hook(mark)]
+    criterion = run.step.criterion
+    step = TrainStep(Timed(run.net, mark), criterion, Timed(run.step.augment, mark), run.device, run.args.amp)
+    run.train(step)  # to warm up
+    marks.clear()
+    hooks = [criterion.register_forward_pre_hook(mark), criterion.register_forward_hook(mark)]
     hooks += [run.optimizer.register_step_pre_hook(mark), run.optimizer.register_step_post_hook(mark)]
     run.train(step)
     for hook in hooks:
@@ -170,19 +171,19 @@ def step_budget(run):
         spans = [b - a for a, b in pairwise(marks)]
     # Eight marks a step, and so eight spans, of which the last reaches to the next step.
     parts = [statistics.median(spans[i::8]) for i in range(8) if spans[i::8]]
-    augmentation, _, forward, _, loss, backward, step, *loading = parts
+    augmentation, _, forward, _, loss, backward, update, *loading = parts
     return {
         "loading": sum(loading),
         "augmentation": augmentation,
         "forward": forward,
         "loss": loss,
         "backward": backward,
-        "optimiser": step,
+        "optimiser": update,
     }
 
 
-def device_gaps(function):
-    """Seconds that the GPU idles between the first and the last task of a function."""
+def busy_seconds(function):
+    """Seconds in which the GPU computes during a function."""
     function()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         function()
@@ -191,11 +192,11 @@ def device_gaps(function):
         for event in profile.events()
         if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
     )
-    idle, busy_until = 0, spans[0][1]
+    busy, until = 0, spans[0][0]
     for begin, end in spans:
-        idle += max(0, begin - busy_until)
-        busy_until = max(busy_until, end)
-    return idle / 1e6
+        busy += max(0, end - max(begin, until))
+        until = max(until, end)
+    return busy / 1e6
 
 
 def step_floors(net, criterion, views, labels, amp):
