@@ -160,9 +160,21 @@ def select_device(gpu, amp="off"):
     # in TF32 where mixed precision is off, products of features, and so distances, in float32.
     torch.backends.cudnn.benchmark = True
     torch.cuda.set_device(number)
-    if amp == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    device = torch.device("cuda", number)
+    if amp == "bf16" and not computes_bf16(device):
         raise InputError(f"--amp bf16: {torch.cuda.get_device_name()} does not compute in bfloat16; pass --amp off")
-    return torch.device("cuda", number)
+    return device
+
+
+def computes_bf16(device):
+    """Whether a GPU, or a CPU under Linux, has instructions for bfloat16; without them it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def cores():

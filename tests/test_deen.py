@@ -344,7 +344,7 @@ def test_published_checkpoint_through_the_programs(published_file, sysu_tree, tm
     checks.published_file_is_tested_and_exported(path, sysu_tree, tmp_path)
     files = sorted(sysu_tree.glob("cam1/*/*.jpg"))[:2]
     for feature, width in net.feature_widths.items():
-        embedder = Embedder(path, feature, gpu="cpu", workers=0)
+        embedder = Embedder(path, feature, gpu="cpu", workers=0, amp="off")
         assert embedder(files, "visible").shape == (2, embedder.dim) == (2, width)
     out = tmp_path / "heat.png"
     visualize.main(["heatmap", *search_flags(sysu_tree, path, "--queries", "1", "--out", out)])

@@ -26,12 +26,20 @@ from conftest import SIZE, save_network
 from core.images import read_image
 from core.re_rank import k_reciprocal
 from tests.oracles import plain_embedding
-from tools import export, finder, search, search_page
+from tools import embedder, export, finder, search, search_page
 from tools.index import Entry, FileIndex, ServerIndex, open_index
 from utils import InputError
 
 REPO = Path(utils.__file__).parent
 CPU = ["--gpu", "cpu", "--workers", "0"]
+
+
+@pytest.fixture(autouse=True)
+def same_on_all_cpus():
+    """Features in float32, also where the CPU computes in bfloat16."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embedder, "computes_bf16", lambda device: False)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -527,10 +535,19 @@ def test_the_documented_example(checkpoint, pictures, tmp_path, monkeypatch):
     assert features.dtype == np.float32
     np.testing.assert_allclose(features, expected, atol=2e-6)
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-6)
-    embedder = names["embedder"]
-    assert (embedder.size, embedder.dim, embedder.feature, len(embedder.sha256)) == (SIZE, 512, "FC", 64)
+    made = names["embedder"]
+    assert (made.size, made.dim, made.feature, len(made.sha256)) == (SIZE, 512, "FC", 64)
     pooled = search.Embedder(checkpoint, feature="POOL", gpu="cpu")(["a.jpg"], "infrared")
     assert abs(pooled - features[:1]).max() > 1e-3
+
+
+def test_features_are_in_bfloat16_where_that_is_faster(checkpoint, pictures, monkeypatch):
+    exact = search.Embedder(checkpoint, gpu="cpu")(pictures[1], "infrared")
+    monkeypatch.setattr(embedder, "computes_bf16", lambda device: True)
+    fast = search.Embedder(checkpoint, gpu="cpu")(pictures[1], "infrared")
+    assert 1e-5 < abs(fast - exact).max() < 0.02
+    assert (fast * exact).sum(axis=1).min() > 0.999
+    np.testing.assert_array_equal(search.Embedder(checkpoint, gpu="cpu", amp="off")(pictures[1], "infrared"), exact)
 
 
 @pytest.fixture(scope="module")

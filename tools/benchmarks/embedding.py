@@ -1,6 +1,5 @@
 """Images embedded per second, from files, by PyTorch and by ONNX Runtime."""
 
-import contextlib
 import tempfile
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ from model import GFMNet
 from tools.embedder import Embedder
 
 
-def bench_embed(args, device):
+def bench_embed(args, _):
     """A random network embeds smooth random images; int8 is calibrated on the first 32 of them."""
     from tools import export  # only here: the other benchmarks need no ONNX
 
@@ -29,19 +28,17 @@ def bench_embed(args, device):
         quantised = f"{folder}/int8.onnx"
         quantise(exported["path"], quantised, paths[:32])
         options = {"gpu": args.gpu, "batch": args.batch, "workers": args.workers}
-        network = Embedder(f"{folder}/net.t", **options)
         runs = {
-            "PyTorch float32": (network, contextlib.nullcontext()),
-            "PyTorch bf16": (network, torch.autocast(device.type, torch.bfloat16)),
-            "ONNX Runtime float32": (Embedder(exported["path"], **options), contextlib.nullcontext()),
-            "ONNX Runtime int8": (Embedder(quantised, **options), contextlib.nullcontext()),
+            "PyTorch float32": Embedder(f"{folder}/net.t", amp="off", **options),
+            "PyTorch bf16": Embedder(f"{folder}/net.t", amp="bf16", **options),
+            "ONNX Runtime float32": Embedder(exported["path"], **options),
+            "ONNX Runtime int8": Embedder(quantised, **options),
         }
         times, features = {name: [] for name in runs}, {}
         for _ in range(args.repeats):
-            for name, (embedder, context) in runs.items():  # by turns
+            for name, embedder in runs.items():  # by turns
                 start = time.perf_counter(), time.process_time()
-                with context:
-                    features[name] = embedder(paths, "visible")
+                features[name] = embedder(paths, "visible")
                 times[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
     results = {}
     for name, turns in times.items():
