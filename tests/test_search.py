@@ -32,6 +32,11 @@ from utils import InputError
 
 REPO = Path(utils.__file__).parent
 CPU = ["--gpu", "cpu", "--workers", "0"]
+SEARCH_IN_FLOAT32 = """
+from tools import embedder, search
+embedder.computes_bf16 = lambda device: False
+search.cli(search.main)
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -590,8 +595,8 @@ def served(index):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = ["-m", "tools.search", "serve", "--index", str(index), "--port", str(port), "--gpu", "cpu"]
-    with process(*command, stderr=subprocess.PIPE) as server:
+    command = ["serve", "--index", str(index), "--port", str(port), "--gpu", "cpu"]
+    with process("-c", SEARCH_IN_FLOAT32, *command, stderr=subprocess.PIPE) as server:
         assert server.stdout.readline().startswith(f"http://127.0.0.1:{port}"), server.communicate()[1]
         yield port
         server.terminate()
