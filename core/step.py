@@ -62,9 +62,7 @@ class GraphedStep(TrainStep):
             for _ in range(WARM_UP):
                 super().__call__(*self.batch)
         torch.cuda.current_stream(self.device).wait_stream(stream)
-        self.net.zero_grad(
-            set_to_none=True
-        )  # so that the graph has gradients of its own, which it fills anew each time
+        self.net.zero_grad()  # so that the graph makes gradients of its own, which it fills anew each time
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # loading threads may use CUDA meanwhile
             self.result = self._compute(*self.batch)
