@@ -1,6 +1,7 @@
 # make demo: set up, draw demo data, prepare, train, test.   make test: set up, run the fast tests.   make test-all: every
 # test.   make lint.   The virtual environment is made once, and again when a list of requirements changes.
-# PYTHON=python3.12 picks the interpreter that it is made with, VENV=folder another environment, DEMO=folder another output.
+# PYTHON=python3.12 picks the interpreter that it is made with, DEMO=folder another output. VENV=folder takes another
+# environment, which keeps its packages but gets our versions of those in the lists.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
@@ -19,7 +20,7 @@ CHECK = $(if $(PROBLEM),$(error $(PROBLEM); name another one: make PYTHON=python
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: $(LISTS)
-	$(CHECK)$(PYTHON) -m venv --clear $(VENV)
+	$(CHECK)$(PYTHON) -m venv $(if $(filter .venv,$(VENV)),--clear) $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt -c .ci/requirements.lock
 	touch $@
 
