@@ -9,6 +9,7 @@ image and its mirror: POOL, before the batch-norm bottleneck, and FC, after it. 
 import importlib.util
 import os
 import platform
+from pathlib import Path
 
 import numpy as np
 import PIL
@@ -194,7 +195,10 @@ def sources(args):
             remedy = f"of the {len(trials)}, only trials {others} exist; make the others, or test one with --trial"
         elif resumed:
             remedy = f"nor is one in --model_path {args.model_path}; train first, or correct the name"
-        raise InputError(f"{for_trial(name, missing[0])}: no such file; {remedy}")
+        name = for_trial(name, missing[0])
+        if name and Path(name).is_dir():
+            raise InputError(f"{name}: is a folder; pass one of its files")
+        raise InputError(f"{name}: no such file; {remedy}")
     return [(path, trial) for trial, path in paths.items()]
 
 

@@ -308,7 +308,7 @@ CASES = {
     "cut checkpoint": ("test", lambda: write("c.t", Path("good.t").read_bytes()[:9999]), ["--resume", "c.t"], ["c.t"]),
     "empty checkpoint": ("test", lambda: write("c.t"), ["--resume", "c.t"], ["c.t: cannot be loaded safely"]),
     "text as checkpoint": ("test", lambda: write("c.t", "x"), ["--resume", "c.t"], ["c.t: cannot be loaded safely"]),
-    "folder as checkpoint": ("test", lambda: None, ["--resume", "sysu"], ["sysu: no such file"]),
+    "folder as checkpoint": ("test", lambda: None, ["--resume", "sysu"], ["sysu: is a folder; pass one of its files"]),
     "checkpoint that runs code": (
         "test",
         lambda: save("c.t", {"net": Crafted()}),
