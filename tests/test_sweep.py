@@ -23,9 +23,9 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tools.sweep"])
 
 # Stands in for both scripts. It notes that it was called, and by --margin it fails (6), is killed (7), or waits for
-# SIGTERM (8) or a file (9). The test's Rank-1 is margin x (10 + seed^2).
+# SIGTERM (8) or a file (9). Two of them on one GPU fail. The test's Rank-1 is margin x (10 + seed^2).
 STUB = """
-import json, os, pathlib, signal, sys, time
+import atexit, json, os, pathlib, signal, sys, time
 
 flags = dict(zip(sys.argv[1:], sys.argv[2:])) | dict(arg.split("=", 1) for arg in sys.argv[1:] if "=" in arg)
 script = "test" if "--json" in flags else "train"
@@ -34,6 +34,13 @@ folder = path.parent
 margin, seed = float(folder.parent.name.split("=")[1]), int(folder.name.split("_")[1])
 with open(os.environ["CALLS"], "a") as file:
     file.write(f"{script} {margin:g} {seed}\\n")
+if flags["--gpu"] != "cpu":
+    gpu = pathlib.Path(os.environ["CALLS"] + ".gpu" + flags["--gpu"])
+    gpu.mkdir()
+    atexit.register(gpu.rmdir)
+    with open(os.environ["CALLS"] + ".gpus", "a") as file:
+        file.write(flags["--gpu"])
+    time.sleep(0.3)
 if script == "train":
     if margin == 6:
         print("warning: odd")
@@ -162,6 +169,14 @@ def test_each_run_is_trained_and_tested_once(calls, tmp_path):
     )
     assert sweep.main(["--out", out, "--table"]) == table
     assert len(calls()) == before + 10
+
+
+def test_each_gpu_has_one_run_at_a_time(calls, tmp_path):
+    run(tmp_path / "out", "--gpus", "0", "3", "--seeds", "0", "1", common=())
+    assert len(list(tmp_path.glob("out/*/*/results.json"))) == 4
+    used = (tmp_path / "calls.gpus").read_text()
+    assert len(used) == 8  # four runs, each trained and tested
+    assert set(used) == {"0", "3"}
 
 
 def test_table_of_what_is_there(calls, tmp_path, capsys):
