@@ -25,8 +25,8 @@ $(VENV)/.installed: $(LISTS)
 	touch $@
 
 # From scratch, in minutes: small images, three stages of the backbone (the fourth takes half the time), Adam, a short
-# schedule, no erasing. bfloat16 is faster only on CPUs that compute in it (and that oneDNN has not been told to ignore).
-AMP ?= $(shell test -z "$$ONEDNN_MAX_CPU_ISA" && grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo bf16 || echo off)
+# schedule, no erasing.
+AMP ?= $(shell $(RUN) -c "import torch, utils; print('bf16' if utils.computes_bf16(torch.device('cpu')) else 'off')")
 demo: $(VENV)/.installed
 	rm -rf $(DEMO) && mkdir $(DEMO)
 	$(RUN) -m tools.demo_data --out $(DEMO)/data --ids 400 --images 4 --test_ids 30 --masks --sheet $(DEMO)/people.png

@@ -151,7 +151,7 @@ def get_args_parser():
     flag("--gpu", default="0", help="number of the GPU, or cpu; under torchrun, each process takes its own GPU")
     flag("--amp", choices=("off", "bf16"), default="off", help="mixed precision: bf16 runs the network in bfloat16")
     flag("--compile", action="store_true", help="compile the network with torch.compile")
-    text = "0 lets the CPU start each task of a step, instead of a CUDA graph of all; for one GPU, without --compile"
+    text = "1 records a training step as a CUDA graph (on one GPU, without --compile); 0 starts its tasks one by one"
     flag("--graph", type=int, choices=(0, 1), default=1, help=text)
     flag(
         "--sync_bn",

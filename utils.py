@@ -167,9 +167,12 @@ def select_device(gpu, amp="off"):
 
 
 def computes_bf16(device):
-    """Whether a GPU, or a CPU under Linux, has instructions for bfloat16; without them it is slower than float32."""
+    """Whether a GPU, or a CPU under Linux, has instructions for bfloat16 (that oneDNN has not been told to ignore);
+    without them it is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if os.environ.get("ONEDNN_MAX_CPU_ISA"):
+        return False
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:

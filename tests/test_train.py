@@ -33,6 +33,7 @@ from model import GFMNet
 from utils import InputError
 
 REPO = Path(utils.__file__).parent
+# DNS's own schedule needs more epochs than these trainings have.
 BY_METHOD = [["--method", method, "--schedule", "step"] for method in METHODS]
 
 

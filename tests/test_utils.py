@@ -118,6 +118,21 @@ def test_bfloat16_needs_a_gpu_that_has_it(monkeypatch):
     assert utils.select_device("0", "bf16") == torch.device("cuda", 0)
 
 
+@pytest.mark.parametrize(
+    ("flags", "fast"), [("fma avx2", False), ("avx512_bf16 sha", True), ("amx_bf16 amx_tile", True)]
+)
+def test_a_cpu_computes_in_bfloat16_if_its_flags_say_so(flags, fast, monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.setattr(utils.Path, "read_text", lambda path: flags)
+    assert utils.computes_bf16(cpu) == fast
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert not utils.computes_bf16(cpu)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    monkeypatch.setattr(utils.Path, "read_text", lambda path: utils.Path("/no/such/file").open().read())
+    assert not utils.computes_bf16(cpu)
+
+
 def test_processes_take_a_gpu_each_and_know_their_index_before_they_join(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

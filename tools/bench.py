@@ -55,7 +55,7 @@ FLAGS = {
     "--num_pos": {"type": bounded(int, 1), "default": 4, "help": "images per identity and modality in a batch"},
     "--arch": {"choices": ARCHS, "default": "resnet50", "help": "backbone"},
     "--amp": {"choices": ("off", "bf16"), "default": "off", "help": "mixed precision of the network"},
-    "--graph": {"type": int, "choices": (0, 1), "default": 1, "help": "0: start each task of a step, as in training"},
+    "--graph": {"type": int, "choices": (0, 1), "default": 1, "help": "0 starts the tasks of a step one by one"},
     "--steps": {"type": bounded(int, 1), "default": 10, "help": "training steps per turn"},
     "--repeats": {"type": bounded(int, 1), "default": 5, "help": "turns of each side of a comparison"},
     "--gpu": {"default": "0", "help": "number of the GPU, or cpu"},

@@ -1,4 +1,5 @@
-"""Figures: functions from plain values to a matplotlib `Figure`, which `save` writes. No display is needed.
+"""Figures: functions from plain values to a matplotlib `Figure`, which `save` writes; `draw_epoch` does both for a test
+of a training. No display is needed.
 
 Colours are Okabe and Ito's, which colour-blind readers can distinguish. Colour is never the only difference: lines have
 dashes, modalities have markers, and frames of wrong images are dashed.
