@@ -31,6 +31,7 @@ FRAMES = {
 matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is no formula
 SUFFIXES = (".png", ".svg", ".pdf")
 DPI = 150
+TICKS = {"rank": [1, 5, 10, 15, 20], "recall, %": [0, 20, 40, 60, 80, 100]}
 EPOCH_QUERIES, EPOCH_IMAGES = 6, 10  # of the sheet of rankings that training draws
 
 
@@ -286,9 +287,7 @@ def line_panels(panels, x_label, y_label=""):
         panel.set(xlabel=x_label, ylabel=y_label)
         panel.set_title(_wrapped(title, 3.4), fontsize=9)
         panel.set_ylim(bottom=min(0, panel.get_ylim()[0]))
-        panel.xaxis.set_major_locator(
-            FixedLocator([1, 5, 10, 15, 20]) if x_label == "rank" else MaxNLocator(integer=True)
-        )
+        panel.xaxis.set_major_locator(FixedLocator(TICKS[x_label]) if x_label in TICKS else MaxNLocator(integer=True))
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     drawn = {line.get_label(): line for panel in axes[: len(panels)] for line in panel.lines}
