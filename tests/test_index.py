@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import sqlite3
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,18 @@ def add_part(address, start, barrier):
         entries, vectors = images(90), unit(90)
         for row in range(start, start + 40, 4):  # neighbours share rows
             index.add(version, entries[row : row + 4], vectors[row : row + 4])
+
+
+def test_an_index_that_another_process_is_making_is_waited_for(tmp_path):
+    """Two processes make the tables of one file; the second writes before the first has set the journal."""
+    path = str(tmp_path / "index.db")
+    open_index(path, create=True).close()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+        assert other.execute("PRAGMA journal_mode = DELETE").fetchone() == ("delete",)
+        other.execute("BEGIN IMMEDIATE")
+        threading.Timer(0.3, other.execute, ["COMMIT"]).start()
+        with contextlib.closing(open_index(path)) as index:
+            assert index.connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 @pytest.mark.slow

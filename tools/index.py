@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import sqlite3
+import time
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qs, urlsplit
@@ -188,8 +189,20 @@ class FileIndex(Index):
             self.connection.execute("PRAGMA trusted_schema = OFF")
             self.connection.execute("PRAGMA foreign_keys = ON")
             self._check_tables(create)
-            self.connection.execute("PRAGMA journal_mode = WAL")  # readers and a writer do not wait for each other
+            self._write_ahead()
             self.connection.execute("PRAGMA synchronous = NORMAL")
+
+    def _write_ahead(self):
+        """Keep readers and a writer from waiting for each other. SQLite's timeout does not hold for this one statement,
+        which fails at once while another process that has made the same file writes to it."""
+        for left in reversed(range(600)):
+            try:
+                self.connection.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError:
+                if not left:
+                    raise
+                time.sleep(0.1)
 
     def _check_tables(self, create):
         """Make the tables of an empty file; refuse a file with others, whatever they would run."""
