@@ -10,6 +10,7 @@ import torch
 import torchvision
 
 import data_manager
+import testa
 from ChannelAug import normalise
 from conftest import SIZE
 from core import engine
@@ -195,21 +196,17 @@ def test_search(server, request, tmp_path):
 
 
 @pytest.mark.slow
-def test_embed():
-    flags = [
-        "--arch",
-        "resnet18",
-        "--img_h",
-        "96",
-        "--img_w",
-        "48",
-        "--images",
-        "32",
-        "--repeats",
-        "1",
-        "--workers",
-        "0",
-    ]
-    results = bench.main(["embed", *flags])["by_kind"]
+def test_embed(trained, sysu_tree, tmp_path):
+    size = ["--arch", "resnet18", "--img_h", "96", "--img_w", "48", "--images", "32"]
+    results = bench.main(["embed", *size, "--repeats", "1", "--workers", "0"])["by_kind"]
     assert results["ONNX Runtime float32"]["cosine"] > 0.9999
     assert 0.9 < results["ONNX Runtime int8"]["cosine"] < 0.99999
+
+    flags = ["--resume", trained[0]["best"], "--data_path", str(sysu_tree)]
+    results = bench.main(["embed", *flags, "--repeats", "1", "--workers", "0"])["by_kind"]
+    testa.main([*flags, "--gpu", "cpu", "--workers", "0", "--json", str(tmp_path / "tested.json")])
+    tested = json.loads((tmp_path / "tested.json").read_text())["results"]
+    (expected,) = (row["mean"]["Rank-1"] for row in tested if (row["model"], row["feature"]) == ("trained", "FC"))
+    assert results["PyTorch float32"]["Rank-1"] == pytest.approx(expected)
+    assert results["ONNX Runtime float32"]["Rank-1"] == pytest.approx(expected)
+    assert results["ONNX Runtime int8"]["Rank-1"] == pytest.approx(expected, abs=15)

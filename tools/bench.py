@@ -10,7 +10,7 @@ metrics  Rank-k, mAP and mINP against Python lists query by query; memory of a s
 test     SYSU-MM01's test, from image files to metrics, against reading the files again for each gallery
 rerank   k-reciprocal re-ranking against loops over images
 search   an index: size, rate, time per query; of a server's graph also the recall
-embed    images embedded per second from files: PyTorch, ONNX Runtime, int8
+embed    images embedded per second from files: PyTorch, ONNX Runtime, int8; what they lose in Rank-1
 gpu      the GPU tests and every measurement on the GPU, collected in one file
 
 Each comparison warms up, alternates between code and reference, repeats, and reports medians. The references are in
@@ -102,8 +102,9 @@ def get_args_parser():
     search.add_argument("--cosine", type=bounded(float, 0.01, 0.99), default=0.45, help=text)
     search.set_defaults(gpu="cpu")
     text = "images embedded from files: PyTorch and ONNX Runtime, float32, bf16 and int8"
-    embed = command("embed", text, data="img_h img_w workers", network="arch", run="repeats json")
-    embed.add_argument("--images", type=bounded(int, 32), default=256, help="number of images")
+    embed = command("embed", text, data="data_path img_h img_w workers", network="arch", run="repeats json")
+    embed.add_argument("--images", type=bounded(int, 32), default=256, help="number of random images")
+    embed.add_argument("--resume", metavar="FILE", help="a checkpoint, to embed the test images of --data_path instead")
     embed.add_argument("--batch", type=bounded(int, 1), default=64, help="images per batch")
     embed.set_defaults(gpu="cpu")
     gpu = commands.add_parser("gpu", help="the GPU tests, then every measurement, each in a process of its own")

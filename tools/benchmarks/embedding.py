@@ -1,4 +1,4 @@
-"""Images embedded per second, from files, by PyTorch and by ONNX Runtime."""
+"""Images embedded per second, from files, by PyTorch and by ONNX Runtime; of a trained network also the Rank-1."""
 
 import tempfile
 import time
@@ -8,46 +8,83 @@ import numpy as np
 import torch
 from PIL import Image
 
+from core import engine
 from core.checkpoint import save_checkpoint
+from core.datasets import sysu_searches
+from core.results import scores
+from data_loader import ImageFiles
 from model import GFMNet
 from tools.embedder import Embedder
 
+CALIBRATION = 32  # images of each modality
+
 
 def bench_embed(args, _):
-    """A random network embeds smooth random images; int8 is calibrated on the first 32 of them."""
+    """A random network embeds smooth random images; with --resume, a trained one those of its data's test.
+
+    int8 is calibrated on the first images of each modality.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        if args.resume:
+            checkpoint, test = args.resume, sysu_searches(args.data_path)
+            paths, searches = test.paths, test.searches
+        else:
+            checkpoint, paths, searches = save_random(args, folder), {"visible": draw_images(args, folder)}, []
+        kinds = {}  # {name: {modality: Embedder}}
+        for modality, files in paths.items():
+            for name, embedder in embedders(args, checkpoint, modality, files[:CALIBRATION], folder):
+                kinds.setdefault(name, {})[modality] = embedder
+        times, features = {name: [] for name in kinds}, {}
+        for _ in range(args.repeats):
+            for name, by_modality in kinds.items():  # by turns
+                start = time.perf_counter(), time.process_time()
+                features[name] = {m: embedder(paths[m], m) for m, embedder in by_modality.items()}
+                times[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    results, images = {}, sum(map(len, paths.values()))
+    for name, turns in times.items():
+        seconds, cpu = np.median(turns, axis=0) / images
+        exact = features["PyTorch float32"]
+        cosine = min(float((values * exact[m]).sum(axis=1).min()) for m, values in features[name].items())
+        results[name] = {"seconds": seconds, "cpu_seconds": cpu, "cosine": cosine}
+        text = (
+            f"{1 / seconds:.1f} images/s, {1 / cpu:.1f} per second of a core; smallest cosine with float32 {cosine:.4f}"
+        )
+        if searches:
+            results[name]["Rank-1"] = rank_1(features[name], searches)
+            text += f"; Rank-1 {results[name]['Rank-1']:.2f}"
+        print(f"{name}: {text}")
+    return {"by_kind": results}
+
+
+def rank_1(features, searches):
+    """The mean over searches, in percent."""
+    features = {modality: {"FC": torch.from_numpy(values)} for modality, values in features.items()}
+    return float(np.mean([scores(engine.run_search(features, s)["FC", "none"])["Rank-1"] for s in searches]))
+
+
+def embedders(args, checkpoint, modality, files, folder):
+    """Yields (name, Embedder)."""
     from tools import export  # only here: the other benchmarks need no ONNX
 
-    with tempfile.TemporaryDirectory() as folder:
-        paths = draw_images(args, folder)
-        torch.manual_seed(0)
-        net = GFMNet(num_classes=4, arch=args.arch)
-        content = {"net": net.state_dict(), "options": net.options, "image_size": [args.img_h, args.img_w], "args": {}}
-        save_checkpoint(content, f"{folder}/net.t")
-        flags = ["--resume", f"{folder}/net.t", "--format", "onnx", "--modality", "visible", "--out", folder]
-        (exported,) = export.main(flags)
-        quantised = f"{folder}/int8.onnx"
-        quantise(exported["path"], quantised, paths[:32])
-        options = {"gpu": args.gpu, "batch": args.batch, "workers": args.workers}
-        runs = {
-            "PyTorch float32": Embedder(f"{folder}/net.t", amp="off", **options),
-            "PyTorch bf16": Embedder(f"{folder}/net.t", amp="bf16", **options),
-            "ONNX Runtime float32": Embedder(exported["path"], **options),
-            "ONNX Runtime int8": Embedder(quantised, **options),
-        }
-        times, features = {name: [] for name in runs}, {}
-        for _ in range(args.repeats):
-            for name, embedder in runs.items():  # by turns
-                start = time.perf_counter(), time.process_time()
-                features[name] = embedder(paths, "visible")
-                times[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
-    results = {}
-    for name, turns in times.items():
-        seconds, cpu = np.median(turns, axis=0) / len(paths)
-        cosine = float((features[name] * features["PyTorch float32"]).sum(axis=1).min())
-        results[name] = {"seconds": seconds, "cpu_seconds": cpu, "cosine": cosine}
-        rate = f"{1 / seconds:.1f} images/s, {1 / cpu:.1f} per second of a core"
-        print(f"{name}: {rate}; smallest cosine with float32 {cosine:.4f}")
-    return {"by_kind": results}
+    flags = ["--resume", checkpoint, "--format", "onnx", "--modality", modality, "--out", folder]
+    (exported,) = export.main(flags)
+    quantised = f"{folder}/{modality}_int8.onnx"
+    options = {"gpu": args.gpu, "batch": args.batch, "workers": args.workers}
+    float32 = Embedder(checkpoint, amp="off", **options)
+    quantise(exported["path"], quantised, ImageFiles(files, float32.size))
+    yield "PyTorch float32", float32
+    yield "PyTorch bf16", Embedder(checkpoint, amp="bf16", **options)
+    yield "ONNX Runtime float32", Embedder(exported["path"], **options)
+    yield "ONNX Runtime int8", Embedder(quantised, **options)
+
+
+def save_random(args, folder):
+    """Write a checkpoint of an untrained network -> its path."""
+    torch.manual_seed(0)
+    net = GFMNet(num_classes=4, arch=args.arch)
+    content = {"net": net.state_dict(), "options": net.options, "image_size": [args.img_h, args.img_w], "args": {}}
+    save_checkpoint(content, f"{folder}/net.t")
+    return f"{folder}/net.t"
 
 
 def draw_images(args, folder):
@@ -60,15 +97,14 @@ def draw_images(args, folder):
     return paths
 
 
-def quantise(source, target, paths):
-    """Write an ONNX file of tools.export with weights and activations in int8, calibrated on images."""
+def quantise(source, target, images):
+    """Write an ONNX file of tools.export with weights and activations in int8, calibrated on uint8 images [3, H, W]."""
     import onnx
     from onnxruntime import quantization
 
     class Images(quantization.CalibrationDataReader):
         def __init__(self):
-            arrays = (np.asarray(Image.open(path)).transpose(2, 0, 1)[None] for path in paths)
-            self.inputs = ({"images": array} for array in arrays)
+            self.inputs = ({"images": images[i][None].numpy()} for i in range(len(images)))
 
         def get_next(self):
             return next(self.inputs, None)
