@@ -110,7 +110,9 @@ class ArgumentParser(argparse.ArgumentParser):
         return flag[:2] + flag[2:].replace("-", "_") + equals + value if re.match(r"--\w", arg) else arg
 
     def error(self, message):
-        sys.exit(_one_line_exit(self.prog, f"{message} (--help lists the flags)"))
+        surplus = re.match("unrecognized arguments: (?!-)", message)
+        remedy = "a pattern such as *_best.t must match one file" if surplus else "--help lists the flags"
+        sys.exit(_one_line_exit(self.prog, f"{message} ({remedy})"))
 
 
 def bounded(kind, low, high=10**9, above=False):

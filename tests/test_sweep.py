@@ -126,6 +126,7 @@ def test_rows_by_name():
         (("--vary", "method"), "'method' is not FLAG=VALUE,VALUE"),
         (("--vary", "method=base,"), "'method=base,' is not FLAG=VALUE,VALUE"),
         (("--vary", "method=base,gan"), "row method=gan: error: argument --method: invalid choice: 'gan'"),
+        (("--vary", "method=base", "--epochs", "9"), "arguments: --epochs 9; flags of training follow after --"),
         (("--vary", "methods=base"), "row methods=base: error: unrecognized arguments: --methods base"),
         (("--vary", "method=base,base"), "rows need different names"),
         (("--row", "--method adp"), "is not 'NAME: FLAGS'"),

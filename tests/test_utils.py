@@ -187,3 +187,16 @@ def test_seeding_repeats_every_generator():
     assert draw(0, 1) == draw(0, 1)
     assert draw(0, 1) != draw(0, 2)
     assert draw(0, 1) != draw(1, 0)
+
+
+@pytest.mark.parametrize(
+    ("surplus", "remedy"),
+    [(["b.t"], "a pattern such as *_best.t must match one file"), (["--rseume", "b.t"], "--help lists the flags")],
+)
+def test_surplus_arguments_are_one_line_with_a_remedy(surplus, remedy, capsys):
+    parser = utils.ArgumentParser(prog="testa.py")
+    parser.add_argument("--resume")
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--resume", "a.t", *surplus])
+    expected = f"testa.py: error: unrecognized arguments: {' '.join(surplus)} ({remedy})\n"
+    assert capsys.readouterr().err == expected

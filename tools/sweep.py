@@ -114,7 +114,10 @@ def main(argv=None):
     """Returns the table, the content of OUT/table.json."""
     argv = [*map(str, sys.argv[1:] if argv is None else argv)]
     split = argv.index("--") if "--" in argv else len(argv)
-    args = get_args_parser().parse_args(join_test_flags(argv[:split]))
+    parser = get_args_parser()
+    args, unknown = parser.parse_known_args(join_test_flags(argv[:split]))
+    if unknown:
+        parser.error(f"unrecognized arguments: {shlex.join(unknown)}; flags of training follow after --")
     if not fcntl:
         raise InputError("a sweep locks its runs, which needs Linux or macOS; run train_ext_test0.py by hand")
     out = Path(args.out)
