@@ -8,6 +8,7 @@ on trial 0 of the TEST set, as published; --select val trains on fewer identitie
 
 import math
 from functools import partial
+from inspect import signature
 from typing import NamedTuple
 
 import torch
@@ -234,6 +235,8 @@ def train(args, run, data, test, device):
 
     run.start(net, optimizer, device, data.num_images, sampler.steps)
     run.log.text(describe(args, data, search, sampler.steps, device))
+    if unused := unused_flags(args, run.recipe):
+        run.log.text(f"note: --method {args.method} does not use {' '.join(unused)}")
     figures = import_figures(run.log) if args.figures else None
     for epoch in range(run.first_epoch, args.epochs):
         meter = run.begin_epoch(epoch)
@@ -277,6 +280,14 @@ def build_step(args, model, device):
 
 def build_loss(args):
     return MethodLoss(args.method, args.margin, args.alpha, args.gamma, args.square, args.weighting)
+
+
+def unused_flags(args, recipe):
+    """Flags of the loss that were changed from the method's recipe, but that none of its losses takes."""
+    method = METHODS[args.method]
+    taken = {name for loss in (method.triplet, method.local) if loss for name in signature(loss).parameters}
+    flags = signature(MethodLoss).parameters.keys() - taken - {"method"}
+    return [f"--{flag}" for flag in sorted(flags) if getattr(args, flag) != recipe[flag]]
 
 
 def build_augmentation(args):

@@ -63,7 +63,7 @@ def test_run_writes_what_it_promises(trained):
     "more",
     [
         ["--method", "base", "--optim", "sgd", "--augc", "0", "--rande", "0"],
-        ["--method", "agw", "--share_net", "1", "--amp", "bf16"],
+        ["--method", "agw", "--share_net", "1", "--amp", "bf16", "--square", "0"],
         ["--method", "caj", "--square", "0", "--weighting", "published", "--mode", "indoor"],
         pytest.param(
             ["--method", "adp", "--share_net", "5", "--alpha", "2", "--gamma", "0.5", "--margin", "0.1"],
@@ -76,6 +76,8 @@ def test_every_method_trains_and_its_checkpoint_tests(tiny_tree, tmp_path, more)
     (entry,) = log_entries(result["log"])
     assert math.isfinite(entry["total"])
     assert (entry["local"] > 0) == ("adp" in more)
+    note = "note: --method agw does not use --square" in Path(result["log"]).with_suffix(".txt").read_text()
+    assert note == ("agw" in more)
     rows = testa.main(search_flags(tiny_tree, result["last"]))
     assert len(rows) == 2
 
@@ -100,6 +102,23 @@ def test_every_flag_is_read(tiny_tree, tmp_path, monkeypatch):
     READ.clear()
     train_ext_test0.main(command)
     assert flags - READ == set()
+
+
+@pytest.mark.parametrize(
+    ("method", "unused"),
+    [
+        ("base", "--alpha --gamma --square --weighting"),
+        ("agw", "--alpha --gamma --margin --square"),
+        ("adp", ""),
+        ("dns", "--alpha --square --weighting"),
+        ("gfm2", "--margin"),
+    ],
+)
+def test_flags_of_the_loss_that_a_method_does_not_use_are_named(method, unused):
+    recipe = vars(parse("--method", method))
+    changed = ["--alpha", "2", "--gamma", "3", "--margin", "0.1", "--square", "0", "--weighting", "exact"]
+    assert train_ext_test0.unused_flags(parse("--method", method, *changed), recipe) == unused.split()
+    assert train_ext_test0.unused_flags(parse("--method", method), recipe) == []
 
 
 def test_defaults_are_the_paper_s_recipe():
