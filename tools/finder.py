@@ -6,7 +6,7 @@ import os
 import numpy as np
 
 from core.re_rank import k_reciprocal
-from tools.index import Filter, open_index
+from tools.index import REPLACED, Filter, open_index
 from tools.indexer import file_stamp, load_embedder
 from tools.labels import parse_time
 from utils import InputError
@@ -55,7 +55,7 @@ class Finder:
         """page: of `top` images. where: a Filter. combine: all files show one person, which their "mean" feature or
         the "best" of them finds. rerank: order the first RERANKED anew. group: each known person once."""
         if self.index.versions()[0]["version"] != self.about["version"]:
-            raise InputError(f"{self.index.uri}: another checkpoint has replaced this version; start again")
+            raise InputError(f"{self.index.uri}: {REPLACED}; start again")
         queries, need = self.embedder(images, modality), top * page
         if combine == "mean":
             queries = queries.mean(axis=0, keepdims=True)
@@ -81,10 +81,13 @@ class Finder:
         ]
 
     def _reranked(self, found, queries):
-        first = found[:RERANKED]
+        if not found:
+            return found
+        vectors = self.index.vectors([image["id"] for image in found[:RERANKED]])
+        first = [image for image in found[:RERANKED] if image["id"] in vectors]  # another process may remove some
         if not first:
             return found
-        vectors = self.index.vectors([image["id"] for image in first])
+        vectors = np.stack([vectors[image["id"]] for image in first])
         order = np.argsort(k_reciprocal(queries, vectors).min(axis=0), kind="stable")
         return [first[row] for row in order] + found[RERANKED:]
 
@@ -106,18 +109,16 @@ def best_of(lists):
 
 
 def grouped(found):
-    """The first image of each known person, with "images", the number of those found; and images of unknown ones."""
-    groups = {}
+    """The first image of each known person, and the images of unknown ones."""
+    first = {}
     for image in found:
-        group = groups.setdefault(image["person"] or image["id"], image | {"images": 0})
-        group["images"] += 1
-    return list(groups.values())
+        first.setdefault(image["person"] or image["id"], image)
+    return list(first.values())
 
 
 def describe(image):
     """What is known of one of `Finder`'s images, in words."""
     person = f"person {image['person']}" if image["person"] else ""
-    count = f"{image['images']} images" if image.get("images", 1) > 1 else ""
     camera = f"camera {image['camera']}" if image["camera"] else ""
     changed = "(changed since it was indexed)" if image["changed"] else ""
-    return ", ".join(filter(None, (camera, person, count, image["time"], changed)))
+    return ", ".join(filter(None, (camera, person, image["time"], changed)))

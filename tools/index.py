@@ -1,7 +1,7 @@
-"""An index of image features: one SQLite file, searched in memory, or a PostgreSQL database with pgvector.
+"""An index of image features: one SQLite file, searched in memory, or a database server (server_index.py).
 
-The address decides. Both hold the same two tables. A version is what one checkpoint has embedded; the oldest serves,
-and a younger one takes its place when it is complete and the older ones are deleted.
+The address decides. Both hold the same two tables. A version is what one checkpoint has embedded. The oldest version
+serves. When a younger one is complete, the older ones are deleted.
 """
 
 import contextlib
@@ -10,10 +10,8 @@ import os
 import re
 import shlex
 import sqlite3
-import time
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 
@@ -29,8 +27,8 @@ CREATE TABLE images (id {serial}, version INT NOT NULL REFERENCES versions ON DE
 CREATE INDEX images_by_place ON images (version, camera, time);
 """
 VERSION = ("version", "checkpoint", "sha256", "feature", "dim")
+REPLACED = "another checkpoint has replaced this version"
 BLOCK = 8192  # vectors read or compared at a time
-CANDIDATES = 10  # nearest images by halves of float32 of pgvector's graph, for each that is returned by exact distance
 
 
 class Entry(NamedTuple):
@@ -73,6 +71,8 @@ class Filter(NamedTuple):
 def open_index(uri, create=False):
     """The index at an address. InputError if there is none (unless `create`) or it cannot be used."""
     if re.match("postgres(ql)?://", uri):
+        from tools.server_index import ServerIndex  # it builds on this module
+
         return ServerIndex(uri, create)
     if "://" in uri:
         raise InputError(f"{uri}: unknown kind of address; pass a file, or postgresql://USER@HOST:PORT/DATABASE")
@@ -82,6 +82,9 @@ def open_index(uri, create=False):
 class Index:
     """What both kinds share. Each method is one transaction. Subclasses give `search` and what talks to the
     database: `connection`, `driver` (its module) and the `_remedy` of an error."""
+
+    approximates = False  # whether it has `approximate`
+    for_update = ""  # ends a SELECT that locks its rows; a transaction that writes to a file has locked it already
 
     def close(self):
         self.connection.close()
@@ -93,7 +96,7 @@ class Index:
         except InputError:
             raise
         except self.driver.IntegrityError as error:
-            raise InputError(f"{self.uri}: another checkpoint has replaced this version; run again") from error
+            raise InputError(f"{self.uri}: {REPLACED}; run again") from error
         except (self.driver.Error, ValueError) as error:  # ValueError: vectors of another size
             reason = str(error).strip().partition("\n")[0]
             raise InputError(f"{self.uri}: cannot be used as an index ({reason}); {self._remedy(error)}") from error
@@ -116,9 +119,16 @@ class Index:
             return self._run(f"SELECT version FROM versions WHERE {where}", (sha256, feature)).fetchone()[0]
 
     def switch(self, version):
-        """Let a version serve, and delete the older ones."""
+        """Let a version serve and delete the older ones, unless they have images that it lacks -> their Entries."""
         with self.transaction():
-            self._run("DELETE FROM versions WHERE version < ?", (version,))
+            # Wait for who is adding to them, and let nobody begin to.
+            self._run(f"SELECT version FROM versions WHERE version < ?{self.for_update}", (version,))
+            where = "version < ? AND path NOT IN (SELECT path FROM images WHERE version = ?)"
+            sql = f"SELECT {', '.join(Entry._fields)} FROM images WHERE {where}"
+            rows = self._run(sql, (version, version)).fetchall()
+            if not rows:
+                self._run("DELETE FROM versions WHERE version < ?", (version,))
+        return [*{row[0]: Entry(*row) for row in rows}.values()]
 
     def entries(self, version, folder=None):
         """{path: Entry} of a folder, or of the whole version."""
@@ -156,18 +166,20 @@ class Index:
             self._run_many("DELETE FROM images WHERE path = ?", [(path,) for path in paths])
 
     def move(self, old, new):
-        """Note that a folder has another path now -> number of its images."""
+        """Rename a folder in all versions -> number of its images. Those that the new one has already are dropped."""
         old, new = (os.path.join(folder, "") for folder in (old, new))
+        renamed, below = "CAST(? AS TEXT) || substr(images.path, ?)", "substr(images.path, 1, ?) = ?"
+        values = (new, len(old) + 1, len(old), old)
         with self.transaction():
-            sql = "UPDATE images SET path = CAST(? AS TEXT) || substr(path, ?) WHERE substr(path, 1, ?) = ?"
-            return self._run(sql, (new, len(old) + 1, len(old), old)).rowcount
+            there = f"SELECT 1 FROM images AS there WHERE there.version = images.version AND there.path = {renamed}"
+            dropped = self._run(f"DELETE FROM images WHERE EXISTS ({there}) AND {below}", values).rowcount
+            return dropped + self._run(f"UPDATE images SET path = {renamed} WHERE {below}", values).rowcount
 
     def vectors(self, ids):
-        """-> [N, C]; for some hundred."""
+        """{id: vector [C]} of those that are there; for some hundred."""
         with self.transaction(write=False):
             rows = self._run(f"SELECT id, vector FROM images WHERE id IN ({', '.join('?' * len(ids))})", ids).fetchall()
-        rows = {i: self._decode(value) for i, value in rows}
-        return np.stack([rows[i] for i in ids])
+        return {i: self._decode(value) for i, value in rows}
 
 
 class FileIndex(Index):
@@ -189,24 +201,15 @@ class FileIndex(Index):
             self.connection.execute("PRAGMA trusted_schema = OFF")
             self.connection.execute("PRAGMA foreign_keys = ON")
             self._check_tables(create)
-            self._write_ahead()
-            self.connection.execute("PRAGMA synchronous = NORMAL")
-
-    def _write_ahead(self):
-        """Keep readers and a writer from waiting for each other. SQLite's timeout does not hold for this one statement,
-        which fails at once while another process that has made the same file writes to it."""
-        for left in reversed(range(600)):
-            try:
+            # So that readers and a writer do not wait for each other. It fails while another process that has made the
+            # same file writes to it; whoever opens the file next succeeds.
+            with contextlib.suppress(sqlite3.OperationalError):
                 self.connection.execute("PRAGMA journal_mode = WAL")
-                return
-            except sqlite3.OperationalError:
-                if not left:
-                    raise
-                time.sleep(0.1)
+            self.connection.execute("PRAGMA synchronous = NORMAL")
 
     def _check_tables(self, create):
         """Make the tables of an empty file; refuse a file with others, whatever they would run."""
-        ours = _tables(serial="INTEGER PRIMARY KEY AUTOINCREMENT", vector="BLOB", strict=" STRICT")
+        ours = tables(serial="INTEGER PRIMARY KEY AUTOINCREMENT", vector="BLOB", strict=" STRICT")
         with self.transaction(write=create):
             read = "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND name <> 'sqlite_sequence'"
             found = [sql for (sql,) in self._run(read)]
@@ -218,10 +221,13 @@ class FileIndex(Index):
 
     @staticmethod
     def _remedy(error):
+        name = getattr(error, "sqlite_errorname", "")
         return {
             "SQLITE_FULL": "free some space and run again; the index is intact",
             "SQLITE_BUSY": "another process keeps it; run again later",
-        }.get(getattr(error, "sqlite_errorname", None), "check the file, or remove it and index again")
+            "SQLITE_CANTOPEN": "a search writes beside it; copy it to a folder that you may write to",
+            "SQLITE_READONLY": "a search writes beside it; copy it to a folder that you may write to",
+        }.get("_".join(name.split("_")[:2]), "check the file, or remove it and index again")
 
     @contextlib.contextmanager
     def transaction(self, write=True):
@@ -241,9 +247,6 @@ class FileIndex(Index):
 
     def _decode(self, value):
         return np.frombuffer(value, "<f4")
-
-    def approximate(self, version, dim):
-        raise InputError(f"--approximate: {self.uri} is a file, which is searched exactly; leave it out")
 
     def search(self, version, queries, top, where=Filter()):  # noqa: B008 (a constant)
         """queries [Q, C] -> for each, dicts with "id", "similarity" and the fields of `Entry`, best first."""
@@ -285,7 +288,7 @@ class FileIndex(Index):
 
     def _nearest(self, queries, top, chosen=None):
         """The inner products [Q, K] and ids of the nearest vectors, best first. chosen: ids that may be found."""
-        best, best_ids = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+        best, best_ids = np.empty((len(queries), 0), np.float32), np.empty(0, np.int64)
         masks = [None] * len(self.blocks)
         if chosen is not None and self.blocks:
             mask = np.isin(np.concatenate([ids for ids, _ in self.blocks]), chosen)
@@ -293,17 +296,13 @@ class FileIndex(Index):
         for (ids, vectors), mask in zip(self.blocks, masks, strict=True):
             if mask is not None:
                 ids, vectors = ids[mask], vectors[mask]
-            best = np.hstack([best, queries @ vectors.T])
-            best_ids = np.hstack([best_ids, np.broadcast_to(ids, (len(queries), len(ids)))])
+            best, best_ids = np.hstack([best, queries @ vectors.T]), np.append(best_ids, ids)
             if best.shape[1] > top:
-                nearest = np.argpartition(-best, top - 1, axis=1)[:, :top]
-                best, best_ids = (np.take_along_axis(x, nearest, 1) for x in (best, best_ids))
-        order = np.argsort(-best, axis=1, kind="stable")
-        return np.take_along_axis(best, order, 1), np.take_along_axis(best_ids, order, 1)
-
-
-def _tables(serial, vector, strict):
-    return [sql.strip() for sql in TABLES.format(serial=serial, vector=vector, strict=strict).split(";")[:-1]]
+                # With all that are as near as the last one: of equal ones, the first in the index are found.
+                kept = (best >= -np.partition(-best, top - 1, axis=1)[:, top - 1 : top]).any(axis=0)
+                best, best_ids = best[:, kept], best_ids[kept]
+        order = np.argsort(-best, axis=1, kind="stable")[:, :top]
+        return np.take_along_axis(best, order, 1), best_ids[order]
 
 
 def _folder_message(path):
@@ -318,88 +317,5 @@ def _folder_message(path):
     return f"{path}: is an index of the old format; make it anew: {command}"
 
 
-class ServerIndex(Index):
-    """A PostgreSQL database with pgvector. Searches are exact until `approximate` makes a graph of a version."""
-
-    def __init__(self, uri, create=False):
-        parts = urlsplit(uri)
-        if parts.password or "password" in parse_qs(parts.query):
-            raise InputError("--index: leave the password out of the address; set PGPASSWORD in the environment")
-        try:
-            import pgvector.psycopg
-            import psycopg
-        except ImportError as error:
-            install = 'python -m pip install "psycopg[binary]>=3.2.3" "pgvector>=0.5"'
-            raise InputError(f"{uri}: needs {install} ({error})") from error
-        self.uri, self.driver, self.register, self.connection = uri, psycopg, pgvector.psycopg.register_vector, None
-        with self._errors():
-            self._connect(create)
-
-    def _connect(self, create=False):
-        self.connection = self.driver.connect(self.uri, autocommit=True, connect_timeout=10)
-        with self.connection.transaction():
-            self._run("SELECT pg_advisory_xact_lock(7316)")  # two processes must not make the tables at once
-            exists = self._run("SELECT to_regclass('images')").fetchone()[0]
-            if not (exists or create):
-                raise InputError(f"{self.uri}: contains no index; make it with python -m tools.search index")
-            if not exists:
-                self._run("CREATE EXTENSION IF NOT EXISTS vector")
-                for sql in _tables("BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY", "vector", ""):
-                    self._run(sql)
-        self.register(self.connection)
-
-    @staticmethod
-    def _remedy(_):
-        return "check the address, the server and PGPASSWORD, and run again"
-
-    @contextlib.contextmanager
-    def transaction(self, write=True):
-        with self._errors():
-            if self.connection.closed:  # the server was restarted
-                self._connect()
-            with self.connection.transaction():
-                yield
-
-    def _run(self, sql, values=()):
-        return self.connection.execute(sql.replace("?", "%s"), values, binary=True)
-
-    def _run_many(self, sql, rows):
-        self.connection.cursor().executemany(sql.replace("?", "%s"), rows)
-
-    def _encode(self, vector):
-        return vector
-
-    def _decode(self, value):
-        return value.to_numpy()
-
-    def bytes(self):
-        """Size of the images with their vectors and indexes."""
-        with self.transaction(write=False):
-            return self._run("SELECT pg_total_relation_size('images')").fetchone()[0]
-
-    def approximate(self, version, dim):
-        """Make a graph of a version's vectors, in halves of float32, or keep the one that there is."""
-        with self.transaction():
-            self._run(
-                f"CREATE INDEX IF NOT EXISTS graph_{version} ON images USING hnsw "
-                f"((vector::halfvec({dim})) halfvec_ip_ops) WHERE version = {version}"
-            )
-
-    def search(self, version, queries, top, where=Filter()):  # noqa: B008 (a constant)
-        """As `FileIndex.search`."""
-        condition, values = where.where(version)
-        names, source, results = ("id", *Entry._fields), f"images WHERE {condition}", []
-        with self.transaction(write=False):
-            graph = self._run(f"SELECT to_regclass('graph_{version}')").fetchone()[0]
-            if graph:
-                half = f"halfvec({queries.shape[1]})"
-                nearest = f"{condition} AND version = {version} ORDER BY vector::{half} <#> ?::{half} LIMIT ?"
-                source = f"(SELECT * FROM images WHERE {nearest}) AS candidates"
-                self._run("SET LOCAL hnsw.iterative_scan = strict_order")
-                self._run(f"SET LOCAL hnsw.ef_search = {min(1000, CANDIDATES * max(top, 10))}")
-            sql = f"SELECT {', '.join(names)}, -(vector <#> ?) FROM {source} ORDER BY vector <#> ? LIMIT ?"
-            for query in queries:
-                inner = [*values, query, CANDIDATES * top] if graph else values
-                rows = self._run(sql, (query, *inner, query, top)).fetchall()
-                results.append([dict(zip((*names, "similarity"), row, strict=True)) for row in rows])
-        return results
+def tables(serial, vector, strict):
+    return [sql.strip() for sql in TABLES.format(serial=serial, vector=vector, strict=strict).split(";")[:-1]]

@@ -10,7 +10,7 @@ from PIL import Image
 from core.images import FORMATS
 from model import MODALITIES
 from tools.embedder import Embedder
-from tools.index import Entry, open_index
+from tools.index import REPLACED, Entry, open_index
 from tools.labels import read_labels, time_text
 from utils import InputError
 
@@ -20,35 +20,39 @@ def index_folder(args):
     folder = os.path.realpath(args.folder)
     if not os.path.isdir(folder):
         raise InputError(f"{args.folder}: no such folder; pass a folder of images")
-    files, unreadable, unknown = list_images(folder)
+    files, unreadable, unchecked = list_images(folder)
     if not files:
         raise InputError(f"{folder}: contains no image; pass a folder of images")
     labels, unlabelled = label_files(args, files, folder)
     with contextlib.closing(open_index(args.index, create=True)) as index:
+        if args.approximate and not index.approximates:
+            raise InputError(f"--approximate: {args.index} is a file, which is searched exactly; leave it out")
         old = next(iter(index.versions()), None)
-        if args.moved_from and not index.move(os.path.abspath(args.moved_from), folder):
-            raise InputError(f"--moved_from {args.moved_from}: {args.index} has no image of it; leave it out")
+        if args.moved_from and not any(index.move(place, folder) for place in places(args.moved_from)):
+            raise InputError(
+                f"--moved_from {args.moved_from}: {args.index} has no image there; pass its path at that time"
+            )
         before = index.entries(old["version"], folder) if old else {}
-        modality = folder_modality(args, before, folder)
+        modality = folder_modality(args, before, folder, files)
         version, embedder = begin_version(args, index, old)
         known = index.entries(version, folder)
         before |= known
         entries = [make_entry(path, files[path], modality, labels[path], before.get(path)) for path in files]
         new = [entry for entry in entries if entry.path not in known or entry[:3] != known[entry.path][:3]]
-        index.label(version, [entry for entry in set(entries) - set(new) if entry != known[entry.path]])
-        gone = [path for path in before if path not in files and not path.startswith(unknown)]
+        same = [entry for entry in entries if entry.path in known and entry[:3] == known[entry.path][:3]]
+        index.label(version, [entry for entry in same if entry != known[entry.path]])
+        gone = [path for path in before if path not in files and not path.startswith(unchecked)]
         index.remove(gone)
         embedded = embed(embedder, index, version, new, unreadable)
         index.remove([entry.path for entry in new if entry.path not in embedded])
-        count = len(embedded)
-        if old and version > old["version"]:
-            count += embed_rest(embedder, index, old["version"], version, unreadable)
+        count = len(embedded) + embed_rest(embedder, index, version, unreadable)
         if args.approximate:
             index.approximate(version, embedder.dim)
-        index.switch(version)
         images = sum(index.counts(version, "modality").values())
-    if not images:
+    if not images and unreadable:
         raise InputError(f"{folder}: none of its {len(files)} images can be read: {unreadable[0]}")
+    if not images:
+        raise InputError(f"{args.index}: {REPLACED}; run again")
     changed = sum(entry.path in known for entry in new)
     counts = {"embedded": count, "changed": changed, "vanished": len(gone), "images": images}
     return counts | {"unreadable": unreadable, "unlabelled": unlabelled}
@@ -57,12 +61,17 @@ def index_folder(args):
 def remove_folder(args):
     """Take the images of a folder, which need not exist, out of an index -> their number."""
     with contextlib.closing(open_index(args.index)) as index:
-        folder, versions = os.path.abspath(args.folder), index.versions()
-        paths = {path for row in versions for path in index.entries(row["version"], folder)}
-        if not paths:
+        versions = [row["version"] for row in index.versions()]
+        found = ({path for v in versions for path in index.entries(v, place)} for place in places(args.folder))
+        if not (paths := sorted(next(filter(None, found), ()))):
             raise InputError(f"{args.folder}: {args.index} has no image of it; pass a folder that was indexed")
         index.remove(paths)
     return len(paths)
+
+
+def places(folder):
+    """Where a folder was when it was indexed: as it is written, or where its links lead."""
+    return os.path.abspath(folder), os.path.realpath(folder)
 
 
 def label_files(args, files, folder):
@@ -77,7 +86,7 @@ def label_files(args, files, folder):
     return labels, unlabelled
 
 
-def folder_modality(args, before, folder):
+def folder_modality(args, before, folder, files):
     """The modality of a folder's images: of --modality, or as the index has it."""
     known = {entry.modality for entry in before.values()}
     if args.modality and known <= {args.modality}:
@@ -87,8 +96,11 @@ def folder_modality(args, before, folder):
             f"--modality {args.modality}: {args.index} has other images of {folder}; index its folders one by one, or "
             "remove it first"
         )
-    if len(known) != 1:
-        raise InputError(f"--modality: {args.index} does not know which one {folder} has; pass it")
+    # Images beside the known ones may be of the other modality.
+    common = os.path.join(os.path.commonpath([os.path.dirname(path) for path in before]), "") if before else ""
+    beside = next((path for path in files if not path.startswith(common)), None)
+    if len(known) != 1 or beside:
+        raise InputError(f"--modality: {args.index} does not know which one {beside or folder} has; pass it")
     return known.pop()
 
 
@@ -97,6 +109,8 @@ def begin_version(args, index, old):
     if not (args.resume or old):
         raise InputError(f"{args.index}: there is no index yet; pass --resume and --modality to make one")
     embedder = load_embedder(args, old, args.index)
+    if not (args.resume or args.feature):  # it must not come back if another one replaces it meanwhile
+        return old["version"], embedder
     path, sha256 = str(embedder.path.resolve()), embedder.sha256
     # An .onnx file embeds one modality only; the index remembers a checkpoint while there is one.
     if old and len(embedder.modalities) == 1 and old["sha256"] == sha256 and os.path.isfile(old["checkpoint"]):
@@ -108,7 +122,8 @@ def load_embedder(args, version, uri):
     """The network of --resume, or of a version of an index, from where it was."""
     path = args.resume or version["checkpoint"]
     if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file; {uri} was made with it: pass its new location with --resume")
+        remedy = f"{uri} was made with it: pass its new location with --resume"
+        raise InputError(f"{path}: no such file; {'pass a checkpoint or an .onnx file' if args.resume else remedy}")
     feature = getattr(args, "feature", None) or (version["feature"] if version else "FC")
     return Embedder(path, feature, args.gpu, args.batch, args.workers)
 
@@ -136,35 +151,32 @@ def embed(embedder, index, version, entries, unreadable):
     return embedded
 
 
-def embed_rest(embedder, index, old, version, unreadable):
-    """Embed what an old version has and a new one lacks, until nothing is left -> number of images."""
+def embed_rest(embedder, index, version, unreadable):
+    """Embed what older versions have and a new one lacks, until it has taken their place -> number of images."""
     count = 0
-    while True:
-        there = index.entries(version)
-        missing = [entry for path, entry in index.entries(old).items() if path not in there]
-        if not missing:
-            return count
+    while missing := index.switch(version):
         embedded = len(embed(embedder, index, version, missing, unreadable))
         if not embedded:
             raise InputError(
-                f"{index.uri}: the old version still serves, because {len(missing)} of its images cannot be read, such "
-                f"as {missing[0].path}; run again when they can, or after `remove` of their folder"
+                f"{index.uri}: {len(missing)} images, such as {missing[0].path}, cannot be read, so the old features "
+                "still serve; restore them, or index their folder again to drop them; then run this again"
             )
         count += embedded
+    return count
 
 
 def list_images(folder):
-    """A folder's images at any depth -> ({path: stamp of size and time}, lines on what cannot be read, a tuple of
-    beginnings of paths that may still exist).
+    """A folder's images at any depth -> ({path: stamp of size and time}, lines on what cannot be read, beginnings of
+    paths that could not be checked).
 
     Images are the files with a suffix of FORMATS. Hidden files and folders, and links to folders, are left out.
     """
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
-    files, unreadable, unknown = {}, [], []
+    files, unreadable, unchecked = {}, [], []
 
     def no_listing(error):
         unreadable.append(f"{error.filename}: cannot be listed ({error.strerror})")
-        unknown.append(os.path.join(error.filename, ""))
+        unchecked.append(os.path.join(error.filename, ""))
 
     for where, folders, names in os.walk(folder, onerror=no_listing):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -180,11 +192,11 @@ def list_images(folder):
             except OSError as error:
                 unreadable.append(f"{path}: cannot be read ({error.strerror})")
                 if not isinstance(error, FileNotFoundError):
-                    unknown.append(path)
+                    unchecked.append(path)
             else:
                 if stat.S_ISREG(status.st_mode):  # reading a pipe would wait
                     files[path] = file_stamp(status)
-    return files, unreadable, tuple(unknown)
+    return files, unreadable, tuple(unchecked)
 
 
 def file_stamp(status):

@@ -24,6 +24,8 @@ def _pattern_labels(pattern):
     try:
         for literal, name, spec, _ in string.Formatter().parse(pattern):
             value = "[^/]+?"
+            if name == "time" and not spec:
+                raise ValueError("{time} needs a format, such as {time:%Y%m%d_%H%M%S}")
             if name == "time":
                 time_format = spec
                 value = "".join(DIGITS.get(a, value) if a else re.escape(b) for a, b in re.findall("%(.)|(.)", spec))
@@ -48,9 +50,10 @@ def _pattern_labels(pattern):
 def _table_labels(file):
     try:
         with open(file, newline="", encoding="utf-8-sig") as lines:
-            rows = csv.DictReader(lines)
-            if "path" not in (rows.fieldnames or ()):
-                raise InputError(f"--csv {file}: has no column path; its first line must name its columns: {COLUMNS}")
+            rows = csv.DictReader(lines, skipinitialspace=True)
+            columns = rows.fieldnames or ()
+            if "path" not in columns or not {*NAMES} & {*columns}:
+                raise InputError(f"--csv {file}: its first line must name its columns: {COLUMNS}")
             return {row["path"]: _table_row(row, f"--csv {file}, line {rows.line_num}") for row in rows}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"--csv {file}: cannot be read ({error})") from error
@@ -66,10 +69,9 @@ def _table_row(row, place):
 def parse_time(text, place, end=False):
     """An ISO 8601 time -> text as `Entry.time` has it. end: a date alone means the end of that day."""
     try:
-        time = datetime.fromisoformat(text)
-    except ValueError as error:
-        raise InputError(f"{place} {text}: is no time; write it as 2026-11-20 or 2026-11-20T14:30") from error
-    return time_text(time + timedelta(days=end and len(text) <= 10))
+        return time_text(datetime.fromisoformat(text) + timedelta(days=end and len(text) <= 10))
+    except (ValueError, OverflowError) as error:
+        raise InputError(f"{place} {text}: is not a time; write it as 2026-11-20 or 2026-11-20T14:30") from error
 
 
 def time_text(time):

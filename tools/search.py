@@ -62,7 +62,7 @@ def get_args_parser():
     group = query.add_argument_group("images that are searched")
     group.add_argument("--camera", nargs="+", default=[], help="only these cameras")
     group.add_argument("--from", dest="start", metavar="TIME", help="only from this time on, such as 2026-11-20T14:00")
-    group.add_argument("--to", dest="end", metavar="TIME", help="only before this time; a date means its end")
+    group.add_argument("--to", dest="end", metavar="TIME", help="only before this time; or to the end of this day")
     group.add_argument("--gallery_modality", choices=MODALITIES, help="only images of this modality")
     group.add_argument("--folder", help="only images at any depth of this folder")
     group = query.add_argument_group("result")
@@ -73,7 +73,7 @@ def get_args_parser():
         "--rerank", action="store_true", help="k-reciprocal re-ranking of the hundred most similar images"
     )
     serve = commands.add_parser("serve", help="a local web page to search with")
-    serve.add_argument("--port", type=bounded(int, 1, 65535), default=7860, help="port on 127.0.0.1")
+    serve.add_argument("--port", type=bounded(int, 0, 65535), default=7860, help="port on 127.0.0.1; 0: a free one")
     serve.set_defaults(batch=64, workers=0)  # one image at a time
     for command in (index, remove, query, serve):
         text = "file, or postgresql://USER@HOST:PORT/DATABASE (password: PGPASSWORD)"
@@ -103,8 +103,8 @@ def run_index(args):
     for path in counts["unlabelled"]:
         print(f"without labels: {path}")
     print(
-        f"{args.index}: {counts['images']} images. Embedded now: {counts['embedded']}; changed since the last call: "
-        f"{counts['changed']}; deleted: {counts['vanished']}; unreadable: {len(counts['unreadable'])}"
+        f"{args.index}: {counts['images']} images. Embedded now: {counts['embedded']} ({counts['changed']} changed); "
+        f"deleted: {counts['vanished']}; unreadable: {len(counts['unreadable'])}"
     )
     return counts
 

@@ -9,8 +9,9 @@ from datetime import datetime, timedelta
 import numpy as np
 
 from tools.benchmarks.measuring import PROC, PeakMemory, gib_text
-from tools.index import Entry, FileIndex, Filter, ServerIndex, open_index
+from tools.index import Entry, FileIndex, Filter, open_index
 from tools.labels import time_text
+from tools.server_index import ServerIndex
 from utils import InputError, progress
 
 BATCH = 1000  # images per transaction

@@ -1,0 +1,110 @@
+"""An index of image features in a PostgreSQL database with pgvector."""
+
+import contextlib
+from urllib.parse import parse_qs, urlsplit
+
+from tools.index import Entry, Filter, Index, tables
+from utils import InputError
+
+CANDIDATES = 10  # nearest images by halves of float32 of pgvector's graph, for each that is returned by exact distance
+
+
+class ServerIndex(Index):
+    """A PostgreSQL database with pgvector. Searches are exact until `approximate` makes a graph of a version."""
+
+    approximates = True
+    for_update = " FOR UPDATE"
+
+    def __init__(self, uri, create=False):
+        parts = urlsplit(uri)
+        if parts.password or "password" in parse_qs(parts.query):
+            raise InputError("--index: leave the password out of the address; set PGPASSWORD in the environment")
+        try:
+            import pgvector.psycopg
+            import psycopg
+        except ImportError as error:
+            install = 'python -m pip install "psycopg[binary]>=3.2.3" "pgvector>=0.5"'
+            raise InputError(f"{uri}: needs {install} ({error})") from error
+        self.uri, self.driver, self.register, self.connection = uri, psycopg, pgvector.psycopg.register_vector, None
+        with self._errors():
+            self._connect(create)
+
+    def _connect(self, create=False):
+        self.connection = self.driver.connect(self.uri, autocommit=True, connect_timeout=10)
+        with self.connection.transaction():
+            self._run("SELECT pg_advisory_xact_lock(7316)")  # two processes must not make the tables at once
+            exists = self._run("SELECT to_regclass('images')").fetchone()[0]
+            if not (exists or create):
+                raise InputError(f"{self.uri}: contains no index; make it with python -m tools.search index")
+            if not exists:
+                self._run("CREATE EXTENSION IF NOT EXISTS vector")
+                for sql in tables("BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY", "vector", ""):
+                    self._run(sql)
+        self.register(self.connection)
+
+    @staticmethod
+    def _remedy(_):
+        return "check the address, the server and PGPASSWORD, and run again"
+
+    @contextlib.contextmanager
+    def transaction(self, write=True):
+        with self._errors():
+            if self.connection.closed:  # the server was restarted
+                self._connect()
+            with self.connection.transaction():
+                yield
+
+    def _run(self, sql, values=()):
+        return self.connection.execute(sql.replace("?", "%s"), values, binary=True)
+
+    def _run_many(self, sql, rows):
+        self.connection.cursor().executemany(sql.replace("?", "%s"), rows)
+
+    def _encode(self, vector):
+        return vector
+
+    def _decode(self, value):
+        return value.to_numpy()
+
+    def bytes(self):
+        """Size of the images with their vectors and indexes."""
+        with self.transaction(write=False):
+            return self._run("SELECT pg_total_relation_size('images')").fetchone()[0]
+
+    def switch(self, version):
+        missing = super().switch(version)
+        with self.transaction():
+            graphs = self._run("SELECT indexname FROM pg_indexes WHERE indexname ~ '^graph_'").fetchall()
+            for name in () if missing else (name for (name,) in graphs if int(name.split("_")[1]) < version):
+                self._run(f"DROP INDEX IF EXISTS {name}")
+        return missing
+
+    def approximate(self, version, dim):
+        """Make a graph of a version's vectors, in halves of float32, or keep the one that there is."""
+        with self.transaction():
+            self._run(
+                f"CREATE INDEX IF NOT EXISTS graph_{version} ON images USING hnsw "
+                f"((vector::halfvec({dim})) halfvec_ip_ops) WHERE version = {version}"
+            )
+
+    def search(self, version, queries, top, where=Filter()):  # noqa: B008 (a constant)
+        """As `FileIndex.search`."""
+        condition, values = where.where(version)
+        names, half, results = ("id", *Entry._fields), f"halfvec({queries.shape[1]})", []
+        select = f"SELECT {', '.join(names)}, -(vector <#> ?) FROM {{}} ORDER BY vector <#> ?, id LIMIT ?"
+        exact = select.format(f"images WHERE {condition}")
+        nearest = f"{condition} AND version = {version} ORDER BY vector::{half} <#> ?::{half} LIMIT ?"
+        by_graph = select.format(f"(SELECT * FROM images WHERE {nearest}) AS candidates")
+        with self.transaction(write=False):
+            graph = self._run(f"SELECT to_regclass('graph_{version}')").fetchone()[0]
+            if graph:
+                self._run("SET LOCAL hnsw.iterative_scan = strict_order")
+                self._run(f"SET LOCAL hnsw.ef_search = {min(1000, CANDIDATES * max(top, 10))}")
+            for query in queries:
+                rows = []
+                if graph:
+                    rows = self._run(by_graph, (query, *values, query, CANDIDATES * top, query, top)).fetchall()
+                if len(rows) < top:  # also where few images fit the filters and the graph has given up
+                    rows = self._run(exact, (query, *values, query, top)).fetchall()
+                results.append([dict(zip((*names, "similarity"), row, strict=True)) for row in rows])
+        return results
