@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from conftest import result_row
-from tools import report
+from tools import figures, report
 from utils import InputError
 
 METRICS = ("Rank-1", "Rank-5", "Rank-10", "Rank-20", "mAP", "mINP")
@@ -250,7 +250,6 @@ def test_missing_images_leave_the_old_page(path, rankings, tmp_path):
 def tab(browser, path):
     """The page, opened once; at the end, the browser has reported no error and asked for no other file."""
     page, reports = browser.new_page(), []
-    page.set_default_timeout(5000)
     page.on("console", lambda message: reports.append(message.text))
     page.on("pageerror", lambda error: reports.append(str(error)))
     page.on("dialog", lambda dialog: reports.append(dialog.message))
@@ -299,7 +298,7 @@ def test_every_image_is_drawn(page, rankings):
             return [copy.naturalHeight, copy.naturalWidth];
         }))"""
     )
-    assert sizes == [list(report.CROP)] * len(files)
+    assert sizes == [list(figures.CROP)] * len(files)
     for tile, image in [(0, rankings[0]), (3, rankings[0]["gallery"][2])]:
         assert_pixel(page.locator(".query").first.locator(".picture").nth(tile), image["path"])
 

@@ -5,6 +5,8 @@ Colours are Okabe and Ito's, which colour-blind readers can distinguish. Colour 
 dashes, modalities have markers, and frames of wrong images are dashed.
 """
 
+import base64
+import io
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +15,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
+from PIL import Image
 
 from core.datasets import search_title
 from core.files import atomic, check_output
@@ -31,6 +34,7 @@ FRAMES = {
 matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is no formula
 SUFFIXES = (".png", ".svg", ".pdf")
 DPI = 150
+CROP = (256, 128)  # height, width of a drawn image
 TICKS = {"rank": [1, 5, 10, 15, 20], "recall, %": [0, 20, 40, 60, 80, 100]}
 EPOCH_QUERIES, EPOCH_IMAGES = 6, 10  # of the sheet of rankings that training draws
 
@@ -76,7 +80,7 @@ def ranking_sheet(rows, title=""):
             panel = figure.add_axes(
                 [left / whole_width, bottom / whole_height, (width - 0.1) / whole_width, (height - 0.06) / whole_height]
             )
-            panel.imshow(thumbnail(tile.path), aspect="auto", interpolation="antialiased")
+            panel.imshow(read_image(tile.path, CROP), aspect="auto", interpolation="antialiased")
             panel.set(xticks=[], yticks=[])
             panel.set_xlabel(tile.caption, fontsize=7, labelpad=2, linespacing=1.1)
             for spine in panel.spines.values():
@@ -86,9 +90,11 @@ def ranking_sheet(rows, title=""):
     return figure
 
 
-def thumbnail(path, height=256):
-    """An image file as a person's crop for a sheet: uint8 [height, height / 2, 3]."""
-    return read_image(path, (height, height // 2))
+def data_uri(path):
+    """An image file as the data URI of a JPEG of size CROP."""
+    buffer = io.BytesIO()
+    Image.fromarray(read_image(path, CROP)).save(buffer, "JPEG", quality=80, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _wrapped(title, width):
@@ -123,7 +129,7 @@ def heatmap_sheet(pairs, title):
     figure = Figure(figsize=(whole_width, whole_height))
     for i, pair in enumerate(pairs):
         for j, (caption, path, heats) in enumerate(pair):
-            image = thumbnail(path)
+            image = read_image(path, CROP)
             for k, (name, heat) in enumerate([("image", None), *heats.items()]):
                 left = 0.1 + (j * parts + k) * width + 0.3 * j
                 bottom = whole_height - top - (i + 1) * (height + text) + text

@@ -10,15 +10,13 @@ from xml.etree import ElementTree
 import matplotlib
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
 
 from core.datasets import DATASETS
 from core.files import atomic
-from core.images import read_image
 from core.results import FLIPS
+from tools import figures
 from utils import progress
 
-CROP = (256, 128)  # height, width of an embedded image; about 7 KB each
 PROTOCOL = ("dataset", "mode", "direction", "protocol", "shots")
 # Black, white and blue of a figure become colours of the page, which suit light and dark.
 COLOURS = {"#000000": "currentColor", "#ffffff": "var(--page)", "#0072b2": "var(--correct)"}
@@ -56,8 +54,8 @@ def write_page(path, title, results, rankings, rankings_title, plots, settings):
         columns=columns,
         metrics=list(results[0]["mean"]),
         rows=rows,
-        crop=CROP,
-        pictures={file: (f"i{number}", data_uri(file)) for number, file in enumerate(bar)},
+        crop=figures.CROP,
+        pictures={file: (f"i{number}", figures.data_uri(file)) for number, file in enumerate(bar)},
         rankings=rankings,
         rankings_title=rankings_title,
         plots={caption: inline_svg(figure, caption, f"f{i}-") for i, (caption, figure) in enumerate(plots.items())},
@@ -115,13 +113,6 @@ def row_labels(row):
         "gallery": count["gallery"],
     }
     return {name: "–" if value is None else str(value) for name, value in values.items()}
-
-
-def data_uri(path):
-    """An image file as the data URI of a JPEG of size CROP."""
-    buffer = io.BytesIO()
-    Image.fromarray(read_image(path, CROP)).save(buffer, "JPEG", quality=80, optimize=True)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def inline_svg(figure, caption, prefix):

@@ -1,15 +1,11 @@
 """The web page of `tools.search serve`, made with Gradio."""
 
-import base64
 import html
-import io
 import os
 import socket
 import tempfile
 from datetime import datetime
 from pathlib import Path
-
-from PIL import Image
 
 from tools import figures
 from tools.finder import describe
@@ -31,6 +27,7 @@ def serve(finder, port):
         try:
             listener.bind(("127.0.0.1", port))
             listener.listen()
+            port = listener.getsockname()[1]
         except OSError as error:
             raise InputError(f"--port {port}: cannot be used ({error.strerror}); choose another") from error
         # Before Gradio is imported: it must not contact its makers, and uploads must go when the process ends.
@@ -135,10 +132,7 @@ def draw_card(image):
     try:
         if image["changed"]:
             raise InputError("not the image that was indexed")
-        thumbnail = io.BytesIO()
-        Image.fromarray(figures.thumbnail(image["path"])).save(thumbnail, "JPEG", quality=90)
-        source = base64.b64encode(thumbnail.getvalue()).decode()
-        picture = f'<img src="data:image/jpeg;base64,{source}" alt="{path}">'
+        picture = f'<img src="{figures.data_uri(image["path"])}" alt="{path}">'
     except InputError:
         picture = "<p>This image has changed or no longer exists; run index again.</p>"
     return (
