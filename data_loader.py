@@ -14,14 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from core.files import atomic
 from core.images import check_readable, missing_image, read_image, write_images
 from data_manager import check_data_folder, read_ids, read_list
-from utils import (
-    InputError,
-    cores,
-    leave_signals_to_the_main_process,
-    process_count,
-    process_index,
-    progress,
-)
+from utils import InputError, cores, leave_signals_to_the_main_process, process_count, process_index, progress
 
 UPLOAD_BLOCK = 1024  # images that are copied to a device at a time
 

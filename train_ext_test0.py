@@ -25,15 +25,7 @@ from core.step import GraphedStep, TrainStep
 from data_loader import CACHES, IdentitySampler, eval_loader, train_loader
 from loss import METHODS, WEIGHTINGS, MethodLoss
 from model import ARCHS, GFMNet
-from utils import (
-    ArgumentParser,
-    InputError,
-    bounded,
-    check_device,
-    cli,
-    process_count,
-    seed_everything,
-)
+from utils import ArgumentParser, InputError, bounded, check_device, cli, process_count, seed_everything
 
 # Flags that a resumed run may give anew: where things are and how fast they go, not what is computed.
 MAY_CHANGE = {"workers", "cache", "gpu", "compile", "epochs", "eval_every", "test_batch", "save_epoch", "save_minutes"}

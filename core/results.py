@@ -20,11 +20,7 @@ FLIPS = {True: "yes", False: "no", None: "unknown"}
 def scores(matches):
     """`eval_metrics.MatchRanks` -> {metric: percent}."""
     cmc, mean_ap, mean_inp = matches.means(max(CMC_RANKS))
-    return {
-        **{f"Rank-{k}": 100 * float(cmc[k - 1]) for k in CMC_RANKS},
-        "mAP": 100 * mean_ap,
-        "mINP": 100 * mean_inp,
-    }
+    return {**{f"Rank-{k}": 100 * float(cmc[k - 1]) for k in CMC_RANKS}, "mAP": 100 * mean_ap, "mINP": 100 * mean_inp}
 
 
 def curves(matches):

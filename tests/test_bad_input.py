@@ -511,11 +511,7 @@ def palette():
         (Image.fromarray(DEEP), "PNG", (DEEP // 256).astype(np.uint8)[..., None].repeat(3, axis=2)),
         (Image.fromarray(DEEP), "TIFF", (DEEP // 256).astype(np.uint8)[..., None].repeat(3, axis=2)),
         (Image.fromarray(DEEP.astype(np.int32)), "TIFF", (DEEP // 256).astype(np.uint8)[..., None].repeat(3, axis=2)),
-        (
-            Image.fromarray(np.dstack([255 - COLOURS, 0 * GRAYS]), "CMYK"),
-            "TIFF",
-            COLOURS,
-        ),
+        (Image.fromarray(np.dstack([255 - COLOURS, 0 * GRAYS]), "CMYK"), "TIFF", COLOURS),
     ],
     ids=["RGB", "gray", "1 bit", "RGBA", "gray and alpha", "palette", "16 bits", "16-bit TIFF", "32-bit TIFF", "CMYK"],
 )

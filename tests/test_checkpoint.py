@@ -8,14 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from core.checkpoint import (
-    VERSION,
-    Checkpoint,
-    find_checkpoint,
-    load_checkpoint,
-    load_training_state,
-    save_checkpoint,
-)
+from core.checkpoint import VERSION, Checkpoint, find_checkpoint, load_checkpoint, load_training_state, save_checkpoint
 from utils import InputError
 
 FIRST = {"net": {"w": torch.ones(2)}, "options": {}, "image_size": (96, 48), "args": {"lr": 0.1}, "epoch": 3}

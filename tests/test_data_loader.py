@@ -144,10 +144,7 @@ def test_val_selection_trains_on_the_train_ids_only(sysu_tree):
     train, val = (sorted(data_manager.read_ids(sysu_tree, split)) for split in ("train", "val"))
     everybody = sorted(train + val)
     assert part.num_classes == len(train)
-    for labels, ranks in (
-        (part.visible_labels, whole.visible_labels),
-        (part.infrared_labels, whole.infrared_labels),
-    ):
+    for labels, ranks in ((part.visible_labels, whole.visible_labels), (part.infrared_labels, whole.infrared_labels)):
         ids = np.array(everybody)[ranks]
         assert labels.tolist() == [train.index(i) if i in train else -1 for i in ids]
     kept = sum(len(list(sysu_tree.glob(f"cam{camera}/{i:04d}/*"))) for i in train for camera in (1, 2, 4, 5))

@@ -142,8 +142,7 @@ def test_distances_must_be_finite(problem, evaluate, keys, bad):
 
 
 @pytest.mark.parametrize(
-    ("evaluate", "keys", "short"),
-    [(evaluate, keys, short) for evaluate, keys in PROTOCOLS.values() for short in keys],
+    ("evaluate", "keys", "short"), [(evaluate, keys, short) for evaluate, keys in PROTOCOLS.values() for short in keys]
 )
 def test_shapes_must_agree(problem, evaluate, keys, short):
     problem[short] = problem[short][..., :-1]

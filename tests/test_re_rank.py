@@ -33,10 +33,7 @@ def test_k_reciprocal_golden(case):
     distances = re_rank.k_reciprocal(GOLDEN[f"{case}/query"], GOLDEN[f"{case}/gallery"])
     assert np.abs(distances - GOLDEN[f"{case}/k_reciprocal_fp16"]).mean() < 6e-3
     np.testing.assert_allclose(
-        distances,
-        reference(GOLDEN[f"{case}/query"], GOLDEN[f"{case}/gallery"]),
-        rtol=0,
-        atol=1e-6,
+        distances, reference(GOLDEN[f"{case}/query"], GOLDEN[f"{case}/gallery"]), rtol=0, atol=1e-6
     )
 
 

@@ -471,10 +471,7 @@ def test_bad_input_is_one_line_and_status_2(made, pictures, tmp_path, monkeypatc
         (["query", image, *queries, "--save", "a.gif"], "--save a.gif: is not a .png"),
         (["query", image, *queries, "--save", "a.png", "--top", "101"], "--save: a sheet has room for 100"),
         (["query", copy, *queries, "--save", copy], "copy.png: is a query"),
-        (
-            ["query", image, *queries, "--save", str(folder / "in.png")],
-            "or an image of the index",
-        ),
+        (["query", image, *queries, "--save", str(folder / "in.png")], "or an image of the index"),
         (["query", str(folder), *queries], "mine: is a folder; pass its images"),
         (["query", image, *queries, "--resume", "a.safetensors"], "a.safetensors: no such file"),
         (["query", image, *queries, "--resume", "no.t"], "no.t: no such file"),
@@ -502,10 +499,7 @@ def test_bad_input_is_one_line_and_status_2(made, pictures, tmp_path, monkeypatc
             ["index", str(folder), "--index", index_path, "--approximate", *CPU],
             "--approximate: .* searched exactly; leave",
         ),
-        (
-            ["index", str(folder), "--index", index_path, "--moved_from", "a", *CPU],
-            "has no image there; pass its path",
-        ),
+        (["index", str(folder), "--index", index_path, "--moved_from", "a", *CPU], "has no image there; pass its path"),
         (["index", str(folder), "--index", index_path, "--pattern", "{n}.gif", *CPU], "fits no image of .*, such as"),
         (
             ["remove", "nowhere", "--index", index_path],

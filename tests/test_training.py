@@ -216,11 +216,7 @@ def test_the_clamp_is_told(far_apart, sysu_tree, tmp_path, capsys):
     ("change", "weighting", "words"),
     [
         ({"at_ln2": 0.6}, "published", "60% of the anchors are at ln 2.*use --weighting stable"),
-        (
-            {"beyond_clamp": 0.6},
-            "published",
-            "60% of the anchors are beyond the.*clamp.*use --weighting stable",
-        ),
+        ({"beyond_clamp": 0.6}, "published", "60% of the anchors are beyond the.*clamp.*use --weighting stable"),
         ({"beyond_clamp": 0.6}, "exact", None),
         ({"at_ln2": 0.5, "beyond_clamp": 0.5}, "published", None),
         ({"epoch": 1}, "published", None),

@@ -43,10 +43,7 @@ def test_curves_show_the_logs(logs):
         ("total", "epoch"),
         ("FC/Rank-1", "epoch"),
     ]
-    assert [line.get_xydata().tolist() for line in total.lines] == [
-        [[0, 3], [1, 2], [2, 1]],
-        [[0, 2], [1, 1], [2, 0]],
-    ]
+    assert [line.get_xydata().tolist() for line in total.lines] == [[[0, 3], [1, 2], [2, 1]], [[0, 2], [1, 1], [2, 0]]]
     assert [line.get_xydata().tolist() for line in rank.lines] == [[[0, 0], [2, 20]]]
     # A run has one look in all panels, and no other run has it.
     looks = [[(line.get_color(), line.get_linestyle()) for line in panel.lines] for panel in figure.axes]

@@ -179,10 +179,7 @@ def load_embedding(path):
     return embedding
 
 
-FORMATS = {
-    "onnx": (".onnx", to_onnx, load_onnx),
-    "safetensors": (".safetensors", to_safetensors, load_embedding),
-}
+FORMATS = {"onnx": (".onnx", to_onnx, load_onnx), "safetensors": (".safetensors", to_safetensors, load_embedding)}
 
 
 @torch.inference_mode()
