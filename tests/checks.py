@@ -1,8 +1,10 @@
 """What every method must do: agree with values of its published code, and go through the programs."""
 
+import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -137,3 +139,7 @@ def published_file_is_tested_and_exported(path, tree, out):
     argv = ["--resume", str(path), "--format", "onnx", "--modality", "visible", "--out", str(out)]
     (exported,) = export.main(argv)
     assert exported["cosine"] > 0.9999
+    (about,) = (
+        json.loads(entry.value) for entry in onnx.load(exported["path"]).metadata_props if entry.key == "gfmnet"
+    )
+    assert (about["flags"], about["dataset"], about["epoch"]) == ({}, None, 7)

@@ -1,7 +1,6 @@
 """Runs that are killed, stopped, started twice, or find the disk full: the next start works, and nothing is lost."""
 
 import itertools
-import json
 import multiprocessing
 import os
 import random
@@ -23,8 +22,7 @@ import testa
 import train_ext_test0
 import utils
 from ChannelAug import TrainAugmentation
-from conftest import SIZE, log_entries, search_flags, tiny_flags
-from core import features as feature_store
+from conftest import SIZE, log_entries, tiny_flags
 from core.checkpoint import load_checkpoint
 from data_loader import IdentitySampler, sysu_train_files
 
@@ -171,24 +169,6 @@ def test_killed_preparing_leaves_whole_arrays(tiny_tree, tmp_path):
     assert finish(pre_process_sysu, command) == 0
     assert [file.name for file in tree.glob(".*")] == []
     assert {file.name: file.read_bytes() for file in sysu_train_files(tree)} == new
-
-
-@pytest.mark.slow
-def test_killed_tests_leave_whole_files(unbroken, tiny_tree, tmp_path):
-    rng = random.Random(0)
-    (best,) = (unbroken / "models").glob("*_best.t")
-    table, features = tmp_path / "table.json", tmp_path / "features.npz"
-    command = search_flags(tiny_tree, best, "--json", table, "--features", features)
-    begin = time.monotonic()
-    assert finish(testa, command) == 0
-    whole = time.monotonic() - begin
-    expected = json.loads(table.read_text())
-    for _ in range(4):
-        kill_after(rng.uniform(whole / 2, whole), testa, command)
-        assert json.loads(table.read_text()) == expected
-        feature_store.load_features(features)
-    assert finish(testa, command) == 0
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["features.npz", "table.json"]
 
 
 def signal_at(step, number, monkeypatch):

@@ -15,11 +15,10 @@ import safetensors
 import torch
 from torchvision.transforms import functional
 
-from checks import published_weights
 from conftest import SIZE
 from data_manager import process_query_sysu
 from loss import METHODS
-from model import GFMNet, convert_published_state
+from model import GFMNet
 from tests.oracles import plain_embedding, plain_features, plain_network
 from tools import export
 from utils import InputError
@@ -202,12 +201,7 @@ def test_safetensors_load_into_a_whole_network(exported):
 
 @pytest.mark.parametrize(
     ("method", "share_net", "file"),
-    [
-        pytest.param("base", 1, "onnx", marks=pytest.mark.slow),
-        ("agw", 3, "safetensors"),
-        ("caj", 4, "safetensors"),
-        ("adp", 5, "safetensors"),
-    ],
+    [pytest.param("base", 1, "onnx", marks=pytest.mark.slow), ("agw", 3, "safetensors"), ("adp", 5, "safetensors")],
 )
 def test_every_method_and_share_net(method, share_net, file, tmp_path):
     path = save(tmp_path / "a.t", share_net=share_net, **METHODS[method].network)
@@ -217,32 +211,9 @@ def test_every_method_and_share_net(method, share_net, file, tmp_path):
     assert_features(result["path"], plain_network(path)[0], "infrared")
 
 
-@pytest.mark.slow
-def test_published_checkpoint(tmp_path):
-    state = published_weights("published")
-    torch.save({"net": state, "epoch": 30, "mAP": np.float64(0.5)}, tmp_path / "published_best.t")
-    argv = ["--resume", "published_best.t", "--model_path", str(tmp_path), "--out", str(tmp_path)]
-    (result,) = export.main([*argv, "--format", "safetensors", "--modality", "visible"])
-    about = metadata(result["path"])
-    assert {name: about[name] for name in ("flags", "dataset", "epoch", "image_size", "num_classes")} == {
-        "flags": {},
-        "dataset": None,
-        "epoch": 30,
-        "image_size": [288, 144],
-        "num_classes": 395,
-    }
-    net = GFMNet(395).eval()
-    net.load_state_dict(convert_published_state(state))
-    assert_features(result["path"], net, "visible", (288, 144))
-
-
 @pytest.mark.parametrize(
     ("file", "older", "factor"),
-    [
-        pytest.param("onnx", b"older", 3.0, marks=pytest.mark.slow),
-        ("safetensors", None, 3.0),
-        ("safetensors", b"older", float("nan")),
-    ],
+    [pytest.param("onnx", b"older", 3.0, marks=pytest.mark.slow), ("safetensors", b"older", float("nan"))],
 )
 def test_a_file_of_other_features_does_not_take_its_name(checkpoint, tmp_path, monkeypatch, file, older, factor):
     class Spoiled(export.Embedding):

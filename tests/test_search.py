@@ -159,9 +159,8 @@ def embedded_images(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_a_query_finds_what_a_plain_loop_finds(folder, checkpoint, pictures, tmp_path, workers, capsys):
-    flags = ["--resume", checkpoint, "--modality", "visible", "--workers", workers, "--batch", "4"]
+def test_a_query_finds_what_a_plain_loop_finds(folder, checkpoint, pictures, tmp_path, capsys):
+    flags = ["--resume", checkpoint, "--modality", "visible", "--workers", "2", "--batch", "4"]
     counts = run_index(folder, tmp_path / "index.db", *flags)
     assert {name: counts[name] for name in ("embedded", "changed", "vanished", "images")} == {
         "embedded": 14,
@@ -265,16 +264,11 @@ def test_filters_groups_pages_and_several_queries(cameras, checkpoint, sysu_tree
     def found(*flags):
         return run_query(address, images[: 1 if "--combine" not in flags else 3], *flags, "--top", "9")
 
-    for flags, fits in (
-        (["--camera", "2", "3"], lambda fact: fact["camera"] in "23"),
-        (["--gallery_modality", "infrared"], lambda fact: fact["modality"] == "infrared"),
-        (
-            ["--from", "2026-11-20T14:10", "--to", "2026-11-21"],
-            lambda f: "2026-11-20 14:10" <= f["time"] < "2026-11-22",
-        ),
-        (["--folder", sysu_tree / "cam2" / "0066"], lambda f: f["camera"] == "2" and f["person"] == "0066"),
-    ):
-        check_found(found(*flags), [ranked(fits)[:9]])
+    filters = ["--camera", "2", "3", "--gallery_modality", "visible", "--folder", sysu_tree / "cam2"]
+    filters += ["--from", "2026-11-20T14:10", "--to", "2026-11-21"]
+    check_found(
+        found(*filters), [ranked(lambda f: f["camera"] == "2" and "2026-11-20 14:10" <= f["time"] < "2026-11-22")[:9]]
+    )
     (first,) = found("--camera", "2")
     for image in first["found"]:
         assert {name: image[name] for name in facts[image["path"]]} == facts[image["path"]]

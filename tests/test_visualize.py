@@ -51,16 +51,11 @@ def test_curves_show_the_logs(logs):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["run0", "run1"]
 
 
-@pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_pictures_are_files(logs, tmp_path, suffix):
-    out = tmp_path / f"curves.{suffix}"
-    labels, values = ["--labels", "published weights", "exact"], ["--values", "total", "FC/Rank-1"]
-    visualize.main(["curves", *map(str, logs), *labels, *values, "--out", str(out)])
-    if suffix == "png":
-        with Image.open(out) as image:
-            assert image.width == 1200
-    else:
-        assert all(f">{word}<" in out.read_text() for word in ("published weights", "exact", "FC/Rank-1"))
+def test_a_picture_is_a_file_and_a_dollar_in_a_name_no_formula(logs, tmp_path):
+    labels, values = ["--labels", "published weights", "a$_$b"], ["--values", "total", "FC/Rank-1"]
+    visualize.main(["curves", *map(str, logs), *labels, *values, "--out", str(tmp_path / "curves.svg")])
+    text = (tmp_path / "curves.svg").read_text()
+    assert all(f">{word}<" in text for word in ("published weights", "a$_$b", "FC/Rank-1"))
 
 
 @pytest.mark.parametrize(
@@ -172,12 +167,6 @@ def test_lines_of_results_say_what_tells_them_apart():
     assert [*lines(row("mine", "FC", per_trial=[{"queries": 3802}]))] == [f"data like {seeded}"]
     with pytest.raises(InputError, match="two rows of results have the same name, trained"):
         lines(both[1], both[1])
-
-
-def test_a_dollar_in_a_name_is_a_dollar(logs, tmp_path):
-    out = tmp_path / "a.svg"
-    visualize.main(["curves", str(logs[0]), "--values", "total", "--labels", "a$_$b", "--out", str(out)])
-    assert ">a$_$b<" in out.read_text()
 
 
 @pytest.fixture(scope="module")

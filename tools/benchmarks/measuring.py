@@ -27,11 +27,6 @@ def seconds(function, calls, device):
     return (time.perf_counter() - start) / calls
 
 
-def median_seconds(function, device, calls, repeats=5):
-    """Median of `seconds`, after two rounds to warm up."""
-    return statistics.median([seconds(function, calls, device) for _ in range(repeats + 2)][2:])
-
-
 def compare(name, ours, baseline, repeats, device):
     """Time both by turns -> {"name", "ours_seconds", "baseline_seconds", "ratio"}, medians; prints them."""
     return compared(name, *alternate(name, [ours, baseline], repeats, device))

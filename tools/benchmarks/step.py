@@ -19,7 +19,7 @@ from data_loader import CachedBatches, IdentitySampler, TrainData, train_loader
 from loss import AlignedLocalLoss
 from model import GFMNet
 from tests.oracles import PlainPairs, plain_aligned_loss, plain_loss, plain_step
-from tools.benchmarks.measuring import PeakMemory, alternate, compare, compared, median_seconds, print_head
+from tools.benchmarks.measuring import PeakMemory, alternate, compare, compared, print_head
 from utils import autocast, cores, seed_everything
 
 PEOPLE = 64  # identities of the random images, at least
@@ -234,15 +234,15 @@ def step_floors(net, criterion, views, labels, amp):
 
 def device_rates(device, dtype):
     """Operations per second of a large matrix product, and bytes per second of a copy."""
-    side, calls = (8192, 20) if device.type == "cuda" else (2048, 2)
+    side = 8192 if device.type == "cuda" else 2048
     a = torch.randn(side, side, device=device, dtype=dtype)
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # as the convolutions
-    flop_rate = 2 * side**3 / median_seconds(lambda: a @ a, device, calls)
-    torch.backends.cuda.matmul.allow_tf32 = before
     source = a.repeat(4, 1)
     target = torch.empty_like(source)
-    return flop_rate, 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device, calls)
+    product, copy = alternate("rates", [lambda: a @ a, lambda: target.copy_(source)], 5, device)
+    torch.backends.cuda.matmul.allow_tf32 = before
+    return 2 * side**3 / product, 2 * source.nbytes / copy
 
 
 def bench_loss(args, device):
