@@ -301,35 +301,38 @@ def line_panels(panels, x_label, y_label=""):
     return figure
 
 
-def dot_panels(tables):
-    """tables {title: {panel's title: {label: (values, their mean, its interval or None)}}} -> Figure with a row of
-    panels for each table: a line for each label, a dot for each value, and the mean as a stroke on its interval."""
-    labels = {title: list(next(iter(panels.values()))) for title, panels in tables.items()}
-    heights = [1.1 + 0.32 * len(names) for names in labels.values()]
-    width = 2.2 + 2.6 * len(next(iter(tables.values())))
+def dot_panels(settings, metrics):
+    """Settings of a sweep's table -> Figure with a row of panels for each, a panel for each metric: a line for each row
+    of the table, with a dot for each seed, and the mean as a stroke on its interval."""
+    tables = {setting["setting"]: [row for row in setting["rows"] if row["seeds"]] for setting in settings}
+    heights = [1.1 + 0.32 * len(rows) for rows in tables.values()]
+    width = 2.2 + 2.6 * len(metrics)
     figure = Figure(figsize=(width, sum(heights)), layout="constrained")
     parts = figure.subfigures(len(tables), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for part, (title, panels) in zip(parts, tables.items(), strict=True):
+    for part, (title, rows) in zip(parts, tables.items(), strict=True):
         part.suptitle(_wrapped(title, width), fontsize=9, x=0.01, ha="left")
-        axes = part.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-        for panel, (name, lines) in zip(axes, panels.items(), strict=True):
-            for i, (values, mean, interval) in enumerate(lines.values()):
+        axes = part.subplots(1, len(metrics), squeeze=False, sharey=True)[0]
+        for panel, metric in zip(axes, metrics, strict=True):
+            every, ends = [], []
+            for i, row in enumerate(rows):
+                values = [seed["mean"][metric] for seed in row["seeds"].values()]
+                mean, interval = (row["metrics"][metric][name] for name in ("mean", "interval"))
+                every, ends = every + values, ends + values + (interval or [])
                 colour = COLOURS[i % len(COLOURS)]
                 if interval:
                     panel.plot(interval, [i, i], color=colour, linewidth=2, solid_capstyle="butt")
                 panel.plot(mean, i, marker="|", markersize=15, markeredgewidth=2.5, color=colour)
                 panel.plot(values, [i] * len(values), "o", markersize=5, mfc="white", mec=colour, zorder=3)
             # A wide interval of a few values would hide them: it is cut at the edge of the panel.
-            every = [value for values, *_ in lines.values() for value in values]
             room = max(1, max(every) - min(every))
-            ends = every + [end for *_, interval in lines.values() for end in interval or ()]
             panel.set_xlim(
                 max(min(ends), min(every) - room) - 0.05 * room, min(max(ends), max(every) + room) + 0.05 * room
             )
-            panel.set(yticks=range(len(lines)), yticklabels=lines, ylim=(len(lines) - 0.5, -0.5))
-            panel.set_title(name, fontsize=9)
+            names = [row["row"] for row in rows]
+            panel.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+            panel.set_title(metric, fontsize=9)
             panel.grid(axis="x", alpha=0.3)
             panel.tick_params(axis="y", length=0)
             panel.spines[["top", "right", "left"]].set_visible(False)
-    parts[-1].supxlabel("dots: seeds; stroke, bar: mean, its 95 % interval (cut at the edge)", fontsize=8)
+    parts[-1].supxlabel("dot: a seed; stroke: the mean; bar: its 95 % interval, cut at the edge", fontsize=8)
     return figure

@@ -114,25 +114,6 @@ def spread(values):
     return {"mean": mean, "std": std, "interval": [mean - half, mean + half], "count": count}
 
 
-def seed_scores(table):
-    """{setting: {metric: {row: (values of its seeds, their mean, its interval or None)}}}."""
-    return {
-        setting["setting"]: {
-            metric: {
-                row["row"]: (
-                    [seed["mean"][metric] for seed in row["seeds"].values()],
-                    row["metrics"][metric]["mean"],
-                    row["metrics"][metric]["interval"],
-                )
-                for row in setting["rows"]
-                if row["seeds"]
-            }
-            for metric in METRICS
-        }
-        for setting in table["settings"]
-    }
-
-
 def epoch_statistics(runs, values):
     """{value of the logs: {row: (epochs, mean over its finished seeds, mean less and plus the deviation)}}."""
     logs = {}
@@ -172,7 +153,7 @@ def write(table, runs, values, out):
         with atomic(out / f"table.{name}") as temporary:
             temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     save_json(table, out / "table.json")
-    figures.save(figures.dot_panels(seed_scores(table)), out / "table.png")
+    figures.save(figures.dot_panels(table["settings"], METRICS), out / "table.png")
     if panels := epoch_statistics(runs, values):
         figure = figures.line_panels(panels, "epoch")
         title = "mean over the seeds ± their standard deviation; scores: of the first trial of the test"
