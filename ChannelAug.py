@@ -30,8 +30,8 @@ def without_colour(images):
 
 
 def _constant(values, device):
-    """[3, 1, 1], filled in on the device, as a copy from the CPU would wait for it. Made anew at each call, as a tensor
-    that is made while torch.export traces is no real one."""
+    """[3, 1, 1], filled in on the device, as a copy from the CPU would wait for it. Not cached: a tensor made while
+    torch.export traces would be a fake one."""
     return torch.stack([torch.full((1, 1), value, device=device) for value in values])
 
 
@@ -88,7 +88,7 @@ def random_erasing(
 
 
 def channel_exchange(images):
-    """Replace every image by one of its channels, drawn at random, three times over."""
+    """Repeat one channel of each image, drawn at random, in all three."""
     return _repeat_channel(images, torch.randint(3, (len(images),), device=images.device))
 
 
@@ -104,8 +104,8 @@ def channel_or_gray(images):
 
 
 def random_exchange(images, probability=2 / 3, gray=True):
-    """DNS's visible view: with this probability, one of the channels or, with `gray`, of these and the luminance, all
-    equally likely, three times over."""
+    """DNS's visible view: with this probability, all three channels become one of them or, with `gray`, possibly the
+    luminance; all choices are equally likely."""
     draw = torch.randint(3 + gray, (len(images), 1, 1, 1), device=images.device)
     repeated = _repeat_channel(images, draw.flatten().clamp_max(2))
     chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < probability
@@ -143,7 +143,8 @@ def random_gray(images, probability=0.5):
 def random_mix(images):
     """Replace all three channels of each image by one mixture of them, with weights drawn uniformly from those that add
     up to 1."""
-    weights = torch.rand(len(images), 3, 1, 1, device=images.device).log()
+    draws = torch.rand(len(images), 3, 1, 1, device=images.device)
+    weights = draws.clamp_min(torch.finfo(draws.dtype).tiny).log()  # once in 2^24 times, a draw is 0
     return (images * (weights / weights.sum(dim=1, keepdim=True))).sum(dim=1, keepdim=True).expand_as(images)
 
 

@@ -32,6 +32,12 @@ def test_mixtures_are_convex_and_cover_the_channels():
     assert weights[:, 0, 0].var(dim=0).numpy() == pytest.approx(1 / 18, abs=0.005)
 
 
+def test_a_mixture_bears_draws_of_zero(monkeypatch):
+    """A CPU draws 0 about once in 2^24 times: some times in a training."""
+    monkeypatch.setattr(torch, "rand", lambda *shape, device: torch.zeros(shape))
+    torch.testing.assert_close(random_mix(torch.full((2, 3, 4, 4), 200.0)), torch.full((2, 3, 4, 4), 200.0))
+
+
 def test_curve_is_linear_between_random_heights():
     ramp = torch.arange(256.0).view(1, 1, 1, 256).expand(50, 3, 2, 256)
     curved = random_curve(ramp, probability=1)
