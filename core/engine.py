@@ -22,7 +22,7 @@ def train_epoch(step, optimizer, loader, desc="train", meter=None, saver=None, s
 
     step: a `step.TrainStep`, whose criterion.health(output, labels) -> a named tuple of scalars. meter: of the steps
     before `loader`'s first batch. saver: after each step, saver.due() says whether to call saver.save(meter).
-    schedule(number), before each step of the epoch, from 0, sets the learning rates.
+    schedule(step) sets the learning rates before each step, counted from 0 in the epoch.
 
     Raises Diverged when a loss or gradient is not finite. That is read every few steps, as it waits for the device, so
     that some more steps may follow; but a network with a weight that is not finite is never saved or returned.

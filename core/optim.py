@@ -38,7 +38,8 @@ def set_rates(optimizer, args, epoch, steps, step):
 def triangle_rate(epoch, step, steps, lr, warmup, epochs):
     """Linear from lr / 10000 to `lr` over the first `warmup` epochs, then to 0 at the last one's end, step by step.
 
-    As published, a step has the rate of the one before it in its epoch, and the first that of the last but one.
+    As published, the rates lag by one step: a step has the rate due at the one before, and step 0 that of the last but
+    one.
     """
     start, end = np.interp([epoch, epoch + 1], [0, min(warmup, epochs), epochs], [1e-4 * lr, lr, 0.0])
     counted = max(steps - 1, 1)

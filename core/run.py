@@ -2,9 +2,11 @@
 
 import contextlib
 import errno
+import glob
 import inspect
 import json
 import os
+import shutil
 import signal
 import socket
 import time
@@ -15,7 +17,7 @@ import torch.distributed as dist
 
 from core.checkpoint import VERSION, Checkpoint, find_checkpoint, load_checkpoint, load_training_state, save_checkpoint
 from core.distributed import generator_states, set_generators, wait_for_processes
-from core.files import check_folder
+from core.files import atomic, check_folder
 from core.log import RunLog, read_json_lines
 from core.meter import Diverged, EpochMeter
 from utils import InputError, Stopped, process_count, process_index, seed_everything
@@ -41,8 +43,8 @@ class Run:
                 run.end_epoch(entry)
             run.finish()
 
-    args: the flags, which checkpoints keep. recipe: {flag: default} of those that decide what is computed: a resumed
-    run must have the same, where a checkpoint from before there was a flag counts as one with its default.
+    args: the flags, which checkpoints keep. recipe: {flag: default} of the flags that decide what is computed. A
+    resumed run must repeat the checkpoint's values; a flag that an older checkpoint lacks had its default.
     resumed: the path of the checkpoint that --resume names, or None. best: see `Checkpoint`.
     """
 
@@ -81,6 +83,8 @@ class Run:
         self.log.text(f"{self.name}\n{json.dumps(vars(self.args))}")
         if self.args.resume:
             self.log.text(self._resumed_from())
+        if self.resumed and (lost := self._find_best()):
+            self.log.text(lost)
         if self.resumed and self._version < VERSION:
             self.log.text(
                 "warning: an earlier version of this code began this run, with another order of erasing and one step "
@@ -191,6 +195,9 @@ class Run:
                 f"{last}: already exists{other}; continue that run with --resume auto, choose another --model_path and "
                 "--log_path, or delete it"
             )
+        kept = [self.best_path, *last.parent.glob(f"{glob.escape(self.name)}_epoch_*.t")]
+        if not path and (old := next((file for file in kept if file.exists()), None)):
+            raise InputError(f"{old}: already exists, of an earlier run; choose another --model_path, or delete it")
         if read_json_lines(self.log_path) and not path:
             raise InputError(
                 f"{self.log_path}: already contains another run's log; delete it or choose another --log_path"
@@ -211,6 +218,28 @@ class Run:
             raise InputError(
                 f"{path}: is not a complete ..._last.t ({type(error).__name__}); resume from another"
             ) from error
+        self._check_log(checkpoint)
+
+    def _check_log(self, checkpoint):
+        """Raise InputError for the log of another run. An epoch is logged before it is saved."""
+        entries, best = read_json_lines(self.log_path), checkpoint.best
+        later = [entry["epoch"] for entry in entries if entry["epoch"] > checkpoint.epoch + 1]
+        other = [e for e in entries if e["epoch"] == best.get("epoch") and e.get("FC/Rank-1") != best["Rank-1"]]
+        if later or other:
+            raise InputError(f"{self.log_path}: is not the log of {self.resumed}; pass this run's --log_path")
+
+    def _find_best(self):
+        """Have the best checkpoint here, also where the one that is resumed lies elsewhere -> a line for the log."""
+        beside = self.resumed.with_name(self.best_path.name)
+        if self.best["Rank-1"] < 0 or self.best_path.exists():
+            return None
+        if beside.exists() and load_checkpoint(beside).get("epoch") == self.best["epoch"]:
+            if process_index() == 0:
+                with atomic(self.best_path) as temporary:
+                    shutil.copyfile(beside, temporary)
+            return None
+        lost, self.best = self.best["epoch"], {"Rank-1": -1.0}
+        return f"warning: {beside}, of epoch {lost}, is gone; the best epoch is chosen from epoch {self.first_epoch} on"
 
     def _check_same(self, checkpoint):
         """Raise InputError unless this run computes what the run of a checkpoint did."""
@@ -292,8 +321,8 @@ class SaveTimer:
 
     @contextlib.contextmanager
     def at_once(self):
-        """A block that changes nothing worth saving, within held ones: a signal, also one that waits, raises `Stopped`.
-        Of several processes, all finish the block."""
+        """A block that changes nothing worth saving. Within it, a signal, or one that is already waiting, raises
+        `Stopped` at once. With several processes, all finish the block."""
         if self._received and process_count() == 1:
             raise Stopped(self._received)
         self.hold = process_count() > 1

@@ -1,6 +1,8 @@
 """A training run on disk: its lock, its log, when it saves and stops, and what may be resumed."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -205,6 +207,43 @@ def test_a_run_is_not_overwritten(one_epoch, tiny_tree, tmp_path):
         with pytest.raises(InputError, match=r"\.jsonl: already contains another run's log; delete"):
             train_ext_test0.main(tiny_flags(tiny_tree, tmp_path, *logs, *more))
     assert before == (last.read_bytes(), log.read_bytes())
+
+
+@pytest.mark.parametrize("kind", ["best", "epoch_20"])
+def test_a_checkpoint_that_was_kept_is_not_overwritten(kind, one_epoch, tiny_tree, tmp_path):
+    (tmp_path / "models").mkdir()
+    kept = tmp_path / "models" / Path(one_epoch["best"]).name.replace("best", kind)
+    kept.write_bytes(b"precious")
+    for more in ([], ["--resume", "auto"]):
+        with pytest.raises(InputError, match=rf"_{kind}\.t: already exists, of an earlier run; choose another"):
+            train_ext_test0.main(tiny_flags(tiny_tree, tmp_path, *more))
+    assert kept.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("change", [{"epoch": 2}, {"FC/Rank-1": 1.5}])
+def test_the_log_of_another_run_is_not_continued(change, one_epoch, tiny_tree, tmp_path):
+    (entry,) = log_entries(one_epoch["log"])
+    log = tmp_path / "log" / "sysu_log" / Path(one_epoch["log"]).name
+    log.parent.mkdir(parents=True)
+    log.write_text(json.dumps(entry | change) + "\n")
+    with pytest.raises(InputError, match=r"\.jsonl: is not the log of .*_last\.t; pass this run's --log_path"):
+        resume(tiny_tree, tmp_path, one_epoch["last"])
+    assert log_entries(log) == [entry | change]
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_the_best_checkpoint_comes_along_or_is_chosen_anew(gone, one_epoch, tiny_tree, tmp_path):
+    old = tmp_path / "old"
+    old.mkdir()
+    content = torch.load(one_epoch["last"])
+    content["best"]["Rank-1"] = 101.0  # no later epoch is better
+    torch.save(content, old / Path(one_epoch["last"]).name)
+    if not gone:
+        shutil.copy(one_epoch["best"], old)
+    result = resume(tiny_tree, tmp_path, old / Path(one_epoch["last"]).name)
+    assert torch.load(result["best"])["epoch"] == result["metrics"]["epoch"] == int(gone)
+    text = Path(result["log"]).with_suffix(".txt").read_text()
+    assert ("_best.t, of epoch 0, is gone; the best epoch is chosen from epoch 1 on" in text) == gone
 
 
 def test_a_best_checkpoint_is_not_resumed(one_epoch, tiny_tree, tmp_path):
