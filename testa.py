@@ -155,15 +155,17 @@ def check_flags(args):
     files = [file for file in (name, args.features, args.json, page) if file is not None]
     evaluation.check_search_flags(args, files)
     if args.all and not evaluation.is_default(args):
-        raise InputError("--all already covers --mode, --protocol, --shots and --tvsearch; leave them out, or --all")
+        raise InputError("--all already covers --mode, --protocol, --shots and --tvsearch; leave out those, or --all")
     if args.from_features is not None and (args.baselines or args.features):
         raise InputError("--baselines and --features need images; use them with --resume, not with --from_features")
     if args.features and "{trial}" in name and not args.trial and "{trial}" not in args.features:
         raise InputError(f"--features {args.features}: would keep only one of the trials; put {{trial}} into the name")
-    if len({os.path.realpath(file) for file in files}) < len(files):
-        raise InputError(f"{', '.join(files)}: the same file twice; use a different file for each input and output")
     for output in filter(None, (args.features, args.json, page)):
         check_output(output)
+    files = [str(path) for path, _ in sources(args)] + list(filter(None, (args.json, page)))
+    files += [for_trial(args.features, trial) for _, trial in sources(args)] if args.features else []
+    if len({os.path.realpath(file) for file in files}) < len(files):
+        raise InputError(f"{', '.join(files)}: the same file twice; use a different file for each input and output")
     if args.report:
         import_page_modules()
 

@@ -182,6 +182,8 @@ CASES = {
     ),
     "images of floats": ("train", lambda: edit_array(0, lambda a: a.astype(np.float32)), [], ["float32", "uint8"]),
     "images of another size": ("train", lambda: edit_array(0, lambda a: a[:, 1:]), [], ["(95, 48, 3)", "--img_h 96"]),
+    "labels in columns": ("train", lambda: edit_array(1, lambda a: a[:, None]), [], ["of the shape (62, 1)"]),
+    "negative labels": ("train", lambda: edit_array(1, lambda a: a - 1), [], ["without a gap (-1)"]),
     "fewer labels": ("train", lambda: edit_array(1, lambda a: a[1:]), [], ["62 images, and labels of the shape (61,)"]),
     "labels of floats": ("train", lambda: edit_array(3, lambda a: a + 0.5), [], ["float64, not integers"]),
     "labels with a gap": (
@@ -189,6 +191,12 @@ CASES = {
         lambda: [edit_array(number, lambda a: a + (a > 4)) for number in (1, 3)],
         [],
         ["without a gap (5)", "pre_process_sysu.py"],
+    ),
+    "training image is a test image": (
+        "regdb",
+        lambda: change(IDX, lambda text: text + Path("regdb/idx/test_visible_1.txt").read_text()),
+        [],
+        ["idx/train_visible_1.txt and a test image; remove"],
     ),
     "no images": ("train", lambda: [edit_array(n, lambda a: a[:0]) for n in (0, 1)], [], ["0 images, and"]),
     # idx files
@@ -395,6 +403,19 @@ def test_files_without_weights_are_refused(sysu_tree, tmp_path, content):
 
 
 @pytest.mark.parametrize(
+    "outputs", [["--features", "./m/x.t"], ["--json", "m/x.t"], ["--features", "m/o", "--json", "m/../m/o"]]
+)
+def test_outputs_replace_no_input_and_not_each_other(outputs, tmp_path, monkeypatch):
+    """Also where the checkpoint is named by its name in --model_path."""
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("m")
+    write("m/x.t", b"precious")
+    with pytest.raises(InputError, match="m/x.t, .*: the same file twice; use a different file for each"):
+        testa.main(["--resume", "x.t", "--model_path", "m", "--gpu", "cpu", *outputs])
+    assert Path("m/x.t").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize(
     ("script", "arguments", "words"),
     [
         (testa, [], ["--resume", "--from_features"]),
@@ -407,8 +428,6 @@ def test_files_without_weights_are_refused(sysu_tree, tmp_path, content):
         (testa, ["--resume", "x.t", "--all", "--protocol", "official"], ["--all", "--protocol"]),
         (testa, ["--resume", "x.t", "--dataset", "regdb", "--mode", "indoor"], ["--mode", "regdb"]),
         (testa, ["--resume", "x.t", "--features", "f_{trial}.npz"], ["{trial}", "sysu"]),
-        (testa, ["--resume", "x.t", "--features", "./x.t"], ["x.t, ./x.t", "twice"]),
-        (testa, ["--resume", "x.t", "--features", "o", "--json", "o"], ["x.t, o, o", "twice"]),
         (testa, ["--resume", "x.t", "--trial", "2"], ["--trial", "RegDB"]),
         (train_ext_test0, ["--dataset", "llcm", "--mode", "indoor"], ["--mode indoor", "SYSU-MM01"]),
         (train_ext_test0, ["--trial", "2"], ["--trial 2", "RegDB"]),
