@@ -81,7 +81,8 @@ def write_arrays(args, identities, images, files, temporary):
         if errors:
             paths, ids, cameras = (np.delete(column, [*errors]) for column in images[kind])
             images[kind] = paths.tolist(), ids, cameras
-            write_images(images[kind][0], size, outs[kind], desc=f"{kind}, without {len(errors)}")
+            again = write_images(images[kind][0], size, outs[kind], desc=f"{kind}, without {len(errors)}")
+            check_readable([*again.values()], len(images[kind][0]))
     check_identities(args.data_path, identities, images)
     for (_, ids, _), file in zip(images.values(), temporary[1::2], strict=True):
         with file.open("wb") as stream:

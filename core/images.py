@@ -1,7 +1,8 @@
 """Image files: read, resize, and write many of them into one array file."""
 
-import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 
 import numpy as np
@@ -60,14 +61,17 @@ def write_images(paths, size, out, desc, workers=None):
             file.writelines(bytes(size[0] * size[1] * 3) for _ in paths)
     chunks = [(start, paths[start : start + CHUNK]) for start in range(0, len(paths), CHUNK)]
     unreadable = {}
-    with (
-        multiprocessing.Pool(workers or cores(), end_with_the_main_process) as pool,
-        progress(total=len(paths), desc=desc, unit="img") as bar,
-    ):
-        for count, errors in pool.imap_unordered(partial(_write_chunk, out, size), chunks):
-            unreadable |= errors
-            bar.update(count)
-    return dict(sorted(unreadable.items()))
+    pool = ProcessPoolExecutor(workers or cores(), initializer=end_with_the_main_process)
+    try:
+        with progress(total=len(paths), desc=desc, unit="img") as bar:
+            for count, errors in pool.map(partial(_write_chunk, out, size), chunks):
+                unreadable |= errors
+                bar.update(count)
+    except BrokenProcessPool as error:
+        raise InputError(f"{desc}: a decoding process was killed; free some memory and run again") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return unreadable
 
 
 def _write_chunk(out, size, chunk):

@@ -1,6 +1,8 @@
 """Reading image files, and writing many into one array. Kinds of images: see test_bad_input.py."""
 
+import multiprocessing
 import os
+import signal
 import types
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 from core import images
 from data_manager import process_query_sysu
+from utils import InputError
 
 
 def test_chunks_and_processes_do_not_change_the_array(sysu_tree, tmp_path, monkeypatch):
@@ -25,9 +28,19 @@ def test_room_is_taken_where_the_system_has_no_call_for_it(sysu_tree, tmp_path, 
     monkeypatch.delattr(os, "posix_fallocate", raising=False)
     images.write_images(paths, (16, 8), tmp_path / "other.npy", "other", workers=1)
     assert (tmp_path / "one.npy").read_bytes() == (tmp_path / "other.npy").read_bytes()
-    monkeypatch.setattr(images.multiprocessing, "Pool", lambda *_: pytest.fail("the room is taken before the work"))
+    refuse = lambda *_, **__: pytest.fail("the room is taken before the work")  # noqa: E731
+    monkeypatch.setattr(images, "ProcessPoolExecutor", refuse)
     if os.path.exists("/dev/full"):
         (tmp_path / "full.npy").symlink_to("/dev/full")
         monkeypatch.setattr(np.lib.format, "open_memmap", lambda *_: types.SimpleNamespace(offset=0))
         with pytest.raises(OSError, match="No space left"):
             images.write_images(paths, (16, 8), tmp_path / "full.npy", "full", workers=1)
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="needs fork")
+def test_a_killed_process_is_an_error(sysu_tree, tmp_path, monkeypatch):
+    """As the kernel does when memory runs out. The processes are forked, with the changed function."""
+    paths, _, _ = process_query_sysu(sysu_tree)
+    monkeypatch.setattr(images, "read_image", lambda path, size: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(InputError, match="infrared: a decoding process was killed; free some memory and run again"):
+        images.write_images(paths, (16, 8), tmp_path / "a.npy", "infrared", workers=2)
