@@ -277,7 +277,8 @@ def build_loss(args):
 def unused_flags(args, recipe):
     """Flags of the loss that were changed from the method's recipe, but that none of its losses takes."""
     method = METHODS[args.method]
-    taken = {name for loss in (method.triplet, method.local) if loss for name in signature(loss).parameters}
+    losses = [method.triplet, method.local if args.local else None]
+    taken = {name for loss in losses if loss for name in signature(loss).parameters}
     flags = signature(MethodLoss).parameters.keys() - taken - {"method"}
     return [f"--{flag}" for flag in sorted(flags) if getattr(args, flag) != recipe[flag]]
 

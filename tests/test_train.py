@@ -119,6 +119,8 @@ def test_flags_of_the_loss_that_a_method_does_not_use_are_named(method, unused):
     changed = ["--alpha", "2", "--gamma", "3", "--margin", "0.1", "--square", "0", "--weighting", "exact"]
     assert train_ext_test0.unused_flags(parse("--method", method, *changed), recipe) == unused.split()
     assert train_ext_test0.unused_flags(parse("--method", method), recipe) == []
+    without = parse("--method", "adp", "--local", "0", "--margin", "0.1")
+    assert train_ext_test0.unused_flags(without, vars(parse())) == ["--margin"]
 
 
 def test_defaults_are_the_paper_s_recipe():
