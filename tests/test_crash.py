@@ -18,7 +18,6 @@ import pytest
 import torch
 
 import pre_process_sysu
-import testa
 import train_ext_test0
 import utils
 from ChannelAug import TrainAugmentation
@@ -28,7 +27,15 @@ from data_loader import IdentitySampler, sysu_train_files
 
 REPO = Path(utils.__file__).parent
 PROCESSES = multiprocessing.get_context("forkserver")  # forked from a process that has imported everything
-PROCESSES.set_forkserver_preload(["train_ext_test0", "pre_process_sysu", "testa", "torch.utils.tensorboard"])
+PROCESSES.set_forkserver_preload(["train_ext_test0", "pre_process_sysu", "torch.utils.tensorboard"])
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_on():
+    """A test that fails leaves no training behind."""
+    yield
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def start(script, arguments, errors=os.devnull, file_size=resource.RLIM_INFINITY):
@@ -44,7 +51,7 @@ def _run(name, arguments, errors, file_size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, resource.RLIM_INFINITY))
     torch.set_num_threads(1)
     sys.argv = [f"{name}.py", *arguments]
-    utils.cli({"train_ext_test0": train_ext_test0, "pre_process_sysu": pre_process_sysu, "testa": testa}[name].main)
+    utils.cli({"train_ext_test0": train_ext_test0, "pre_process_sysu": pre_process_sysu}[name].main)
 
 
 def join(process, seconds=300):
@@ -127,10 +134,11 @@ def test_killed_trainings_lose_nothing(unbroken, tiny_tree, tmp_path):
     rng = random.Random(0)
     command = tiny_flags(tiny_tree, tmp_path, *MORE, "--resume", "auto", "--save_minutes", "0.001")
     came_to, begun_again = (0, 0), 0
-    for kill in range(40):
-        process = start(train_ext_test0, command)
-        wait_until(lambda p=process: not p.is_alive() or list(tmp_path.glob("models/*_last.t")))
-        process.join(rng.uniform(0, 1 + kill / 5))  # longer on a slow machine
+    saves = lambda: [file.stat().st_mtime_ns for file in tmp_path.glob("models/*_last.t")]  # noqa: E731
+    for _ in range(40):
+        before, process = saves(), start(train_ext_test0, command)
+        wait_until(lambda before=before, process=process: not process.is_alive() or saves() != before)
+        process.join(rng.uniform(0, 1))
         process.kill()
         process.join()
         if process.exitcode == 0:
@@ -235,8 +243,8 @@ def test_epoch_begun_when_epochs_had_a_step_less_goes_on(tiny_tree, tmp_path, sh
 
 
 @pytest.mark.slow
-def test_a_signal_is_one_line_and_its_status(unbroken, tiny_tree, tmp_path):
-    command = tiny_flags(tiny_tree, tmp_path, *MORE, "--resume", "auto")
+def test_a_signal_is_one_line_and_its_status(tiny_tree, tmp_path):
+    command = tiny_flags(tiny_tree, tmp_path, *MORE, "--epochs", "9999", "--resume", "auto")
     errors = tmp_path / "stderr.txt"
     process = start(train_ext_test0, command, errors)
     wait_until(lambda: any(file.read_text() for file in tmp_path.glob("log/*/*.jsonl")))
@@ -244,12 +252,10 @@ def test_a_signal_is_one_line_and_its_status(unbroken, tiny_tree, tmp_path):
     join(process)
     assert process.exitcode == 143
     assert re.fullmatch(
-        r"train_ext_test0.py: stopped by SIGTERM in epoch \d, after step \d of 8; .*_last.t is saved: "
+        r"train_ext_test0.py: stopped by SIGTERM in epoch \d+, after step \d of 8; .*_last.t is saved: "
         "continue with --resume auto",
         errors.read_text().strip(),
     )
-    assert finish(train_ext_test0, command) == 0
-    assert_same_runs([unbroken, tmp_path])
 
 
 @pytest.mark.slow
@@ -293,7 +299,7 @@ def test_training_stopped_while_it_tests_repeats_no_step(unbroken, tiny_tree, tm
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_no_process_behind(tiny_tree, tmp_path):
-    command = tiny_flags(tiny_tree, tmp_path, "--epochs", "50", "--eval_every", "99", "--workers", "2")
+    command = tiny_flags(tiny_tree, tmp_path, "--epochs", "9999", "--eval_every", "9999", "--workers", "2")
     process = subprocess.Popen(
         [sys.executable, REPO / "train_ext_test0.py", *command],
         start_new_session=True,
@@ -340,7 +346,7 @@ def test_full_disk_while_preparing(tiny_tree, tmp_path):
 
 @pytest.mark.slow
 def test_two_runs_of_one_name(tiny_tree, tmp_path):
-    command = tiny_flags(tiny_tree, tmp_path, "--epochs", "50", "--resume", "auto")
+    command = tiny_flags(tiny_tree, tmp_path, "--epochs", "9999", "--resume", "auto")
     first = start(train_ext_test0, command)
     wait_until(lambda: list(tmp_path.glob("models/*_last.t")))
     errors = tmp_path / "stderr.txt"

@@ -12,6 +12,11 @@ from loss import METHODS, method_name
 from model import GFMNet
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 def test_without_colour_is_the_luminance():
     images = torch.randint(256, (4, 3, 6, 5), dtype=torch.uint8)
     red, green, blue = images.double().unbind(dim=1)

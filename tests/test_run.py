@@ -57,8 +57,9 @@ def test_without_locks_there_is_a_warning(tmp_path):
 
 
 def test_a_second_signal_ends_the_process_at_once(monkeypatch):
-    ended, before = [], signal.getsignal(signal.SIGINT)
+    ended, before, now = [], signal.getsignal(signal.SIGINT), [100.0]
     monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     with SaveTimer(1, torch.device("cpu")) as timer:
         timer.hold = True
         os.kill(os.getpid(), signal.SIGTERM)
@@ -66,8 +67,7 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch):
         assert (timer.stop, ended) == (signal.SIGTERM, [])
         os.kill(os.getpid(), signal.SIGTERM)  # the same, sent twice
         assert ended == []
-        now = time.monotonic()
-        monkeypatch.setattr(time, "monotonic", lambda: now + 1.1)
+        now[0] += 1.1
         os.kill(os.getpid(), signal.SIGINT)
         assert ended == [130]
     assert signal.getsignal(signal.SIGINT) is before
