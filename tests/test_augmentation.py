@@ -131,35 +131,6 @@ def test_erasing_fills_one_rectangle_within_bounds():
     assert max(areas) > 0.36
 
 
-def test_erasing_agrees_with_the_published_rejection_loop():
-    """Mean erased share of the image against a plain loop that draws until the rectangle fits."""
-    height, width = 288, 144
-    generator = torch.Generator().manual_seed(1)
-
-    def uniform(low, high):
-        return low + (high - low) * torch.rand((), generator=generator).item()
-
-    def one():
-        for _ in range(100):
-            size, ratio = uniform(0.02, 0.4) * height * width, uniform(0.3, 1 / 0.3)
-            h, w = round(math.sqrt(size * ratio)), round(math.sqrt(size / ratio))
-            if h < height and w < width:
-                return h * w / (height * width)
-        return 0.0
-
-    naive = torch.tensor([one() for _ in range(2000)])
-    x = torch.full((800, 3, height, width), 9.0)
-    batched = (random_erasing(x, probability=1.0)[:, 0] != 9).float().mean(dim=(1, 2))
-    deviation = (naive.var() / len(naive) + batched.var() / len(batched)).sqrt()
-    assert abs(naive.mean() - batched.mean()) < 4.5 * deviation
-
-
-@pytest.mark.parametrize(("probability", "expected"), [(0.0, False), (1.0, True)])
-def test_erasing_probability_bounds(probability, expected):
-    x = images(200, 72, 36, torch.float32)
-    assert ((random_erasing(x, probability) != x).flatten(1).any(dim=1) == expected).all()
-
-
 def test_channel_exchange_repeats_each_channel_a_third_of_the_time():
     x = images(1, dtype=torch.float32).expand(N, -1, -1, -1)
     out = channel_exchange(x)
@@ -269,11 +240,3 @@ def test_views_are_distributed_as_the_published_ones(deviations, view):
     # Not "at least the bound", which NaN is not either.
     wrong = {statistic: value for statistic, value in largest.items() if not value < bounds.get(statistic, 4)}
     assert not wrong, wrong
-
-
-@pytest.mark.gpu
-def test_recipe_runs_on_the_gpu():
-    views, heat, _ = TrainAugmentation()(*(x.cuda() for x in (images(8), images(8), torch.arange(8))))
-    assert views.is_cuda
-    assert heat.is_cuda
-    assert torch.isfinite(views).all()

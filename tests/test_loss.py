@@ -11,7 +11,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import loss
 from tests.oracles import (
-    EXPONENT_LIMIT,
     naive_distances,
     naive_hard_triplet,
     naive_triplet,
@@ -64,14 +63,18 @@ def assert_gradients_close(actual, expected, relative):
     assert deviation.norm() <= relative * expected.norm() + 1e-12
 
 
-def random_batch(seed, distance, separation=0.8, identities=4, images=5, width=16):
+NAMES = torch.tensor([-7, 10**12, 10**12 + 1, 395])  # of identities: any integers
+
+
+def random_batch(seed, distance, separation=0.8, images=5, width=16):
     """Random batch whose distances between identities average about `distance`; float32 features and labels."""
+    identities = len(NAMES)
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randperm(identities * images, generator=generator) % identities
     centres = torch.randn(identities, width, generator=generator)
     features = separation * centres[labels] + torch.randn(len(labels), width, generator=generator)
     between = naive_distances(features)[labels[:, None] != labels[None]]
-    return features * (distance / between.mean()), labels
+    return features * (distance / between.mean()), NAMES[labels]
 
 
 def equidistant_batch(distance, ratio=0.4, identities=8, images=12):
@@ -85,12 +88,6 @@ def equidistant_batch(distance, ratio=0.4, identities=8, images=12):
     within = ratio * distance / math.sqrt(2)
     between = math.sqrt(distance**2 / 2 - within**2)
     return between * apart + within * offset, labels, apart
-
-
-def crossed_batch(gap):
-    """Two identities of two images on a thin rectangle, positives `gap` apart, negatives a tenth: all are wrong."""
-    corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 0.1], [1.0, 0.1]])
-    return gap * (corners - corners.mean(0)), torch.tensor([0, 0, 1, 1])
 
 
 # ---- golden
@@ -178,15 +175,6 @@ def test_hard_triplet_matches_loop(margin, distance):
     )
 
 
-@pytest.mark.parametrize("square", [0, 1])
-@pytest.mark.parametrize("distance", [0.5, 2.0, 4.2])
-def test_exact_equals_published_in_the_healthy_range(distance, square):
-    features, labels = random_batch(3, distance, identities=8, images=12, width=64)
-    assert naive_distances(features).max() < 6
-    exact, published = (squared_loss(w, square)(features, labels)[0].item() for w in WEIGHTINGS)
-    assert exact == pytest.approx(published, abs=1e-5)
-
-
 def test_weighting_is_the_published_one_by_default():
     features, labels, _ = equidistant_batch(20.0)
     for make in (loss.WeightedTripletLoss, lambda **kwargs: loss.SquaredTripletLoss(1.0, 1.0, 1, **kwargs)):
@@ -262,25 +250,6 @@ def test_only_published_draws_negatives_together(ratio, square):
 # ---- exact weighting: no dead zone
 
 
-@pytest.mark.parametrize("gap", [1.0, 5.0, 7.0, 10.0, 20.0, 100.0, 1000.0])
-@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
-def test_exact_gradient_is_bounded_and_alive_however_wrong(gap, gamma):
-    features, labels = crossed_batch(gap)
-    criterion = squared_loss("exact", gamma=gamma)
-    anchor_loss = squared_anchor_loss(gamma, 1, "exact")
-    assert_matches_loop(criterion, lambda f, y: naive_triplet(f, y, anchor_loss, "exact"), features, labels)
-
-    _, correct, gradient = value_and_gradient(criterion, features, labels)
-    assert correct == 0
-    # The slope in (d+ - d-) is at most 2 sqrt(44 gamma), and weighted mean distances move little faster than features.
-    assert 0.05 < gradient.norm() < 4 * 2 * math.sqrt(EXPONENT_LIMIT * gamma)
-    # Descent must shorten the positives and lengthen the negatives.
-    moved = naive_distances(features.double() - 1e-3 * gradient)
-    before = naive_distances(features.double())
-    assert moved[0, 1] < before[0, 1]
-    assert moved[0, 2] > before[0, 2]
-
-
 # ---- stable weighting: free of scale, alive where d+ = d-
 
 
@@ -316,39 +285,12 @@ def test_stable_leaves_a_point_and_exact_does_not(size):
         assert abs(slopes["exact"]) < 0.01
 
 
-@pytest.mark.parametrize("gap", [0.1, 1.0, 10.0, 1000.0])
-def test_stable_gradient_is_bounded_and_alive_however_wrong(gap):
-    features, labels = crossed_batch(gap)
-    _, correct, gradient = value_and_gradient(squared_loss("stable"), features, labels)
-    assert correct == 0
-    assert 0.5 < gradient.norm() * gap < 300  # of features that move by the gap
-
-
 # ---- inputs
 
 
 @pytest.fixture(params=ALL_LOSSES)
 def any_loss(request):
     return ALL_LOSSES[request.param]
-
-
-def test_labels_may_be_any_integers(any_loss):
-    features, labels = random_batch(4, 3.0)
-    names = torch.tensor([-7, 10**12, 0, 395])
-    expected = value_and_gradient(any_loss, features, labels)
-    actual = value_and_gradient(any_loss, features, names[labels])
-    assert actual[:2] == expected[:2]
-    assert torch.equal(actual[2], expected[2])
-
-
-def test_order_of_the_batch_does_not_matter(any_loss):
-    features, labels = random_batch(5, 3.0)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    value, correct, gradient = value_and_gradient(any_loss, features, labels)
-    permuted_value, permuted_correct, permuted_gradient = value_and_gradient(any_loss, features[order], labels[order])
-    assert permuted_value == pytest.approx(value, rel=1e-5)
-    assert permuted_correct == correct
-    assert_gradients_close(permuted_gradient, gradient[order], relative=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -152,16 +152,6 @@ def test_plain_network_is_torchvision_with_pooling(backbone_files, arch, share_n
         assert relative_deviation(net.embed(pictures, modality)[0], F.normalize(expected)) < 1e-5
 
 
-def test_non_local_and_attention_start_from_the_file_too(backbone_files):
-    """Zero-initialised non-local blocks change nothing: with them the network is still the plain backbone."""
-    weights = str(backbone_files / "resnet18.pth")
-    plain = model.GFMNet(7, arch="resnet18", weights=weights, **PLAIN).eval()
-    extended = model.GFMNet(7, arch="resnet18", weights=weights, attention=False, local=False).eval()
-    assert len(list(extended.parameters())) > len(list(plain.parameters()))
-    pictures = images(2, 4)
-    torch.testing.assert_close(extended.embed(pictures, "visible")[0], plain.embed(pictures, "visible")[0])
-
-
 # ---- two streams
 
 
@@ -180,24 +170,6 @@ def test_streams_own_the_stem_and_the_first_stages(share_net):
         assert not shapes - owned
         if not non_local_in_streams:
             assert owned == shapes
-
-
-@pytest.mark.parametrize("share_net", [1, 2, 4])
-def test_perturbing_one_stream_leaves_the_other(share_net):
-    net, pictures = tiny(share_net=share_net), images(2, 1)
-    own = parameters_reached(net, "visible") - parameters_reached(net, "infrared")
-    assert own
-    named = dict(net.named_parameters())
-    with torch.no_grad():
-        before = {modality: net.embed(pictures, modality)[0] for modality in ("visible", "infrared")}
-        for name in own:
-            named[name] *= 1 + 0.1 * torch.randn_like(named[name])
-        after = {modality: net.embed(pictures, modality)[0] for modality in ("visible", "infrared")}
-        output = net(pictures, pictures)
-    assert torch.equal(after["infrared"], before["infrared"])
-    assert not torch.allclose(after["visible"], before["visible"], atol=1e-4)
-    # In the joint forward pass visible images come first and use the perturbed stream.
-    torch.testing.assert_close(F.normalize(output.pooled), torch.cat([after["visible"], after["infrared"]]))
 
 
 @pytest.mark.parametrize("options", [{}, PLAIN, {"share_net": 5}, {"share_net": 1, "pool": "avg"}])
@@ -243,20 +215,6 @@ def test_local_stripes(height, stripes):
     output = net(images(2, 0, height), images(2, 1, height))
     assert output.local.shape == (4, 128, stripes)
     torch.testing.assert_close(output.local.norm(dim=1), torch.ones(4, stripes))
-
-
-@pytest.mark.parametrize("switch", ["attention", "non_local", "local"])
-def test_switches_remove_parameters(switch):
-    with_it, without = (set(dict(tiny(**{switch: value}).named_parameters())) for value in (True, False))
-    assert without < with_it
-
-
-@pytest.mark.parametrize("options", [{"attention": False}, {"pool": "avg"}])
-@torch.no_grad()
-def test_switches_change_the_features(options):
-    pictures = images(2, 0)
-    full, reduced = (tiny(**o).embed(pictures, "visible")[0] for o in ({}, options))
-    assert not torch.allclose(full, reduced, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -56,17 +56,6 @@ def test_k_reciprocal_of_features_with_a_common_offset():
     np.testing.assert_allclose(re_rank.k_reciprocal(query, gallery), expected, rtol=0, atol=3e-6)
 
 
-def test_k_reciprocal_finds_the_chained_image():
-    """One query and two images equally far from it, one of which shares the query's neighbours."""
-    chain = np.array([[1.0, 0.0], [1.5, 0.0], [2.0, 0.0]])
-    query, friend, stranger = np.array([[0.0, 0.0]]), chain[1:2], np.array([[-1.5, 0.0]])
-    gallery = np.concatenate([chain[:1], friend, chain[2:], stranger, stranger + [-0.1, 0], stranger + [-0.2, 0]])
-    plain = np.linalg.norm(query - gallery, axis=1)
-    assert plain[1] == plain[3]
-    distances = re_rank.k_reciprocal(query, gallery, k1=3, k2=1)
-    assert distances[0, 1] < distances[0, 3]
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_random_walk_golden(case):
     distances = re_rank.random_walk(GOLDEN[f"{case}/query"], GOLDEN[f"{case}/gallery"])

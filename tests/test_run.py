@@ -246,11 +246,6 @@ def test_the_best_checkpoint_comes_along_or_is_chosen_anew(gone, one_epoch, tiny
     assert ("_best.t, of epoch 0, is gone; the best epoch is chosen from epoch 1 on" in text) == gone
 
 
-def test_a_best_checkpoint_is_not_resumed(one_epoch, tiny_tree, tmp_path):
-    with pytest.raises(InputError, match=r"_best\.t: holds no training state; resume from a ..._last\.t"):
-        resume(tiny_tree, tmp_path, one_epoch["best"])
-
-
 @pytest.mark.slow
 def test_a_run_killed_between_its_entry_and_the_save_begins_the_epoch_again(tiny_tree, tmp_path, monkeypatch):
     command = tiny_flags(tiny_tree, tmp_path, "--epochs", "1", "--resume", "auto")

@@ -25,7 +25,6 @@ import train_ext_test0
 import utils
 from conftest import SIZE, flags, log_entries, parse, search_flags, tiny_flags
 from core import engine, optim
-from core.dns import CircleLoss
 from core.step import TrainStep
 from data_loader import IdentitySampler, sysu_train, train_loader
 from loss import METHODS, MethodLoss
@@ -156,23 +155,6 @@ def test_a_part_of_gfmnet_is_left_out(flag, part):
         train_ext_test0.check_flags(args)
 
 
-def test_a_method_is_one_entry(monkeypatch):
-    """As docs/extending.md adds one."""
-    recipe = {"lr": 0.05, "epochs": 60, "milestones": [30, 45]}
-    entry = METHODS["base"]._replace(
-        triplet=lambda margin, **_: CircleLoss(margin), recipe=recipe, recipes={"regdb": {"lr": 0.1}}
-    )
-    monkeypatch.setitem(METHODS, "circle", entry)
-    small = ["--method", "circle", "--arch", "resnet18", "--weights", "none"]
-    args = parse(*small, "--epochs", "7")
-    assert (args.lr, args.epochs, args.milestones, args.batch_size) == (0.05, 7, [30, 45], 8)
-    assert parse(*small, "--dataset", "regdb").lr == 0.1
-    net = train_ext_test0.build_network(args, 4, torch.device("cpu"), pretrained=True)
-    images, labels = torch.randn(4, 3, 48, 16), torch.arange(2).repeat(4)
-    losses = MethodLoss("circle", margin=0.2)(net(images, images), labels)
-    assert losses.total.item() == pytest.approx(losses.identity.item() + losses.triplet.item())
-
-
 @pytest.mark.parametrize("optim", ["sgd", "adam"])
 def test_head_learns_at_the_full_rate_and_the_rest_at_a_tenth(optim):
     net = GFMNet(5, arch="resnet18")
@@ -256,27 +238,6 @@ def test_compiler_that_fails_is_one_line(sysu_tree, tmp_path):
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()[-1:]
     assert line.startswith("train_ext_test0.py: error: --compile: torch.compile failed (")
-
-
-def test_optimiser_of_a_gpu_goes_on_without_one():
-    """A GPU's optimiser is fused, a CPU's is not; the state of either loads into the other."""
-    states = []
-    for fused in (True, False):
-        net = GFMNet(5, "resnet18")
-        optimizer = train_ext_test0.build_optimizer(net, "adam", 0.1)
-        for group in optimizer.param_groups:
-            group["fused"] = fused
-        sum(parameter.sum() for parameter in net.parameters()).backward()
-        optimizer.step()
-        states.append(optimizer.state_dict())
-    for state in states:
-        net = GFMNet(5, "resnet18")
-        optimizer = train_ext_test0.build_optimizer(net, "adam", 0.1)
-        optimizer.load_state_dict(state)
-        sum(parameter.sum() for parameter in net.parameters()).backward()
-        before = net.classifier.weight.detach().clone()
-        optimizer.step()
-        torch.testing.assert_close(before - net.classifier.weight, torch.full_like(before, 0.1), rtol=0.05, atol=0)
 
 
 @pytest.mark.gpu
