@@ -162,8 +162,9 @@ def check_flags(args):
         raise InputError(f"--features {args.features}: would keep only one of the trials; put {{trial}} into the name")
     for output in filter(None, (args.features, args.json, page)):
         check_output(output)
-    files = [str(path) for path, _ in sources(args)] + list(filter(None, (args.json, page)))
-    files += [for_trial(args.features, trial) for _, trial in sources(args)] if args.features else []
+    found = sources(args)
+    files = [str(path) for path, _ in found] + list(filter(None, (args.json, page)))
+    files += [for_trial(args.features, trial) for _, trial in found] if args.features else []
     if len({os.path.realpath(file) for file in files}) < len(files):
         raise InputError(f"{', '.join(files)}: the same file twice; use a different file for each input and output")
     if args.report:

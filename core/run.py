@@ -221,12 +221,14 @@ class Run:
         self._check_log(checkpoint)
 
     def _check_log(self, checkpoint):
-        """Raise InputError for the log of another run. An epoch is logged before it is saved."""
+        """Raise InputError for a log that this run would cut. An epoch is logged before it is saved."""
         entries, best = read_json_lines(self.log_path), checkpoint.best
         later = [entry["epoch"] for entry in entries if entry["epoch"] > checkpoint.epoch + 1]
         other = [e for e in entries if e["epoch"] == best.get("epoch") and e.get("FC/Rank-1") != best["Rank-1"]]
         if later or other:
-            raise InputError(f"{self.log_path}: is not the log of {self.resumed}; pass this run's --log_path")
+            raise InputError(
+                f"{self.log_path}: goes beyond {self.resumed}, or is of another run; choose another --log_path"
+            )
 
     def _find_best(self):
         """Have the best checkpoint here, also where the one that is resumed lies elsewhere -> a line for the log."""

@@ -226,7 +226,7 @@ def test_the_log_of_another_run_is_not_continued(change, one_epoch, tiny_tree, t
     log = tmp_path / "log" / "sysu_log" / Path(one_epoch["log"]).name
     log.parent.mkdir(parents=True)
     log.write_text(json.dumps(entry | change) + "\n")
-    with pytest.raises(InputError, match=r"\.jsonl: is not the log of .*_last\.t; pass this run's --log_path"):
+    with pytest.raises(InputError, match=r"\.jsonl: goes beyond .*_last\.t, or is of another run; choose"):
         resume(tiny_tree, tmp_path, one_epoch["last"])
     assert log_entries(log) == [entry | change]
 
