@@ -15,6 +15,7 @@ A file takes its name only after it has been loaded and its features agree with 
 
 import copy
 import json
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -139,6 +140,8 @@ class Embedding(nn.Module):
 
 def to_onnx(embedding, images, about):
     """-> bytes of an ONNX file. images: a batch of more than one, otherwise the exporter fixes its size."""
+    # PyTorch 2.6 warns of what it guesses about the batch; `agreement` checks two sizes of it.
+    logging.getLogger("torch.fx.experimental.symbolic_shapes").setLevel(logging.ERROR)
     program = torch.onnx.export(
         embedding,
         (images,),
