@@ -160,13 +160,10 @@ def check_flags(args):
         raise InputError("--baselines and --features need images; use them with --resume, not with --from_features")
     if args.features and "{trial}" in name and not args.trial and "{trial}" not in args.features:
         raise InputError(f"--features {args.features}: would keep only one of the trials; put {{trial}} into the name")
-    for output in filter(None, (args.features, args.json, page)):
-        check_output(output)
-    found = sources(args)
-    files = [str(path) for path, _ in found] + list(filter(None, (args.json, page)))
-    files += [for_trial(args.features, trial) for _, trial in found] if args.features else []
     if len({os.path.realpath(file) for file in files}) < len(files):
         raise InputError(f"{', '.join(files)}: the same file twice; use a different file for each input and output")
+    for output in filter(None, (args.features, args.json, page)):
+        check_output(output)
     if args.report:
         import_page_modules()
 
@@ -202,6 +199,10 @@ def sources(args):
         if name and Path(name).is_dir():
             raise InputError(f"{name}: is a folder; pass one of its files")
         raise InputError(f"{name}: no such file; {remedy}")
+    for trial, path in paths.items():  # which may be named by its name in --model_path
+        for output in filter(None, (args.features, args.json)):
+            if os.path.realpath(path) == os.path.realpath(for_trial(output, trial)):
+                raise InputError(f"{output}: is what is tested; choose another file")
     return [(path, trial) for trial, path in paths.items()]
 
 
