@@ -6,6 +6,7 @@ from urllib.parse import parse_qs, urlsplit
 from tools.index import Entry, Filter, Index, tables
 from utils import InputError
 
+EXACT = 20_000  # so few images that a filter leaves are all compared: of few among many, a graph finds some only
 CANDIDATES = 10  # nearest images by halves of float32 of pgvector's graph, for each that is returned by exact distance
 
 
@@ -97,6 +98,9 @@ class ServerIndex(Index):
         by_graph = select.format(f"(SELECT * FROM images WHERE {nearest}) AS candidates")
         with self.transaction(write=False):
             graph = self._run(f"SELECT to_regclass('graph_{version}')").fetchone()[0]
+            if graph and any(where):
+                left = f"SELECT 1 FROM images WHERE {condition} LIMIT {EXACT + 1}"
+                graph = self._run(f"SELECT count(*) FROM ({left}) AS remaining", values).fetchone()[0] > EXACT
             if graph:
                 self._run("SET LOCAL hnsw.iterative_scan = strict_order")
                 self._run(f"SET LOCAL hnsw.ef_search = {min(1000, CANDIDATES * max(top, 10))}")
@@ -104,7 +108,7 @@ class ServerIndex(Index):
                 rows = []
                 if graph:
                     rows = self._run(by_graph, (query, *values, query, CANDIDATES * top, query, top)).fetchall()
-                if len(rows) < top:  # also where few images fit the filters and the graph has given up
+                if len(rows) < top:  # also where the graph has given up
                     rows = self._run(exact, (query, *values, query, top)).fetchall()
                 results.append([dict(zip((*names, "similarity"), row, strict=True)) for row in rows])
         return results
