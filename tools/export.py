@@ -155,8 +155,11 @@ def to_onnx(embedding, images, about):
     for node in program.model.graph:
         node.metadata_props.clear()  # paths of this machine
     program.model.metadata_props["gfmnet"] = about
-    onnx.checker.check_model(program.model_proto, full_check=True)
-    return program.model_proto.SerializeToString()
+    model = program.model_proto
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"  # PyTorch 2.6 names it anew
+    onnx.checker.check_model(model, full_check=True)
+    return model.SerializeToString()
 
 
 def load_onnx(path):
