@@ -83,8 +83,8 @@ class Run:
         self.log.text(f"{self.name}\n{json.dumps(vars(self.args))}")
         if self.args.resume:
             self.log.text(self._resumed_from())
-        if self.resumed and (lost := self._find_best()):
-            self.log.text(lost)
+        if self.resumed:
+            self._bring_best()
         if self.resumed and self._version < VERSION:
             self.log.text(
                 "warning: an earlier version of this code began this run, with another order of erasing and one step "
@@ -230,18 +230,20 @@ class Run:
                 f"{self.log_path}: goes beyond {self.resumed}, or is of another run; choose another --log_path"
             )
 
-    def _find_best(self):
-        """Have the best checkpoint here, also where the one that is resumed lies elsewhere -> a line for the log."""
+    def _bring_best(self):
+        """Copy the best checkpoint from beside the resumed one, if it is not here; without one, choose it anew."""
         beside = self.resumed.with_name(self.best_path.name)
         if self.best["Rank-1"] < 0 or self.best_path.exists():
-            return None
-        if beside.exists() and load_checkpoint(beside).get("epoch") == self.best["epoch"]:
-            if process_index() == 0:
-                with atomic(self.best_path) as temporary:
-                    shutil.copyfile(beside, temporary)
-            return None
-        lost, self.best = self.best["epoch"], {"Rank-1": -1.0}
-        return f"warning: {beside}, of epoch {lost}, is gone; the best epoch is chosen from epoch {self.first_epoch} on"
+            return
+        if not beside.exists() or load_checkpoint(beside).get("epoch") != self.best["epoch"]:
+            self.log.text(
+                f"warning: {beside}, of epoch {self.best['epoch']}, is gone; the best epoch is chosen from epoch "
+                f"{self.first_epoch} on"
+            )
+            self.best = {"Rank-1": -1.0}
+        elif process_index() == 0:
+            with atomic(self.best_path) as temporary:
+                shutil.copyfile(beside, temporary)
 
     def _check_same(self, checkpoint):
         """Raise InputError unless this run computes what the run of a checkpoint did."""
