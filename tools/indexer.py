@@ -38,9 +38,9 @@ def index_folder(args):
         known = index.entries(version, folder)
         before |= known
         entries = [make_entry(path, files[path], modality, labels[path], before.get(path)) for path in files]
-        new = [entry for entry in entries if entry.path not in known or entry[:3] != known[entry.path][:3]]
-        same = [entry for entry in entries if entry.path in known and entry[:3] == known[entry.path][:3]]
-        index.label(version, [entry for entry in same if entry != known[entry.path]])
+        same = {entry.path for entry in entries if entry.path in known and entry[:3] == known[entry.path][:3]}
+        new = [entry for entry in entries if entry.path not in same]
+        index.label(version, [entry for entry in entries if entry.path in same and entry != known[entry.path]])
         gone = [path for path in before if path not in files and not path.startswith(unchecked)]
         index.remove(gone)
         embedded = embed(embedder, index, version, new, unreadable)

@@ -6,7 +6,7 @@ from urllib.parse import parse_qs, urlsplit
 from tools.index import Entry, Filter, Index, tables
 from utils import InputError
 
-EXACT = 20_000  # so few images that a filter leaves are all compared: of few among many, a graph finds some only
+EXACT = 20_000  # where filters leave at most so many images, all are compared: a graph misses most of few among many
 CANDIDATES = 10  # nearest images by halves of float32 of pgvector's graph, for each that is returned by exact distance
 
 
@@ -74,10 +74,13 @@ class ServerIndex(Index):
 
     def switch(self, version):
         missing = super().switch(version)
-        with self.transaction():
-            graphs = self._run("SELECT indexname FROM pg_indexes WHERE indexname ~ '^graph_'").fetchall()
-            for name in () if missing else (name for (name,) in graphs if int(name.split("_")[1]) < version):
-                self._run(f"DROP INDEX IF EXISTS {name}")
+        if not missing:
+            with self.transaction():
+                for (name,) in self._run(
+                    "SELECT indexname FROM pg_indexes WHERE indexname ~ '^graph_[0-9]+$'"
+                ).fetchall():
+                    if int(name.removeprefix("graph_")) < version:
+                        self._run(f"DROP INDEX IF EXISTS {name}")
         return missing
 
     def approximate(self, version, dim):

@@ -30,10 +30,7 @@ def bench_embed(args, _):
             paths, searches = test.paths, test.searches
         else:
             checkpoint, paths, searches = save_random(args, folder), {"visible": draw_images(args, folder)}, []
-        kinds = {}  # {name: {modality: Embedder}}
-        for modality, files in paths.items():
-            for name, embedder in embedders(args, checkpoint, modality, files[:CALIBRATION], folder):
-                kinds.setdefault(name, {})[modality] = embedder
+        kinds = embedders(args, checkpoint, paths, folder)
         times, features = {name: [] for name in kinds}, {}
         for _ in range(args.repeats):
             for name, by_modality in kinds.items():  # by turns
@@ -60,20 +57,23 @@ def rank_1(features, searches):
     return float(np.mean([scores(engine.run_search(features, s)["FC", "none"])["Rank-1"] for s in searches]))
 
 
-def embedders(args, checkpoint, modality, files, folder):
-    """Yields (name, Embedder)."""
+def embedders(args, checkpoint, paths, folder):
+    """-> {name: {modality: Embedder}}."""
     from tools import export  # only here: the other benchmarks need no ONNX
 
-    flags = ["--resume", checkpoint, "--format", "onnx", "--modality", modality, "--out", folder]
-    (exported,) = export.main(flags)
-    quantised = f"{folder}/{modality}_int8.onnx"
     options = {"gpu": args.gpu, "batch": args.batch, "workers": args.workers}
-    float32 = Embedder(checkpoint, amp="off", **options)
-    quantise(exported["path"], quantised, ImageFiles(files, float32.size))
-    yield "PyTorch float32", float32
-    yield "PyTorch bf16", Embedder(checkpoint, amp="bf16", **options)
-    yield "ONNX Runtime float32", Embedder(exported["path"], **options)
-    yield "ONNX Runtime int8", Embedder(quantised, **options)
+    float32, bf16 = (Embedder(checkpoint, amp=amp, **options) for amp in ("off", "bf16"))
+    exact, quantised = {}, {}
+    for file in export.main(["--resume", checkpoint, "--format", "onnx", "--modality", *paths, "--out", folder]):
+        modality, int8 = file["modality"], f"{folder}/{file['modality']}_int8.onnx"
+        quantise(file["path"], int8, ImageFiles(paths[modality][:CALIBRATION], float32.size))
+        exact[modality], quantised[modality] = Embedder(file["path"], **options), Embedder(int8, **options)
+    return {
+        "PyTorch float32": dict.fromkeys(paths, float32),
+        "PyTorch bf16": dict.fromkeys(paths, bf16),
+        "ONNX Runtime float32": exact,
+        "ONNX Runtime int8": quantised,
+    }
 
 
 def save_random(args, folder):

@@ -70,8 +70,8 @@ def bench_search(args, device):
 def fill(index, version, args, draw):
     """Add images of ten cameras, one a second -> what `clocks` says that it took, without the drawing."""
     spent, begin = np.zeros(2), datetime(2026, 1, 1)
-    for start in progress(range(0, args.vectors, BATCH), desc="adding", unit="batch", leave=False):
-        rows = range(start, min(start + BATCH, args.vectors))
+    for first in progress(range(0, args.vectors, BATCH), desc="adding", unit="batch", leave=False):
+        rows = range(first, min(first + BATCH, args.vectors))
         vectors = draw(np.array(rows) % args.people)
         entries = [
             Entry(f"/{i}.jpg", "0 0", "visible", camera(i, args), None, time_text(begin + timedelta(seconds=i)))
