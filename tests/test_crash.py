@@ -134,7 +134,10 @@ def test_killed_trainings_lose_nothing(unbroken, tiny_tree, tmp_path):
     rng = random.Random(0)
     command = tiny_flags(tiny_tree, tmp_path, *MORE, "--resume", "auto", "--save_minutes", "0.001")
     came_to, begun_again = (0, 0), 0
-    saves = lambda: [file.stat().st_mtime_ns for file in tmp_path.glob("models/*_last.t")]  # noqa: E731
+
+    def saves():
+        return [file.stat().st_mtime_ns for file in tmp_path.glob("models/*_last.t")]
+
     for _ in range(40):
         before, process = saves(), start(train_ext_test0, command)
         wait_until(lambda before=before, process=process: not process.is_alive() or saves() != before)

@@ -28,7 +28,10 @@ def test_room_is_taken_where_the_system_has_no_call_for_it(sysu_tree, tmp_path, 
     monkeypatch.delattr(os, "posix_fallocate", raising=False)
     images.write_images(paths, (16, 8), tmp_path / "other.npy", "other", workers=1)
     assert (tmp_path / "one.npy").read_bytes() == (tmp_path / "other.npy").read_bytes()
-    refuse = lambda *_, **__: pytest.fail("the room is taken before the work")  # noqa: E731
+
+    def refuse(*_, **__):
+        pytest.fail("the room is taken before the work")
+
     monkeypatch.setattr(images, "ProcessPoolExecutor", refuse)
     if os.path.exists("/dev/full"):
         (tmp_path / "full.npy").symlink_to("/dev/full")
