@@ -90,6 +90,7 @@ def save_network(path, seed, dataset=None, **options):
 
 def pytest_addoption(parser):
     parser.addoption("--rand_perm_cam", help="SYSU-MM01's rand_perm_cam.mat, for the test of the official protocol")
+    parser.addoption("--database", help="address of a PostgreSQL database in which tests may delete an index")
 
 
 def pytest_collection_modifyitems(items):
@@ -193,10 +194,15 @@ def postgres():
 
 
 @pytest.fixture
-def database(postgres, monkeypatch):
-    """The address of a new database."""
+def database(request, monkeypatch):
+    """The address of a database without an index: a new one, or that of --database."""
     import psycopg
 
+    if address := request.config.getoption("--database"):
+        with psycopg.connect(address, autocommit=True) as connection:
+            connection.execute("DROP TABLE IF EXISTS images, versions")
+        return address
+    postgres = request.getfixturevalue("postgres")
     monkeypatch.setenv("PGPASSWORD", "secret")
     with psycopg.connect(f"{postgres}/postgres", autocommit=True) as connection:
         number = connection.execute("SELECT count(*) FROM pg_database").fetchone()[0]

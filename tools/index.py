@@ -168,12 +168,16 @@ class Index:
     def move(self, old, new):
         """Rename a folder in all versions -> number of its images. Those that the new one has already are dropped."""
         old, new = (os.path.join(folder, "") for folder in (old, new))
-        renamed, below = "CAST(? AS TEXT) || substr(images.path, ?)", "substr(images.path, 1, ?) = ?"
-        values = (new, len(old) + 1, len(old), old)
+        names = ", ".join(("version", *Entry._fields, "vector"))
+        renamed = names.replace("path", "CAST(? AS TEXT) || substr(path, ?)")
         with self.transaction():
-            there = f"SELECT 1 FROM images AS there WHERE there.version = images.version AND there.path = {renamed}"
-            dropped = self._run(f"DELETE FROM images WHERE EXISTS ({there}) AND {below}", values).rowcount
-            return dropped + self._run(f"UPDATE images SET path = {renamed} WHERE {below}", values).rowcount
+            # Not UPDATE: the path says which machine of a cluster has the image.
+            (last,) = self._run("SELECT MAX(id) FROM images").fetchone()
+            below, values = "id <= ? AND substr(path, 1, ?) = ?", (last, len(old), old)
+            select = f"SELECT {renamed} FROM images WHERE {below}"
+            sql = f"INSERT INTO images ({names}) {select} ON CONFLICT (path, version) DO NOTHING"
+            self._run(sql, (new, len(old) + 1, *values))
+            return self._run(f"DELETE FROM images WHERE {below}", values).rowcount
 
     def vectors(self, ids):
         """{id: vector [C]} of those that are there; for some hundred."""

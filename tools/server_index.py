@@ -8,6 +8,13 @@ from utils import InputError
 
 EXACT = 20_000  # where filters leave at most so many images, all are compared: a graph misses most of few among many
 CANDIDATES = 10  # nearest images by halves of float32 of pgvector's graph, for each that is returned by exact distance
+# Where the database is a cluster of Citus, its machines share the images by path; all of them know the versions.
+SPREAD = (
+    "ALTER TABLE images DROP CONSTRAINT images_pkey, REPLICA IDENTITY USING INDEX images_path_version_key",
+    "CREATE INDEX images_by_id ON images (id)",
+    "SELECT create_reference_table('versions')",
+    "SELECT create_distributed_table('images', 'path')",
+)
 
 
 class ServerIndex(Index):
@@ -32,6 +39,10 @@ class ServerIndex(Index):
 
     def _connect(self, create=False):
         self.connection = self.driver.connect(self.uri, autocommit=True, connect_timeout=10)
+        self.cluster = self._run("SELECT 1 FROM pg_extension WHERE extname = 'citus'").fetchone()
+        if self.cluster:
+            self._run("SET citus.propagate_set_commands = 'local'")  # what sets up a graph's search
+            self._run("SET citus.multi_shard_modify_mode = 'sequential'")  # to change images and versions at once
         with self.connection.transaction():
             self._run("SELECT pg_advisory_xact_lock(7316)")  # two processes must not make the tables at once
             exists = self._run("SELECT to_regclass('images')").fetchone()[0]
@@ -39,7 +50,7 @@ class ServerIndex(Index):
                 raise InputError(f"{self.uri}: contains no index; make it with python -m tools.search index")
             if not exists:
                 self._run("CREATE EXTENSION IF NOT EXISTS vector")
-                for sql in tables("BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY", "vector", ""):
+                for sql in (*tables("BIGSERIAL PRIMARY KEY", "vector", ""), *(SPREAD if self.cluster else ())):
                     self._run(sql)
         self.register(self.connection)
 
@@ -70,7 +81,8 @@ class ServerIndex(Index):
     def bytes(self):
         """Size of the images with their vectors and indexes."""
         with self.transaction(write=False):
-            return self._run("SELECT pg_total_relation_size('images')").fetchone()[0]
+            kind = "citus" if self.cluster else "pg"
+            return self._run(f"SELECT {kind}_total_relation_size('images')").fetchone()[0]
 
     def switch(self, version):
         missing = super().switch(version)
@@ -86,6 +98,8 @@ class ServerIndex(Index):
     def approximate(self, version, dim):
         """Make a graph of a version's vectors, in halves of float32, or keep the one that there is."""
         with self.transaction():
+            if self.cluster:
+                self._run("SET LOCAL citus.multi_shard_modify_mode = 'parallel'")
             self._run(
                 f"CREATE INDEX IF NOT EXISTS graph_{version} ON images USING hnsw "
                 f"((vector::halfvec({dim})) halfvec_ip_ops) WHERE version = {version}"
