@@ -1,17 +1,6 @@
 """Measure the speed of this code against plain references in the same process.
 
-    python -m tools.bench metrics
-
-data     preparing SYSU-MM01's arrays (time, peak memory); one epoch of sampler, loader and augmentation
-step     training steps against the published recipe; where the time of a step goes
-methods  what each --method costs: parameters, a training step, an image in a test
-loss     the aligned local loss, forward and backward, against a walk sample by sample
-metrics  Rank-k, mAP and mINP against Python lists query by query; memory of a search directly from features
-test     SYSU-MM01's test, from image files to metrics, against reading the files again for each gallery
-rerank   k-reciprocal re-ranking against loops over images
-search   an index: size, rate, time per query; of a server's graph also the recall
-embed    images embedded per second from files: PyTorch, ONNX Runtime, int8; what they lose in Rank-1
-gpu      the GPU tests and every measurement on the GPU, collected in one file
+    python -m tools.bench metrics        (--help lists what can be measured)
 
 Each comparison warms up, alternates between code and reference, repeats, and reports medians. The references are in
 tests/oracles.py.
@@ -34,17 +23,6 @@ from tools.benchmarks.step import bench_loss, bench_step
 from tools.benchmarks.testing import bench_metrics, bench_rerank, bench_test
 from utils import ArgumentParser, bounded, cli, cores, select_device
 
-COMMANDS = {
-    "data": bench_data,
-    "step": bench_step,
-    "methods": bench_methods,
-    "loss": bench_loss,
-    "metrics": bench_metrics,
-    "test": bench_test,
-    "rerank": bench_rerank,
-    "search": bench_search,
-    "embed": bench_embed,
-}
 FLAGS = {
     "--data_path": {"default": DATASETS["sysu"].path, "help": "folder of SYSU-MM01 or of demo data"},
     "--img_h": {"type": bounded(int, 48), "default": 288, "help": "image height in pixels"},
@@ -67,9 +45,10 @@ def get_args_parser():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name, text, **groups):
-        """A command with flags of FLAGS in groups -> its parser."""
+    def command(bench, name, text, **groups):
+        """A command that calls `bench`, with flags of FLAGS in groups -> its parser."""
         sub = commands.add_parser(name, help=text)
+        sub.set_defaults(bench=bench)
         for title, flags in groups.items():
             group = sub.add_argument_group(title)
             for flag in flags.split():
@@ -77,23 +56,26 @@ def get_args_parser():
         return sub
 
     images, batch, run = "img_h img_w workers", "batch_size num_pos", "repeats gpu json"
-    text = "prepare the arrays of a data set; load and augment one epoch"
-    command("data", text, data=f"data_path {images}", training=f"cache {batch}", run="gpu json")
-    text = "training steps on random images, against the published recipe"
-    step = command("step", text, data=f"cache {images}", training=f"arch amp graph {batch}", run=f"steps {run}")
+    text = "prepare the arrays of a data set (time, peak memory); load and augment one epoch"
+    command(bench_data, "data", text, data=f"data_path {images}", training=f"cache {batch}", run="gpu json")
+    text = "training steps against the published recipe; where the time of a step goes"
+    parts = {"data": f"cache {images}", "training": f"arch amp graph {batch}", "run": f"steps {run}"}
+    step = command(bench_step, "step", text, **parts)
     step.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
     text = "parameters of each --method, its training step and its test, on random images"
-    command("methods", text, data="img_h img_w", network="arch amp graph", run=f"steps {run}")
-    command("loss", "the aligned local loss against a walk sample by sample", training=batch, run=run)
-    metrics = command("metrics", "the metrics against Python lists query by query", run=run)
+    command(bench_methods, "methods", text, data="img_h img_w", network="arch amp graph", run=f"steps {run}")
+    command(bench_loss, "loss", "the aligned local loss against a walk sample by sample", training=batch, run=run)
+    text = "the metrics against Python lists query by query; a search directly from features"
+    metrics = command(bench_metrics, "metrics", text, run=run)
     metrics.add_argument("--queries", type=bounded(int, 1), default=20_000, help="queries of the search from features")
     metrics.add_argument("--gallery", type=bounded(int, 1), default=200_000, help="gallery of the search from features")
     text = "from image files to metrics, against reading the files again for each gallery"
-    command("test", text, data=f"data_path {images}", network="arch amp", run=run)
-    rerank = command("rerank", "k-reciprocal re-ranking against loops over images", run=run)
+    command(bench_test, "test", text, data=f"data_path {images}", network="arch amp", run=run)
+    rerank = command(bench_rerank, "rerank", "k-reciprocal re-ranking against loops over images", run=run)
     rerank.add_argument("--queries", type=bounded(int, 1), default=3803, help="number of queries")
     rerank.add_argument("--gallery", type=bounded(int, 1), default=301, help="number of gallery images")
-    search = command("search", "size, rate and time per query of an index of random vectors", run="repeats json")
+    text = "an index of random vectors: size, rate, time per query; of a server's graph also the recall"
+    search = command(bench_search, "search", text, run="repeats json")
     search.add_argument("--index", help="empty database, postgresql://... (default: a file in the folder of TMPDIR)")
     search.add_argument("--vectors", type=bounded(int, 1000), default=1_000_000, help="vectors in the index")
     search.add_argument("--people", type=bounded(int, 1), default=20_000, help="clusters of the vectors")
@@ -101,8 +83,8 @@ def get_args_parser():
     text = "mean cosine of two vectors of a person"
     search.add_argument("--cosine", type=bounded(float, 0.01, 0.99), default=0.45, help=text)
     search.set_defaults(gpu="cpu")
-    text = "images embedded from files: PyTorch and ONNX Runtime, float32, bf16 and int8"
-    embed = command("embed", text, data="data_path img_h img_w workers", network="arch", run="repeats json")
+    text = "images embedded from files: PyTorch, ONNX Runtime, bf16, int8; what they lose"
+    embed = command(bench_embed, "embed", text, data=f"data_path {images}", network="arch", run="repeats json")
     embed.add_argument("--images", type=bounded(int, 32), default=256, help="number of random images")
     embed.add_argument("--resume", metavar="FILE", help="a checkpoint, to embed the test images of --data_path instead")
     embed.add_argument("--batch", type=bounded(int, 1), default=64, help="images per batch")
@@ -121,10 +103,11 @@ def main(argv=None):
     args = get_args_parser().parse_args(argv)
     if args.command == "gpu":
         return bench_gpu(args)
+    bench = vars(args).pop("bench")  # not one of the flags
     if args.json:
         check_output(args.json)
     device = select_device(args.gpu, getattr(args, "amp", "off"))
-    results = COMMANDS[args.command](args, device)
+    results = bench(args, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     machine = {"device": name, "cores": cores(), "python": platform.python_version(), "torch": torch.__version__}
     results |= {"flags": vars(args), **machine}
