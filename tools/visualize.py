@@ -2,11 +2,7 @@
 
     python -m tools.visualize ranking --resume save_model/..._best.t --out ranking.png
 
-ranking     queries with their nearest gallery images under the protocol
-heatmap     where the network looks, for queries and their matches
-tsne        a map of the features of some identities in both modalities
-distances   distances between images of the same identity and of different ones
-curves      losses and metrics by epoch, from the logs of runs; or CMC curves, from testa.py's --json
+--help lists all kinds of figures.
 """
 
 import argparse
@@ -36,27 +32,29 @@ def get_args_parser():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name, text, nargs=None):
-        """A command that draws a checkpoint's figure -> the group of its own flags."""
+    def command(draw, name, text, nargs=None):
+        """A command that draws a checkpoint's figure by `draw` -> the group of its own flags."""
         sub = commands.add_parser(name, help=text)
+        sub.set_defaults(draw=draw)
         group = sub.add_argument_group("figure")
         group.add_argument("--out", required=True, metavar="FILE", help="figure to write: .png, .svg or .pdf")
         add_search_flags(sub, group, nargs)
         return group
 
-    ranking = command("ranking", "queries with their nearest gallery images")
-    heatmap = command("heatmap", "where the network looks, for queries and their matches")
+    ranking = command(draw_ranking, "ranking", "queries with their nearest gallery images under the protocol")
+    heatmap = command(draw_heatmaps, "heatmap", "where the network looks, for queries and their matches")
     for group, queries in ((ranking, 6), (heatmap, 3)):
         text = "queries: worst or best by average precision, random, or an ID"
         group.add_argument("--which", type=which, default="worst", help=text)
         group.add_argument("--queries", type=bounded(int, 1, 100), default=queries, help="number of queries")
         group.add_argument("--seed", type=bounded(int, 0), default=0, help="seed of --which random")
     ranking.add_argument("--top", type=bounded(int, 1, 50), default=10, help="gallery images per query")
-    tsne = command("tsne", "a map of the features of some identities")
+    tsne = command(draw_feature_map, "tsne", "a map of the features of some identities in both modalities")
     tsne.add_argument("--people", type=bounded(int, 2, 100), default=10, help="number of identities")
     tsne.add_argument("--seed", type=bounded(int, 0), default=0, help="seed of the map and of the identities")
-    command("distances", "distances within and between identities", nargs="+")
-    curves = commands.add_parser("curves", help="losses and metrics by epoch, or CMC curves")
+    command(draw_distances, "distances", "distances within and between identities", nargs="+")
+    curves = commands.add_parser("curves", help="losses and metrics by epoch, from logs of runs; or CMC curves")
+    curves.set_defaults(draw=draw_curves)
     curves.add_argument("logs", nargs="+", metavar="FILE", help="{name}.jsonl of runs, or .json of testa.py")
     curves.add_argument("--out", required=True, metavar="FILE", help="figure to write: .png, .svg or .pdf")
     curves.add_argument("--values", nargs="+", help="values of the logs (default: total correct FC/Rank-1)")
@@ -86,14 +84,7 @@ def main(argv=None):
     """Returns the path of the figure."""
     args = get_args_parser().parse_args(argv)
     figures.check_picture(args.out)
-    draw = {
-        "ranking": draw_ranking,
-        "heatmap": draw_heatmaps,
-        "tsne": draw_feature_map,
-        "distances": draw_distances,
-        "curves": draw_curves,
-    }
-    figures.save(draw[args.command](args), args.out)
+    figures.save(args.draw(args), args.out)
     print(args.out)
     return args.out
 
