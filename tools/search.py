@@ -4,12 +4,6 @@
     python -m tools.search query IMAGE... --modality infrared --index INDEX
     python -m tools.search serve --index INDEX
 
-index   embeds a folder of images of one modality; a second call embeds new and changed images and drops deleted ones
-remove  takes a folder out of an index
-query   ranks the images of an index by cosine similarity to each given image
-serve   the same as a local web page, which only this machine can reach
-
-INDEX is a file, or postgresql://USER@HOST:PORT/DATABASE with the password in PGPASSWORD.
 Features are those of testa.py: image and mirror averaged, FC or POOL. As a library:
 
     from tools.search import Embedder
@@ -37,7 +31,7 @@ SHEET_LIMIT = 100  # queries, and images of each, that fit on a sheet
 def get_args_parser():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    index = commands.add_parser("index", help="embed a folder's images, or those that are new or changed")
+    index = commands.add_parser("index", help="embed a folder's images; later, new and changed ones; drop deleted ones")
     index.add_argument("folder", metavar="FOLDER", help="images at any depth; links to folders are not followed")
     group = index.add_argument_group("images")
     group.add_argument("--modality", choices=MODALITIES, help="modality of the images (needed for a new folder)")
@@ -51,7 +45,7 @@ def get_args_parser():
     group.add_argument("--approximate", action="store_true", help=text)
     remove = commands.add_parser("remove", help="take a folder out of an index")
     remove.add_argument("folder", metavar="FOLDER", help="folder that was indexed, or one below it")
-    query = commands.add_parser("query", help="rank the images of an index by their similarity to others")
+    query = commands.add_parser("query", help="rank the images of an index by cosine similarity to others")
     query.add_argument("images", nargs="+", metavar="IMAGE", help="query images")
     group = query.add_argument_group("query")
     group.add_argument("--modality", choices=MODALITIES, required=True, help="modality of the query images")
@@ -69,10 +63,9 @@ def get_args_parser():
     group.add_argument("--top", type=bounded(int, 1, 10**6), default=10, help="number of images to find")
     group.add_argument("--page", type=bounded(int, 1, 10**6), default=1, help="2: the next --top images, and so on")
     group.add_argument("--group", action="store_true", help="show each known person once, by the most similar image")
-    group.add_argument(
-        "--rerank", action="store_true", help="k-reciprocal re-ranking of the hundred most similar images"
-    )
-    serve = commands.add_parser("serve", help="a local web page to search with")
+    text = "k-reciprocal re-ranking of the hundred most similar images"
+    group.add_argument("--rerank", action="store_true", help=text)
+    serve = commands.add_parser("serve", help="a local web page to search with, which only this machine can reach")
     serve.add_argument("--port", type=bounded(int, 0, 65535), default=7860, help="port on 127.0.0.1; 0: a free one")
     serve.set_defaults(batch=64, workers=0)  # one image at a time
     for command in (index, remove, query, serve):
