@@ -77,11 +77,9 @@ def ranking_sheet(rows, title=""):
         for j, tile in enumerate(row):
             left = 0.1 + j * width + (0.15 if j else 0)  # a gap after the query
             bottom = whole_height - top - (i + 1) * (height + text) + text
-            panel = figure.add_axes(
-                [left / whole_width, bottom / whole_height, (width - 0.1) / whole_width, (height - 0.06) / whole_height]
-            )
+            box = np.divide((left, bottom, width - 0.1, height - 0.06), 2 * (whole_width, whole_height))
+            panel = figure.add_axes(box, xticks=[], yticks=[])
             panel.imshow(read_image(tile.path, CROP), aspect="auto", interpolation="antialiased")
-            panel.set(xticks=[], yticks=[])
             panel.set_xlabel(tile.caption, fontsize=7, labelpad=2, linespacing=1.1)
             for spine in panel.spines.values():
                 spine.set(visible=tile.frame is not None, linewidth=2.2, **FRAMES.get(tile.frame, {}))
@@ -133,7 +131,7 @@ def heatmap_sheet(pairs, title):
             for k, (name, heat) in enumerate([("image", None), *heats.items()]):
                 left = 0.1 + (j * parts + k) * width + 0.3 * j
                 bottom = whole_height - top - (i + 1) * (height + text) + text
-                box = [left / whole_width, bottom / whole_height, 1 / whole_width, (height - 0.05) / whole_height]
+                box = np.divide((left, bottom, 1, height - 0.05), 2 * (whole_width, whole_height))
                 panel = figure.add_axes(box, xticks=[], yticks=[])
                 panel.imshow(image if heat is None else image.mean(axis=2), cmap="gray", vmin=0, vmax=255)
                 if heat is not None:  # over gray: colours of the image would look like heat
@@ -154,17 +152,15 @@ def feature_map(points, ids, modalities, title):
     """A map of features: points [N, 2] with identities [N] and modalities [N]. Colour: identity; marker: modality."""
     figure = Figure(figsize=(8, 5.6), layout="constrained")
     panel = figure.subplots()
-    people = np.unique(ids)
     markers = {"visible": "o", "infrared": "^"}
-    for number, person in enumerate(people):
+    for number, person in enumerate(np.unique(ids)):
+        colour = COLOURS[number % len(COLOURS)]
+        look = {"facecolors": colour, "edgecolors": "black", "linewidths": 0.6}
+        if number >= len(COLOURS):  # colours repeat as outlines
+            look = {"facecolors": "none", "edgecolors": colour, "linewidths": 1.6}
         for modality, marker in markers.items():
             chosen = (ids == person) & (modalities == modality)
-            look = {"facecolors": COLOURS[number % len(COLOURS)], "edgecolors": "black"}
-            if number >= len(COLOURS):  # colours repeat as outlines
-                look = {"facecolors": "none", "edgecolors": COLOURS[number % len(COLOURS)]}
-            panel.scatter(
-                *points[chosen].T, s=42, marker=marker, linewidths=0.6 if number < len(COLOURS) else 1.6, **look
-            )
+            panel.scatter(*points[chosen].T, s=42, marker=marker, **look)
             # Many colours are hard to distinguish: the identity is also written above its points.
             top = points[chosen][points[chosen][:, 1].argmax()]
             panel.annotate(str(person), top, (0, 6), textcoords="offset points", fontsize=7.5, ha="center")
@@ -280,10 +276,8 @@ def line_panels(panels, x_label, y_label=""):
     # As many names side by side as fit.
     beside = max(1, min(len(names), 48 * columns // (8 + max(map(len, names)))))
     figure = Figure(figsize=(4 * columns, 2.9 * rows + 0.2 + 0.25 * -(-len(names) // beside)), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for panel in axes[len(panels) :]:
-        panel.remove()
-    for panel, (title, lines) in zip(axes, panels.items(), strict=False):
+    for place, (title, lines) in enumerate(panels.items(), 1):
+        panel = figure.add_subplot(rows, columns, place)
         for label, (x, y, *band) in lines.items():
             number = names.index(label)
             style = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
@@ -296,7 +290,7 @@ def line_panels(panels, x_label, y_label=""):
         panel.xaxis.set_major_locator(FixedLocator(TICKS[x_label]) if x_label in TICKS else MaxNLocator(integer=True))
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
-    drawn = {line.get_label(): line for panel in axes[: len(panels)] for line in panel.lines}
+    drawn = {line.get_label(): line for panel in figure.axes for line in panel.lines}
     figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=beside, frameon=False)
     return figure
 
@@ -325,9 +319,8 @@ def dot_panels(settings, metrics):
                 panel.plot(values, [i] * len(values), "o", markersize=5, mfc="white", mec=colour, zorder=3)
             # A wide interval of a few values would hide them: it is cut at the edge of the panel.
             room = max(1, max(every) - min(every))
-            panel.set_xlim(
-                max(min(ends), min(every) - room) - 0.05 * room, min(max(ends), max(every) + room) + 0.05 * room
-            )
+            low, high = np.clip([min(ends), max(ends)], min(every) - room, max(every) + room)
+            panel.set_xlim(low - 0.05 * room, high + 0.05 * room)
             names = [row["row"] for row in rows]
             panel.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
             panel.set_title(metric, fontsize=9)
