@@ -22,7 +22,7 @@ from ChannelAug import MEAN, normalise
 from core import engine, evaluation, results
 from core.files import check_output, save_json
 from core.images import read_image
-from model import FEATURES, untrained_network
+from model import untrained_network
 from tools.demo_data import mask_file
 from tools.visualize import add_search_flags, embed_test, pair_heats, rank_queries
 from utils import ArgumentParser, InputError, bounded, cli, progress
@@ -120,10 +120,8 @@ def masked_features(tested, args, shown):
 
     features = {}
     for modality, paths in tested.paths.items():
-        with torch.inference_mode():
-            images = torch.stack([picture(path) for path in paths]).split(args.test_batch)
-            batches = [embed(batch, modality) for batch in progress(images, desc=f"only the {shown}", unit="batch")]
-        features[modality] = {name: torch.cat([batch[name] for batch in batches]) for name in FEATURES}
+        images = torch.stack([picture(path) for path in paths]).split(args.test_batch)
+        features[modality] = engine.extract(embed, images, modality, f"only the {shown}")
     return features
 
 
