@@ -21,7 +21,7 @@ from pathlib import Path
 from model import FEATURES, MODALITIES
 from tools import figures, search_page
 from tools.embedder import Embedder  # noqa: F401 (the library)
-from tools.finder import Finder, describe
+from tools.finder import Finder, describe, printable
 from tools.indexer import index_folder, remove_folder
 from utils import ArgumentParser, InputError, bounded, cli
 
@@ -172,11 +172,6 @@ def short_name(path, length=16):
     """A file's name and its folder's, cut to their end."""
     name = printable(os.path.join(*Path(path).parts[-2:]))
     return name if len(name) <= length else f"\N{HORIZONTAL ELLIPSIS}{name[1 - length :]}"
-
-
-def printable(path):
-    """Bytes that are not UTF-8 become question marks: Matplotlib cannot draw them."""
-    return path.encode(errors="replace").decode()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from tools import figures
-from tools.finder import describe
+from tools.finder import describe, printable
 from utils import InputError
 
 TIMELINE = 100  # images on it
@@ -71,9 +71,9 @@ def build_page(finder):
 
     choices, counts = finder.embedder.modalities, finder.counts("modality")
     total = sum(counts.values())
-    title = f"{', '.join(f'{count:,} {name}' for name, count in counts.items())} images in {_text(finder.index.uri)}"
+    images = ", ".join(f"{count:,} {name}" for name, count in counts.items())
     with gradio.Blocks(title="GFMNet search", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        gradio.Markdown(f"## GFMNet search\n{title}")
+        gradio.Markdown(f"## GFMNet search\n{images} images in {html.escape(printable(finder.index.uri))}")
         number = gradio.State(1)
         with gradio.Row():
             with gradio.Column(scale=1, min_width=240):
@@ -128,7 +128,7 @@ def timeline(found):
 
 def draw_card(image):
     """One of `Finder`'s images as HTML: what is known of it, and its path as a tooltip."""
-    path, name = _text(image["path"]), _text(os.path.join(*Path(image["path"]).parts[-2:]))
+    path, name = html.escape(image["path"]), html.escape(os.path.join(*Path(image["path"]).parts[-2:]))
     try:
         if image["changed"]:
             raise InputError("not the image that was indexed")
@@ -137,11 +137,6 @@ def draw_card(image):
         picture = "<p>This image has changed or no longer exists; run index again.</p>"
     return (
         f'<figure title="{path}">{picture}<figcaption><b>{image["rank"]}.</b> similarity '
-        f"<b>{image['similarity']:.3f}</b><br>{_text(describe(image))}<br>{name.replace('/', '/<wbr>')}"
+        f"<b>{image['similarity']:.3f}</b><br>{html.escape(describe(image))}<br>{name.replace('/', '/<wbr>')}"
         "</figcaption></figure>"
     )
-
-
-def _text(path):
-    """A path as HTML text; bytes that are not UTF-8, which JSON cannot hold, become question marks."""
-    return html.escape(path.encode(errors="replace").decode())
