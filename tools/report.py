@@ -25,10 +25,9 @@ COLOURS = {"#000000": "currentColor", "#ffffff": "var(--page)", "#0072b2": "var(
 def write_page(path, title, results, rankings, rankings_title, plots, settings):
     """Write test results to one self-contained HTML file.
 
-    results: rows of `summarise`. rankings: a dict for each query, the hardest first: {"path", "id", "camera",
-    "modality", "average_precision" (0 to 1), "first_match" (a rank from 1), "gallery": at most ten nearest images, a
-    list of {"path", "id", "camera", "similarity", "correct"}}; may be empty. rankings_title: search, feature and trial
-    of the rankings. plots: {caption: matplotlib Figure}. settings: {heading: {name: plain value}}.
+    results: rows of `summarise`. rankings: queries of `rank_images`, the hardest first, with at most ten images each;
+    may be empty. rankings_title: their search, feature and trial. plots: {caption: matplotlib Figure}. settings:
+    {heading: {name: plain value}}.
 
     Raises InputError for an image that is missing or cannot be read, and if `path` cannot be written.
     """
