@@ -116,9 +116,8 @@ def embed_test(args, resume):
     embed = engine.network_embedding(net, device, normalise, args.amp)
     features = evaluation.embed_images(embed, test.paths, size, args)
     (search,) = test.searches
-    setting = f"{search_title(search.setting)}, trial {search.setting['trial']}"
     name = DATASETS[args.dataset].title(origin["demo"], len(search.query.rows))
-    setting = f"{name}, {setting}; {args.feature}"
+    setting = f"{name}, {search_title(search.setting)}, trial {search.setting['trial']}; {args.feature}"
     return Tested(net, device, size, test.paths, search, features, origin["network"], setting)
 
 
