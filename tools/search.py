@@ -84,9 +84,10 @@ def get_args_parser():
 
 
 def main(argv=None):
-    """Returns the counts of `index_folder`, or the results of `run_query`; `serve` runs until it is stopped."""
+    """Returns what the command's function returns; `serve` runs until it is stopped."""
     args = get_args_parser().parse_args(argv)
-    return {"index": run_index, "remove": run_remove, "query": run_query, "serve": run_page}[args.command](args)
+    run = {"index": run_index, "remove": run_remove, "query": run_query, "serve": search_page.serve}
+    return run[args.command](args)
 
 
 def run_index(args):
@@ -133,10 +134,6 @@ def run_query(args):
     if args.save:
         print(args.save)
     return results
-
-
-def run_page(args):
-    search_page.serve(Finder(args), args.port)
 
 
 def check_sheet(args, finder):

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from tools import figures
-from tools.finder import describe, printable
+from tools.finder import Finder, describe, printable
 from utils import InputError
 
 TIMELINE = 100  # images on it
@@ -20,8 +20,9 @@ STYLE = """
 """
 
 
-def serve(finder, port):
+def serve(args):
     """Show the page until the process is stopped."""
+    finder, port = Finder(args), args.port
     with tempfile.TemporaryDirectory() as uploads, socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
