@@ -16,8 +16,7 @@ import io
 import math
 import multiprocessing
 import operator
-import os
-import shutil
+import tempfile
 from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -747,14 +746,16 @@ def main(argv=None) -> dict:
         folders, lists = plan(ids, args.images or IMAGES[layout], np.random.default_rng((args.seed, 0)))
     people = draw_people(sorted({folder.identity for folder in folders}), args.seed)
 
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}.unfinished")  # takes its name when it is complete
     if args.sheet:
         check_output(args.sheet)
     try:
-        unfinished.mkdir(parents=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        place = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=".unfinished")
     except OSError as error:
-        raise utils.InputError(f"--out {args.out}: {error.strerror}; choose a folder that can be created") from error
-    try:
+        reason = f"{error.strerror}: {error.filename}"
+        raise utils.InputError(f"--out {args.out}: {reason}; choose a folder that can be created") from error
+    with place as beside:
+        unfinished = Path(beside, out.name)  # takes its place when it is complete
         jobs = [(unfinished, layout, args.seed, args.masks, people[folder.identity], folder) for folder in folders]
         with multiprocessing.Pool(args.workers, utils.end_with_the_main_process) as pool:
             done = utils.progress(pool.imap_unordered(render_folder, jobs), total=len(jobs), unit="folder")
@@ -764,9 +765,6 @@ def main(argv=None) -> dict:
             (unfinished / name).parent.mkdir(exist_ok=True)
             (unfinished / name).write_bytes(content)
         unfinished.rename(out)
-    except BaseException:
-        shutil.rmtree(unfinished)
-        raise
     if args.sheet:
         draw_sheet(out, layout, folders).save(args.sheet, optimize=True)
     print(f"{out}: {images:,} images of {len(people)} people")
