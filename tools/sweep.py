@@ -121,12 +121,9 @@ def main(argv=None):
     if not fcntl:
         raise InputError("a sweep locks its runs, which needs Linux or macOS; run train_ext_test0.py by hand")
     out = Path(args.out)
-    if args.table:
-        plan = read_plan(args, argv[split:])
-        runs = plan_runs(plan, out)
-    else:
-        plan = new_plan(args, argv[split + 1 :])
-        runs = plan_runs(plan, out)
+    plan = read_plan(args, argv[split:]) if args.table else new_plan(args, argv[split + 1 :])
+    runs = plan_runs(plan, out)
+    if not args.table:
         for run in runs:
             run.check_unchanged()
         with run_lock(out / "sweep", "another --out"):
