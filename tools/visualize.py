@@ -213,18 +213,15 @@ def draw_feature_map(args):
         raise InputError(
             f"--people {args.people}: only {len(people)} have images of both modalities in this search; reduce it"
         )
-    people = np.sort(np.random.default_rng(args.seed).choice(people, args.people, replace=False))
-    features, ids, modalities = [], [], []
-    for images in (query, gallery):
-        mask = np.isin(images.ids, people)
-        features.append(tested.features[images.modality][args.feature][images.rows[mask]].cpu().numpy())
-        ids.append(images.ids[mask])
-        modalities += [images.modality] * mask.sum()
-    features = np.concatenate(features)
+    features = torch.cat(tested.search.features(tested.features, args.feature)).cpu().numpy()
+    ids = np.concatenate([query.ids, gallery.ids])
+    modalities = np.repeat([query.modality, gallery.modality], [len(query.ids), len(gallery.ids)])
+    chosen = np.isin(ids, np.random.default_rng(args.seed).choice(people, args.people, replace=False))
+    features = features[chosen]
     perplexity = min(30, (len(features) - 1) / 3)
     points = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=args.seed).fit_transform(features)
     title = f"t-SNE; {tested.setting}; {tested.network}; numbers: identities"
-    return figures.feature_map(points, np.concatenate(ids), np.array(modalities), title)
+    return figures.feature_map(points, ids[chosen], modalities[chosen], title)
 
 
 def draw_distances(args):
