@@ -54,16 +54,15 @@ def _table_labels(file):
             columns = rows.fieldnames or ()
             if "path" not in columns or not {*NAMES} & {*columns}:
                 raise InputError(f"--csv {file}: its first line must name its columns: {COLUMNS}")
-            return {row["path"]: _table_row(row, f"--csv {file}, line {rows.line_num}") for row in rows}
+            labels = {}
+            for row in rows:
+                found = {name: row[name] for name in NAMES if row.get(name)}
+                if "time" in found:
+                    found["time"] = parse_time(found["time"], f"--csv {file}, line {rows.line_num}: time")
+                labels[row["path"]] = found
+            return labels
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"--csv {file}: cannot be read ({error})") from error
-
-
-def _table_row(row, place):
-    found = {name: row[name] for name in NAMES if row.get(name)}
-    if "time" in found:
-        found["time"] = parse_time(found["time"], f"{place}: time")
-    return found
 
 
 def parse_time(text, place, end=False):
