@@ -162,16 +162,9 @@ def step_budget(run):
     else:
         spans = [b - a for a, b in pairwise(marks)]
     # Eight marks a step, and so eight spans, of which the last reaches to the next step.
-    parts = [statistics.median(spans[i::8]) for i in range(8) if spans[i::8]]
-    augmentation, _, forward, _, loss, backward, update, *loading = parts
-    return {
-        "loading": sum(loading),
-        "augmentation": augmentation,
-        "forward": forward,
-        "loss": loss,
-        "backward": backward,
-        "optimiser": update,
-    }
+    names = ("augmentation", None, "forward", None, "loss", "backward", "optimiser", "loading")
+    medians = {name: statistics.median(spans[i::8]) for i, name in enumerate(names) if name and spans[i::8]}
+    return {"loading": 0, **medians}
 
 
 def busy_seconds(function):
