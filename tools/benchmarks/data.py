@@ -17,28 +17,22 @@ SCALING_IMAGES, SCALING_REPEATS = 2000, 3  # prepared on all cores and on one
 
 
 def bench_data(args, device):
+    """The arrays are prepared anew, in a process of its own."""
     size = (args.img_h, args.img_w)
-    results = prepare(args.data_path, size)
-    data = sysu_train(args.data_path, size)
-    images = results["prepared_images"] = sum(data.num_images)
-    seconds = results["prepare_seconds"]
-    results["prepare_images_per_second"] = images / seconds
-    print(
-        f"prepared {images} images in {seconds:.1f} s, {images / seconds:.0f} images/s; peak memory "
-        f"{gib_text(results['prepare_peak_gib'])}, {gib_text(results['prepare_peak_above_imports_gib'])} above the "
-        "interpreter with its imports"
-    )
-    results["prepare_scaling"] = prepare_on_one_core(args.data_path, size, device)
-    return results | load_epoch(data, args, device)
-
-
-def prepare(data_path, size):
-    """Prepare the arrays anew, in a process of its own."""
     _, imports = run_measured("-c", "import pre_process_sysu")
-    flags = ["--data_path", os.path.abspath(data_path), "--img_h", str(size[0]), "--img_w", str(size[1])]
+    flags = ["--data_path", os.path.abspath(args.data_path), "--img_h", str(size[0]), "--img_w", str(size[1])]
     seconds, peak = run_measured("pre_process_sysu.py", *flags)
     above = None if None in (peak, imports) else peak - imports
-    return {"prepare_seconds": seconds, "prepare_peak_gib": peak, "prepare_peak_above_imports_gib": above}
+    data = sysu_train(args.data_path, size)
+    images = sum(data.num_images)
+    print(
+        f"prepared {images} images in {seconds:.1f} s, {images / seconds:.0f} images/s; peak memory "
+        f"{gib_text(peak)}, {gib_text(above)} above the interpreter with its imports"
+    )
+    results = {"prepared_images": images, "prepare_seconds": seconds, "prepare_images_per_second": images / seconds}
+    results |= {"prepare_peak_gib": peak, "prepare_peak_above_imports_gib": above}
+    results["prepare_scaling"] = prepare_on_one_core(args.data_path, size, device)
+    return results | load_epoch(data, args, device)
 
 
 def prepare_on_one_core(data_path, size, device):
