@@ -133,13 +133,10 @@ def heatmap_sheet(pairs, title):
                 bottom = whole_height - top - (i + 1) * (height + text) + text
                 box = np.divide((left, bottom, 1, height - 0.05), 2 * (whole_width, whole_height))
                 panel = figure.add_axes(box, xticks=[], yticks=[])
-                panel.imshow(image if heat is None else image.mean(axis=2), cmap="gray", vmin=0, vmax=255)
+                fill = {"extent": (0, 1, 1, 0), "aspect": "auto"}
+                panel.imshow(image if heat is None else image.mean(axis=2), cmap="gray", vmin=0, vmax=255, **fill)
                 if heat is not None:  # over gray: colours of the image would look like heat
-                    extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
-                    panel.imshow(
-                        heat, cmap="inferno", alpha=0.6, extent=extent, interpolation="bilinear", vmin=0, vmax=1
-                    )
-                panel.set_aspect("auto")
+                    panel.imshow(heat, cmap="inferno", alpha=0.6, interpolation="bilinear", vmin=0, vmax=1, **fill)
                 if i == 0:
                     panel.set_title(name, fontsize=8)
                 if k == 0:
@@ -261,9 +258,8 @@ def result_curves(tables, curve, titled=True):
             raise InputError(f"two rows of results have the same name, {name}; draw them separately")
         values = row["curves"][curve]
         panel[name] = np.arange(1, len(values) + 1) if curve == "cmc" else np.linspace(0, 100, len(values)), values
-    return line_panels(
-        panels, *{"cmc": ("rank", "matching rate, %"), "precision": ("recall, %", "precision, %")}[curve]
-    )
+    labels = {"cmc": ("rank", "matching rate, %"), "precision": ("recall, %", "precision, %")}[curve]
+    return line_panels(panels, *labels)
 
 
 def line_panels(panels, x_label, y_label=""):
