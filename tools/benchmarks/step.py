@@ -73,9 +73,6 @@ class Training:
             for _ in islice(batches, 2 * self.args.workers):
                 pass
 
-    def cached_bytes(self):
-        return sum(x.nbytes for x in self.loader.images) if isinstance(self.loader, CachedBatches) else 0
-
 
 def bench_step(args, device):
     run = Training(args, device)
@@ -107,7 +104,8 @@ def bench_step(args, device):
     for part, seconds in floors["seconds"].items():
         print(f"  {part:60}{1000 * seconds:10.2f} ms{seconds / ours:8.1%}")
     if device.type == "cuda":
-        results["peak_gib_without_cache"] = (memory.peak - run.cached_bytes()) / 2**30
+        cached = run.loader.images if isinstance(run.loader, CachedBatches) else ()
+        results["peak_gib_without_cache"] = (memory.peak - sum(images.nbytes for images in cached)) / 2**30
         print(f"peak memory without the cached images: {results['peak_gib_without_cache']:.1f} GiB")
     return results | {"budget_seconds": budget, "floors": floors}
 
