@@ -6,11 +6,9 @@ An ONNX file needs nothing of this repo. Its input "images" is [B, 3, H, W], wit
 output "features" is [B, C], float32, of unit length: the features that testa.py tests, averaged over image and mirror.
 Resize images before, as RESIZE does. A safetensors file holds weights under GFMNet's names; `load_embedding` reads it.
 
-Each file contains JSON named "gfmnet" (in metadata_props or metadata): modality, feature, input, image_size [H, W],
-num_classes, dataset, epoch and training flags (empty for published checkpoints), the checkpoint's sha256, mean and std
-of the normalisation (of values in [0, 1]), and the options of the GFMNet.
-
-A file takes its name only after it has been loaded and its features agree with the checkpoint's.
+Each file contains JSON named "gfmnet" (in metadata_props or metadata): modality, feature, input, and what
+`checkpoint_metadata` gives. It takes its name only after it has been loaded and its features agree with the
+checkpoint's.
 """
 
 import copy
@@ -99,10 +97,11 @@ def main(argv=None):
 
 
 def checkpoint_metadata(source, checkpoint, net, size):
-    """The metadata that all files of a checkpoint share."""
+    """The metadata that all files of a checkpoint share. A published checkpoint has no flags; mean and std are of
+    values in [0, 1]."""
     flags = checkpoint.get("args", {})
     return {
-        "image_size": list(size),
+        "image_size": list(size),  # height, width
         "num_classes": net.options["num_classes"],
         "options": net.options | {"local": False},
         "dataset": flags.get("dataset"),
