@@ -700,19 +700,12 @@ def get_args_parser() -> utils.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="folder to create, new or empty")
     parser.add_argument("--layout", choices=SPECTRA, default="sysu", help="data set to imitate")
     parser.add_argument("--ids", type=count, help="number of people (default: 100)")
-    parser.add_argument(
-        "--images",
-        type=count,
-        help="images per person and camera (default: about 8 for sysu, 10 for regdb, about 5 for llcm)",
-    )
-    parser.add_argument(
-        "--test_ids",
-        type=utils.bounded(int, 2),
-        help="people to hold out for the test, in sysu (default: 30 %% of all)",
-    )
-    parser.add_argument(
-        "--like", type=Path, metavar="FILE", help="SYSU-MM01's rand_perm_cam.mat: use its ids and counts"
-    )
+    text = ", ".join(f"{number} in {layout}" for layout, number in IMAGES.items())
+    parser.add_argument("--images", type=count, help=f"images per person and camera (default: about {text})")
+    text = "people to hold out for the test, in sysu (default: 30 %% of all)"
+    parser.add_argument("--test_ids", type=utils.bounded(int, 2), help=text)
+    text = "SYSU-MM01's rand_perm_cam.mat: use its ids and counts"
+    parser.add_argument("--like", type=Path, metavar="FILE", help=text)
     parser.add_argument("--seed", type=utils.bounded(int, 0), default=0, help="the same seed gives the same bytes")
     parser.add_argument("--workers", type=count, default=utils.cores(), help="drawing processes")
     parser.add_argument("--masks", action="store_true", help="also write where the person is in each image: masks/")
