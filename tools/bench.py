@@ -70,7 +70,8 @@ def get_args_parser():
     metrics.add_argument("--queries", type=bounded(int, 1), default=20_000, help="queries of the search from features")
     metrics.add_argument("--gallery", type=bounded(int, 1), default=200_000, help="gallery of the search from features")
     text = "from image files to metrics, against reading the files again for each gallery"
-    command(bench_test, "test", text, data=f"data_path {images}", network="arch amp", run=run)
+    test = command(bench_test, "test", text, data=f"data_path {images}", network="arch amp", run=run)
+    test.set_defaults(test_batch=64)
     rerank = command(bench_rerank, "rerank", "k-reciprocal re-ranking against loops over images", run=run)
     rerank.add_argument("--queries", type=bounded(int, 1), default=3803, help="number of queries")
     rerank.add_argument("--gallery", type=bounded(int, 1), default=301, help="number of gallery images")

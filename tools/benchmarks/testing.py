@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from ChannelAug import normalise
-from core import engine, re_rank
+from core import engine, evaluation, re_rank
 from core.datasets import sysu_searches
 from core.results import scores
-from data_loader import eval_loader
 from eval_metrics import CosineDistances, eval_regdb, eval_sysu
 from model import GFMNet
 from tests.oracles import lean_metrics, plain_extract, plain_k_reciprocal, plain_metrics, plain_test
@@ -63,8 +62,7 @@ def bench_test(args, device):
 
     def ours():
         test = sysu_searches(args.data_path, mode=("all", "indoor"))
-        loaders = {m: eval_loader(paths, size, 64, args.workers) for m, paths in test.paths.items()}
-        features = {m: engine.extract(embed, loader, m, f"embedding {m}") for m, loader in loaders.items()}
+        features = evaluation.embed_images(embed, test.paths, size, args)
         return test, features, [scores(engine.run_search(features, s)["FC", "none"]) for s in test.searches]
 
     def baseline():
