@@ -154,6 +154,7 @@ def test_lines_of_results_say_what_tells_them_apart():
     both = [row("trained", feature) for feature in ("POOL", "FC")]
     assert lines(row("gray", "pixels"), *both) == {seeded: ["gray", "trained, FC"]}
     assert lines(both[0]) == {seeded: ["trained"]}  # POOL alone is drawn
+    assert lines(both[0], other=[both[1]]) == {seeded: ["file, trained, POOL", "other, trained, FC"]}
     assert lines(row("mine", "global"), row("mine", "local")) == {seeded: ["mine, global", "mine, local"]}
     reranked = row("trained", "FC", reranking="random_walk")
     assert lines(both[1], reranked) == {seeded: ["trained", "trained, random_walk"]}

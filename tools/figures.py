@@ -238,7 +238,7 @@ def draw_epoch(log, title, tested, test):
 
 
 def result_curves(tables, curve, titled=True):
-    """tables: {label: rows of `summarise`} -> Figure with a panel for each protocol. FC hides POOL.
+    """tables: {label: rows of `summarise`} -> Figure with a panel for each protocol. FC hides POOL of its table.
 
     curve: "cmc", by rank, or "precision", by recall. titled: whether panels have titles.
     """
@@ -246,7 +246,7 @@ def result_curves(tables, curve, titled=True):
     panels = {}
     for label, row in every:
         alike = [other for _, other in every if other["model"] == row["model"]]
-        if row["feature"] == "POOL" and any(other["feature"] == "FC" for other in alike):
+        if row["feature"] == "POOL" and any(other["feature"] == "FC" for other in alike if other in tables[label]):
             continue
         # A name contains what distinguishes the rows of a model, and no more.
         texts = {"feature": row["feature"], "reranking": row["reranking"], "selection": f"chosen on {row['selection']}"}
