@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from core.deen import CentrePairLoss, OrthogonalLoss
-from core.distances import euclidean, pairwise_distance, same_identity
+from core.distances import euclidean, same_identity
 from core.distributed import gather
 from core.dns import AlignmentLoss, CircleLoss, DistillationLoss
 from utils import full_precision
@@ -49,7 +49,7 @@ def _weighted_triplet(features, labels, alpha, weighting):
     "stable" first divides the distances by their mean. No scaling of the features changes the loss then, so nothing
     draws them into a point, and it begins alike from pretrained weights at any distance.
     """
-    distance = pairwise_distance(features)
+    distance = euclidean(features, features)
     same = same_identity(labels)
     if weighting == "stable":
         distance = STABLE_MEAN * distance / distance.mean()
@@ -75,7 +75,7 @@ class HardTripletLoss(nn.Module):
         self.margin = margin
 
     def forward(self, features, labels):
-        distance = pairwise_distance(features)
+        distance = euclidean(features, features)
         same = same_identity(labels)
         positive = distance.masked_fill(~same, -math.inf).amax(dim=1)
         negative = distance.masked_fill(same, math.inf).amin(dim=1)
@@ -207,7 +207,7 @@ class AlignedLocalLoss(nn.Module):
 
     def forward(self, features, labels, local):
         with torch.no_grad():
-            distance = pairwise_distance(features)
+            distance = euclidean(features, features)
             same = same_identity(labels)
             positive = distance.masked_fill(~same, -math.inf).argmax(dim=1)
             negative = distance.masked_fill(same, math.inf).argmin(dim=1)
@@ -387,7 +387,7 @@ class MethodLoss(nn.Module):
         """Health of the features that `forward` takes the triplets of."""
         rows = labels.repeat(len(output.pooled) // len(labels))
         features, labels = gather(self._features(output)), gather(rows)
-        distance, same = pairwise_distance(features), same_identity(labels)
+        distance, same = euclidean(features, features), same_identity(labels)
         other = same & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
         stuck = torch.zeros_like(distance[:2], dtype=torch.bool)
         if isinstance(self.triplet, SquaredTripletLoss):

@@ -21,11 +21,6 @@ def euclidean(x, y):
     return squared.clamp_min(1e-12).sqrt().to(full_precision(x).dtype)
 
 
-def pairwise_distance(x):
-    """`euclidean` of features [N, C] among each other: [N, N]."""
-    return euclidean(x, x)
-
-
 def same_identity(labels):
     """Boolean [N, N]: True where two samples show one person (the diagonal included)."""
     return labels[:, None] == labels[None, :]

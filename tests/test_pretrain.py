@@ -10,7 +10,7 @@ import torchvision
 
 import pre_process_sysu
 import train_ext_test0
-from core.distances import pairwise_distance
+from core.distances import euclidean
 from model import GFMNet
 from tools import demo_data, pretrain
 
@@ -60,7 +60,7 @@ def test_a_start_has_the_distance_that_was_asked_for(others, tmp_path):
     assert across == pytest.approx(20, rel=1e-3)
     net = GFMNet(3, "resnet18", weights=tmp_path / "start.pt").train()
     pooled = net(torch.randn(8, 3, 48, 16), torch.randn(8, 3, 48, 16)).pooled
-    assert 2 < pairwise_distance(pooled).mean() < 200  # of noise, but of that order: without scaling it is below 2
+    assert 2 < euclidean(pooled, pooled).mean() < 200  # of noise, but of that order: without scaling it is below 2
 
 
 @pytest.mark.slow
