@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import os
+import secrets
 import socket
 import tempfile
 from pathlib import Path
@@ -25,17 +26,15 @@ def atomic(path):
     for other in path.parent.glob(f"{glob.escape(prefix)}*"):
         if not _is_alive(other.name.removeprefix(prefix).split(".")[0]):
             other.unlink(missing_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{prefix}{os.getpid()}.")
-    os.close(handle)
-    os.chmod(name, 0o666 & ~_umask())
+    temporary = f"{path.parent / prefix}{os.getpid()}.{secrets.token_hex(4)}"
     try:
         with writing(path):
-            yield Path(name)
-            flush(name)
-            os.replace(name, path)
+            open(temporary, "xb").close()
+            yield Path(temporary)
+            flush(temporary)
+            os.replace(temporary, path)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+        Path(temporary).unlink(missing_ok=True)
 
 
 def flush(path):
@@ -88,12 +87,6 @@ def check_folder(path):
     except OSError as error:
         reason = next((f"{parent} is a file" for parent in path.parents if parent.is_file()), error.strerror)
         raise InputError(f"{path}: cannot write there ({reason}); choose another folder") from error
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def save_json(value, path):
