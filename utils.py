@@ -22,6 +22,7 @@ class InputError(ValueError):
 
 def cli(main):
     """Run a script's `main`: an `InputError` becomes one line on stderr and exit status 2, without a traceback."""
+    program = Path(sys.argv[0]).name
     sys.stdout.reconfigure(errors="replace")  # print ? for characters that the terminal cannot show
     signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C: half-written files are removed
     try:
@@ -31,21 +32,18 @@ def cli(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except InputError as error:
-        sys.exit(_one_line_exit(Path(sys.argv[0]).name, error))
+        sys.exit(_one_line_exit(program, error))
     except RuntimeError as error:
+        reason = str(error).strip().split("\n")[0]
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            reason = str(error).strip().splitlines()[0]
-            sys.exit(
-                _one_line_exit(Path(sys.argv[0]).name, f"--compile: torch.compile failed ({reason}); leave it out")
-            )
+            sys.exit(_one_line_exit(program, f"--compile: torch.compile failed ({reason}); leave it out"))
         if process_count() == 1 or not re.search("Connection (closed|reset)|[Tt]imed out", str(error)):
             raise
-        line = str(error).strip().splitlines()[0]
-        name = f"{Path(sys.argv[0]).name}: process {process_index()}"
-        sys.exit(_one_line_exit(name, f"another process has ended; see its own message ({line})"))
+        lost = f"another process has ended; see its own message ({reason})"
+        sys.exit(_one_line_exit(f"{program}: process {process_index()}", lost))
     except (KeyboardInterrupt, Stopped) as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
-        print(f"\n{Path(sys.argv[0]).name}: stopped by {number.name}{stop}", file=sys.stderr)
+        print(f"\n{program}: stopped by {number.name}{stop}", file=sys.stderr)
         sys.exit(128 + number)
     finally:
         # Loading processes that an error has left. They ignore SIGTERM, by which Python would end them, and wait.
