@@ -221,8 +221,7 @@ def train(args, run, data, test, device):
     eval_loaders = {m: eval_loader(paths, size, args.test_batch, args.workers) for m, paths in test.paths.items()}
 
     net = build_network(args, data.num_classes, device, pretrained=not run.resumed)
-    model = data_parallel(net, device)
-    step = build_step(args, model, device)
+    step = build_step(args, net, device)
     optimizer = build_optimizer(net, args.optim, args.lr, METHODS[args.method].rates)
 
     run.start(net, optimizer, device, data.num_images, sampler.steps)
@@ -264,14 +263,17 @@ def build_network(args, num_classes, device, pretrained):
     return net
 
 
-def build_step(args, model, device):
+def build_step(args, net, device):
+    """A step of training by the flags; each of several processes computes its share of it."""
+    method = METHODS[args.method]
+    criterion = MethodLoss(args.method, args.margin, args.alpha, args.gamma, args.square, args.weighting)
+    augmentation = AUGMENTATIONS[method.augmentations.get(args.dataset, method.augmentation)]
+    augment = augmentation(args.augc, args.rande, args.padding, args.erase_area)
+    if process_count() > 1:
+        # The main process's running statistics are shared where they are needed: in `test_epoch`.
+        net = DistributedDataParallel(net, [device] if device.type == "cuda" else None, broadcast_buffers=False)
     graphed = args.graph and device.type == "cuda" and process_count() == 1 and not args.compile
-    kind = GraphedStep if graphed else TrainStep
-    return kind(model, build_loss(args), build_augmentation(args), device, args.amp)
-
-
-def build_loss(args):
-    return MethodLoss(args.method, args.margin, args.alpha, args.gamma, args.square, args.weighting)
+    return (GraphedStep if graphed else TrainStep)(net, criterion, augment, device, args.amp)
 
 
 def unused_flags(args, recipe):
@@ -281,20 +283,6 @@ def unused_flags(args, recipe):
     taken = {name for loss in losses if loss for name in signature(loss).parameters}
     flags = signature(MethodLoss).parameters.keys() - taken - {"method"}
     return [f"--{flag}" for flag in sorted(flags) if getattr(args, flag) != recipe[flag]]
-
-
-def build_augmentation(args):
-    method = METHODS[args.method]
-    augmentation = AUGMENTATIONS[method.augmentations.get(args.dataset, method.augmentation)]
-    return augmentation(args.augc, args.rande, args.padding, args.erase_area)
-
-
-def data_parallel(net, device):
-    """The network as each of several processes trains it; a single process trains the network itself."""
-    if process_count() == 1:
-        return net
-    # The main process's running statistics are shared where they are needed: in `test_epoch`.
-    return DistributedDataParallel(net, [device] if device.type == "cuda" else None, broadcast_buffers=False)
 
 
 def describe(args, data, search, steps, device):
