@@ -355,25 +355,19 @@ def check_flags(args):
 
 def run_name(args):
     """The published code's name of a run for the same flags; values of our own flags are added."""
-    name = f"{args.dataset}_{args.method}"
-    if args.method == "adp":
-        name += f"_joint_co_nog_ch_nog_sq{args.square}"
-    if args.augc:
-        name += "_aug_G"
-    if args.rande > 0:
-        name += f"_erase_{args.rande}"
-    name += f"_p{args.num_pos}_n{args.batch_size}_lr_{args.lr}_seed_{args.seed}_9"  # 9: so published, a constant
-    if args.optim != "sgd":
-        name += f"_{args.optim}"
-    if args.dataset == "regdb":
-        name += f"_trial_{args.trial}"
-    name += "" if args.afam else "_no_afam"
-    name += "" if args.local else "_no_local"
-    if args.weighting != "published":
-        name += f"_{args.weighting}"
-    if args.select != "test":
-        name += f"_{args.select}"
-    return name
+    parts = [
+        (args.method == "adp", f"joint_co_nog_ch_nog_sq{args.square}"),
+        (args.augc, "aug_G"),
+        (args.rande > 0, f"erase_{args.rande}"),
+        (True, f"p{args.num_pos}_n{args.batch_size}_lr_{args.lr}_seed_{args.seed}_9"),  # 9: so published, a constant
+        (args.optim != "sgd", args.optim),
+        (args.dataset == "regdb", f"trial_{args.trial}"),
+        (not args.afam, "no_afam"),
+        (not args.local, "no_local"),
+        (args.weighting != "published", args.weighting),
+        (args.select != "test", args.select),
+    ]
+    return "_".join([args.dataset, args.method, *(part for named, part in parts if named)])
 
 
 if __name__ == "__main__":
