@@ -30,6 +30,7 @@ from utils import ArgumentParser, InputError, bounded, check_device, cli, proces
 # Flags that a resumed run may give anew: where things are and how fast they go, not what is computed.
 MAY_CHANGE = {"workers", "cache", "gpu", "compile", "epochs", "eval_every", "test_batch", "save_epoch", "save_minutes"}
 MAY_CHANGE |= {"model_path", "log_path", "figures", "resume", "data_path", "graph"}
+SWITCH = {"type": int, "choices": (0, 1), "default": 1}
 
 
 class TrainParser(ArgumentParser):
@@ -79,8 +80,8 @@ def get_args_parser():
         help="first shared stage: each modality has its own stem and stages before it",
     )
     flag("--stages", type=int, choices=(3, 4), default=4, help="stages of the backbone: 3 leaves out the last")
-    flag("--afam", type=int, choices=(0, 1), default=1, help="0 leaves out GFMNet's attention (adp, gfm2)")
-    flag("--local", type=int, choices=(0, 1), default=1, help="0 leaves out GFMNet's local branch and its loss (adp)")
+    flag("--afam", **SWITCH, help="0 leaves out GFMNet's attention (adp, gfm2)")
+    flag("--local", **SWITCH, help="0 leaves out GFMNet's local branch and its loss (adp)")
     flag = parser.add_argument_group("loss").add_argument
     flag(
         "--weighting",
@@ -90,13 +91,8 @@ def get_args_parser():
         "large distances), exact (a true softmax; from a start with large distances it may collapse at ln 2), or "
         "stable (a true softmax of distances divided by their mean, so that the loss does not depend on scale)",
     )
-    flag(
-        "--square",
-        type=int,
-        choices=(0, 1),
-        default=1,
-        help="square the triplet's difference of distances (caj, adp, gfm2); choose 0 to train from random weights",
-    )
+    text = "square the triplet's difference of distances (caj, adp, gfm2); choose 0 to train from random weights"
+    flag("--square", **SWITCH, help=text)
     text = "margin of the hard (base, deen) and local (adp) triplets, and of the circle loss (dns)"
     flag("--margin", type=bounded(float, 0), default=0.3, help=text)
     text = "sharpness of the triplet's weights (caj, adp, gfm2)"
@@ -123,7 +119,7 @@ def get_args_parser():
     )
     flag("--batch_size", type=bounded(int, 2, 4096), default=8, help="identities per batch")
     flag("--num_pos", type=bounded(int, 1, 1024), default=4, help="images per identity and modality in a batch")
-    flag("--augc", type=int, choices=(0, 1), default=1, help="the method's augmentation of colours")
+    flag("--augc", **SWITCH, help="the method's augmentation of colours")
     flag("--rande", type=bounded(float, 0, 1), default=0.5, help="probability of random erasing")
     flag(
         "--erase_area",
@@ -145,14 +141,8 @@ def get_args_parser():
     flag("--amp", choices=("off", "bf16"), default="off", help="mixed precision: bf16 runs the network in bfloat16")
     flag("--compile", action="store_true", help="compile the network with torch.compile")
     text = "1 records a training step as a CUDA graph (on one GPU, without --compile); 0 starts its tasks one by one"
-    flag("--graph", type=int, choices=(0, 1), default=1, help=text)
-    flag(
-        "--sync_bn",
-        type=int,
-        choices=(0, 1),
-        default=1,
-        help="batch norm over the images of all processes (with several GPUs)",
-    )
+    flag("--graph", **SWITCH, help=text)
+    flag("--sync_bn", **SWITCH, help="batch norm over the images of all processes (with several GPUs)")
     flag = parser.add_argument_group("testing").add_argument
     flag(
         "--select",
