@@ -38,19 +38,13 @@ def get_args_parser():
     source.add_argument("--from_features", metavar="FILE", help=f"test the features in this .npz file{several}")
     parser.add_argument("--features", metavar="FILE", help=f"save the features to this .npz file{several}")
     evaluation.add_flags(parser)
-    parser.add_argument("--all", action="store_true", help="every protocol and direction of the data set, in one table")
-    parser.add_argument(
-        "--rerank",
-        nargs="+",
-        choices=("k_reciprocal", "random_walk"),
-        default=[],
-        help="add rows with re-ranked distances",
-    )
-    parser.add_argument(
-        "--baselines", action="store_true", help="add gray pixels, colours, gradients, the untrained net"
-    )
-    parser.add_argument("--json", metavar="FILE", help="write all results to this file")
-    parser.add_argument("--report", metavar="DIR", help=f"write a page of the results, {PAGE}, to this folder")
+    flag = parser.add_argument
+    flag("--all", action="store_true", help="every protocol and direction of the data set, in one table")
+    text = "add rows with re-ranked distances"
+    flag("--rerank", nargs="+", choices=("k_reciprocal", "random_walk"), default=[], help=text)
+    flag("--baselines", action="store_true", help="add gray pixels, colours, gradients, the untrained net")
+    flag("--json", metavar="FILE", help="write all results to this file")
+    flag("--report", metavar="DIR", help=f"write a page of the results, {PAGE}, to this folder")
     return parser
 
 

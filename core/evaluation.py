@@ -15,32 +15,22 @@ from utils import InputError, bounded
 
 def add_flags(parser):
     """Add the flags that choose data set and search, and how images are embedded."""
-    parser.add_argument("--dataset", choices=DATASETS, default="sysu")
-    parser.add_argument("--data_path", help="folder of the data set (default: by --dataset)")
-    parser.add_argument("--model_path", default="save_model/", help="folder of the checkpoints")
-    parser.add_argument(
-        "--mode", choices=option_values("mode"), default="all", help="of SYSU-MM01: all- or indoor-search"
-    )
-    parser.add_argument(
-        "--protocol",
-        choices=option_values("protocol"),
-        default="seeded",
-        help="SYSU-MM01: galleries drawn by seeded generators, or those of its authors' rand_perm_cam.mat",
-    )
-    parser.add_argument(
-        "--shots",
-        type=int,
-        choices=option_values("shots"),
-        default=1,
-        help="SYSU-MM01: gallery images of an identity and camera",
-    )
-    parser.add_argument("--trial", type=bounded(int, 1, 10), help="RegDB's trial (default: the checkpoint's own)")
+    flag = parser.add_argument
+    flag("--dataset", choices=DATASETS, default="sysu")
+    flag("--data_path", help="folder of the data set (default: by --dataset)")
+    flag("--model_path", default="save_model/", help="folder of the checkpoints")
+    flag("--mode", choices=option_values("mode"), default="all", help="of SYSU-MM01: all- or indoor-search")
+    text = "SYSU-MM01: galleries drawn by seeded generators, or those of its authors' rand_perm_cam.mat"
+    flag("--protocol", choices=option_values("protocol"), default="seeded", help=text)
+    text = "SYSU-MM01: gallery images of an identity and camera"
+    flag("--shots", type=int, choices=option_values("shots"), default=1, help=text)
+    flag("--trial", type=bounded(int, 1, 10), help="RegDB's trial (default: the checkpoint's own)")
     text = "search the other direction: thermal to visible (RegDB), infrared to visible (LLCM)"
-    parser.add_argument("--tvsearch", action="store_true", help=text)
-    parser.add_argument("--test_batch", type=bounded(int, 1, 65536), default=64, help="images in a batch")
-    parser.add_argument("--workers", type=bounded(int, 0, 1024), default=4, help="loading processes, one a core")
-    parser.add_argument("--amp", choices=("off", "bf16"), default="off", help="mixed precision of the network")
-    parser.add_argument("--gpu", default="0", help="number of the GPU, or cpu")
+    flag("--tvsearch", action="store_true", help=text)
+    flag("--test_batch", type=bounded(int, 1, 65536), default=64, help="images in a batch")
+    flag("--workers", type=bounded(int, 0, 1024), default=4, help="loading processes, one a core")
+    flag("--amp", choices=("off", "bf16"), default="off", help="mixed precision of the network")
+    flag("--gpu", default="0", help="number of the GPU, or cpu")
 
 
 def check_search_flags(args, names=()):
