@@ -19,7 +19,7 @@ import torchvision
 
 from ChannelAug import luminance, normalise
 from core import engine, evaluation, results
-from core.datasets import DATASETS, search_title
+from core.datasets import DATASETS, option_values, search_title
 from core.features import load_features, save_features, select_features
 from core.files import check_output, locate, save_json
 from model import untrained_network
@@ -148,7 +148,8 @@ def check_flags(args):
     page = args.report and os.path.join(args.report, PAGE)
     files = [file for file in (name, args.features, args.json, page) if file is not None]
     evaluation.check_search_flags(args, files)
-    if args.all and not evaluation.is_default(args):
+    chosen = [flag for flag in ("mode", "protocol", "shots") if getattr(args, flag) != option_values(flag)[0]]
+    if args.all and (chosen or args.tvsearch):
         raise InputError("--all already covers --mode, --protocol, --shots and --tvsearch; leave out those, or --all")
     if args.from_features is not None and (args.baselines or args.features):
         raise InputError("--baselines and --features need images; use them with --resume, not with --from_features")

@@ -41,12 +41,6 @@ def check_search_flags(args, names=()):
         raise InputError(f"--trial, {{trial}}: --dataset {args.dataset} has a single checkpoint; leave them out")
 
 
-def is_default(args):
-    """Whether the flags choose the default search."""
-    given = {"mode": args.mode, "protocol": args.protocol, "shots": args.shots}
-    return not args.tvsearch and all(value == option_values(flag)[0] for flag, value in given.items())
-
-
 def data_folder(args):
     return args.data_path or DATASETS[args.dataset].path
 
