@@ -186,8 +186,8 @@ def llcm_folders(data_path, modality):
 def read_ids(data_path, split, folder="exp"):
     """The ids of `{folder}/{split}_id.txt` (of SYSU-MM01: train, val or test): numbers separated by commas."""
     path = Path(data_path) / folder / f"{split}_id.txt"
-    text = _read(data_path, f"{folder}/{split}_id.txt")
-    fields = [field.strip() for line in text.split("\n") for field in line.split(",") if field.strip()]
+    lines = _read(data_path, path).split("\n")
+    fields = [field.strip() for line in lines for field in line.split(",") if field.strip()]
     wrong = [field for field in fields if not re.fullmatch(NUMBER, field)]
     if wrong or not fields:
         problem = f"{wrong[0]!r} is not an id" if wrong else "has no ids"
@@ -205,9 +205,8 @@ def read_list(data_path, name):
     A path may contain spaces. One that leads out of the data set's folder, also through links, is an InputError.
     """
     listing = Path(data_path) / "idx" / f"{name}.txt"
-    text = _read(data_path, f"idx/{name}.txt")
     root, rows = os.path.realpath(data_path), []
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(_read(data_path, listing).split("\n"), 1):
         if not line.strip():
             continue
         match = re.fullmatch(rf"(\S.*?)\s+({NUMBER})", line.strip())
@@ -224,10 +223,9 @@ def read_list(data_path, name):
     return list(paths), np.array(ids)
 
 
-def _read(data_path, name):
+def _read(data_path, path):
     """The text of one of the data set's lists."""
     check_data_folder(data_path)
-    path = Path(data_path) / name
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

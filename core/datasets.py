@@ -193,12 +193,9 @@ def sysu_searches(
     query = test.images("infrared", data_manager.process_query_sysu(data_path, split=select))
     identities = data_manager.read_ids(data_path, select)
     folders = {name: data_manager.list_folders(data_path, identities, data_manager.SYSU_VISIBLE[name]) for name in mode}
-    permutations = {
-        "seeded": None,
-        "official": data_manager.read_permutations(data_path) if "official" in protocol else None,
-    }
+    official = data_manager.read_permutations(data_path) if "official" in protocol else None
     for direction, draws, name, number, trial in itertools.product(directions, protocol, mode, shots, trials):
-        drawn = data_manager.draw_gallery(folders[name], trial, number, permutations[draws])
+        drawn = data_manager.draw_gallery(folders[name], trial, number, official if draws == "official" else None)
         test.add(query, test.images("visible", drawn), direction, draws, trial, name, number, select)
     cameras = {*data_manager.SYSU_INFRARED, *(camera for name in mode for camera in data_manager.SYSU_VISIBLE[name])}
     for search in test.searches:
