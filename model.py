@@ -316,19 +316,17 @@ def _backbone_state(arch, network, weights):
     check_state(state, f"--weights {weights}")
     state = {name.removeprefix("module."): value for name, value in state.items()}  # saved from a wrapped model
     wanted = network.state_dict()
-    state = {name: wanted[name] for name in wanted if name.startswith(HEADS)} | {
-        name: value for name, value in state.items() if not name.startswith(HEADS)
-    }
-    wrong = [name for name in wanted if name not in state or state[name].shape != wanted[name].shape]
-    wrong = [name for name in wrong if not name.endswith("num_batches_tracked")]
-    if wrong:
+    counts = {name: value for name, value in wanted.items() if name.endswith("num_batches_tracked")}
+    head = {name: value for name, value in wanted.items() if name.startswith(HEADS)}
+    state = counts | state | head
+    if wrong := [name for name in wanted if name not in state or state[name].shape != wanted[name].shape]:
         raise InputError(
             f"--weights {weights}: {wrong[0]} is missing or has another shape than in torchvision's {arch}; pass a "
             f"state dict of {arch}, or the --arch that it belongs to"
         )
-    if bad := [name for name in wanted if not torch.isfinite(state.get(name, wanted[name])).all()]:
+    if bad := [name for name in wanted if not torch.isfinite(state[name]).all()]:
         raise InputError(f"--weights {weights}: {bad[0]} holds values that are not finite; use another file")
-    return {name: state.get(name, value) for name, value in wanted.items()}
+    return {name: state[name] for name in wanted}
 
 
 # ------------------------------------------------------------------------------------------------- checkpoints
