@@ -23,13 +23,7 @@ from core.checkpoint import check_state, load_weights
 from core.deen import EXPANSIONS, Aggregation, Expansion
 from core.dns import Domain, DomainBranch, SpaceShift
 from core.non_local import NonLocal
-from core.published import (
-    convert_published_state,
-    is_published,
-    published_image_size,
-    published_name,
-    published_options,
-)
+from core.published import convert_published_state, is_published, published_name, published_options
 from utils import InputError, full_precision
 
 MODALITIES = ("visible", "infrared")
@@ -351,7 +345,8 @@ def load_network(checkpoint, path):
         if is_published(state):
             options = published_options(state)
             known_as = partial(published_name, shift=options["shift"])
-            size, state = published_image_size(options), convert_published_state(state)
+            size = (384, 144) if options["expansion"] else (288, 144)  # DEEN's, and all others'; the file does not say
+            state = convert_published_state(state)
         elif "options" in checkpoint and "image_size" in checkpoint:
             options, size = checkpoint["options"], tuple(checkpoint["image_size"])
             if not (len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)):

@@ -119,11 +119,6 @@ def published_options(state):
     }
 
 
-def published_image_size(options):
-    """(height, width) of the images of a published network with these options; its checkpoint does not say."""
-    return (384, 144) if options["expansion"] else (288, 144)
-
-
 def _used(state):
     """The tensors that the network runs, as a dict; names without the prefix of a wrapped model."""
     state = {name.removeprefix("module."): value for name, value in state.items()}
