@@ -23,13 +23,12 @@ def scores(matches):
     return {**{f"Rank-{k}": 100 * float(cmc[k - 1]) for k in CMC_RANKS}, "mAP": 100 * mean_ap, "mINP": 100 * mean_inp}
 
 
-def curves(matches):
-    """`MatchRanks` -> in percent, "cmc" at the ranks 1 .. 20, and "precision" at a recall of 0, 10 .. 100 %."""
-    return {"cmc": (100 * matches.cmc()).tolist(), "precision": (100 * matches.precision_at_recall()).tolist()}
-
-
 def result_row(search, matches, **labels):
-    """The result of one search: its setting, labels, numbers of images, metrics and curves, as plain values."""
+    """The result of one search: its setting, labels, numbers of images, metrics and curves, as plain values.
+
+    curves, in percent: "cmc" at the ranks 1 .. 20, and "precision" at a recall of 0, 10 .. 100 %.
+    """
+    curves = {"cmc": matches.cmc(), "precision": matches.precision_at_recall()}
     return {
         **search.setting,
         **labels,
@@ -37,7 +36,7 @@ def result_row(search, matches, **labels):
         "gallery": len(search.gallery.rows),
         "evaluated": len(matches.rows),
         "metrics": scores(matches),
-        "curves": curves(matches),
+        "curves": {name: (100 * values).tolist() for name, values in curves.items()},
     }
 
 
