@@ -77,20 +77,19 @@ class Run:
         self.timer = self._stack.enter_context(SaveTimer(self.args.save_minutes, device))
         if self.resumed:
             self._load()
-        self.log = self._stack.enter_context(
-            contextlib.closing(RunLog(self.log_path.parent, self.name, self.first_epoch - 1 if self.resumed else None))
-        )
+        self.log = RunLog(self.log_path.parent, self.name, self.first_epoch - 1 if self.resumed else None)
+        self._stack.callback(self.log.close)
         self.log.text(f"{self.name}\n{json.dumps(vars(self.args))}")
         if self.args.resume:
             self.log.text(self._resumed_from())
         if self.resumed:
             self._bring_best()
-        if self.resumed and self._version < VERSION:
-            self.log.text(
-                "warning: an earlier version of this code began this run, with another order of erasing and one step "
-                "less in an epoch; train anew to report its result as that of one recipe"
-            )
-        if not self.resumed:
+            if self._version < VERSION:
+                self.log.text(
+                    "warning: an earlier version of this code began this run, with another order of erasing and one "
+                    "step less in an epoch; train anew to report its result as that of one recipe"
+                )
+        else:
             # Before the first log entry: a log without a checkpoint then belongs to another run and is never erased.
             self._save_last(-1)
         self.timer.hold = True
