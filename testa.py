@@ -100,7 +100,16 @@ def embed_test(args, path, trial, data_path, device):
     embeddings = {"trained": engine.network_embedding(net, device, normalise, args.amp)}
     if args.baselines:
         embeddings = baselines(net.options, device, args.amp) | embeddings
-    features = evaluation.embed_images(stack_embeddings(embeddings), test.paths, size, args)
+
+    def embed(images, modality):
+        """All embeddings in one pass over the images."""
+        return {
+            (model, feature): values
+            for model, embed_one in embeddings.items()
+            for feature, values in embed_one(images, modality).items()
+        }
+
+    features = evaluation.embed_images(embed, test.paths, size, args)
     if args.features:
         save_features(for_trial(args.features, trial), features, test.paths, data_path, origin)
     return test, features, origin
@@ -203,19 +212,6 @@ def sources(args):
 
 def for_trial(name, trial):
     return name.replace("{trial}", str(trial))
-
-
-def stack_embeddings(embeddings):
-    """Combine embeddings {model: embed} into one, with features named (model, feature): one pass over the images."""
-
-    def embed(images, modality):
-        return {
-            (model, feature): values
-            for model, embed_one in embeddings.items()
-            for feature, values in embed_one(images, modality).items()
-        }
-
-    return embed
 
 
 def baselines(options, device, amp):
