@@ -331,9 +331,9 @@ def check_flags(args):
         raise InputError(f"--erase_area {low} {high}: the first is larger than the second; exchange them")
     if args.schedule == "triangle" and args.warmup >= args.epochs:
         raise InputError(f"--warmup {args.warmup}: the rate must fall within --epochs {args.epochs}; reduce --warmup")
-    reduction = 2**args.stages  # of the smallest map that DEEN aggregates: of the stage before the last
-    positions = math.ceil(args.img_h / reduction) * math.ceil(args.img_w / reduction)
-    if METHODS[args.method].network["expansion"] and positions % 2:
+    # DEEN aggregates the maps of all stages but the last; the first has a quarter of the image's height and width.
+    maps = [math.ceil(args.img_h / 2**n) * math.ceil(args.img_w / 2**n) for n in range(2, args.stages + 1)]
+    if METHODS[args.method].network["expansion"] and any(positions % 2 for positions in maps):
         raise InputError(
             f"--method {args.method}: images of {args.img_h}x{args.img_w} have a feature map with an odd number of "
             "positions; choose an --img_h that is a multiple of 32"

@@ -260,7 +260,8 @@ def test_one_view_of_each_image_erased_with_the_mean():
 
 
 @pytest.mark.parametrize(
-    ("stages", "size", "fits"), [(4, (64, 16), True), (4, (48, 16), False), (3, (48, 16), True), (3, (56, 24), False)]
+    ("stages", "size", "fits"),
+    [(4, (64, 16), True), (4, (48, 16), False), (4, (72, 56), False), (3, (48, 16), True), (3, (56, 24), False)],
 )
 def test_images_are_refused_exactly_if_the_network_cannot_take_them(stages, size, fits):
     args = parse("--method=deen", f"--stages={stages}")

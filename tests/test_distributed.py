@@ -197,7 +197,7 @@ def diverging_epoch(index, count, file):
         engine.train_epoch(step, torch.optim.Adam(model.parameters()), batches(25), meter=meter)
     except Diverged as error:
         Path(f"{file}.{index}").write_text(f"{meter.step} {error}")
-    del model, criterion
+    del model, criterion, step
     leave_processes()
 
 
