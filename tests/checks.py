@@ -17,6 +17,7 @@ from core.optim import build_optimizer
 from loss import METHODS
 from tests.oracles import plain_features
 from tools import export
+from utils import InputError
 
 GOLDEN = Path(__file__).parent / "golden"
 BATCHES = ((3, 2, 16, 1.0), (6, 4, 8, 0.6), (4, 3, 12, 3.0))  # identities, images of each, width, spread
@@ -126,11 +127,19 @@ def write_published(net, unused, path, shift=False):
     return state
 
 
-def published_file_loads(path, net, size, network):
-    """size, network: as `core.evaluation.open_checkpoint` gives the image size and the name."""
+def published_file_loads(path, net, size, network, needed):
+    """And is refused, by its own names, without one of the tensors `needed`.
+
+    size, network: as `core.evaluation.open_checkpoint` gives the image size and the name.
+    """
     loaded, its_size, origin = evaluation.open_checkpoint(path, "data")
     assert (its_size, origin["network"], loaded.options) == (size, network, net.options)
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in loaded.state_dict().items())
+    state, damaged = torch.load(path, weights_only=False)["net"], path.with_name("damaged.t")
+    for missing in needed:
+        torch.save({"net": {name: value for name, value in state.items() if name != missing}}, damaged)
+        with pytest.raises(InputError, match=rf"damaged\.t: does not fit its resnet18: '{missing}' is missing"):
+            evaluation.open_checkpoint(damaged, "data")
 
 
 def published_file_is_tested_and_exported(path, tree, out):
