@@ -15,7 +15,6 @@ from core.datasets import (
     check_options,
     llcm_searches,
     llcm_train,
-    regdb_searches,
     search_title,
     sysu_searches,
 )
@@ -80,14 +79,6 @@ def test_sysu_searches_are_the_lists_of_data_manager(sysu_tree, monkeypatch):
     official = process_gallery_sysu(sysu_tree, "indoor", 4, "official", split="val")
     assert test.searches[-1].gallery.ids.tolist() == official[1].tolist()
     assert test.searches[-1].setting["split"] == "val"
-
-
-def test_regdb_directions_share_their_lists(regdb_tree):
-    there, back = regdb_searches(regdb_tree, DATASETS["regdb"].directions, [2]).searches
-    assert (there.query.modality, there.gallery.modality) == ("visible", "infrared")
-    for one, other in ((there.query, back.gallery), (there.gallery, back.query)):
-        assert one.modality == other.modality
-        assert one.rows.tolist() == other.rows.tolist()
 
 
 def test_llcm_searches_all_images_of_one_modality_in_a_drawn_gallery_of_the_other(llcm_tree):

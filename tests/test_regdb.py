@@ -41,15 +41,15 @@ def test_no_image_goes_through_the_other_stem(regdb_tree, tmp_path):
     embed = plain_embedding(checkpoint)
     features, ids, distances = {}, {}, {}
     for modal, modality in MODALITIES.items():
-        paths, ids[modal], _ = process_test_regdb(regdb_tree, 1, modal)
+        paths, ids[modal], _ = process_test_regdb(regdb_tree, 2, modal)
         features[modal] = np.stack([embed(path, modality) for path in paths])
         swapped = embed(paths[0], {"visible": "infrared", "infrared": "visible"}[modality])
         assert features[modal][0] @ swapped < 0.999  # the stems do differ
 
-    both = search_regdb(regdb_tree, checkpoint, "--trial", "1", "--all")
+    both = search_regdb(regdb_tree, checkpoint, "--trial", "2", "--all")
     for direction, more in (("visible to thermal", []), ("thermal to visible", ["--tvsearch"])):
         file = tmp_path / f"{direction}.npz"
-        rows = search_regdb(regdb_tree, checkpoint, "--trial", "1", *more, "--features", file)
+        rows = search_regdb(regdb_tree, checkpoint, "--trial", "2", *more, "--features", file)
         assert rows == [row for row in both if row["direction"] == direction]
         saved = np.load(file)
         for modal, modality in MODALITIES.items():
