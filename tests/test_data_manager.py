@@ -62,13 +62,10 @@ def test_golden_lists(sysu, mode):
     paths, ids, cameras = process_query_sysu(str(sysu), mode=mode)
     assert relative(paths, sysu) == GOLDEN["query"][mode]
     assert_ids_and_cameras_parse(paths, ids, cameras, sysu)
-    assert set(cameras) == {3, 6}
     for trial in range(10):
         paths, ids, cameras = process_gallery_sysu(str(sysu), mode=mode, trial=trial)
         assert relative(paths, sysu) == GOLDEN["gallery"][f"{mode}/{trial}"]
         assert_ids_and_cameras_parse(paths, ids, cameras, sysu)
-        assert set(cameras) == GALLERY_CAMERAS[mode]
-        assert len(set(zip(ids, cameras, strict=True))) == len(paths)  # one shot: one image per person and camera
 
 
 def test_defaults_are_all_search_trial_0(sysu):
@@ -155,16 +152,7 @@ def test_official_gallery_is_the_first_of_each_permutation(tmp_path):
         assert_ids_and_cameras_parse(paths, ids, cameras, tmp_path)
 
 
-def test_official_protocol_needs_the_images_it_was_made_for(tmp_path):
-    build_sysu(tmp_path)
-    permute(tmp_path)
-    victim = Path(process_gallery_sysu(str(tmp_path), protocol="official")[0][0])
-    victim.unlink()
-    with pytest.raises(InputError, match=rf"{victim.parent}: \d+ images, but .*rand_perm_cam\.mat permutes \d+"):
-        process_gallery_sysu(str(tmp_path), protocol="official")
-
-
-def test_damaged_permutations_are_refused(tmp_path):
+def test_damaged_permutations_and_those_of_other_images_are_refused(tmp_path):
     build_sysu(tmp_path)
     file = tmp_path / "exp" / "rand_perm_cam.mat"
 
@@ -186,6 +174,10 @@ def test_damaged_permutations_are_refused(tmp_path):
     rows[4, 0] = rows[4, 1]  # a number twice
     savemat(file, {"rand_perm_cam": cells})
     refused(r"has no permutations of 1 \.\. N for 10 trials")
+    permute(tmp_path)
+    (lost := Path(process_gallery_sysu(str(tmp_path), protocol="official")[0][0])).unlink()
+    with pytest.raises(InputError, match=rf"{lost.parent}: \d+ images, but .*rand_perm_cam\.mat permutes \d+"):
+        process_gallery_sysu(str(tmp_path), protocol="official")
 
 
 def test_official_protocol_at_full_size(request, tmp_path):

@@ -137,7 +137,7 @@ def test_features_are_those_of_plain_steps(exported, net, file, inputs, feature)
 
 
 @pytest.mark.parametrize(("file", "inputs", "feature"), VARIANTS)
-def test_files_say_what_they_are(exported, checkpoint, file, inputs, feature):
+def test_files_say_what_they_hold(exported, checkpoint, net, file, inputs, feature):
     digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     for result in exported(file, inputs, feature):
         assert Path(result["path"]).name == f"adp_lr_0.1_best_{result['modality']}_{feature}.{file}"
@@ -158,11 +158,7 @@ def test_files_say_what_they_are(exported, checkpoint, file, inputs, feature):
             "epoch": 7,
         }
 
-
-@pytest.mark.parametrize(("file", "inputs", "feature"), VARIANTS)
-def test_files_hold_one_stream_and_nothing_else(exported, net, file, inputs, feature):
-    """The other stream is 0.6 MB, the classifier 2 MB, the local branch 0.3 MB."""
-    for result in exported(file, inputs, feature):
+        # One stream and nothing else: the other one is 0.6 MB, the classifier 2 MB, the local branch 0.3 MB.
         needed = (result["modality"], "attention", "shared", *["bottleneck"] * (feature == "FC"))
         state = {name: values for name, values in net.state_dict().items() if name.startswith(needed)}
         size = sum(values.numel() for values in state.values() if values.is_floating_point()) * 4
@@ -212,10 +208,9 @@ def test_every_method_and_share_net(method, share_net, file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file", "older", "factor"),
-    [pytest.param("onnx", b"older", 3.0, marks=pytest.mark.slow), ("safetensors", b"older", float("nan"))],
+    ("file", "factor"), [pytest.param("onnx", 3.0, marks=pytest.mark.slow), ("safetensors", float("nan"))]
 )
-def test_a_file_of_other_features_does_not_take_its_name(checkpoint, tmp_path, monkeypatch, file, older, factor):
+def test_a_file_of_other_features_does_not_take_its_name(checkpoint, tmp_path, monkeypatch, file, factor):
     class Spoiled(export.Embedding):
         def __init__(self, *args):
             super().__init__(*args)
@@ -223,13 +218,12 @@ def test_a_file_of_other_features_does_not_take_its_name(checkpoint, tmp_path, m
 
     monkeypatch.setattr(export, "Embedding", Spoiled)
     path = tmp_path / f"adp_lr_0.1_best_visible_FC.{file}"
-    if older:
-        path.write_bytes(older)
+    path.write_bytes(b"older")
     argv = ["--resume", str(checkpoint), "--format", file, "--out", str(tmp_path), "--json", str(tmp_path / "r.json")]
     with pytest.raises(InputError, match=rf"{path.name}: not written, .*\(cosine (0\.|nan)"):
         export.main(argv)
-    assert [*tmp_path.iterdir()] == ([path] if older else [])
-    assert not older or path.read_bytes() == older
+    assert [*tmp_path.iterdir()] == [path]
+    assert path.read_bytes() == b"older"
 
 
 @pytest.mark.slow
