@@ -1,8 +1,6 @@
 """The pretrained start: what it scales, what it saves, and what the triplets do from there."""
 
 import copy
-import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +8,7 @@ import torchvision
 
 import pre_process_sysu
 import train_ext_test0
+from conftest import log_entries
 from core.distances import euclidean
 from model import GFMNet
 from tools import demo_data, pretrain
@@ -74,7 +73,7 @@ def test_exact_is_drawn_into_a_point_and_told_and_stable_is_not(others, tmp_path
     for weighting in ("exact", "stable"):
         out = str(tmp_path / weighting)
         found = train_ext_test0.main([*flags, "--weighting", weighting, "--model_path", out, "--log_path", out])
-        logs[weighting] = [json.loads(line) for line in Path(found["log"]).read_text().splitlines()]
+        logs[weighting] = log_entries(found["log"])
         printed[weighting] = capsys.readouterr().out
     assert logs["exact"][0]["triplet"] > 2
     assert logs["exact"][-1]["triplet"] == pytest.approx(0.6931, rel=0.05)

@@ -20,7 +20,7 @@ from core.log import warnings
 from core.meter import Diverged, EpochMeter
 from core.step import TrainStep
 from data_loader import CachedBatches, IdentitySampler, TrainData, sysu_train
-from loss import Health, Losses, MethodLoss, SquaredTripletLoss
+from loss import Health, Losses, MethodLoss, SquaredTripletLoss, _weighted_triplet
 from model import Output
 
 CPU = torch.device("cpu")
@@ -172,22 +172,14 @@ def test_beyond_the_clamp_the_published_loss_has_no_gradient(gamma):
     triplet = SquaredTripletLoss(gamma=gamma, weighting="published")
     beyond, _ = triplet.without_gradient(features, labels)
     assert 0 < beyond.sum() < 24
-    for anchor in range(24):
-        positive, negative = (d[anchor] for d in loss_distances(features, labels))
-        exponent = gamma * (positive - negative) ** 2
-        (slope,) = torch.autograd.grad(exponent.clamp_max(44), features, retain_graph=True)
-        assert beyond[anchor] == bool((positive > negative) & (slope == 0).all())
+    for anchor, gap in enumerate(torch.sub(*_weighted_triplet(features, labels, 1.0, "published"))):
+        (slope,) = torch.autograd.grad((gamma * gap**2).clamp_max(44), features, retain_graph=True)
+        assert beyond[anchor] == bool((gap > 0) & (slope == 0).all())
     output = Output(features, None, None)
     assert MethodLoss("caj", gamma=gamma, weighting="published").health(output, labels).beyond_clamp == pytest.approx(
         beyond.float().mean().item()
     )
     assert MethodLoss("caj", gamma=gamma, square=0, weighting="published").health(output, labels).beyond_clamp == 0
-
-
-def loss_distances(features, labels):
-    from loss import _weighted_triplet
-
-    return _weighted_triplet(features, labels, 1.0, "published")
 
 
 @pytest.fixture(scope="module")
