@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 import ChannelAug
@@ -87,32 +88,34 @@ def test_flip_mirrors_half_of_the_images():
     assert_share(mirrored.sum().item(), 0.5)
 
 
-def test_erasing_fills_one_rectangle_within_bounds():
-    height, width = 72, 36
-    x = images(1, height, width, torch.float32).expand(N, -1, -1, -1)
+def test_erasing_draws_rectangles_as_a_loop_does():
+    size, count = 12, 20_000
+    x = images(1, size, size, torch.float32).expand(count, -1, -1, -1)
     out = random_erasing(x, probability=0.5)
-    fill = torch.tensor(ERASE_FILL).view(3, 1, 1)
     changed = (out != x).any(dim=1)
     erased = changed.flatten(1).any(dim=1)
-    assert_share(erased.sum().item(), 0.5)
-    areas = []
-    for sample in torch.nonzero(erased).flatten()[:500]:
-        rows = torch.nonzero(changed[sample].any(dim=1)).flatten()
-        columns = torch.nonzero(changed[sample].any(dim=0)).flatten()
-        h, w = rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
-        box = out[sample, :, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        assert torch.equal(box, fill.expand_as(box))
-        assert changed[sample].sum() == h * w
-        assert h < height
-        assert w < width
-        # Sides are rounded to whole pixels: half a pixel each way.
-        assert (h - 0.5) * (w - 0.5) <= 0.4 * height * width
-        assert (h + 0.5) * (w + 0.5) >= 0.02 * height * width
-        assert (h - 0.5) / (w + 0.5) <= 10 / 3
-        assert (h + 0.5) / (w - 0.5) >= 0.3
-        areas.append((h * w / (height * width)).item())
-    assert min(areas) < 0.04
-    assert max(areas) > 0.36
+    assert abs(erased.float().mean() - 0.5) < 0.02
+    rows, columns = changed[erased].any(dim=2).int(), changed[erased].any(dim=1).int()
+    drawn = torch.stack([rows.sum(1), columns.sum(1), rows.argmax(1), columns.argmax(1)], dim=1)
+    inside = torch.zeros_like(changed[erased])
+    for box, (h, w, top, left) in zip(inside, drawn, strict=True):
+        box[top : top + h, left : left + w] = True
+    assert torch.equal(changed[erased], inside)
+    fill = torch.tensor(ERASE_FILL).view(3, 1, 1)
+    assert torch.equal(out, torch.where(changed[:, None], fill, x))
+
+    random, expected = np.random.default_rng(0), []
+    while len(expected) < count:
+        area, ratio = random.uniform(0.02, 0.4) * size * size, random.uniform(0.3, 10 / 3)
+        h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if h < size and w < size:
+            expected.append((h, w, random.integers(size - h, endpoint=True), random.integers(size - w, endpoint=True)))
+
+    def measures(h, w, top, left):
+        return h, w, h * w, h / w, top / (size - h), left / (size - w)
+
+    for ours, loop in zip(measures(*drawn.numpy().T), measures(*np.array(expected).T), strict=True):
+        assert scipy.stats.ks_2samp(ours, loop).pvalue > 1e-3
 
 
 def test_channel_or_gray_has_the_published_shares():
