@@ -124,6 +124,20 @@ def endless(loader):
         yield from loader
 
 
+class Timed(torch.nn.Module):
+    """Calls `mark` before and after each call of a module."""
+
+    def __init__(self, inner, mark):
+        super().__init__()
+        self.inner, self.mark = inner, mark
+
+    def forward(self, *inputs):
+        self.mark()
+        result = self.inner(*inputs)
+        self.mark()
+        return result
+
+
 def step_budget(run):
     """Median seconds of each part of a step whose tasks start one by one.
 
@@ -139,18 +153,12 @@ def step_budget(run):
         else:
             marks.append(time.perf_counter())
 
-    def augment(*batch):
-        mark()
-        views = run.step.augment(*batch)
-        mark()
-        return views
-
-    step = TrainStep(run.net, run.step.criterion, augment, run.device, run.args.amp)
+    criterion = run.step.criterion
+    step = TrainStep(Timed(run.net, mark), criterion, Timed(run.step.augment, mark), run.device, run.args.amp)
     run.train(step)  # to warm up
     marks.clear()
-    hooks = [run.optimizer.register_step_pre_hook(mark), run.optimizer.register_step_post_hook(mark)]
-    for module in (step.net, step.criterion):
-        hooks += [module.register_forward_pre_hook(mark), module.register_forward_hook(mark)]
+    hooks = [criterion.register_forward_pre_hook(mark), criterion.register_forward_hook(mark)]
+    hooks += [run.optimizer.register_step_pre_hook(mark), run.optimizer.register_step_post_hook(mark)]
     run.train(step)
     for hook in hooks:
         hook.remove()
