@@ -1,5 +1,6 @@
 """Statistics, tables and figures of a sweep."""
 
+import itertools
 import json
 import math
 import textwrap
@@ -115,17 +116,22 @@ def spread(values):
 
 def epoch_statistics(runs, values):
     """{value of the logs: {row: (epochs, mean over its finished seeds, mean less and plus the deviation)}}."""
-    import pandas  # slow to import
-
-    entries = [{"row": run.row, **entry} for run in runs if run.results.exists() for entry in run.log()]
-    rows = pandas.DataFrame(entries, columns=["row", "epoch", *dict.fromkeys(values)]).groupby("row", sort=False)
+    logs = {}
+    for run in runs:
+        if run.results.exists():
+            logs.setdefault(run.row, []).append(run.log())
     panels = {}
     for value in values:
-        for name, logged in rows:
-            seeds = logged.dropna(subset=value).groupby("epoch")[value]
-            mean, std = seeds.mean(), seeds.std().fillna(0)  # n - 1; of a single seed 0
-            if len(mean):
-                panels.setdefault(value, {})[name] = [*mean.index], *map(np.asarray, (mean, mean - std, mean + std))
+        for name, entries in logs.items():
+            points = {}
+            for entry in itertools.chain(*entries):
+                if value in entry:
+                    points.setdefault(entry["epoch"], []).append(entry[value])
+            if points:
+                epochs = sorted(points)
+                mean = np.array([np.mean(points[epoch]) for epoch in epochs])
+                std = np.array([np.std(points[epoch], ddof=1) if len(points[epoch]) > 1 else 0 for epoch in epochs])
+                panels.setdefault(value, {})[name] = epochs, mean, mean - std, mean + std
     return panels
 
 
