@@ -200,7 +200,9 @@ def database(request, monkeypatch):
 
     if address := request.config.getoption("--database"):
         with psycopg.connect(address, autocommit=True) as connection:
-            connection.execute("DROP TABLE IF EXISTS images, versions")
+            if connection.execute("SELECT to_regclass('images')").fetchone()[0]:
+                connection.execute("SELECT sha256, feature FROM versions LIMIT 0")  # else it is somebody else's
+                connection.execute("DROP TABLE images, versions")
         return address
     postgres = request.getfixturevalue("postgres")
     monkeypatch.setenv("PGPASSWORD", "secret")

@@ -114,6 +114,23 @@ def test_an_index_finds_what_plain_numpy_finds(index, address):
         check_search(reader, version, expected | {new[0]: unit(1)[0]})
 
 
+@pytest.mark.parametrize(("old", "new"), [("/a", "/a/b"), ("/a/b", "/a"), ("/a", "/a"), ("/a/b", "/a/c")])
+def test_a_folder_moves_into_itself_and_out_of_itself(index, old, new):
+    entries = [Entry(f"/{name}", "0 0", "visible", None, None, "2026") for name in ("a/x", "a/b/x", "a/b/b/x", "a/y")]
+    version, vectors = index.begin("net.t", "a" * 64, "FC", DIM), unit(4)
+    index.add(version, entries, vectors)
+    moved = [entry.path.startswith(f"{old}/") and old != new for entry in entries]
+    paths = [new + entry.path[len(old) :] if m else entry.path for entry, m in zip(entries, moved, strict=True)]
+    expected = {path: i for i, path in enumerate(paths) if moved[i]}
+    expected |= {path: i for i, path in enumerate(paths) if not moved[i]}  # what stays wins
+    assert index.move(old, new) == sum(moved)
+    found = {image["path"]: image["id"] for image in index.search(version, vectors[:1], 9)[0]}
+    stored = index.vectors([*found.values()])
+    assert found.keys() == expected.keys()
+    for path, i in expected.items():
+        np.testing.assert_array_equal(stored[found[path]], vectors[i])
+
+
 def test_pages_show_equal_images_once(index):
     """Copies of an image have the same similarity; pages are the beginnings of one order."""
     version, entries = index.begin("net.t", "a" * 64, "FC", DIM), images(90)

@@ -5,6 +5,7 @@ serves. When a younger one is complete, the older ones are deleted.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -84,7 +85,9 @@ class Index:
     database: `connection`, `driver` (its module) and the `_remedy` of an error."""
 
     approximates = False  # whether it has `approximate`
-    for_update = ""  # ends a SELECT that locks its rows; a transaction that writes to a file has locked it already
+    # What ends a SELECT that locks its rows, and what lets nobody else write. A transaction that writes to a file has
+    # locked all of it.
+    for_update = lock_images = ""
 
     def close(self):
         self.connection.close()
@@ -168,16 +171,23 @@ class Index:
     def move(self, old, new):
         """Rename a folder in all versions -> number of its images. Those that the new one has already are dropped."""
         old, new = (os.path.join(folder, "") for folder in (old, new))
+        if old == new:
+            return 0
+        # Of two folders, one within the other, images would be in each other's way: they go by a third place.
+        nested = old.startswith(new) or new.startswith(old)
         names = ", ".join(("version", *Entry._fields, "vector"))
         renamed = names.replace("path", "CAST(? AS TEXT) || substr(path, ?)")
+        below = "substr(path, 1, ?) = ?"
         with self.transaction():
-            # Not UPDATE: the path says which machine of a cluster has the image.
-            (last,) = self._run("SELECT MAX(id) FROM images").fetchone()
-            below, values = "id <= ? AND substr(path, 1, ?) = ?", (last, len(old), old)
-            select = f"SELECT {renamed} FROM images WHERE {below}"
-            sql = f"INSERT INTO images ({names}) {select} ON CONFLICT (path, version) DO NOTHING"
-            self._run(sql, (new, len(old) + 1, *values))
-            return self._run(f"DELETE FROM images WHERE {below}", values).rowcount
+            if self.lock_images:
+                self._run(self.lock_images)
+            for source, target in itertools.pairwise([old, *["moving:/"] * nested, new]):
+                # Not UPDATE: the path says which machine of a cluster has the image.
+                select = f"SELECT {renamed} FROM images WHERE {below}"
+                sql = f"INSERT INTO images ({names}) {select} ON CONFLICT (path, version) DO NOTHING"
+                self._run(sql, (target, len(source) + 1, len(source), source))
+                count = self._run(f"DELETE FROM images WHERE {below}", (len(source), source)).rowcount
+        return count
 
     def vectors(self, ids):
         """{id: vector [C]} of those that are there; for some hundred."""

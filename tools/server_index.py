@@ -22,7 +22,7 @@ class ServerIndex(Index):
     """A PostgreSQL database with pgvector. Searches are exact until `approximate` makes a graph of a version."""
 
     approximates = True
-    for_update = " FOR UPDATE"
+    for_update, lock_images = " FOR UPDATE", "LOCK TABLE images IN SHARE ROW EXCLUSIVE MODE"
 
     def __init__(self, uri, create=False):
         parts = urlsplit(uri)
@@ -102,8 +102,8 @@ class ServerIndex(Index):
             if self.cluster:
                 self._run("SET LOCAL citus.multi_shard_modify_mode = 'parallel'")
             self._run(
-                f"CREATE INDEX IF NOT EXISTS graph_{version} ON images USING hnsw "
-                f"((vector::halfvec({dim})) halfvec_ip_ops) WITH (ef_construction = {EF_CONSTRUCTION}) WHERE version = {version}"
+                f"CREATE INDEX IF NOT EXISTS graph_{version} ON images USING hnsw ((vector::halfvec({dim})) "
+                f"halfvec_ip_ops) WITH (ef_construction = {EF_CONSTRUCTION}) WHERE version = {version}"
             )
 
     def search(self, version, queries, top, where=Filter()):  # noqa: B008 (a constant)
