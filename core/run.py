@@ -270,7 +270,7 @@ class Run:
 
     def _resumed_from(self):
         if not self.resumed:
-            return "no checkpoint to resume yet: from the start"
+            return f"no {self.name}_last.t to resume yet: from the start"
         if self.first_epoch >= self.args.epochs:
             return f"resumed {self.resumed}: finished: all {self.args.epochs} epochs"
         begun = f", after step {self._begun[0]['step']} of {self.steps}" if self._begun else ""

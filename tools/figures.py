@@ -181,8 +181,8 @@ def distance_histograms(pairs, title=""):
             look = {"color": COLOURS[style], "linestyle": DASHES[style]}
             panel.hist(values, bins, density=True, alpha=0.3, color=COLOURS[style])
             panel.hist(values, bins, density=True, histtype="step", linewidth=1.6, label=name, **look)
-        prefix = f"{label}: " if label else ""
-        panel.set_title(f"{prefix}overlap {100 * overlap(same, other):.1f} %", fontsize=9, loc="left")
+        name = f"{_wrapped(label, 4.2)}\n" if label else ""
+        panel.set_title(f"{name}overlap {100 * overlap(same, other):.1f} %", fontsize=9, loc="left")
         panel.set(xlabel="cosine distance, query to gallery", yticks=[])
         panel.spines[["top", "right", "left"]].set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()

@@ -6,8 +6,9 @@ from urllib.parse import parse_qs, urlsplit
 from tools.index import Entry, Filter, Index, tables
 from utils import InputError
 
-EXACT = 20_000  # where filters leave at most so many images, all are compared: a graph misses most of few among many
-CANDIDATES = 20  # nearest images by halves of float32 of pgvector's graph, for each that is returned by exact distance
+EXACT = 200_000  # where filters leave at most so many images, all are compared: a graph misses most of few among many
+CANDIDATES = 3  # of the graph, which has halves of float32, for each image that is returned by exact distance
+EF_SEARCH = 1000  # candidates within the graph: the most that pgvector allows
 EF_CONSTRUCTION = 128  # of the graph: with pgvector's 64, it is made in two thirds of the time and misses far more
 # Where the database is a cluster of Citus, its machines share the images by path; all of them know the versions.
 SPREAD = (
@@ -121,7 +122,7 @@ class ServerIndex(Index):
                 graph = self._run(f"SELECT count(*) FROM ({left}) AS remaining", values).fetchone()[0] > EXACT
             if graph:
                 self._run("SET LOCAL hnsw.iterative_scan = strict_order")
-                self._run(f"SET LOCAL hnsw.ef_search = {min(1000, CANDIDATES * max(top, 10))}")
+                self._run(f"SET LOCAL hnsw.ef_search = {EF_SEARCH}")
             for query in queries:
                 rows = []
                 if graph:

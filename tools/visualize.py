@@ -233,9 +233,8 @@ def draw_distances(args):
             f"--resume {' '.join(args.resume)}: were trained on different trials, with different people; pass "
             "checkpoints of one trial"
         )
-    labels = [one.network for one in tested]
-    if len(set(labels)) < len(labels):
-        labels = args.resume
+    choices = [one.network for one in tested], [Path(resume).name for resume in args.resume], args.resume
+    labels = next(labels for labels in choices if len(set(labels)) == len(labels))
     pairs = [pair_distances(one.features, one.search, args.feature) for one in tested]
     return figures.distance_histograms(dict(zip(labels, pairs, strict=True)), tested[0].setting)
 
