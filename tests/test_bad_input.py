@@ -113,9 +113,9 @@ def case(script, damage, *words, flags=""):
     return script, damage, words, flags.split()
 
 
-def resumed(script, content, *words):
-    """`case` of a checkpoint c.t, which `content` gives."""
-    return case(script, lambda: torch.save(content(), "c.t"), "c.t", *words, flags="--resume c.t")
+def resumed(script, content, first, *words):
+    """`case` of a checkpoint c.t, which `content` gives. first: what the line says after its name."""
+    return case(script, lambda: torch.save(content(), "c.t"), f"c.t: {first}", *words, flags="--resume c.t")
 
 
 def nothing():
@@ -236,16 +236,22 @@ CASES = {
     "folder as checkpoint": case("test", nothing, "sysu: is a folder; pass one of its files", flags="--resume sysu"),
     "checkpoint that runs code": resumed("test", lambda: {"net": Crafted()}, "cannot be loaded safely"),
     "checkpoint of another number of classes": resumed(
-        "test", lambda: good_checkpoint(options=GFMNet(11, "resnet18").options)
+        "test",
+        lambda: good_checkpoint(options=GFMNet(11, "resnet18").options),
+        "does not fit its resnet18: 'classifier.weight' has the shape",
     ),
     "checkpoint without an image size": resumed(
         "test", lambda: good_checkpoint(image_size=(-1, 0)), "its image_size (-1, 0)", "train again"
     ),
     "checkpoint with unknown options": resumed(
-        "test", lambda: good_checkpoint(options={"num_classes": 10, "depth": 18}), "options"
+        "test",
+        lambda: good_checkpoint(options={"num_classes": 10, "depth": 18}),
+        "its options are not those of this GFMNet",
     ),
     "checkpoint of NaNs": resumed(
-        "test", lambda: good_checkpoint(net=weights_with(lambda s: s["classifier.weight"].fill_(np.nan))), "not finite"
+        "test",
+        lambda: good_checkpoint(net=weights_with(lambda s: s["classifier.weight"].fill_(np.nan))),
+        "'classifier.weight' holds values that are not finite",
     ),
     "checkpoint without a layer": resumed(
         "test",

@@ -277,7 +277,7 @@ def test_distances_before_and_after(sysu_tree, checkpoint, tmp_path):
     other = save_network(tmp_path / "other.t", 1, "sysu")
     out = draw("distances", sysu_tree, checkpoint, tmp_path / "a.svg", "--resume", checkpoint, other)
     shares = re.findall(r">overlap (\d+\.\d) %<", out_text := Path(out).read_text())
-    assert re.findall(r">(net.t|other.t)<", out_text) == ["net.t", "other.t"]  # their networks' names are equal
+    assert re.findall(r">(net\.t|other\.t)<", out_text) == ["net.t", "other.t"]  # their networks' names are equal
     assert ">cosine distance, query to gallery<" in out_text
     (paths, ids, cameras), (g_paths, g_ids, g_cameras) = (
         data_manager.process_query_sysu(sysu_tree),
