@@ -1,10 +1,10 @@
 """Pretrain a backbone on visible images of demo data, for `--weights FILE` where ImageNet weights are not available.
 
-    python -m tools.pretrain --data_path people/ --img_h 64 --img_w 32 --distance 20 --out start.pt
+    python -m tools.pretrain --data_path people/ --img_h 64 --img_w 32 --padding 4 --triplet 34.5 --out start.pt
 
-Pretrain on other people than those of the training: draw them with another seed (tools.demo_data --seed). `--distance`
-rescales only the last stage, so that the pooled features of two people have that mean distance. The triplet losses
-depend on this scale, and ImageNet weights have their own.
+Pretrain on other people than those of the training: draw them with another seed (tools.demo_data --seed). `--triplet`
+rescales only the last stage, so that the first batches of a training have that triplet loss (published, not squared).
+The triplet losses depend on this scale. From ImageNet's weights, public logs on real images begin at 33 to 36.
 """
 
 from itertools import islice
@@ -12,12 +12,13 @@ from itertools import islice
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import brentq
 from torch import nn
 
-from ChannelAug import normalise, random_crop, random_flip
+from ChannelAug import PADDING, TrainAugmentation, normalise, random_crop, random_flip
 from core.files import atomic, check_output
 from data_loader import IdentitySampler, sysu_train, train_loader
-from loss import MethodLoss
+from loss import SquaredTripletLoss
 from model import ARCHS, GFMNet, backbone
 from utils import ArgumentParser, bounded, cli, progress, seed_everything, select_device
 
@@ -34,34 +35,37 @@ def get_args_parser():
     group.add_argument("--img_h", type=bounded(int, 48, 4096), default=288, help="image height in pixels")
     group.add_argument("--img_w", type=bounded(int, 16, 4096), default=144, help="image width in pixels")
     group.add_argument("--steps", type=bounded(int, 1), default=220, help="training steps")
-    text = "mean distance of the pooled features of two people after rescaling (default: no rescaling)"
-    group.add_argument("--distance", type=bounded(float, 0, above=True), help=text)
+    text = "pixels of black around an image before a random crop; choose fewer for images smaller than 288x144"
+    group.add_argument("--padding", type=bounded(int, 0, 4096), default=PADDING, help=text)
+    text = "triplet loss (published, not squared) at the start of a training, after rescaling (default: no rescaling)"
+    group.add_argument("--triplet", type=bounded(float, 1, 1000), help=text)
     group.add_argument("--seed", type=bounded(int, 0), default=0, help="seed of the training")
     group.add_argument("--gpu", default="0", help="number of the GPU, or cpu")
     return parser
 
 
 def main(argv=None):
-    """Returns the mean distances of pooled features in a batch with the saved weights: (within, across) identities."""
+    """Returns the triplet loss (published, not squared) of the first batches of a training from the saved weights."""
     args = get_args_parser().parse_args(argv)
     check_output(args.out)
     device = select_device(args.gpu)
     seed_everything(args.seed)
     data = sysu_train(args.data_path, (args.img_h, args.img_w))
-    resnet = pretrain(backbone(args.arch).network, data, args.steps, device)
+    resnet = pretrain(backbone(args.arch).network, data, args.steps, args.padding, device)
     with atomic(args.out) as temporary:
         torch.save(resnet.state_dict(), temporary)
-        within, across = pooled_distances(temporary, args.arch, data, device)
-        if args.distance:
-            factor = args.distance / across
+        batches = first_batches(temporary, args.arch, data, args.padding, device)
+        factor = 1.0
+        if args.triplet:
+            factor = brentq(lambda scale: first_triplet(batches, scale) - args.triplet, 1e-3, 1e3, xtol=1e-4)
             scale_last_stage(resnet, factor)
             torch.save(resnet.state_dict(), temporary)
-            within, across = within * factor, across * factor
-    print(f"{args.out}: pooled distances {within:.1f} within identities, {across:.1f} across")
-    return within, across
+    triplet = first_triplet(batches, factor)
+    print(f"{args.out}: a training begins with a triplet loss of {triplet:.1f} (published, not squared)")
+    return triplet
 
 
-def pretrain(resnet, data, steps, device):
+def pretrain(resnet, data, steps, padding, device):
     """Train a ResNet of torchvision's to classify the visible images of `data` -> the network, on the CPU."""
     resnet.fc = nn.Linear(resnet.fc.in_features, data.num_classes)
     resnet.to(device).train()
@@ -69,7 +73,8 @@ def pretrain(resnet, data, steps, device):
     optimizer = torch.optim.Adam(resnet.parameters(), RATE, weight_decay=5e-4)
     for _ in (bar := progress(range(steps), desc="pretraining", unit="step", leave=False)):
         rows = torch.randint(len(images), (BATCH,))
-        loss = F.cross_entropy(resnet(augment(images[rows].to(device))), labels[rows].to(device))
+        views = normalise(random_flip(random_crop(images[rows].to(device), padding)))
+        loss = F.cross_entropy(resnet(views), labels[rows].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -77,21 +82,25 @@ def pretrain(resnet, data, steps, device):
     return resnet.cpu()
 
 
-def augment(images):
-    return normalise(random_flip(random_crop(images)))
+@torch.no_grad()
+def first_batches(weights, arch, data, padding, device, count=10):
+    """The first batches of a training from a file of weights, by the published recipe: (pooled [N, C], labels [N])."""
+    net, augment = (
+        GFMNet(data.num_classes, arch, weights=weights).to(device).train(),
+        TrainAugmentation(padding=padding),
+    )
+    loader = train_loader(data, IdentitySampler(data, batch_size=8, num_pos=4, seed=0), workers=0)
+    batches = []
+    for batch in islice(loader, count):
+        visible, infrared, labels = augment(*(values.to(device) for values in batch))
+        batches.append((net(visible, infrared).pooled, labels))
+    return batches
 
 
-def pooled_distances(weights, arch, data, device, batches=10):
-    """Mean distances (within, across) at the start of a training from a file of weights."""
-    net = GFMNet(data.num_classes, arch, weights=weights).to(device).train()
-    criterion, distances = MethodLoss(), []
-    sampler = IdentitySampler(data, batch_size=8, num_pos=4, seed=0)
-    with torch.no_grad():
-        for visible, infrared, labels in islice(train_loader(data, sampler, workers=0), batches):
-            visible = augment(torch.cat([visible, visible]).to(device))
-            health = criterion.health(net(visible, augment(infrared.to(device))), labels.repeat(3).to(device))
-            distances.append((health.distance_within.item(), health.distance_across.item()))
-    return tuple(np.mean(distances, axis=0).tolist())
+def first_triplet(batches, factor):
+    """Mean triplet loss (published, not squared) of pooled features that are multiplied by `factor`."""
+    criterion = SquaredTripletLoss(square=0)
+    return float(np.mean([criterion(factor * pooled, labels)[0].item() for pooled, labels in batches]))
 
 
 def scale_last_stage(resnet, factor):
