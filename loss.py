@@ -220,14 +220,15 @@ class AlignedLocalLoss(nn.Module):
 
 
 class Losses(NamedTuple):
-    """The losses of a batch, scalar tensors. `correct`: the share of anchors with d- >= d+. Each of a method's `terms`
-    adds a field."""
+    """The losses of a batch, scalar tensors. `correct`: the share of anchors with d- >= d+; `accuracy`: of images whose
+    identity the classifier finds. Each of a method's `terms` adds a field."""
 
     total: torch.Tensor
     identity: torch.Tensor
     triplet: torch.Tensor
     local: torch.Tensor
     correct: torch.Tensor
+    accuracy: torch.Tensor
 
 
 class Health(NamedTuple):
@@ -365,7 +366,8 @@ class MethodLoss(nn.Module):
                 local = self.local(pooled, all_rows, gather(full_precision(output.local)))
             terms = self._weighted_terms(output, labels)
             total = sum(terms, identity + triplet + self.LOCAL_WEIGHT * local)
-            return self.losses(total, identity, triplet, local, correct / len(all_rows), *terms)
+            accuracy = (output.logits.detach().argmax(dim=1) == rows).float().mean()
+            return self.losses(total, identity, triplet, local, correct / len(all_rows), accuracy, *terms)
 
     def _weighted_terms(self, output, labels):
         if not self.terms:

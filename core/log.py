@@ -86,7 +86,7 @@ def read_json_lines(path):
 
 def log_epoch(log, title, entry, args):
     """The epoch's line in the log, and warnings of what its entry shows to be wrong."""
-    names = ("total", "identity", "triplet", "local", "correct", *METHODS[args.method].terms)
+    names = ("total", "identity", "triplet", "local", "correct", "accuracy", *METHODS[args.method].terms)
     line = f"{title}  lr {entry['lr']:.4g}" + "".join(f"  {name} {entry[name]:.3f}" for name in names)
     if "FC/Rank-1" in entry:
         line += "".join(f"  {metric} {entry[f'FC/{metric}']:.2f}" for metric in ("Rank-1", "mAP", "mINP"))
