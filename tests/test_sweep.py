@@ -16,7 +16,7 @@ from scipy import stats
 
 import utils
 from conftest import SMALL
-from tools import sweep, sweep_tables
+from tools import figures, sweep, sweep_tables
 from utils import InputError
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -224,6 +224,26 @@ def test_pairs_agree_with_scipy():
     del first["2"]
     assert sweep_tables.summarise_row(seeds, first)["differences"]["mAP"]["count"] == 4
     assert sweep_tables.spread([3.0]) == {"mean": 3, "std": None, "interval": None, "count": 1}
+
+
+def test_each_panel_draws_its_own_metric():
+    seeds = {str(s): {m: 10.0 * i + s for i, m in enumerate(sweep_tables.METRICS)} for s in range(3)}
+    rows = []
+    for name, scale in (("a", 1), ("b", 2)):
+        own = {
+            seed: {"mean": {m: scale * v for m, v in means.items()}, "trials_std": None, "seconds": 1}
+            for seed, means in seeds.items()
+        }
+        rows.append({"row": name, **sweep_tables.summarise_row(own, {})})
+    figure = figures.dot_panels([{"setting": "all", "rows": rows}], sweep_tables.METRICS)
+    assert [panel.get_title() for panel in figure.axes] == list(sweep_tables.METRICS)
+    for i, panel in enumerate(figure.axes):
+        assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["a", "b"]
+        for row, scale in enumerate((1, 2)):
+            dots = next(line for line in panel.lines if line.get_marker() == "o" and line.get_ydata()[0] == row)
+            stroke = next(line for line in panel.lines if line.get_marker() == "|" and line.get_ydata()[0] == row)
+            assert list(dots.get_xdata()) == [scale * (10 * i + s) for s in range(3)]
+            assert stroke.get_xdata()[0] == scale * (10 * i + 1)
 
 
 def test_curves_are_means_over_seeds(calls, tmp_path):

@@ -246,6 +246,47 @@ def test_attention_is_afam_s(sysu_tree, checkpoint):
             assert (values.min(), values.max()) == (0, 1)
 
 
+def test_each_heat_lies_over_its_own_image(sysu_tree, checkpoint, monkeypatch):
+    """The pairs that are drawn, against heats computed for each image alone; and the sheet, by what its axes hold."""
+    sheets = []
+    monkeypatch.setattr(figures, "heatmap_sheet", lambda pairs, title: sheets.append(pairs))
+    more = ["--queries", "1", "--out", "a.png"]
+    args = visualize.get_args_parser().parse_args(["heatmap", *search_flags(sysu_tree, checkpoint, *more)])
+    args.resume = checkpoint
+    visualize.draw_heatmaps(args)
+    monkeypatch.undo()
+    (query, match) = sheets[0][0]
+    tested = embed_test(sysu_tree, checkpoint)
+    for (caption, path, heats), modality, name in ((query, "infrared", "query"), (match, "visible", "match")):
+        assert caption.startswith(name)
+        x = visualize.normalise(torch.from_numpy(visualize.read_image(path, tested.size)).movedim(2, 0)[None])
+        attention = visualize.attention_map(tested.net, x, modality)
+        np.testing.assert_allclose(heats["attention"], (attention - attention.min()) / np.ptp(attention), atol=1e-5)
+    figure = figures.heatmap_sheet(sheets[0], "")
+    for (_, path, heats), panels in zip(sheets[0][0], np.array(figure.axes).reshape(2, 3), strict=True):
+        image = visualize.read_image(path, figures.CROP)
+        assert [panel.get_title() for panel in panels] == ["image", *heats]
+        np.testing.assert_array_equal(panels[0].images[0].get_array(), image)
+        for panel, heat in zip(panels[1:], heats.values(), strict=True):
+            np.testing.assert_array_equal(panel.images[0].get_array(), image.mean(axis=2))
+            np.testing.assert_array_equal(panel.images[1].get_array(), heat)
+
+
+def test_histograms_say_which_pairs_are_whose():
+    same, other = np.linspace(0, 1, 50), np.linspace(4, 5, 50)
+    figure = figures.distance_histograms({"a": (same, other)})
+    (panel,) = figure.axes
+    # The outlines: where each has its mass, in the colours of the legend.
+    outlines = {patch.get_label(): patch for patch in panel.patches if not patch.get_label().startswith("_")}
+    centres = {name: patch.get_xy()[patch.get_xy()[:, 1] > 0, 0].mean() for name, patch in outlines.items()}
+    assert centres == pytest.approx({"same identity": 0.5, "two identities": 4.5}, abs=0.1)
+    shown = dict(
+        zip((t.get_text() for t in figure.legends[0].get_texts()), figure.legends[0].get_patches(), strict=True)
+    )
+    for name, patch in outlines.items():
+        assert shown[name].get_edgecolor() == patch.get_edgecolor()
+
+
 @pytest.mark.slow
 def test_heat_maps_and_feature_maps_are_drawn_alike_each_time(sysu_tree, checkpoint, tmp_path):
     for command, more in (("heatmap", ["--queries", 2]), ("tsne", ["--people", 3])):
