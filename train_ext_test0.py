@@ -231,7 +231,7 @@ def train(args, run, data, test, device):
             with run.testing(meter):
                 tested = test_epoch(net, eval_loaders, search, device, args.amp)
             entry |= tested.metrics() if tested else {}
-        log_epoch(run.log, title, entry, args)
+        log_epoch(run.log, title, entry, args, sampler.steps)
         run.end_epoch(entry)
         if figures and tested:
             figures.draw_epoch(run.log, title, tested, test)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sys
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,11 @@ from tqdm import tqdm
 from core.files import atomic, writing
 from loss import METHODS
 from utils import process_index
+
+# Signs that a run does not train: from public logs on real images, see docs/training.md.
+ACCURACY_FALL = 0.8  # an epoch's accuracy below this share of that of the epoch before
+TRIPLET_LIMIT, TRIPLET_STEPS = 2.0, 300  # a weighted triplet loss above this, so many steps after the start
+REMEDY = "--square 0"
 
 
 class RunLog:
@@ -84,19 +90,23 @@ def read_json_lines(path):
     return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("epoch"), int)]
 
 
-def log_epoch(log, title, entry, args):
-    """The epoch's line in the log, and warnings of what its entry shows to be wrong."""
+def log_epoch(log, title, entry, args, steps):
+    """Log the line of an epoch whose entry is not logged yet, and warnings of what it shows. steps: of an epoch."""
     names = ("total", "identity", "triplet", "local", "correct", "accuracy", *METHODS[args.method].terms)
     line = f"{title}  lr {entry['lr']:.4g}" + "".join(f"  {name} {entry[name]:.3f}" for name in names)
     if "FC/Rank-1" in entry:
         line += "".join(f"  {metric} {entry[f'FC/{metric}']:.2f}" for metric in ("Rank-1", "mAP", "mINP"))
     log.text(f"{line}  {entry['images_per_second']:.0f} img/s")
-    for warning in warnings(entry, args):
+    before = dict(*read_json_lines(log.json_path)[-1:])
+    for warning in warnings(entry, before, args, steps):
         log.text(f"warning: {warning}")
 
 
-def warnings(entry, args):
-    """What an epoch's entry of the log shows to be wrong, each with what to do."""
+def warnings(entry, before, args, steps):
+    """What an epoch's entry of the log shows to be wrong, each with what to do.
+
+    before: the entry of the epoch before, or {}. What lasts is said in the first epoch that has it.
+    """
     epoch = entry["epoch"]
     if (epoch % args.eval_every == 0 or epoch == args.epochs - 1) and "FC/Rank-1" not in entry:
         # Non-local blocks are cubic in their input, and overflow where running statistics are far from the batches'.
@@ -104,16 +114,31 @@ def warnings(entry, args):
             f"no test result for epoch {epoch}: the features are not finite in evaluation; training goes on. This "
             "happens in the first epochs, when batch norm's running statistics lag behind; if it lasts, lower --lr"
         )
-    if "at_ln2" not in entry:  # the rest of a resumed epoch was too short for a reading
-        return
-    distances = f"distances within identities {entry['distance_within']:.3g}, across {entry['distance_across']:.3g}"
-    if entry["beyond_clamp"] > 0.5 and args.weighting == "published":
+    if entry["accuracy"] < ACCURACY_FALL * before.get("accuracy", 0):
+        yield (
+            f"the classifier finds {entry['accuracy']:.1%} of the images, after {before['accuracy']:.1%} in the epoch "
+            f"before: the run is collapsing; start anew with {REMEDY}"
+        )
+
+    weighted = "weighting" in signature(METHODS[args.method].triplet).parameters
+    due = (epoch - 1) * steps < TRIPLET_STEPS <= epoch * steps  # the first epoch that begins after so many
+    if weighted and due and entry["triplet"] > TRIPLET_LIMIT:
+        yield (
+            f"the triplet loss is {entry['triplet']:.3g}; after {TRIPLET_STEPS} steps, a run that trains is below "
+            f"{TRIPLET_LIMIT:g}: lower --lr, or start anew with {REMEDY}"
+        )
+
+    def begins(name):
+        return before.get(name, 0) <= 0.5 < entry.get(name, 0)  # a short rest of a resumed epoch has no reading
+
+    distances = "distances within identities {distance_within:.3g}, across {distance_across:.3g}"
+    if begins("beyond_clamp") and args.weighting == "published":
         yield (
             f"{entry['beyond_clamp']:.0%} of the anchors are beyond the triplet's clamp and get no gradient from it "
-            f"({distances}): if the identity loss does not fall either, use --weighting stable"
+            f"({distances.format(**entry)}): start anew with {REMEDY}"
         )
-    if entry["at_ln2"] > 0.5:
+    if begins("at_ln2"):
         yield (
             f"{entry['at_ln2']:.0%} of the anchors are at ln 2, as near to other people as to their own, where the "
-            f"squared triplet has no gradient ({distances}): use --weighting stable"
+            f"squared triplet has no gradient ({distances.format(**entry)}): start anew with {REMEDY}"
         )

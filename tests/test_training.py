@@ -51,11 +51,11 @@ class Criterion:
             value = value * math.inf
         if self.step in self.bad.get("gradient", ()):
             value = value + (output.mean() * 0).sqrt()  # 0, with an infinite slope
-        return Losses(*[value] * 5)
+        return Losses(*[value] * len(Losses._fields))
 
     def health(self, output, labels):
         self.read.append(self.step)
-        return Losses(*[torch.tensor(float(self.step))] * 5)
+        return Losses(*[torch.tensor(float(self.step))] * len(Losses._fields))
 
 
 def batches(steps):
@@ -114,7 +114,7 @@ def test_a_network_with_a_weight_that_is_not_finite_is_not_returned(broken):
 
     class Blind(Criterion):
         def __call__(self, output, labels):
-            return Losses(*[torch.zeros((), requires_grad=True)] * 5)
+            return Losses(*[torch.zeros((), requires_grad=True)] * len(Losses._fields))
 
     with pytest.raises(Diverged, match="is not finite from step 3 on"):
         engine.train_epoch(TrainStep(net, Blind(), augment, CPU), torch.optim.Adam(net.parameters()), batches(3))
@@ -204,23 +204,46 @@ def test_the_clamp_is_told(far_apart, sysu_tree, tmp_path, capsys):
     assert "of the anchors are beyond the triplet's clamp and get no gradient" in capsys.readouterr().out
 
 
+def test_accuracy_is_the_share_of_images_whose_identity_has_the_largest_logit():
+    labels = torch.tensor([0, 1, 2, 2])
+    logits = torch.eye(3)[[0, 2, 2, 1]] - 5.0
+    output = Output(torch.randn(4, 8), logits, None)
+    assert MethodLoss("base")(output, labels).accuracy == 0.5
+    three_embeddings = Output(torch.randn(12, 8), torch.cat([logits, logits, torch.eye(3)[labels]]), None)
+    assert MethodLoss("base")(three_embeddings, labels).accuracy == pytest.approx(8 / 12)
+
+
+STUCK = {"at_ln2": 0.6}
+CLAMPED = {"beyond_clamp": 0.6}
+
+
 @pytest.mark.parametrize(
-    ("change", "weighting", "words"),
+    ("change", "before", "flags", "words"),
     [
-        ({"at_ln2": 0.6}, "published", "60% of the anchors are at ln 2.*use --weighting stable"),
-        ({"beyond_clamp": 0.6}, "published", "60% of the anchors are beyond the.*clamp.*use --weighting stable"),
-        ({"beyond_clamp": 0.6}, "exact", None),
-        ({"at_ln2": 0.5, "beyond_clamp": 0.5}, "published", None),
-        ({"epoch": 1}, "published", None),
-        ({"epoch": 2}, "published", "no test result for epoch 2: the features are not finite in evaluation"),
-        ({"epoch": 100}, "published", "no test result for epoch 100"),
-        ({"epoch": 2, "FC/Rank-1": 3.0}, "published", None),
+        (STUCK, {}, "", "60% of the anchors are at ln 2.*start anew with --square 0"),
+        (STUCK, {"at_ln2": 0.5}, "", "60% of the anchors are at ln 2"),
+        (STUCK, {"at_ln2": 0.51}, "", None),
+        (CLAMPED, {}, "--weighting published --square 1", "60% of the anchors are beyond the.*clamp.*--square 0"),
+        (CLAMPED, CLAMPED, "--weighting published --square 1", None),
+        (CLAMPED, {}, "--weighting exact", None),
+        ({"at_ln2": 0.5, "beyond_clamp": 0.5}, {}, "--weighting published", None),
+        ({"accuracy": 0.79}, {"accuracy": 1.0}, "", "the classifier finds 79.0% of the images, after 100.0% in the"),
+        ({"accuracy": 0.81}, {"accuracy": 1.0}, "", None),
+        ({"epoch": 3, "triplet": 2.1}, {"triplet": 9.0}, "", "the triplet loss is 2.1; after 300 steps, a run that"),
+        ({"epoch": 3, "triplet": 1.9}, {"triplet": 9.0}, "", None),
+        ({"epoch": 3, "triplet": 2.1}, {}, "--method base", None),
+        ({"triplet": 9.0}, {}, "", None),  # the epoch begins after 100 steps
+        ({"epoch": 5, "triplet": 9.0}, {"triplet": 9.0}, "", None),  # was said in epoch 3
+        ({"epoch": 1}, {}, "", None),
+        ({"epoch": 2}, {}, "", "no test result for epoch 2: the features are not finite in evaluation"),
+        ({"epoch": 100}, {}, "", "no test result for epoch 100"),
+        ({"epoch": 2, "FC/Rank-1": 3.0}, {}, "", None),
     ],
 )
-def test_warnings(change, weighting, words):
-    entry = {"epoch": 1, "beyond_clamp": 0.0, "at_ln2": 0.0, "distance_within": 1.0, "distance_across": 1.0} | change
-    args = parse("--weighting", weighting)
-    told = list(warnings(entry, args))
+def test_warnings(change, before, flags, words):
+    health = dict.fromkeys(("beyond_clamp", "at_ln2", "accuracy", "triplet"), 0.0)
+    entry = health | {"epoch": 1, "distance_within": 1.0, "distance_across": 1.0} | change
+    told = list(warnings(entry, before, parse(*flags.split()), steps=100))
     assert len(told) == bool(words)
     assert re.match(words or "", "".join(told))
 
