@@ -321,7 +321,7 @@ METHODS = {
         _AGW | {"attention": True, "gray": True},
         _squared,
         augmentation="curve",
-        recipe={"weighting": "stable", "epochs": 134, "warmup": 13, "milestones": [27, 67]},
+        recipe={"weighting": "stable", "square": 1, "epochs": 134, "warmup": 13, "milestones": [27, 67]},
     ),
 }
 

@@ -91,8 +91,10 @@ def get_args_parser():
         "large distances), exact (a true softmax; from a start with large distances it may collapse at ln 2), or "
         "stable (a true softmax of distances divided by their mean, so that the loss does not depend on scale)",
     )
-    text = "square the triplet's difference of distances (caj, adp, gfm2); choose 0 to train from random weights"
-    flag("--square", **SWITCH, help=text)
+    text = (
+        "1 squares the triplet's difference of distances (caj, adp, gfm2), as published: see docs/reproduction.md first"
+    )
+    flag("--square", type=int, choices=(0, 1), default=0, help=text)
     text = "margin of the hard (base, deen) and local (adp) triplets, and of the circle loss (dns)"
     flag("--margin", type=bounded(float, 0), default=0.3, help=text)
     text = "sharpness of the triplet's weights (caj, adp, gfm2)"

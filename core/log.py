@@ -17,7 +17,6 @@ from utils import process_index
 # Signs that a run does not train: from public logs on real images, see docs/training.md.
 ACCURACY_FALL = 0.8  # an epoch's accuracy below this share of that of the epoch before
 TRIPLET_LIMIT, TRIPLET_STEPS = 2.0, 300  # a weighted triplet loss above this, so many steps after the start
-REMEDY = "--square 0"
 
 
 class RunLog:
@@ -107,7 +106,12 @@ def warnings(entry, before, args, steps):
 
     before: the entry of the epoch before, or {}. What lasts is said in the first epoch that has it.
     """
-    epoch = entry["epoch"]
+    epoch, taken = entry["epoch"], signature(METHODS[args.method].triplet).parameters
+    remedy = "lower --lr"
+    if "weighting" in taken and args.weighting != "stable":
+        remedy = (
+            "start anew with --square 0" if args.square and "square" in taken else "start anew with --weighting stable"
+        )
     if (epoch % args.eval_every == 0 or epoch == args.epochs - 1) and "FC/Rank-1" not in entry:
         # Non-local blocks are cubic in their input, and overflow where running statistics are far from the batches'.
         yield (
@@ -117,15 +121,14 @@ def warnings(entry, before, args, steps):
     if entry["accuracy"] < ACCURACY_FALL * before.get("accuracy", 0):
         yield (
             f"the classifier finds {entry['accuracy']:.1%} of the images, after {before['accuracy']:.1%} in the epoch "
-            f"before: the run is collapsing; start anew with {REMEDY}"
+            f"before: the run is collapsing; {remedy}"
         )
 
-    weighted = "weighting" in signature(METHODS[args.method].triplet).parameters
     due = (epoch - 1) * steps < TRIPLET_STEPS <= epoch * steps  # the first epoch that begins after so many
-    if weighted and due and entry["triplet"] > TRIPLET_LIMIT:
+    if "weighting" in taken and due and entry["triplet"] > TRIPLET_LIMIT:
         yield (
             f"the triplet loss is {entry['triplet']:.3g}; after {TRIPLET_STEPS} steps, a run that trains is below "
-            f"{TRIPLET_LIMIT:g}: lower --lr, or start anew with {REMEDY}"
+            f"{TRIPLET_LIMIT:g}: {remedy}"
         )
 
     def begins(name):
@@ -135,10 +138,10 @@ def warnings(entry, before, args, steps):
     if begins("beyond_clamp") and args.weighting == "published":
         yield (
             f"{entry['beyond_clamp']:.0%} of the anchors are beyond the triplet's clamp and get no gradient from it "
-            f"({distances.format(**entry)}): start anew with {REMEDY}"
+            f"({distances.format(**entry)}): {remedy}"
         )
     if begins("at_ln2"):
         yield (
             f"{entry['at_ln2']:.0%} of the anchors are at ln 2, as near to other people as to their own, where the "
-            f"squared triplet has no gradient ({distances.format(**entry)}): start anew with {REMEDY}"
+            f"squared triplet has no gradient ({distances.format(**entry)}): {remedy}"
         )

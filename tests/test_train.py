@@ -39,7 +39,7 @@ BY_METHOD = [["--method", method, "--schedule", "step"] for method in METHODS]
 @pytest.mark.slow
 def test_run_writes_what_it_promises(trained):
     result, out = trained
-    name = "sysu_adp_joint_co_nog_ch_nog_sq1_aug_G_erase_0.5_p2_n4_lr_0.01_seed_0_9_adam"
+    name = "sysu_adp_joint_co_nog_ch_nog_sq0_aug_G_erase_0.5_p2_n4_lr_0.01_seed_0_9_adam"
     assert sorted(file.name for file in (out / "models").glob("*.t")) == [
         f"{name}_{kind}.t" for kind in ("best", "epoch_1", "epoch_2", "last")
     ]
@@ -62,8 +62,8 @@ def test_run_writes_what_it_promises(trained):
     "more",
     [
         ["--method", "base", "--optim", "sgd", "--augc", "0", "--rande", "0"],
-        ["--method", "agw", "--share_net", "1", "--amp", "bf16", "--square", "0"],
-        ["--method", "caj", "--square", "0", "--weighting", "published", "--mode", "indoor"],
+        ["--method", "agw", "--share_net", "1", "--amp", "bf16", "--square", "1"],
+        ["--method", "caj", "--square", "1", "--weighting", "published", "--mode", "indoor"],
         pytest.param(
             ["--method", "adp", "--share_net", "5", "--alpha", "2", "--gamma", "0.5", "--margin", "0.1"],
             marks=pytest.mark.slow,
@@ -115,18 +115,20 @@ def test_every_flag_is_read(tiny_tree, tmp_path, monkeypatch):
 )
 def test_flags_of_the_loss_that_a_method_does_not_use_are_named(method, unused):
     recipe = vars(parse("--method", method))
-    changed = ["--alpha", "2", "--gamma", "3", "--margin", "0.1", "--square", "0", "--weighting", "exact"]
+    square = 1 - recipe["square"]
+    changed = ["--alpha", "2", "--gamma", "3", "--margin", "0.1", "--square", str(square), "--weighting", "exact"]
     assert train_ext_test0.unused_flags(parse("--method", method, *changed), recipe) == unused.split()
     assert train_ext_test0.unused_flags(parse("--method", method), recipe) == []
     without = parse("--method", "adp", "--local", "0", "--margin", "0.1")
     assert train_ext_test0.unused_flags(without, vars(parse())) == ["--margin"]
 
 
-def test_defaults_are_the_paper_s_recipe():
+def test_defaults_are_the_paper_s_recipe_but_for_the_square():
     args = parse()
-    assert train_ext_test0.run_name(args) + "_best.t" == (
-        "sysu_adp_joint_co_nog_ch_nog_sq1_aug_G_erase_0.5_p4_n8_lr_0.1_seed_0_9_best.t"
-    )
+    name = "sysu_adp_joint_co_nog_ch_nog_sq{}_aug_G_erase_0.5_p4_n8_lr_0.1_seed_0_9"
+    assert (train_ext_test0.run_name(args), args.weighting) == (name.format(0), "published")
+    assert train_ext_test0.run_name(parse("--weighting", "published", "--square", "1")) == name.format(1)
+    assert (parse("--method", "gfm2").weighting, parse("--method", "gfm2").square) == ("stable", 1)
     assert (args.arch, args.weights, args.share_net, args.epochs) == ("resnet50", "imagenet", 2, 101)
     assert (args.img_h, args.img_w, args.margin, args.alpha, args.gamma) == (288, 144, 0.3, 1, 1)
 

@@ -220,7 +220,7 @@ CLAMPED = {"beyond_clamp": 0.6}
 @pytest.mark.parametrize(
     ("change", "before", "flags", "words"),
     [
-        (STUCK, {}, "", "60% of the anchors are at ln 2.*start anew with --square 0"),
+        (STUCK, {}, "--square 1", "60% of the anchors are at ln 2.*: start anew with --square 0$"),
         (STUCK, {"at_ln2": 0.5}, "", "60% of the anchors are at ln 2"),
         (STUCK, {"at_ln2": 0.51}, "", None),
         (CLAMPED, {}, "--weighting published --square 1", "60% of the anchors are beyond the.*clamp.*--square 0"),
@@ -228,6 +228,9 @@ CLAMPED = {"beyond_clamp": 0.6}
         (CLAMPED, {}, "--weighting exact", None),
         ({"at_ln2": 0.5, "beyond_clamp": 0.5}, {}, "--weighting published", None),
         ({"accuracy": 0.79}, {"accuracy": 1.0}, "", "the classifier finds 79.0% of the images, after 100.0% in the"),
+        ({"accuracy": 0.7}, {"accuracy": 1.0}, "", ".*the run is collapsing; start anew with --weighting stable$"),
+        ({"accuracy": 0.7}, {"accuracy": 1.0}, "--method agw --square 1", ".*start anew with --weighting stable$"),
+        ({"accuracy": 0.7}, {"accuracy": 1.0}, "--method gfm2", ".*the run is collapsing; lower --lr$"),
         ({"accuracy": 0.81}, {"accuracy": 1.0}, "", None),
         ({"epoch": 3, "triplet": 2.1}, {"triplet": 9.0}, "", "the triplet loss is 2.1; after 300 steps, a run that"),
         ({"epoch": 3, "triplet": 1.9}, {"triplet": 9.0}, "", None),
