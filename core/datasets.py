@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import data_manager
-from data_loader import listed_train, sysu_train
+from data_loader import check_prepared, listed_train, sysu_train
 from eval_metrics import REGDB_RULES, SYSU_RULES, Rules
 from utils import InputError
 
@@ -186,6 +186,7 @@ def sysu_searches(
     They are those of `process_query_sysu` and `process_gallery_sysu`, but folders and permutations are read once. The
     official protocol among others is left out, with a note, where its file is missing.
     """
+    check_prepared(data_path)
     test = Searches("sysu")
     if len(protocol) > 1 and not (file := data_manager.permutations_file(data_path)).is_file():
         protocol = ("seeded",)
