@@ -194,11 +194,13 @@ def edited(tree, change):
 def test_arrays_of_other_people_than_the_lists_have_are_refused(own_tree, change, words, use):
     lists, identity = edited(own_tree, change)
     rewrite(own_tree, **lists)
+    uses = {
+        "training": lambda: sysu_train(own_tree, SIZE),
+        "choosing by val ids": lambda: sysu_train(own_tree, SIZE, "val"),
+        "testing": lambda: sysu_searches(own_tree),
+    }
     with pytest.raises(InputError, match=words.format(identity)) as refused:
-        if use == "testing":
-            sysu_searches(own_tree)
-        else:
-            sysu_train(own_tree, SIZE, select="test" if use == "training" else "val")
+        uses[use]()
     if use == "testing" and change != "also a test id":
         command = str(refused.value).partition("; run: python pre_process_sysu.py ")[2].split()
         pre_process_sysu.main(command)
