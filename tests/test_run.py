@@ -20,7 +20,7 @@ from core.files import atomic
 from core.log import RunLog
 from core.run import SaveTimer, run_lock
 from model import GFMNet
-from utils import InputError
+from utils import InputError, seed_everything
 
 # ---- lock
 
@@ -306,6 +306,27 @@ def test_a_resumed_run_neither_reports_nor_overwrites_what_another_kept(kind, be
     assert [*models.glob("*.t")] == [kept]
     shutil.rmtree(tmp_path / "b" / "log")
     assert story.kept(story.tell([*ranks, 5.0], resume=last, models=tmp_path / "c")["best"]) == (best, max(ranks))
+
+
+def test_the_first_of_equal_epochs_is_the_best(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    story = Story(tmp_path)
+    result = story.tell([20.0, 30.0, 30.0, 30.0], resume=None)
+    assert (result["metrics"]["epoch"], story.kept(result["best"])) == (1, (1, 30.0))
+
+
+def test_every_epoch_and_every_process_draws_anew(tmp_path, monkeypatch):
+    run, drawn = core.run.Run("run", parse("--seed", "3", "--model_path", str(tmp_path)), {}), []
+    run.device = torch.device("cpu")
+    for epoch in range(3):
+        for index in range(3):
+            monkeypatch.setattr(core.run, "process_index", lambda index=index: index)
+            for _ in range(2):
+                run.begin_epoch(epoch)
+                drawn.append(torch.rand(4).tolist())
+    assert drawn[::2] == drawn[1::2]
+    seed_everything(3)  # the network's
+    assert len({tuple(draws) for draws in [*drawn, torch.rand(4).tolist()]}) == 10
 
 
 def test_a_resume_names_all_flags_that_differ(one_epoch, tiny_tree, tmp_path):
