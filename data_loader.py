@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from core.files import atomic
 from core.images import check_readable, missing_image, read_image, write_images
-from data_manager import check_data_folder, read_ids, read_list
+from data_manager import SYSU_INFRARED, SYSU_VISIBLE, check_data_folder, read_list, read_splits, sysu_images
 from utils import InputError, cores, leave_signals_to_the_main_process, process_count, process_index, progress
 
 UPLOAD_BLOCK = 1024  # images that are copied to a device at a time
@@ -41,42 +41,91 @@ class TrainData(NamedTuple):
 
 
 def sysu_train_files(data_path):
-    """The four files that `pre_process_sysu.py` writes and training reads, in TrainData's order."""
+    """The files that `pre_process_sysu.py` writes and training reads: four arrays in TrainData's order, and the ids
+    that the labels number."""
     names = ("train_rgb_resized_img", "train_rgb_resized_label", "train_ir_resized_img", "train_ir_resized_label")
-    return [Path(data_path) / f"{name}.npy" for name in names]
+    return [Path(data_path) / f"{name}.npy" for name in (*names, "train_ids")]
 
 
 def sysu_train(data_path, size, select="test"):
     """SYSU-MM01's prepared training arrays, at size = (height, width).
 
     They hold train and val ids. With select="val", where the val ids choose the epoch, images of val ids are left out.
+    Arrays of other people than the lists have now are an InputError.
     """
     check_data_folder(data_path)
-    files = sysu_train_files(data_path)
-    remedy = f"run: python pre_process_sysu.py --data_path {data_path} --img_h {size[0]} --img_w {size[1]}"
+    sizes = " ".join(f"{flag} {pixels}" for flag, pixels in zip(("--img_h", "--img_w"), size, strict=False))
+    remedy = f"run: python pre_process_sysu.py --data_path {data_path} {sizes}"
+    *files, ids_file = sysu_train_files(data_path)
     visible, visible_labels, infrared, infrared_labels = _prepared_arrays(files, size, remedy)
+    splits = read_splits(data_path)
+    identities = np.array(sorted(splits["train"] | splits["val"]))
+    if ids_file.exists():
+        _check_ids(_load_prepared(ids_file, remedy), splits, data_path, remedy)
+    if (count := len(np.union1d(visible_labels, infrared_labels))) != len(identities):
+        raise InputError(
+            f"{data_path}: arrays of {count} ids are prepared, but exp/train_id.txt and val_id.txt list "
+            f"{len(identities)}; {remedy}"
+        )
+    if not ids_file.exists():  # of an older version, or of the published script: the numbers of images must do
+        _check_images(visible_labels, identities, SYSU_VISIBLE["all"], data_path, remedy)
+        _check_images(infrared_labels, identities, SYSU_INFRARED, data_path, remedy)
     if select == "val":
         # Labels number the train and val ids. Number the train ids anew.
-        train = read_ids(data_path, "train")
-        identities = np.union1d(train, read_ids(data_path, "val"))
-        if max(visible_labels.max(), infrared_labels.max()) >= len(identities):
-            raise InputError(f"{files[1]}: has labels beyond the {len(identities)} train and val ids; {remedy}")
-        trained = np.isin(identities, train)
+        trained = np.isin(identities, [*splits["train"]])
         label = np.where(trained, trained.cumsum() - 1, -1)
         visible_labels, infrared_labels = label[visible_labels], label[infrared_labels]
     return TrainData(visible, visible_labels, infrared, infrared_labels)
 
 
+def check_prepared(data_path):
+    """Before a test: raise InputError for arrays, if there are any, that `sysu_train` would refuse: networks that were
+    trained on them may know people who are now in the test."""
+    *files, _ = sysu_train_files(data_path)
+    if all(file.exists() for file in files):
+        remedy = f"run: python pre_process_sysu.py --data_path {data_path}"
+        sysu_train(data_path, _load_prepared(files[0], remedy).shape[1:3])
+
+
+def _check_ids(prepared, splits, data_path, remedy):
+    """Raise InputError unless the prepared ids are those of the lists."""
+    prepared, listed = set(prepared.ravel().tolist()), splits["train"] | splits["val"]
+    if other := prepared & splits["test"]:
+        problem = f"id {min(other)} is a test id now, but was prepared for training"
+    elif other := prepared - listed:
+        problem = f"id {min(other)} was prepared for training, but is now in none of the lists exp/*_id.txt"
+    elif other := listed - prepared:
+        problem = f"id {min(other)} is in exp/train_id.txt or val_id.txt now, but was not prepared"
+    else:
+        return
+    raise InputError(f"{data_path}: {problem}; {remedy}")
+
+
+def _check_images(labels, identities, cameras, data_path, remedy):
+    """Raise InputError unless labels number as many images of each id as its folders have, where they still exist."""
+    try:
+        _, ids, _ = sysu_images(data_path, identities, cameras)
+    except InputError:
+        return
+    prepared, images = (np.bincount(n, minlength=len(identities)) for n in (labels, np.searchsorted(identities, ids)))
+    for i in np.flatnonzero((images > 0) & (images != prepared)):
+        raise InputError(
+            f"{data_path}: id {identities[i]} has {images[i]} images in cameras {', '.join(map(str, cameras))}, but "
+            f"{prepared[i]} were prepared under its number; {remedy}"
+        )
+
+
+def _load_prepared(file, remedy):
+    """One of `sysu_train_files`; remedy: how InputErrors end."""
+    try:
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{file}: cannot be read as a prepared array ({type(error).__name__}); {remedy}") from error
+
+
 def _prepared_arrays(files, size, remedy):
-    """The contents of `sysu_train_files`, checked; remedy: how InputErrors end."""
-    arrays = []
-    for file in files:
-        try:
-            arrays.append(np.load(file, mmap_mode="r", allow_pickle=False))
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(
-                f"{file}: cannot be read as a prepared array ({type(error).__name__}); {remedy}"
-            ) from error
+    """The four arrays of `sysu_train_files`, checked; remedy: how InputErrors end."""
+    arrays = [_load_prepared(file, remedy) for file in files]
     for (file, images), labels in zip(zip(files[::2], arrays[::2], strict=True), arrays[1::2], strict=True):
         if images.shape[1:] != (*size, 3) or images.dtype != np.uint8:
             raise InputError(f"{file}: has {images.dtype} {images.shape[1:]}, not uint8 {(*size, 3)}; {remedy}")

@@ -7,6 +7,7 @@ names the file.
 import os
 import random
 import re
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -197,6 +198,17 @@ def read_ids(data_path, split, folder="exp"):
         double = next(identity for identity in ids if ids.count(identity) > 1)
         raise InputError(f"{path}: lists id {double} twice; remove one")
     return ids
+
+
+def read_splits(data_path):
+    """SYSU-MM01's ids, {"train", "val", "test": set}. An id in two of the lists is an InputError."""
+    splits = {split: set(read_ids(data_path, split)) for split in ("train", "val", "test")}
+    for one, other in combinations(splits, 2):
+        if both := splits[one] & splits[other]:
+            raise InputError(
+                f"{data_path}: id {min(both)} is in exp/{one}_id.txt and in exp/{other}_id.txt; remove it from one"
+            )
+    return splits
 
 
 def read_list(data_path, name):

@@ -3,12 +3,11 @@
     python pre_process_sysu.py --data_path ../data/SYSU-MM01/
 
 Writes train_rgb_resized_img.npy and train_ir_resized_img.npy (uint8 [N, H, W, 3], Lanczos) and, beside them,
-..._label.npy (the number of the id among the sorted training ids) into the data path.
+..._label.npy (the number of the id among the sorted training ids) and train_ids.npy (those ids) into the data path.
 """
 
 from collections import Counter
 from contextlib import ExitStack, suppress
-from itertools import combinations
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from core.datasets import DATASETS
 from core.files import atomic, flush, writing
 from core.images import check_readable, write_images
 from data_loader import sysu_train_files
-from data_manager import SYSU_INFRARED, SYSU_VISIBLE, read_ids, sysu_images
+from data_manager import SYSU_INFRARED, SYSU_VISIBLE, read_splits, sysu_images
 from utils import ArgumentParser, InputError, bounded, cli
 
 
@@ -32,12 +31,7 @@ def get_args_parser():
 def main(argv=None):
     """Returns {split: {camera: images}}, with "train" and "val" as splits."""
     args = get_args_parser().parse_args(argv)
-    splits = {split: set(read_ids(args.data_path, split)) for split in ("train", "val", "test")}
-    for one, other in combinations(splits, 2):
-        if both := splits[one] & splits[other]:
-            raise InputError(
-                f"{args.data_path}: id {min(both)} is in exp/{one}_id.txt and in exp/{other}_id.txt; remove it from one"
-            )
+    splits = read_splits(args.data_path)
     del splits["test"]
     identities = sorted(splits["train"] | splits["val"])
     kinds = {"visible": SYSU_VISIBLE["all"], "infrared": SYSU_INFRARED}
@@ -48,8 +42,9 @@ def main(argv=None):
     with ExitStack() as stack:
         temporary = [stack.enter_context(atomic(file)) for file in files]
         write_arrays(args, identities, images, files, temporary)
-        # All four are whole. Before they take their names, the old ones step aside, so that a crash among the renames
-        # leaves neither a mixed set nor less than there was.
+        # All are whole. Before they take their names, the old ones step aside, so that a crash among the renames leaves
+        # neither a mixed set nor less than there was. The ids go last and, as the stack unwinds, come first: arrays are
+        # never without theirs.
         aside = [file.with_suffix(".npy.old") for file in files]
         for file, old in zip(files, aside, strict=True):
             with suppress(FileNotFoundError):
@@ -64,11 +59,11 @@ def main(argv=None):
 
 
 def write_arrays(args, identities, images, files, temporary):
-    """Write the four arrays to `temporary`, which become `files`. images {kind: (paths, ids, cameras)}: unreadable ones
+    """Write the arrays to `temporary`, which become `files`. images {kind: (paths, ids, cameras)}: unreadable ones
     are taken out with --skip_bad, and are an InputError without it."""
     size, unreadable = (args.img_h, args.img_w), {}
-    outs = dict(zip(images, temporary[::2], strict=True))
-    for (kind, (paths, _, _)), file in zip(images.items(), files[::2], strict=True):
+    outs = dict(zip(images, temporary[:4:2], strict=True))
+    for (kind, (paths, _, _)), file in zip(images.items(), files[:4:2], strict=True):
         with writing(file):
             unreadable[kind] = write_images(paths, size, outs[kind], desc=kind)
     if not args.skip_bad:
@@ -84,9 +79,10 @@ def write_arrays(args, identities, images, files, temporary):
             again = write_images(images[kind][0], size, outs[kind], desc=f"{kind}, without {len(errors)}")
             check_readable([*again.values()], len(images[kind][0]))
     check_identities(args.data_path, identities, images)
-    for (_, ids, _), file in zip(images.values(), temporary[1::2], strict=True):
+    labels = [np.searchsorted(identities, ids) for _, ids, _ in images.values()]
+    for values, file in zip([*labels, identities], [*temporary[1:4:2], temporary[4]], strict=True):
         with file.open("wb") as stream:
-            np.save(stream, np.searchsorted(identities, ids))
+            np.save(stream, values)
     for file in temporary:
         flush(file)
 

@@ -31,9 +31,10 @@ class Checkpoint:
     best: dict  # of the best tested epoch so far: "epoch" and its FC metrics; only {"Rank-1": -1.0} before the first
     selection: str | None = None  # the epoch was chosen on "test" or "val" ids; "none": it was not; None: unknown
     num_images: list | None = None  # visible, infrared images that it was trained on; None: unknown
-    processes: int = 1  # that trained it, each with a share of the batch; version 1 calls it "ranks"
+    processes: int = 1  # that trained it, each with a share of the batch
     # Of ..._last.t only:
     optimizer: dict | None = None  # its state dict
+    replaced: dict | None = None  # `best` of the file that this epoch's takes the place of, if it is the best so far
     # Of a ..._last.t that was saved within an epoch, `epoch` + 1:
     sums: dict | None = None  # `EpochMeter.to_checkpoint()`
     within: dict | None = None  # "generators": `distributed.generator_states`
@@ -86,11 +87,15 @@ def load_checkpoint(path):
 
 
 def load_training_state(path):
-    """Read a ..._last.t, of any version -> Checkpoint. Raises InputError when it lacks something."""
+    """Read a ..._last.t -> Checkpoint. Raises InputError when it lacks something, or is of an earlier version."""
     content = load_checkpoint(path)
     if "optimizer" not in content:
         raise InputError(f"{path}: holds no training state; resume from a ..._last.t")
-    content = {"processes": content.get("ranks", 1)} | content
+    if content.get("version", 1) != VERSION:
+        raise InputError(
+            f"{path}: an earlier version of this code began this run, with another order of erasing and one step less "
+            "in an epoch; train anew"
+        )
     known = {field.name for field in fields(Checkpoint)}
     try:
         return Checkpoint(**{name: value for name, value in content.items() if name in known})

@@ -4,16 +4,19 @@ To add a data set, write its `train` and `searches` and add a `DataSet` to `DATA
 follow from it.
 """
 
+import hashlib
 import itertools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 import data_manager
-from data_loader import listed_train, sysu_train
+from data_loader import check_prepared, listed_train, sysu_train
 from eval_metrics import REGDB_RULES, SYSU_RULES, Rules
 from utils import InputError
 
@@ -73,6 +76,18 @@ def check_options(args):
             )
     if getattr(args, "tvsearch", False) and len(dataset.directions) < 2:
         raise InputError(f"--tvsearch: {dataset.name} is searched from {dataset.directions[0]} only; leave it out")
+
+
+def fingerprint(dataset, data_path):
+    """SHA-256, in hexadecimal, of the lists in a data set's folder and of the names and sizes of its test images. It
+    tells data sets apart, whatever their folders are called."""
+    digest = hashlib.sha256()
+    for file in sorted(file for folder in ("exp", "idx") for file in Path(data_path, folder).glob("*.txt")):
+        digest.update(file.name.encode() + file.read_bytes())
+    for paths in DATASETS[dataset].searches(data_path).paths.values():
+        for path in paths:
+            digest.update(f"{Path(path).relative_to(data_path)} {os.path.getsize(path)}\n".encode())
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------- searches
@@ -186,6 +201,7 @@ def sysu_searches(
     They are those of `process_query_sysu` and `process_gallery_sysu`, but folders and permutations are read once. The
     official protocol among others is left out, with a note, where its file is missing.
     """
+    check_prepared(data_path)
     test = Searches("sysu")
     if len(protocol) > 1 and not (file := data_manager.permutations_file(data_path)).is_file():
         protocol = ("seeded",)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from core.checkpoint import VERSION, Checkpoint, find_checkpoint, load_checkpoint, load_training_state, save_checkpoint
+from core.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, load_training_state, save_checkpoint
 from core.distributed import generator_states, set_generators, wait_for_processes
 from core.files import atomic, check_folder
 from core.log import RunLog, read_json_lines
@@ -83,12 +83,9 @@ class Run:
         if self.args.resume:
             self.log.text(self._resumed_from())
         if self.resumed:
+            if not self._begun:
+                self._keep(self.first_epoch - 1)  # a kill may have come between the save of the epoch and this
             self._bring_best()
-            if self._version < VERSION:
-                self.log.text(
-                    "warning: an earlier version of this code began this run, with another order of erasing and one "
-                    "step less in an epoch; train anew to report its result as that of one recipe"
-                )
         else:
             # Before the first log entry: a log without a checkpoint then belongs to another run and is never erased.
             self._save_last(-1)
@@ -132,16 +129,14 @@ class Run:
 
     def end_epoch(self, entry):
         """Log an epoch's entry, a flat dict, and save. It is the best if its "FC/Rank-1" is the highest so far."""
-        epoch = entry["epoch"]
+        epoch, replaced = entry["epoch"], self.best
         self.log.epoch(entry)
         if entry.get("FC/Rank-1", -1) > self.best["Rank-1"]:
             scores = {name.removeprefix("FC/"): value for name, value in entry.items() if name.startswith("FC/")}
             self.best = {"epoch": epoch, **scores}
-            self._save(self.best_path, epoch, selection=self.args.select)
-        if epoch % self.args.save_epoch == 0 and epoch > 0:
-            self._save(self.last_path.with_name(f"{self.name}_epoch_{epoch}.t"), epoch)
-        # Last: a run killed before this line repeats the epoch and writes the files above again.
-        self._save_last(epoch)
+        # First: a run killed before this line repeats the epoch; one killed after it writes the others when resumed.
+        self._save_last(epoch, replaced=replaced)
+        self._keep(epoch)
 
     def finish(self):
         """Log the best epoch -> {"best", "last", "log": paths; "metrics": the best epoch's}."""
@@ -158,6 +153,14 @@ class Run:
             )
         paths = {"best": self.best_path if tested else None, "last": self.last_path, "log": self.log_path}
         return {kind: path and str(path) for kind, path in paths.items()} | {"metrics": self.best}
+
+    def _keep(self, epoch):
+        """Save what is kept of an epoch that has just ended: of the best, and of every so many."""
+        if epoch == self.best.get("epoch"):
+            self._save(self.best_path, epoch, selection=self.args.select)
+        kept = self.last_path.with_name(f"{self.name}_epoch_{epoch}.t")
+        if epoch % self.args.save_epoch == 0 and epoch > 0 and not kept.exists():
+            self._save(kept, epoch)
 
     def _save_last(self, epoch, **within):
         self._save(self.last_path, epoch, optimizer=self.optimizer.state_dict(), **within)
@@ -184,19 +187,14 @@ class Run:
             path = last if last.exists() else None
         else:
             path = find_checkpoint(resume, self.args.model_path) if resume else None
-        former = last.with_name(last.name.replace("_exact_last.t", "_last.t"))  # exact was the default once
-        renamed = resume == "auto" and not path and former.exists()
-        if renamed and load_checkpoint(former).get("args", {}).get("weighting") == "exact":
-            raise InputError(f"{former}: is this run's checkpoint under its old name; pass --resume {former.name}")
         if last.exists() and not (path and last.samefile(path)):
             other = f", and --resume {resume} names another file" if path else ""
             raise InputError(
                 f"{last}: already exists{other}; continue that run with --resume auto, choose another --model_path and "
                 "--log_path, or delete it"
             )
-        kept = [self.best_path, *last.parent.glob(f"{glob.escape(self.name)}_epoch_*.t")]
-        if not path and (old := next((file for file in kept if file.exists()), None)):
-            raise InputError(f"{old}: already exists, of an earlier run; choose another --model_path, or delete it")
+        if not path:
+            self._check_kept()
         if read_json_lines(self.log_path) and not path:
             raise InputError(
                 f"{self.log_path}: already contains another run's log; delete it or choose another --log_path"
@@ -206,7 +204,6 @@ class Run:
     def _load(self):
         path, checkpoint = self.resumed, load_training_state(self.resumed)
         self._check_same(checkpoint)
-        self._version = checkpoint.version
         try:
             self.net.load_state_dict(checkpoint.net)
             self.optimizer.load_state_dict(checkpoint.optimizer)
@@ -218,6 +215,18 @@ class Run:
                 f"{path}: is not a complete ..._last.t ({type(error).__name__}); resume from another"
             ) from error
         self._check_log(checkpoint)
+        self._check_kept(checkpoint.epoch, [self.best, checkpoint.replaced or self.best])
+
+    def _check_kept(self, epoch=-1, own=()):
+        """Raise InputError for files that this run, which has come to the end of `epoch`, would report or overwrite,
+        but has not written. own: `best` of the best checkpoint, where it has."""
+        kept = sorted(self.last_path.parent.glob(f"{glob.escape(self.name)}_epoch_*.t"))
+        epochs = [file.stem.rpartition("_")[2] for file in kept]
+        other = [file for file, n in zip(kept, epochs, strict=True) if n.isdecimal() and int(n) > epoch]
+        if self.best_path.exists() and not (own and load_checkpoint(self.best_path).get("best") in own):
+            other.append(self.best_path)
+        if other:
+            raise InputError(f"{other[0]}: already exists, of another run; choose another --model_path, or delete it")
 
     def _check_log(self, checkpoint):
         """Raise InputError for a log that this run would cut. An epoch is logged before it is saved."""
@@ -234,7 +243,7 @@ class Run:
         beside = self.resumed.with_name(self.best_path.name)
         if self.best["Rank-1"] < 0 or self.best_path.exists():
             return
-        if not beside.exists() or load_checkpoint(beside).get("epoch") != self.best["epoch"]:
+        if not beside.exists() or load_checkpoint(beside).get("best") != self.best:
             self.log.text(
                 f"warning: {beside}, of epoch {self.best['epoch']}, is gone; the best epoch is chosen from epoch "
                 f"{self.first_epoch} on"
@@ -248,12 +257,13 @@ class Run:
         """Raise InputError unless this run computes what the run of a checkpoint did."""
         path, flags = self.resumed, self.recipe | checkpoint.args
         self.args.weights = flags["weights"]  # what the run started from; not read again
-        for flag in sorted(self.recipe):
-            if flags[flag] != (value := getattr(self.args, flag)):
-                raise InputError(
-                    f"{path}: was saved with --{flag} {flags[flag]}, but this run uses --{flag} {value}; pass the same "
-                    "value to resume"
-                )
+        if other := [flag for flag in sorted(self.recipe) if flags[flag] != getattr(self.args, flag)]:
+            saved, used = (
+                " ".join(f"--{flag} {values[flag]}" for flag in other) for values in (flags, vars(self.args))
+            )
+            raise InputError(
+                f"{path}: was saved with {saved}, but this run uses {used}; pass the same values to resume"
+            )
         if checkpoint.processes != process_count():
             raise InputError(
                 f"{path}: was saved by {checkpoint.processes} processes, but this run has {process_count()}; resume "

@@ -255,6 +255,38 @@ def plain_step(net, criterion, optimizer, batch, device):
     return loss.item()
 
 
+def plain_batches(data, people, images, seed, epoch):
+    """An epoch's batches: of `people` different identities, `images` of each in either modality, with replacement."""
+    rng = np.random.default_rng([seed, epoch])
+    everybody = sorted(set(data.visible_labels) & set(data.infrared_labels))
+    for _ in range(max(len(data.visible), len(data.infrared)) // (people * images) + 1):
+        chosen = [everybody[i] for i in rng.choice(len(everybody), people, replace=False)]
+        rows = []
+        for labels in (data.visible_labels, data.infrared_labels):
+            rows.append([row for who in chosen for row in rng.choice(np.flatnonzero(labels == who), images)])
+        yield data.visible[rows[0]], data.infrared[rows[1]], data.visible_labels[rows[0]]
+
+
+def plain_training(net, steps, share):
+    """`base` and SGD with Nesterov's momentum, as the formulas read -> the loss of each step. The network changes.
+
+    steps: (rate of the head, the network's two inputs, their labels). share: of the rate, by the name of a parameter.
+    """
+    parameters = {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
+    momentum, losses = dict.fromkeys(parameters, 0), []
+    for rate, visible, infrared, labels in steps:
+        net.train()
+        output = net(visible, infrared)
+        loss = F.cross_entropy(output.logits, labels) + naive_hard_triplet(output.pooled, labels, margin=0.3)[0]
+        gradients = torch.autograd.grad(loss, parameters.values())
+        for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+            decayed = gradient + 5e-4 * parameter.detach()
+            momentum[name] = 0.9 * momentum[name] + decayed
+            parameter.data -= rate * share(name) * (decayed + 0.9 * momentum[name])
+        losses.append(loss.item())
+    return losses
+
+
 def plain_loss(output, labels):
     """GFMNet's whole loss, with the local part anchor by anchor."""
     identity = F.cross_entropy(output.logits, labels)

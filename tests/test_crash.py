@@ -23,7 +23,7 @@ import utils
 from ChannelAug import TrainAugmentation
 from conftest import SIZE, log_entries, tiny_flags
 from core.checkpoint import load_checkpoint
-from data_loader import IdentitySampler, sysu_train_files
+from data_loader import sysu_train_files
 
 REPO = Path(utils.__file__).parent
 PROCESSES = multiprocessing.get_context("forkserver")  # forked from a process that has imported everything
@@ -214,34 +214,6 @@ def test_stopped_training_goes_on_where_it_was(tiny_tree, tmp_path, monkeypatch,
     (last,) = tmp_path.glob("stopped/models/*_last.t")
     assert torch.load(last)["sums"]["step"] == int(where.split()[4])
     train_ext_test0.main(command)
-    assert_same_runs([tmp_path / "whole", tmp_path / "stopped"])
-
-
-@pytest.fixture
-def shorter_epochs():
-    """Epochs have a step less, as in earlier versions, until the test undoes it."""
-
-    def init(self, *arguments):
-        before(self, *arguments)
-        self.steps -= 1
-
-    before = IdentitySampler.__init__
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(IdentitySampler, "__init__", init)
-        yield patch
-
-
-@pytest.mark.slow
-def test_epoch_begun_when_epochs_had_a_step_less_goes_on(tiny_tree, tmp_path, shorter_epochs):
-    """Also after what was its last step: it takes the one more, and is the same epoch as one in one go."""
-    torch.set_num_threads(1)
-    command = tiny_flags(tiny_tree, tmp_path / "stopped", *MORE, "--epochs", "1", "--resume", "auto")
-    signal_at(7, signal.SIGTERM, shorter_epochs)
-    with pytest.raises(utils.Stopped, match="in epoch 0, after step 7 of 7"):
-        train_ext_test0.main(command)
-    shorter_epochs.undo()
-    train_ext_test0.main(command)
-    train_ext_test0.main(tiny_flags(tiny_tree, tmp_path / "whole", *MORE, "--epochs", "1"))
     assert_same_runs([tmp_path / "whole", tmp_path / "stopped"])
 
 

@@ -14,7 +14,7 @@ import data_loader
 import data_manager
 import pre_process_sysu
 from conftest import SIZE
-from core.datasets import regdb_train
+from core.datasets import regdb_train, sysu_searches
 from core.images import read_image
 from data_loader import IdentitySampler, TrainData, eval_loader, sysu_train, train_loader
 from utils import InputError
@@ -77,9 +77,9 @@ def test_loading_processes_map_the_arrays_themselves(sysu_tree):
     assert np.array_equal(pickle.loads(pickle.dumps(part))[indices][0], part[indices][0])
 
 
-@pytest.mark.parametrize("renames", range(8))
+@pytest.mark.parametrize("renames", range(10))
 def test_crash_among_the_renames_leaves_no_mixed_set_and_loses_nothing(sysu_tree, tmp_path, monkeypatch, renames):
-    """Four files cannot be renamed at once: when the process dies between two of them, training must not start."""
+    """Five files cannot be renamed at once: when the process dies between two of them, training must not start."""
     tree = shutil.copytree(sysu_tree, tmp_path / "tree")
     before = {file: file.read_bytes() for file in data_loader.sysu_train_files(tree)}
     ids = tree / "exp" / "train_id.txt"
@@ -154,11 +154,82 @@ def test_val_selection_trains_on_the_train_ids_only(sysu_tree):
     assert set(np.concatenate(drawn)) == set(range(len(train)))
 
 
-def test_val_selection_needs_arrays_of_the_same_lists(sysu_tree, tmp_path):
-    tree = shutil.copytree(sysu_tree, tmp_path / "sysu")
-    (tree / "exp" / "val_id.txt").write_text(str(data_manager.read_ids(tree, "val")[0]))
-    with pytest.raises(InputError, match=r"train_rgb_resized_label\.npy.*pre_process_sysu\.py"):
-        sysu_train(tree, SIZE, select="val")
+@pytest.fixture
+def own_tree(sysu_tree, tmp_path):
+    return shutil.copytree(sysu_tree, tmp_path / "sysu", copy_function=os.link)
+
+
+def rewrite(tree, **lists):
+    """Replace lists of ids, {split: ids}."""
+    for split, ids in lists.items():
+        (tree / "exp" / f"{split}_id.txt").unlink()  # a link to the original
+        (tree / "exp" / f"{split}_id.txt").write_text(",".join(map(str, ids)))
+
+
+def edited(tree, change):
+    """The lists of ids after a change, and the id that it is about."""
+    train, val, test = (data_manager.read_ids(tree, split) for split in ("train", "val", "test"))
+    if change == "moved to test":
+        return {"train": train[1:], "test": [*test, train[0]]}, train[0]
+    if change == "exchanged with a test id":
+        return {"train": [*train[1:], test[0]], "test": [*test[1:], train[0]]}, train[0]
+    if change == "also a test id":
+        return {"test": [*test, val[0]]}, val[0]
+    if change == "taken out":
+        return {"val": val[1:]}, val[0]
+    return {"train": [*train, test[0]], "test": test[1:]}, test[0]  # moved from test
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("moved to test", "id {} is a test id now, but was prepared for training"),
+        ("exchanged with a test id", "id {} is a test id now, but was prepared for training"),
+        ("also a test id", r"id {} is in exp/val_id\.txt and in exp/test_id\.txt; remove it from one"),
+        ("taken out", r"id {} was prepared for training, but is now in none of the lists exp/\*_id\.txt"),
+        ("moved from test", r"id {} is in exp/train_id\.txt or val_id\.txt now, but was not prepared"),
+    ],
+)
+@pytest.mark.parametrize("use", ["training", "choosing by val ids", "testing"])
+def test_arrays_of_other_people_than_the_lists_have_are_refused(own_tree, change, words, use):
+    lists, identity = edited(own_tree, change)
+    rewrite(own_tree, **lists)
+    uses = {
+        "training": lambda: sysu_train(own_tree, SIZE),
+        "choosing by val ids": lambda: sysu_train(own_tree, SIZE, "val"),
+        "testing": lambda: sysu_searches(own_tree),
+    }
+    with pytest.raises(InputError, match=words.format(identity)) as refused:
+        uses[use]()
+    if use == "testing" and change != "also a test id":
+        command = str(refused.value).partition("; run: python pre_process_sysu.py ")[2].split()
+        pre_process_sysu.main(command)
+        assert sysu_train(own_tree, SIZE).num_classes == sum(
+            len(data_manager.read_ids(own_tree, split)) for split in ("train", "val")
+        )
+        sysu_searches(own_tree)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("moved to test", "arrays of 10 ids are prepared, but exp/train_id.txt and val_id.txt list 9"),
+        ("exchanged with a test id", "id .* has .* images in cameras .*, but .* were prepared under its number"),
+    ],
+)
+def test_older_arrays_do_not_name_their_people_but_their_counts_must_agree(own_tree, change, words):
+    (own_tree / "train_ids.npy").unlink()
+    lists, _ = edited(own_tree, change)
+    before = sysu_train(own_tree, SIZE)
+    sysu_searches(own_tree)
+    rewrite(own_tree, **lists)
+    for use in (lambda: sysu_train(own_tree, SIZE), lambda: sysu_searches(own_tree)):
+        with pytest.raises(InputError, match=f"{words}; run: python pre_process_sysu.py"):
+            use()
+    for camera in range(1, 7):  # without folders, the number of ids must do
+        (own_tree / f"cam{camera}").rename(own_tree / f"gone{camera}")
+    if change == "exchanged with a test id":
+        assert sysu_train(own_tree, SIZE).num_images == before.num_images
 
 
 def test_batches_hold_distinct_identities_with_agreeing_labels():

@@ -19,7 +19,7 @@ import testa
 import train_ext_test0
 import utils
 from conftest import SIZE, flags, log_entries, search_flags, tiny_flags
-from core import engine
+from core import distributed, engine
 from core.datasets import regdb_train
 from core.distributed import leave_processes, sum_over_processes
 from core.meter import Diverged, EpochMeter
@@ -77,6 +77,22 @@ def test_gradients_of_two_processes_are_those_of_the_whole_batch(tmp_path, metho
     assert two["correct"] == one["correct"]
     for name, grad in one["grads"].items():
         assert (two["grads"][name] - grad).norm() <= 1e-9 * grad.norm(), name
+
+
+def test_a_gathered_row_has_the_sum_of_its_gradients(monkeypatch):
+    """As the second of two processes; what the other one would send is made up."""
+    own, other, slopes = torch.randn(3, 2, requires_grad=True), torch.randn(3, 2), torch.randn(2, 6, 2)
+    monkeypatch.setattr(distributed, "process_count", lambda: 2)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(
+        dist, "all_gather", lambda parts, rows: [p.copy_(r) for p, r in zip(parts, (other, rows), strict=True)]
+    )
+    monkeypatch.setattr(dist, "all_reduce", lambda gradient: gradient.add_(slopes[0]))
+    rows = distributed.gather(own)
+    assert torch.equal(rows, torch.cat([other, own]))
+    (rows * slopes[1]).sum().backward()
+    torch.testing.assert_close(own.grad, slopes.sum(dim=0)[3:])
 
 
 def test_identities_of_a_batch_are_shared_without_repetition(monkeypatch):

@@ -1,5 +1,6 @@
 """A training run on disk: its lock, its log, when it saves and stops, and what may be resumed."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from core.files import atomic
 from core.log import RunLog
 from core.run import SaveTimer, run_lock
 from model import GFMNet
-from utils import InputError
+from utils import InputError, seed_everything
 
 # ---- lock
 
@@ -157,39 +158,6 @@ def test_every_flag_that_decides_what_is_computed_is_compared():
     assert {*recipe.split()} == flags.keys() - train_ext_test0.MAY_CHANGE
 
 
-FIRST_FLAGS = "dataset data_path trial mode img_h img_w workers method arch weights share_net margin alpha gamma square"
-FIRST_FLAGS += " weighting optim lr batch_size num_pos augc rande epochs amp seed gpu eval_every test_batch model_path"
-FIRST_FLAGS += " save_epoch log_path resume"
-
-
-def test_a_checkpoint_of_the_first_layout_is_resumed(one_epoch, tiny_tree, tmp_path):
-    """As the first commit of training wrote it: neither version nor later fields, of flags and options only the first.
-
-    What came later had its default.
-    """
-    content = torch.load(one_epoch["last"])
-    first = {name: content[name] for name in ("net", "options", "image_size", "args", "epoch", "best", "optimizer")}
-    first["args"] = {flag: content["args"][flag] for flag in FIRST_FLAGS.split()}
-    for option in ("expansion", "shift", "stages"):
-        del first["options"][option]
-    torch.save(first, tmp_path / "first.t")
-    with pytest.raises(InputError, match="was saved with --padding 10, but this run uses --padding 5"):
-        resume(tiny_tree, tmp_path, tmp_path / "first.t", "--padding", "5")
-    result = resume(tiny_tree, tmp_path, tmp_path / "first.t", "--weights", "absent.pth")
-    content = torch.load(result["last"])
-    assert (content["version"], content["epoch"]) == (2, 1)
-    assert content["args"]["weights"] == "none"  # what the run began with; a resumed one reads none
-
-
-def test_a_run_from_when_exact_was_the_default_is_not_begun_anew(one_epoch, tiny_tree, tmp_path):
-    content = torch.load(one_epoch["last"])
-    content["args"]["weighting"] = "exact"
-    (tmp_path / "models").mkdir()
-    torch.save(content, tmp_path / "models" / Path(one_epoch["last"]).name)
-    with pytest.raises(InputError, match="under its old name; pass --resume"):
-        resume(tiny_tree, tmp_path, "auto", "--weighting", "exact")
-
-
 def test_a_run_is_not_overwritten(one_epoch, tiny_tree, tmp_path):
     last, log = Path(one_epoch["last"]), Path(one_epoch["log"])
     before = last.read_bytes(), log.read_bytes()
@@ -209,7 +177,7 @@ def test_a_checkpoint_that_was_kept_is_not_overwritten(kind, one_epoch, tiny_tre
     kept = tmp_path / "models" / Path(one_epoch["best"]).name.replace("best", kind)
     kept.write_bytes(b"precious")
     for more in ([], ["--resume", "auto"]):
-        with pytest.raises(InputError, match=rf"_{kind}\.t: already exists, of an earlier run; choose another"):
+        with pytest.raises(InputError, match=rf"_{kind}\.t: already exists, of another run; choose another"):
             train_ext_test0.main(tiny_flags(tiny_tree, tmp_path, *more))
     assert kept.read_bytes() == b"precious"
 
@@ -229,35 +197,144 @@ def test_the_log_of_another_run_is_not_continued(change, one_epoch, tiny_tree, t
 def test_the_best_checkpoint_comes_along_or_is_chosen_anew(gone, one_epoch, tiny_tree, tmp_path):
     old = tmp_path / "old"
     old.mkdir()
-    content = torch.load(one_epoch["last"])
-    content["best"]["Rank-1"] = 101.0  # no later epoch is better
-    torch.save(content, old / Path(one_epoch["last"]).name)
-    if not gone:
-        shutil.copy(one_epoch["best"], old)
-    result = resume(tiny_tree, tmp_path, old / Path(one_epoch["last"]).name)
-    assert torch.load(result["best"])["epoch"] == result["metrics"]["epoch"] == int(gone)
+    for kind in ("best", "last"):
+        content = torch.load(one_epoch[kind])
+        content["best"]["Rank-1"] = 101.0  # no later epoch is better
+        content["epoch"] += kind == "last"
+        if not (gone and kind == "best"):
+            torch.save(content, old / Path(one_epoch[kind]).name)
+    result = resume(tiny_tree, tmp_path, old / Path(one_epoch["last"]).name, "--epochs", "3")
+    assert torch.load(result["best"])["epoch"] == result["metrics"]["epoch"] == 2 * gone
     text = Path(result["log"]).with_suffix(".txt").read_text()
-    assert ("_best.t, of epoch 0, is gone; the best epoch is chosen from epoch 1 on" in text) == gone
+    assert ("_best.t, of epoch 0, is gone; the best epoch is chosen from epoch 2 on" in text) == gone
 
 
-@pytest.mark.slow
-def test_a_run_killed_between_its_entry_and_the_save_begins_the_epoch_again(tiny_tree, tmp_path, monkeypatch):
-    command = tiny_flags(tiny_tree, tmp_path, "--epochs", "1", "--resume", "auto")
+class Story:
+    """A run of scripted tests: each epoch has a Rank-1, and leaves a weight of its own in the network. It can be killed
+    before or after any write takes its name."""
 
-    def die(content, path):
-        if content["epoch"] == 0:
-            raise KeyboardInterrupt
-        save(content, path)
+    class Net(torch.nn.Linear):
+        options = {}
 
-    save = core.run.save_checkpoint
-    with monkeypatch.context() as patch:
-        patch.setattr(core.run, "save_checkpoint", die)
-        with pytest.raises(KeyboardInterrupt):
-            train_ext_test0.main(command)
-    (log,) = tmp_path.glob("log/sysu_log/*.jsonl")
-    assert len(log_entries(log)) == 1
-    train_ext_test0.main(command)
-    assert [entry["epoch"] for entry in log_entries(log)] == [0]
+    class Killed(BaseException):
+        pass
+
+    def __init__(self, folder):
+        self.folder, self.trained, self.writes = folder, {}, 0  # trained: {weight: (epoch, Rank-1)}
+
+    def tell(self, ranks, kill=None, resume="auto", models=None, seed=0):
+        """Train the epochs that are left -> what the run reports. kill: (number of a write, whether after it)."""
+        where = ["--model_path", str(models or self.folder / "models"), "--log_path", f"{self.folder}/log"]
+        more = ["--resume", str(resume)] if resume else []
+        args = parse("--save_epoch", "1", "--seed", str(seed), *where, *more)
+        net = self.Net(1, 1, bias=False)
+        replace, first = os.replace, self.writes
+
+        def write(source, target):
+            self.writes += 1
+            if kill == (self.writes - first, False):
+                raise self.Killed
+            replace(source, target)
+            if kill == (self.writes - first, True):
+                raise self.Killed
+
+        with pytest.MonkeyPatch.context() as patch, core.run.Run("run", args, {"weights": "none", "seed": 0}) as run:
+            patch.setattr(os, "replace", write)
+            run.start(net, torch.optim.SGD(net.parameters()), torch.device("cpu"), (1, 1), 1)
+            for epoch in range(run.first_epoch, len(ranks)):
+                run.begin_epoch(epoch)
+                weight = len(self.trained) + 1.0
+                self.trained[weight] = epoch, ranks[epoch]
+                torch.nn.init.constant_(net.weight, weight)
+                run.end_epoch({"epoch": epoch, "FC/Rank-1": ranks[epoch], "FC/mAP": 1.0})
+            return run.finish()
+
+    def kept(self, name):
+        """(epoch, Rank-1) of the network in a checkpoint."""
+        content = torch.load(name)
+        told = self.trained[content["net"]["weight"].item()]
+        assert content["epoch"] == told[0]
+        return told
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("again", [-12.0, 3.0])
+def test_whatever_write_a_kill_comes_in_the_report_is_that_of_the_files(tmp_path, monkeypatch, after, again):
+    """Also where the epoch that is repeated comes out worse or better, and where the kill comes twice."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    ranks = [30.0, 40.0, 39.0]
+    whole = Story(tmp_path / "whole")
+    whole.tell(ranks, resume=None)
+    for number in range(1, whole.writes + 1):
+        for second in (None, 1, 2):
+            story = Story(tmp_path / f"{number} {second}")
+            with pytest.raises(Story.Killed):
+                story.tell(ranks, (number, after))
+            ranks_again = [rank + again for rank in ranks]
+            if second:
+                with contextlib.suppress(Story.Killed):
+                    story.tell(ranks_again, (second, after))
+            result = story.tell(ranks_again)
+            log = {entry["epoch"]: entry["FC/Rank-1"] for entry in log_entries(result["log"])}
+            best = max(log, key=lambda epoch: (log[epoch], -epoch))
+            assert (result["metrics"]["epoch"], result["metrics"]["Rank-1"]) == (best, log[best])
+            assert story.kept(result["best"]) == (best, log[best])
+            assert story.kept(result["last"]) == (2, log[2])
+            for epoch in (1, 2):
+                assert story.kept(result["last"].replace("last", f"epoch_{epoch}")) == (epoch, log[epoch])
+
+
+@pytest.mark.parametrize("kind", ["best", "epoch_2", "published"])
+@pytest.mark.parametrize("best", [1, 0])
+def test_a_resumed_run_neither_reports_nor_overwrites_what_another_kept(kind, best, tmp_path, monkeypatch):
+    """Whether or not its last epoch is its best, which it would write anew."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    ranks = [10.0, 11.0 if best else 9.0]
+    story, other = Story(tmp_path / "b"), Story(tmp_path / "a")
+    last, models = story.tell(ranks, resume=None)["last"], tmp_path / "a" / "models"
+    other.tell([50.0, 40.0, 30.0], resume=None)
+    for file in models.glob("*.t"):
+        if kind not in file.name:
+            file.unlink()
+    if kind == "published":
+        torch.save({"net": {}, "epoch": best}, models / "run_best.t")
+    (kept,) = models.glob("*.t")
+    before = kept.read_bytes()
+    with pytest.raises(InputError, match=rf"{kept.name}: already exists, of another run; choose another --model_path"):
+        story.tell([*ranks, 5.0], resume=last, models=models)
+    assert kept.read_bytes() == before
+    assert [*models.glob("*.t")] == [kept]
+    shutil.rmtree(tmp_path / "b" / "log")
+    assert story.kept(story.tell([*ranks, 5.0], resume=last, models=tmp_path / "c")["best"]) == (best, max(ranks))
+
+
+def test_the_first_of_equal_epochs_is_the_best(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    story = Story(tmp_path)
+    result = story.tell([20.0, 30.0, 30.0, 30.0], resume=None)
+    assert (result["metrics"]["epoch"], story.kept(result["best"])) == (1, (1, 30.0))
+
+
+def test_every_epoch_and_every_process_draws_anew(tmp_path, monkeypatch):
+    run, drawn = core.run.Run("run", parse("--seed", "3", "--model_path", str(tmp_path)), {}), []
+    run.device = torch.device("cpu")
+    for epoch in range(3):
+        for index in range(3):
+            monkeypatch.setattr(core.run, "process_index", lambda index=index: index)
+            for _ in range(2):
+                run.begin_epoch(epoch)
+                drawn.append(torch.rand(4).tolist())
+    assert drawn[::2] == drawn[1::2]
+    seed_everything(3)  # the network's
+    assert len({tuple(draws) for draws in [*drawn, torch.rand(4).tolist()]}) == 10
+
+
+def test_a_resume_names_all_flags_that_differ(one_epoch, tiny_tree, tmp_path):
+    words = (
+        r"was saved with --alpha 1 --seed 0, but this run uses --alpha 3\.0 --seed 1; pass the same values to resume"
+    )
+    with pytest.raises(InputError, match=words):
+        resume(tiny_tree, tmp_path, one_epoch["last"], "--seed", "1", "--alpha", "3")
 
 
 # ---- tests within the training

@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
@@ -69,7 +70,8 @@ else:
 
 @pytest.fixture
 def calls(tmp_path, monkeypatch):
-    """Both scripts are the stub -> a function: what was called so far."""
+    """Both scripts are the stub, and there is data -> a function: what was called so far."""
+    make_data(tmp_path / "data")
     stub, file = tmp_path / "stub.py", tmp_path / "calls"
     stub.write_text(STUB)
     file.touch()
@@ -78,8 +80,19 @@ def calls(tmp_path, monkeypatch):
     return lambda: file.read_text().splitlines()
 
 
-def run(out, *arguments, margins="1,2", common=("--gpu", "cpu")):
-    return sweep.main(["--out", out, "--vary", f"margin={margins}", *arguments, "--", *common])
+def make_data(tree, size=9):
+    """A folder in SYSU-MM01's layout whose files of images have this size."""
+    (tree / "exp").mkdir(parents=True)
+    for number, split in enumerate(("train", "val", "test"), 1):
+        (tree / "exp" / f"{split}_id.txt").write_text(str(number))
+    for camera in (1, 3):
+        (tree / f"cam{camera}" / "0003").mkdir(parents=True)
+        (tree / f"cam{camera}" / "0003" / "0001.jpg").write_bytes(bytes(size))
+
+
+def run(out, *arguments, margins="1,2", common=("--gpu", "cpu"), data="data"):
+    where = ["--data_path", out.parent / data]
+    return sweep.main(["--out", out, "--vary", f"margin={margins}", *arguments, "--", *map(str, where), *common])
 
 
 def runs_of(*arguments):
@@ -283,7 +296,7 @@ def test_failed_runs_are_told_and_others_go_on(calls, tmp_path, capsys):
 def test_other_flags_are_refused(calls, tmp_path):
     out = tmp_path / "out"
     run(out, "--seeds", "0", common=("--epochs", "5", "--gpu", "cpu"))
-    run(out, "--seeds", "0", common=("--epochs", "5", "--gpu", "0", "--data_path", "moved", "--workers", "1"))
+    run(out, "--seeds", "0", common=("--epochs", "5", "--gpu", "0", "--workers", "1"))
     with pytest.raises(
         InputError,
         match=r"margin=1/seed_0: was run with --epochs 5, but this sweep uses --epochs 6; .* or remove this folder$",
@@ -298,12 +311,52 @@ def test_other_flags_are_refused(calls, tmp_path):
     assert len(calls()) == 4
 
 
+def test_data_may_move_but_not_change(calls, tmp_path, capsys):
+    out = tmp_path / "out"
+    table = run(out, "--seeds", "0")
+    shutil.move(tmp_path / "data", tmp_path / "moved")
+    table = {**run(out, "--seeds", "0", data="moved"), "settings": table["settings"]}
+    assert sweep.main(["--out", out, "--table"]) == table
+    assert len(calls()) == 4
+    make_data(tmp_path / "images", size=8)
+    shutil.copytree(tmp_path / "moved", tmp_path / "lists")
+    (tmp_path / "lists" / "exp" / "train_id.txt").write_text("4")
+    for data in ("images", "lists"):
+        for margins in ("1,2", "2,5"):  # finished runs, and a new one beside them
+            words = r"out/margin=\d/seed_0: has other data than .*/(images|lists); pass the --data_path of"
+            with pytest.raises(InputError, match=words):
+                run(out, "--seeds", "0", margins=margins, data=data)
+    assert len(calls()) == 4
+
+    record = out / "margin=2" / "seed_0" / "flags.json"
+    content = json.loads(record.read_text())
+    record.write_text(json.dumps(content | {"data": "0"}))  # as a sweep of an earlier version could
+    with pytest.raises(
+        InputError, match=r"margin=2/seed_0: has other data than .*margin=1/seed_0; pass the --data_path"
+    ):
+        sweep.main(["--out", out, "--table"])
+    del content["data"]
+    record.write_text(json.dumps(content))
+    capsys.readouterr()
+    assert sweep.main(["--out", out, "--table"]) == table
+    assert capsys.readouterr().out.count("margin=2/seed_0 is older and does not record its data") == 1
+
+
+def test_two_data_sets_of_one_name_are_no_rows_of_one_sweep(calls, tmp_path):
+    make_data(tmp_path / "other", size=8)
+    rows = ("--row", f"a: --data_path {tmp_path}/data", "--row", f"b: --data_path {tmp_path}/other")
+    with pytest.raises(InputError, match="has other data than"):
+        sweep.main(["--out", tmp_path / "out", *rows, "--", "--gpu", "cpu"])
+    assert not calls()
+
+
 # ------------------------------------------------------------------------------------------------------ stops and kills
 
 
 def start(programs, out, *arguments, margins):
     """The sweep in a process of its own; its stderr goes to {out}.errors."""
     command = ["--out", out, "--vary", f"margin={margins}", "--seeds", "0", *arguments, "--", "--gpu", "cpu"]
+    command += ["--data_path", str(out.parent / "data")]
     process = PROCESSES.Process(target=_start, args=(programs, command, dict(os.environ), f"{out}.errors"))
     process.start()
     return process

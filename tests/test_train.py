@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import urllib.error
 from functools import partial
 from itertools import islice
@@ -23,12 +24,14 @@ import data_manager
 import testa
 import train_ext_test0
 import utils
-from conftest import SIZE, flags, log_entries, parse, search_flags, tiny_flags
+from ChannelAug import TrainAugmentation, normalise
+from conftest import SIZE, TINY, flags, log_entries, parse, search_flags, tiny_flags
 from core import engine, optim
 from core.step import TrainStep
 from data_loader import IdentitySampler, sysu_train, train_loader
 from loss import METHODS, MethodLoss
 from model import GFMNet
+from tests.oracles import plain_batches, plain_training
 from utils import InputError
 
 REPO = Path(utils.__file__).parent
@@ -79,6 +82,58 @@ def test_every_method_trains_and_its_checkpoint_tests(tiny_tree, tmp_path, more)
     assert note == ("agw" in more)
     rows = testa.main(search_flags(tiny_tree, result["last"]))
     assert len(rows) == 2
+
+
+@pytest.fixture
+def float64():
+    """In float32, what is rounded otherwise grows within a few steps to what a wrong step would do."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_a_training_is_that_of_the_formulas(float64, tiny_tree, tmp_path, monkeypatch):
+    """Two epochs with a test after each, and a resumed one: network and its seed, batches, modes, losses, gradients,
+    rates, momentum and running statistics. Only the augmented views are taken from it."""
+    torch.set_num_threads(1)
+    batches, views = [], []
+    augment = TrainAugmentation.__call__
+
+    def record(self, *batch):
+        batches.append([values.clone() for values in batch])
+        visible, infrared, labels = augment(self, *batch)
+        views.append((visible.double(), infrared.double(), labels))
+        return views[-1]
+
+    monkeypatch.setattr(TrainAugmentation, "__call__", record)
+    monkeypatch.setattr(train_ext_test0, "normalise", lambda images: normalise(images).double())
+    more = ["--method", "base", "--optim", "sgd", "--eval_every", "1", "--warmup", "2", "--seed", "3", "--stages", "3"]
+    command = tiny_flags(tiny_tree, tmp_path, *more, "--resume", "auto", "--epochs")
+    for epochs in ("2", "3"):
+        torch.manual_seed(time.time_ns())  # what others have drawn
+        result = train_ext_test0.main([*command, epochs])
+
+    data = sysu_train(tiny_tree, TINY)
+    expected = [batch for epoch in range(3) for batch in plain_batches(data, 4, 2, 3, epoch)]
+    for batch, (visible, infrared, labels) in zip(batches, expected, strict=True):
+        assert np.array_equal(batch[0].movedim(1, -1), visible)
+        assert np.array_equal(batch[1].movedim(1, -1), infrared)
+        assert batch[2].tolist() == labels.tolist()
+
+    utils.seed_everything(3)
+    net = GFMNet(data.num_classes, "resnet18", **METHODS["base"].network, stages=3)
+    steps = len(views) // 3
+    rates = [0.005] * steps + [0.01] * 2 * steps
+    losses = plain_training(
+        net,
+        [(rate, *view) for rate, view in zip(rates, views, strict=True)],
+        lambda name: 1 if name.startswith(("bottleneck.", "classifier.")) else 0.1,
+    )
+    logged = [entry["total"] for entry in log_entries(result["log"])]
+    assert logged == pytest.approx(np.mean(np.reshape(losses, (3, steps)), axis=1), rel=1e-6)
+    trained = torch.load(result["last"])["net"]
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(trained[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
 class Recorder(argparse.Namespace):

@@ -24,6 +24,8 @@ from tqdm import tqdm
 
 import testa
 import train_ext_test0
+from core.datasets import fingerprint
+from core.evaluation import data_folder
 from core.files import check_output, save_json
 from core.log import read_json_lines
 from core.run import run_lock
@@ -123,12 +125,17 @@ def main(argv=None):
     out = Path(args.out)
     plan = read_plan(args, argv[split:]) if args.table else new_plan(args, argv[split + 1 :])
     runs = plan_runs(plan, out)
-    if not args.table:
+    if args.table:
+        check_same_data(runs)
+    else:
         for run in runs:
             run.check_unchanged()
+        data = {folder: fingerprint(*folder) for folder in dict.fromkeys(run.data for run in runs)}
+        check_same_data(runs, data)
+        plan["data"] = {dataset: digest for (dataset, _), digest in data.items()}
         with run_lock(out / "sweep", "another --out"):
             save_json(plan, out / PLAN)
-            run_all(runs, args.gpus or [None] * args.jobs, args.retry)
+            run_all(runs, data, args.gpus or [None] * args.jobs, args.retry)
     table = sweep_tables.tabulate(runs, plan)
     sweep_tables.write(table, runs, args.curves, out)
     return table
@@ -189,6 +196,15 @@ class SweepRun:
         return f"{self.row}, seed {self.seed}"
 
     @property
+    def data(self):
+        """(data set, its folder)"""
+        return self.train.dataset, data_folder(self.train)
+
+    @property
+    def record(self):
+        return self.folder / "flags.json"
+
+    @property
     def results(self):
         return self.folder / "results.json"
 
@@ -198,7 +214,7 @@ class SweepRun:
 
     def check_unchanged(self):
         """Raise InputError if the run in the folder was trained or tested with other flags."""
-        records = {"train": self.folder / "flags.json", "test": self.results}
+        records = {"train": self.record, "test": self.results}
         for script, remedy in (("train", "this folder"), ("test", f"{self.results.name} to test again")):
             if not records[script].exists():
                 continue
@@ -218,6 +234,26 @@ class SweepRun:
     def log(self):
         """The entries of the training's log."""
         return [entry for path in Path(self.train.log_path).rglob("*.jsonl") for entry in read_json_lines(path)]
+
+
+def check_same_data(runs, data=()):
+    """Raise InputError if two runs have different data under the name of one data set.
+
+    data: {(data set, folder): `fingerprint`} of what is to be used; of the runs that there are, their records tell.
+    """
+    known = [(dataset, digest, folder) for (dataset, folder), digest in dict(data).items()]
+    known += [(run.train.dataset, read_json(run.record).get("data"), run.folder) for run in runs if run.record.exists()]
+    first = {}
+    for dataset, digest, place in known:
+        before, other = first.setdefault(dataset, (digest, place)) if digest else (digest, place)
+        if before != digest:
+            raise InputError(
+                f"{place}: has other data than {other}; pass the --data_path of the same data, or choose another --out"
+            )
+    if unknown := [place for _, digest, place in known if not digest]:
+        print(
+            f"note: {unknown[0]} is older and does not record its data, which may be other ({len(unknown)} such runs)"
+        )
 
 
 def plan_runs(plan, out):
@@ -288,8 +324,10 @@ class Job:
             )
 
 
-def run_all(runs, gpus, retry):
+def run_all(runs, data, gpus, retry):
     """Train and test unfinished runs, as many in parallel as there are `gpus` (None: the GPU of the flags).
+
+    data: {(data set, folder): `fingerprint`}, which each run records.
 
     On SIGTERM and Ctrl-C, sends SIGTERM to the running ones, waits until they have saved, and raises Stopped.
     """
@@ -301,7 +339,7 @@ def run_all(runs, gpus, retry):
     try:
         with progress(total=len(runs), initial=len(runs) - len(pending), desc="runs", unit="run") as bar:
             while pending or jobs:
-                start_jobs(pending, free, jobs, blocked, environment)
+                start_jobs(pending, data, free, jobs, blocked, environment)
                 bar.set_postfix_str("; ".join(f"{job.script} {job.run}" for job in jobs))
                 time.sleep(0.2)
                 for job in [job for job in jobs if job.process.poll() is not None]:
@@ -325,11 +363,11 @@ def run_all(runs, gpus, retry):
             process.wait()
 
 
-def start_jobs(pending, free, jobs, blocked, environment):
+def start_jobs(pending, data, free, jobs, blocked, environment):
     """Start pending runs on free GPUs. A run whose earlier process is still alive goes to the end of the queue."""
     for _ in range(min(len(free), len(pending))):
         run = pending.popleft()
-        if lock := prepare(run):
+        if lock := prepare(run, data[run.data]):
             jobs.append(Job(run, free.pop(0), lock))
             jobs[-1].start("train", environment)
             continue
@@ -339,16 +377,16 @@ def start_jobs(pending, free, jobs, blocked, environment):
             blocked.add(run.folder)
 
 
-def prepare(run):
+def prepare(run, digest):
     """Prepare the folder of a run -> its lock, or None if a process of an earlier sweep still holds it."""
-    check_output(run.folder / "flags.json")
+    check_output(run.record)
     lock = (run.folder / ".lock").open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
         return None
-    save_json({"row": run.row, "seed": run.seed, "flags": vars(run.train)}, run.folder / "flags.json")
+    save_json({"row": run.row, "seed": run.seed, "flags": vars(run.train), "data": digest}, run.record)
     run.failure.unlink(missing_ok=True)
     return lock
 
