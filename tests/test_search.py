@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -16,6 +17,7 @@ import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
@@ -624,16 +626,15 @@ def test_onnx_files_embed_and_search_as_their_checkpoint(exported, made, checkpo
 
 @contextlib.contextmanager
 def served(index):
-    """tools.search serve as a process -> its port."""
+    """tools.search serve as a process -> its address, with the token."""
     command = ["serve", "--index", str(index), "--port", "0", "--gpu", "cpu"]
     with process("-c", SEARCH_IN_FLOAT32, *command, stderr=subprocess.PIPE) as server:
-        address = re.match(r"http://127.0.0.1:(\d+)", server.stdout.readline())
+        address = re.match(r"http://127.0.0.1:\d+/\?token=\S{40,}", server.stdout.readline())
         assert address, server.communicate()[1]
-        yield int(address[1])
+        yield address[0]
         server.terminate()
-        errors = server.communicate()[1]
+        server.communicate(timeout=10)
     assert server.returncode == 128 + 15
-    assert "Traceback" not in errors
 
 
 def listening(port):
@@ -654,14 +655,14 @@ def test_the_page_in_a_browser(made, checkpoint, pictures, browser):
     embed = plain_embedding(checkpoint)
     gallery = [*readable(folder), awkward]
     features = np.stack([embed(path, "visible") for path in gallery])
-    with served(index) as port:
-        assert listening(port) == ["0100007F"]
+    with served(index) as address:
+        assert listening(urlsplit(address).port) == ["0100007F"]
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         requests, complaints = [], []
         page.on("request", lambda request: requests.append(request.url))
         page.on("console", lambda line: complaints.append(line.text) if line.type == "error" else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.goto(f"http://127.0.0.1:{port}")
+        page.goto(address)
         cards = page.locator(".found figure")
 
         def expect_cards(scores, rows, first=1):
@@ -695,7 +696,9 @@ def test_the_page_in_a_browser(made, checkpoint, pictures, browser):
         assert cards.count() == 0
         assert complaints == []
         page.close()
-        check_requests(requests, port, (gallery[0], checkpoint, index, "/etc/passwd", REPO / "tools" / "search.py"))
+        # The page asked nobody else.
+        hosts = {urlsplit(url).netloc for url in requests if not url.startswith(("data:", "blob:"))}
+        assert hosts == {urlsplit(address).netloc}
 
 
 @pytest.mark.slow
@@ -703,9 +706,9 @@ def test_an_upload_that_is_no_image_is_named(made, browser):
     from playwright.sync_api import expect
 
     expect.set_options(timeout=60_000)
-    with served(made[1]) as port:
+    with served(made[1]) as address:
         page = browser.new_page()
-        page.goto(f"http://127.0.0.1:{port}")
+        page.goto(address)
         page.set_input_files("input[type=file]", {"name": "b.jpg", "mimeType": "image/jpeg", "buffer": b"no image"})
         expect(page.get_by_role("alert")).to_have_text(
             re.compile(r"^b\.jpg: cannot be read as an image \(.*'b\.jpg'\)")
@@ -713,16 +716,58 @@ def test_an_upload_that_is_no_image_is_named(made, browser):
         page.close()
 
 
-def check_requests(requests, port, files):
-    """The page asked nobody else, answers under no other name, and gives out no file."""
-    assert {url.split("/")[2] for url in requests if not url.startswith(("data:", "blob:"))} == {f"127.0.0.1:{port}"}
-    rebound = urllib.request.Request(f"http://127.0.0.1:{port}/", headers={"Host": "evil.example"})
-    with pytest.raises(urllib.error.HTTPError, match="400"):
-        urllib.request.urlopen(rebound)
-    for path in files:
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/gradio_api/file={path}")
-        assert refused.value.code in (403, 404)
+def ask(address, path, cookie="", method=None, body=None, host=None):
+    """(status, body) of a request to the server of an address."""
+    url = f"http://{urlsplit(address).netloc}{path}"
+    headers = {"Content-Type": "application/json", "Cookie": cookie} | ({"Host": host} if host else {})
+    data = None if body is None else json.dumps(body).encode()
+    try:
+        request = urllib.request.Request(url, data, headers, method=method)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as refused:
+        return refused.code, refused.read().decode()
+
+
+def search_for(address, cookie, path):
+    """What Gradio's interface answers to a search whose upload is a path or a URL: (status, body)."""
+    image = {"image": {"path": str(path), "orig_name": "q.jpg", "meta": {"_type": "gradio.FileData"}}, "caption": None}
+    data = [[image], "infrared", "mean", 10, False, False, [], "", None, None, ""]
+    body = {"data": data, "fn_index": 0, "session_hash": secrets.token_hex()}
+    return ask(address, "/gradio_api/queue/join", cookie, body=body)
+
+
+@pytest.mark.slow
+def test_nobody_gets_a_file_from_the_page_or_stops_it(made, checkpoint, pictures, tmp_path):
+    secret, pipe = tmp_path / "secret.txt", tmp_path / "pipe"
+    secret.write_text("the secret")
+    os.mkfifo(pipe)
+    with served(made[1]) as address:
+        token = parse_qs(urlsplit(address).query)["token"][0]
+        cookie = f"gfmnet_{urlsplit(address).port}={token}"
+        # Without the token: nothing, whatever is asked for.
+        for path in (
+            "/",
+            "/config",
+            "/?token=",
+            "/?token=x",
+            f"/gradio_api/file={secret}",
+            "/gradio_api/upload",
+            "/none",
+        ):
+            for method in ("GET", "HEAD", "POST", "PUT", "OPTIONS"):
+                assert ask(address, path, "gfmnet_1=x", method)[0] == 403
+        assert ask(address, "/config", cookie)[0] == 200
+        assert ask(address, f"/?token={token}", host="evil.example")[0] == 400
+        # With it, requests as no browser makes them.
+        own = pictures[1][0]
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        names = [secret, pipe, own, checkpoint, made[1], "/dev/zero", "/proc/self/environ", folder, "../../etc/passwd"]
+        names += [f"file://{secret}", f"http://{urlsplit(address).netloc}/config?token={token}", "", "x\0y"]
+        for name in names:
+            assert search_for(address, cookie, name)[0] == 400
+        assert ask(address, "/config", cookie)[0] == 200
 
 
 def test_a_port_that_is_taken_is_named(made):

@@ -1,9 +1,13 @@
 """The web page of `tools.search serve`, made with Gradio."""
 
+import hmac
 import html
+import json
 import os
+import secrets
 import socket
 import tempfile
+import threading
 from datetime import datetime
 from pathlib import Path
 
@@ -12,6 +16,7 @@ from tools.finder import Finder, describe, printable
 from utils import InputError
 
 TIMELINE = 100  # images on it
+STOP_SECONDS = 4  # after a signal, what has not ended by then is broken off
 STYLE = """
 .found { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); gap: 1rem; }
 .found figure { margin: 0; }
@@ -38,13 +43,94 @@ def serve(args):
         from fastapi import FastAPI
         from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+        class Server(uvicorn.Server):
+            def handle_exit(self, number, frame):
+                timer = threading.Timer(STOP_SECONDS, os._exit, [128 + number])  # if a request does not end
+                timer.daemon = True
+                timer.start()
+                super().handle_exit(number, frame)
+
         page, looks = build_page(finder)
         app = FastAPI(openapi_url=None)
         # Otherwise a page of the internet could point its own name here and read the answers.
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
         app = gradio.mount_gradio_app(app, page, "/", "127.0.0.1", port, footer_links=[], ssr_mode=False, **looks)
-        print(f"http://127.0.0.1:{port}  (Ctrl-C stops it)", flush=True)
-        uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)).run([listener])
+        token = secrets.token_urlsafe()
+        print(f"http://127.0.0.1:{port}/?token={token}  (Ctrl-C stops it)", flush=True)
+        config = uvicorn.Config(
+            Guard(app, token, port, Path(uploads).resolve()), log_level="warning", timeout_graceful_shutdown=1
+        )
+        Server(config).run([listener])
+
+
+class Guard:
+    """An ASGI application between the port and the page.
+
+    The port is open to all users of the machine, so only who knows the token gets an answer: from the page's address
+    at first, then from a cookie. Gradio copies any file that a request names to where it can be read, and waits for a
+    pipe, so requests that name anything but an upload end here.
+    """
+
+    def __init__(self, app, token, port, uploads):
+        self.app, self.token, self.cookie, self.uploads = app, token.encode(), f"gfmnet_{port}", uploads
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
+        from starlette.requests import HTTPConnection, Request
+        from starlette.responses import PlainTextResponse
+        from starlette.websockets import WebSocketClose
+
+        connection, answer = HTTPConnection(scope), send
+        if hmac.compare_digest(connection.query_params.get("token", "").encode(), self.token):
+            cookie = f"{self.cookie}={self.token.decode()}; HttpOnly; SameSite=Strict; Path=/"
+
+            async def answer(message):
+                if message["type"] == "http.response.start":
+                    message["headers"] = [*message["headers"], (b"set-cookie", cookie.encode())]
+                await send(message)
+
+        elif not hmac.compare_digest(connection.cookies.get(self.cookie, "").encode(), self.token):
+            text = "open the address that tools.search serve has printed, with its token\n"
+            refusal = WebSocketClose() if scope["type"] == "websocket" else PlainTextResponse(text, 403)
+            return await refusal(scope, receive, send)
+        if connection.headers.get("content-type", "").startswith("multipart/form-data"):  # an upload: it names no file
+            return await self.app(scope, receive, answer)
+        if scope["type"] == "http" and (body := await Request(scope, receive).body()):
+            if not self.names_uploads_only(body):
+                return await PlainTextResponse("not an upload\n", 400)(scope, receive, send)
+            return await self.app(scope, replay(body, receive), answer)
+        return await self.app(scope, receive, answer)
+
+    def names_uploads_only(self, body):
+        """Whether every "path" in a body is that of an upload; False for what is not JSON."""
+        try:
+            values = [json.loads(body)]
+        except (ValueError, RecursionError):
+            return False
+        while values:
+            value = values.pop()
+            if isinstance(value, dict):
+                if isinstance(path := value.get("path"), str) and not self.is_upload(path):
+                    return False
+                values += value.values()
+            elif isinstance(value, list):
+                values += value
+        return True
+
+    def is_upload(self, path):
+        real = Path(os.path.realpath(path.replace("\0", "")))
+        return real.is_relative_to(self.uploads) and real.is_file()
+
+
+def replay(body, receive):
+    """An ASGI `receive` for a request whose body has been read."""
+    messages = [{"type": "http.request", "body": body}]
+
+    async def receive_again():
+        return messages.pop() if messages else await receive()
+
+    return receive_again
 
 
 def build_page(finder):
