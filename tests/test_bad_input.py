@@ -183,6 +183,9 @@ CASES = {
     "no label": case("regdb", lambda: write(IDX, "a.bmp\n"), IDX, "line 1", "'a.bmp' is not 'path label'"),
     "nul in a name": case("regdb", lambda: write(IDX, "a\0.bmp 1\n"), IDX, "line 1"),
     "name that climbs": case("regdb", lambda: write(IDX, "../a.bmp 1\n"), IDX, "../a.bmp is outside regdb"),
+    "name that climbs, of Windows": case(
+        "regdb", lambda: write(IDX, "..\\a.bmp 1\n"), IDX, "../a.bmp is outside regdb"
+    ),
     "link that leads out": case(
         "regdb",
         lambda: [os.symlink(os.path.abspath("sysu"), "regdb/out"), write(IDX, f"out/{jpeg().relative_to('sysu')} 1")],
@@ -416,6 +419,7 @@ def test_an_error_ends_the_loading_processes():
         "a/1.jpg 1\r\nb c/2.jpg 2\r\n",
         "\ufeffa/1.jpg 1\nb c/2.jpg 2",
         "\n\na/1.jpg\t1\n\n  b c/2.jpg  \t 2  \n \n",
+        "a\\1.jpg 1\r\nb c\\2.jpg 2\r\n",  # of Windows
     ],
 )
 def test_lists_of_other_editors(text, tmp_path):
