@@ -96,31 +96,44 @@ def load_permutations(path):
 
 
 def list_folders(root, identities, cameras):
-    """{folder: (id, camera, its sorted files)} of every id and camera, by sorted id, then camera in the order given."""
+    """{folder: (id, camera, its sorted files)} of every id and camera, by sorted id, then camera in the order given.
+
+    A folder's name is the id, with any number of leading zeros. There may be none, but one that is there and cannot be
+    listed is an InputError, as are two of one id.
+    """
+    people, others = {}, []
+    for camera in cameras:
+        place = os.path.join(Path(root), f"cam{camera}")
+        for name in _listing(place) if os.path.lexists(place) else []:
+            if not re.fullmatch(NUMBER, name):
+                others.append(name)
+            elif other := people.get(key := (int(name), camera)):
+                raise InputError(f"{place}: has two folders of person {key[0]}, {other} and {name}; remove one")
+            else:
+                people[key] = name
     folders = {}
     for identity in sorted(identities):
         for camera in cameras:
-            folder = os.path.join(Path(root), f"cam{camera}", f"{identity:04d}")
-            if not os.path.isdir(folder):
-                _check_unpadded(folder)
-            names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-            files = [os.path.join(folder, name) for name in names if not name.startswith(".")]
-            folders[folder] = identity, camera, files
+            name = people.get((identity, camera))
+            folder = os.path.join(Path(root), f"cam{camera}", name or f"{identity:04d}")
+            names = _listing(folder) if name else []
+            folders[folder] = identity, camera, [os.path.join(folder, file) for file in names]
     if not any(files for _, _, files in folders.values()):
         names = ", ".join(f"cam{camera}" for camera in cameras)
+        there = [*dict.fromkeys([*people.values(), *others])] or ["none"]
         raise InputError(
-            f"{root}: none of the {len(identities)} listed ids has an image under {names}; add images, or "
-            "correct the list of ids"
+            f"{root}: none of the {len(identities)} listed ids has an image under {names}, in a folder named by its "
+            f"number (there are {', '.join(there[:4])}); add images, rename the folders, or correct the list of ids"
         )
     return folders
 
 
-def _check_unpadded(folder):
-    """Raise InputError for a folder 7 or 07 instead of 0007, which would be overlooked."""
-    parent, name = os.path.split(folder)
-    for digits in range(len(str(int(name))), len(name)):
-        if os.path.isdir(other := os.path.join(parent, name[-digits:])):
-            raise InputError(f"{other}: folders of people need at least four digits; rename it to {name}")
+def _listing(folder):
+    """The sorted names in a folder but hidden ones."""
+    try:
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be listed ({error.strerror}); correct it, or its permissions") from error
 
 
 def all_images(folders):
@@ -214,7 +227,8 @@ def read_splits(data_path):
 def read_list(data_path, name):
     """(paths, ids) of `idx/{name}.txt` (of RegDB and LLCM), whose lines are `path label`, in the order of the list.
 
-    A path may contain spaces. One that leads out of the data set's folder, also through links, is an InputError.
+    A path may contain spaces, and backslashes, as Windows writes it. One that leads out of the data set's folder, also
+    through links, is an InputError.
     """
     listing = Path(data_path) / "idx" / f"{name}.txt"
     root, rows = os.path.realpath(data_path), []
@@ -224,7 +238,7 @@ def read_list(data_path, name):
         match = re.fullmatch(rf"(\S.*?)\s+({NUMBER})", line.strip())
         if not match or not match[1].isprintable():
             raise InputError(f"{listing}, line {number}: {line!r} is not 'path label'; correct it")
-        file = match[1]
+        file = match[1].replace("\\", "/")
         outside = Path(file).is_absolute() or ".." in Path(file).parts
         if outside or not os.path.realpath(Path(data_path) / file).startswith(root + os.sep):
             raise InputError(f"{listing}, line {number}: {file} is outside {data_path}; move it there")

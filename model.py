@@ -92,8 +92,9 @@ class GeM(nn.Module):
     """Generalised mean pooling with fixed p = 3 (Radenovic et al., TPAMI 2019). [B, C, H, W] -> [B, C]."""
 
     def forward(self, x):
-        # After a ReLU nothing is negative. After attention (share_net=5), or in other backbones, a mean may be.
-        return (x.pow(3).mean(dim=(2, 3)).clamp_min(0) + 1e-12).pow(1 / 3)
+        # After a ReLU nothing is negative. After attention (share_net=5), or in other backbones, values are: as 0, they
+        # leave the gradient to the others, which a mean below 0 would not.
+        return (x.clamp_min(0).pow(3).mean(dim=(2, 3)) + 1e-12).pow(1 / 3)
 
 
 class LocalBranch(nn.Module):

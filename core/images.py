@@ -13,6 +13,7 @@ from utils import InputError, cores, end_with_the_main_process, progress
 # What cameras and data sets produce. Pillow detects a format by a file's content and passes some formats, such as
 # PostScript, to other programs.
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "GIF", "JPEG2000")
+SPAN = 64  # of 256 gray levels, that an image of 16 bits must use
 CHUNK = 32  # images that a process decodes at a time
 
 
@@ -20,11 +21,15 @@ def read_image(path, size):
     """An image file -> uint8 [H, W, 3], resized to size = (height, width) with Lanczos, as published.
 
     Its EXIF orientation is applied. Gray images are repeated, 16-bit images keep the upper 8 bits, and transparency is
-    dropped. Raises InputError for a file that is missing or cannot be read.
+    dropped. Raises InputError for a file that is missing or cannot be read, or that would keep too little of 16 bits.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
-            return np.array(_rgb(ImageOps.exif_transpose(image)).resize((size[1], size[0]), Image.Resampling.LANCZOS))
+            deep = image.mode.startswith("I") or ";16" in str(image.tile[:1])
+            image = _rgb(ImageOps.exif_transpose(image))
+            if deep:
+                _check_span(image)
+            return np.array(image.resize((size[1], size[0]), Image.Resampling.LANCZOS))
     except FileNotFoundError as error:
         raise missing_image(path) from error
     except Exception as error:  # the readers raise anything when a file is damaged
@@ -44,6 +49,18 @@ def _rgb(image):
     elif image.mode == "F":
         raise ValueError("floating-point values, whose range is unknown")
     return image.convert("RGB")
+
+
+def _check_span(image):
+    """Refuse what is left of 16 bits if it is a few gray levels: a camera of 14 bits, or a thermal one, uses a small
+    part of the range. Which part is not known from one image, and stretching each by its own would make a person's
+    warmth depend on what else is in the image."""
+    low, high = np.percentile(image, (1, 99))
+    if high - low < SPAN:
+        raise ValueError(
+            f"its 16 bits hold values from {256 * low:.0f} to {256 * high + 255:.0f} only, which would leave few gray "
+            "levels: convert all images of its camera to 8 bits, from one range"
+        )
 
 
 def write_images(paths, size, out, desc, workers=None):

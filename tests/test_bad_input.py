@@ -3,6 +3,7 @@ existed is changed. And odd input that is good."""
 
 import io
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -77,14 +78,19 @@ def jpeg():
     return sorted(Path("sysu").glob("cam1/*/*.jpg"))[0]
 
 
-def bomb():
-    """A PNG that says it has 50,000 x 50,000 pixels."""
+def png(width, height, bits, colour, content):
+    """A PNG file; colour: 0 for gray, 2 for RGB."""
 
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(content)) + chunk(b"IEND", b"")
+
+
+def bomb():
+    """A PNG that says it has 50,000 x 50,000 pixels."""
+    return png(50_000, 50_000, 8, 2, bytes(1000))
 
 
 def float_image():
@@ -183,6 +189,9 @@ CASES = {
     "no label": case("regdb", lambda: write(IDX, "a.bmp\n"), IDX, "line 1", "'a.bmp' is not 'path label'"),
     "nul in a name": case("regdb", lambda: write(IDX, "a\0.bmp 1\n"), IDX, "line 1"),
     "name that climbs": case("regdb", lambda: write(IDX, "../a.bmp 1\n"), IDX, "../a.bmp is outside regdb"),
+    "name that climbs, of Windows": case(
+        "regdb", lambda: write(IDX, "..\\a.bmp 1\n"), IDX, "../a.bmp is outside regdb"
+    ),
     "link that leads out": case(
         "regdb",
         lambda: [os.symlink(os.path.abspath("sysu"), "regdb/out"), write(IDX, f"out/{jpeg().relative_to('sysu')} 1")],
@@ -416,6 +425,7 @@ def test_an_error_ends_the_loading_processes():
         "a/1.jpg 1\r\nb c/2.jpg 2\r\n",
         "\ufeffa/1.jpg 1\nb c/2.jpg 2",
         "\n\na/1.jpg\t1\n\n  b c/2.jpg  \t 2  \n \n",
+        "a\\1.jpg 1\r\nb c\\2.jpg 2\r\n",  # of Windows
     ],
 )
 def test_lists_of_other_editors(text, tmp_path):
@@ -466,6 +476,37 @@ def test_every_kind_of_image(image, kind, expected, tmp_path):
     file = tmp_path / "image.jpg"  # whatever the name says
     image.save(file, kind)
     assert np.array_equal(read_image(file, (12, 7)), expected)
+
+
+def deep_files(values):
+    """Files of 16 bits, of uint16 [H, W]: {kind: bytes}."""
+    files = {}
+    for kind, image, name in (
+        ("I;16 PNG", Image.fromarray(values), "PNG"),
+        ("I;16 TIFF", Image.fromarray(values), "TIFF"),
+        ("I TIFF", Image.fromarray(values.astype(np.int32)), "TIFF"),
+    ):
+        with io.BytesIO() as file:
+            image.save(file, name)
+            files[kind] = file.getvalue()
+    rows = b"".join(b"\0" + row.astype(">u2").repeat(3).tobytes() for row in values)
+    return files | {"RGB PNG": png(*values.shape[::-1], 16, 2, rows)}
+
+
+@pytest.mark.parametrize(("low", "high"), [(2000, 3000), (20_000, 30_000), (0, 2**14 - 1), (40_000, 40_000)])
+def test_16_bit_images_that_use_a_small_part_of_their_range_are_refused(low, high, tmp_path):
+    """A sensor of 14 bits, or a thermal camera, would be left with few gray levels. A dead pixel does not count."""
+    values = RNG.integers(low, high, (32, 16), np.uint16, endpoint=True)
+    values[0, :2] = 0, 2**16 - 1
+    for content in deep_files(values).values():
+        write(tmp_path / "a.png", content)
+        with pytest.raises(InputError, match=r"a\.png: .*16 bits .* from \d+ to \d+ .*8 bits") as error:
+            read_image(tmp_path / "a.png", (32, 16))
+        found = [int(number) for number in re.search(r"from (\d+) to (\d+)", str(error.value)).groups()]
+        assert low - 256 < found[0] <= found[1] <= high + 256
+    for content in deep_files(RNG.integers(0, 2**16, (32, 16), np.uint16)).values():
+        write(tmp_path / "a.png", content)
+        assert np.ptp(read_image(tmp_path / "a.png", (32, 16))) > 240
 
 
 @pytest.mark.usefixtures("trees")

@@ -1,8 +1,10 @@
 """Query and gallery lists against the published draws, and the files that name them."""
 
+import errno
 import json
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -238,15 +240,49 @@ def test_wrong_arguments_are_named(sysu):
         process_test_regdb(str(sysu), modal="infrared")
 
 
-def test_folders_without_leading_zeros_are_named(sysu_tree, tmp_path):
+def test_folders_of_any_number_of_digits_are_read(sysu_tree, tmp_path):
     tree = shutil.copytree(sysu_tree, tmp_path / "tree")
     identity = next(i for i in data_manager.read_ids(tree, "train") if i < 100 and (tree / f"cam1/{i:04d}").is_dir())
-    for digits in (len(str(identity)), 3):
-        (tree / f"cam1/{identity:04d}").rename(short := tree / f"cam1/{identity:0{digits}d}")
-        with pytest.raises(InputError, match=rf"cam1/{short.name}: folders .*; rename it to {identity:04d}"):
-            data_manager.sysu_images(tree, [identity], (1, 2))
-        short.rename(tree / f"cam1/{identity:04d}")
-    assert data_manager.sysu_images(tree, [identity], (1, 2))[0]
+    expected = data_manager.sysu_images(tree, [identity], (1, 2))
+    folder = tree / f"cam1/{identity:04d}"
+    for digits in (len(str(identity)), 3, 5):
+        folder = folder.rename(tree / f"cam1/{identity:0{digits}d}")
+        paths, ids, cameras = data_manager.sysu_images(tree, [identity], (1, 2))
+        assert [re.sub(r"cam1/\d+", f"cam1/{identity:04d}", path) for path in paths] == expected[0]
+        assert (ids.tolist(), cameras.tolist()) == (expected[1].tolist(), expected[2].tolist())
+    (tree / f"cam1/{identity:04d}").mkdir()
+    with pytest.raises(InputError, match=rf"cam1: has two folders of person {identity}, .*{identity:05d}.*; remove"):
+        data_manager.sysu_images(tree, [identity], (1, 2))
+
+
+def test_folders_that_are_no_ids_are_named(tmp_path):
+    for camera, name in ((1, "p0007"), (2, "p0008")):
+        (tmp_path / f"cam{camera}" / name).mkdir(parents=True)
+    with pytest.raises(InputError, match=r"none of the 1 listed ids .* cam1, cam2, .*\(there are p0007, p0008\)"):
+        data_manager.sysu_images(tmp_path, [7], (1, 2))
+
+
+@pytest.mark.parametrize("lost", ["cam1", "cam1/0007"])
+def test_folders_that_cannot_be_listed_are_named(lost, tmp_path, monkeypatch):
+    """Not left out, which would only be seen in the counts."""
+    for name in ("cam1/0007/1.jpg", "cam2/0007/1.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+
+    def listdir(folder):
+        if Path(folder) == tmp_path / lost:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return listing(folder)
+
+    listing = os.listdir
+    monkeypatch.setattr(os, "listdir", listdir)
+    with pytest.raises(InputError, match=rf"{lost}: cannot be listed \(Permission denied\); .*permissions"):
+        data_manager.sysu_images(tmp_path, [7], (1, 2))
+    monkeypatch.undo()
+    (folder := tmp_path / lost).rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "gone")
+    with pytest.raises(InputError, match=rf"{lost}: cannot be listed \(No such file"):
+        data_manager.sysu_images(tmp_path, [7], (1, 2))
 
 
 # ------------------------------------------------------------------------------------------------------ RegDB, LLCM

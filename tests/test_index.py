@@ -114,6 +114,32 @@ def test_an_index_finds_what_plain_numpy_finds(index, address):
         check_search(reader, version, expected | {new[0]: unit(1)[0]})
 
 
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, 1e30])
+def test_vectors_that_are_not_of_unit_length_are_not_added(index, wrong):
+    version, vectors = index.begin("net.t", "a" * 64, "FC", DIM), unit(3)
+    vectors[1, 2] = wrong
+    with pytest.raises(InputError, match=r"ü 1\.jpg: its features are not of unit length; .*--resume"):
+        index.add(version, images(3), vectors)
+    assert index.entries(version) == {}
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, 1e30])
+def test_damaged_vectors_in_a_file_are_named(tmp_path, wrong):
+    """NaN would rank last, infinity first. (pgvector stores neither.)"""
+    file, vectors = str(tmp_path / "index.db"), unit(3)
+    with contextlib.closing(open_index(file, create=True)) as index:
+        version = index.begin("net.t", "a" * 64, "FC", DIM)
+        index.add(version, images(3), vectors)
+    vectors[1, 2] = wrong
+    with contextlib.closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute("UPDATE images SET vector = ? WHERE path LIKE '%1.jpg'", (vectors[1].tobytes(),))
+    with (
+        contextlib.closing(open_index(file)) as index,
+        pytest.raises(InputError, match=r"index\.db: the vector of .*ü 1\.jpg is damaged; .*remove.*index"),
+    ):
+        index.search(version, unit(1), 2)
+
+
 @pytest.mark.parametrize(("old", "new"), [("/a", "/a/b"), ("/a/b", "/a"), ("/a", "/a"), ("/a/b", "/a/c")])
 def test_a_folder_moves_into_itself_and_out_of_itself(index, old, new):
     entries = [Entry(f"/{name}", "0 0", "visible", None, None, "2026") for name in ("a/x", "a/b/x", "a/b/b/x", "a/y")]

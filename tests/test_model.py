@@ -152,6 +152,19 @@ def test_plain_network_is_torchvision_with_pooling(backbone_files, arch, share_n
         assert relative_deviation(net.embed(pictures, modality)[0], F.normalize(expected)) < 1e-5
 
 
+def test_gem_of_signed_maps_keeps_the_gradient_of_the_positive_values():
+    """Also where the mean of the cubes is negative. Without negative values, the result is what it was, bit by bit."""
+    maps = torch.tensor([[[[-2.0, 1.0], [1.0, 0.5]]]], dtype=torch.float64, requires_grad=True)
+    pooled = model.GeM()(maps)
+    pooled.backward()
+    mean = (0 + 1 + 1 + 0.125) / 4  # the negative value counts as 0
+    assert pooled.item() == pytest.approx(mean ** (1 / 3))
+    expected = [[0, *(value**2 / 4 / mean ** (2 / 3) for value in (1, 1, 0.5))]]
+    torch.testing.assert_close(maps.grad.flatten(1), torch.tensor(expected, dtype=torch.float64).reshape(1, 4))
+    maps = torch.rand(3, 5, 4, 2)
+    assert torch.equal(model.GeM()(maps), (maps.pow(3).mean(dim=(2, 3)).clamp_min(0) + 1e-12).pow(1 / 3))
+
+
 # ---- two streams
 
 

@@ -147,7 +147,9 @@ class Index:
             return dict(self._run(sql, (version,)).fetchall())
 
     def add(self, version, entries, vectors):
-        """Add images, or replace those of the same path."""
+        """Add images, or replace those of the same path. vectors: of unit length."""
+        if (row := damaged(vectors)) is not None:
+            raise InputError(f"{entries[row].path}: its features are not of unit length; use another --resume")
         names = ("version", *Entry._fields, "vector")
         rows = [(version, *entry, self._encode(vector)) for entry, vector in zip(entries, vectors, strict=True)]
         with self.transaction():
@@ -297,7 +299,12 @@ class FileIndex(Index):
         cursor = self._run(sql, (version, last))
         while rows := cursor.fetchmany(BLOCK):
             block, vectors = zip(*rows, strict=True)
-            self.blocks.append((np.array(block), np.frombuffer(b"".join(vectors), "<f4").reshape(len(block), -1)))
+            vectors = np.frombuffer(b"".join(vectors), "<f4").reshape(len(block), -1)
+            if (row := damaged(vectors)) is not None:
+                path = self._run("SELECT path FROM images WHERE id = ?", (block[row],)).fetchone()[0]
+                remedy = "python -m tools.search remove, then index"
+                raise InputError(f"{self.uri}: the vector of {path} is damaged; make it anew: {remedy}")
+            self.blocks.append((np.array(block), vectors))
         self.seen = seen
 
     def _nearest(self, queries, top, chosen=None):
@@ -317,6 +324,13 @@ class FileIndex(Index):
                 best, best_ids = best[:, kept], best_ids[kept]
         order = np.argsort(-best, axis=1, kind="stable")[:, :top]
         return np.take_along_axis(best, order, 1), best_ids[order]
+
+
+def damaged(vectors):
+    """The row of the first vector that is not of unit length, or not finite; None if all are."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        wrong = ~(np.abs(np.linalg.norm(vectors, axis=1) - 1) < 0.01)
+    return int(wrong.argmax()) if wrong.any() else None
 
 
 def _folder_message(path):
