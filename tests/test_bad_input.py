@@ -22,6 +22,7 @@ import pre_process_sysu
 import testa
 import train_ext_test0
 from conftest import SIZE, exit_status, flags, parse, save_network, search_flags
+from core.checkpoint import VERSION
 from core.images import read_image
 from data_loader import sysu_train_files
 from model import GFMNet
@@ -231,10 +232,16 @@ CASES = {
     "resume from nothing": case("train", nothing, "none_last.t", "train first", flags="--resume none_last.t"),
     "resume without an optimiser": case("train", nothing, "good.t", "..._last.t", flags="--resume good.t"),
     "resume another run": resumed(
-        "train", lambda: resumable(10, dataset="llcm"), "was saved with --dataset llcm", "pass the same value to resume"
+        "train",
+        lambda: resumable(10, dataset="llcm"),
+        "was saved with --dataset llcm",
+        "pass the same values to resume",
     ),
     "resume a checkpoint that lacks something": resumed(
-        "train", lambda: {"net": {}, "optimizer": {}}, "is not a complete ..._last.t", "resume from another"
+        "train",
+        lambda: {"net": {}, "optimizer": {}, "version": VERSION},
+        "is not a complete ..._last.t",
+        "resume from another",
     ),
     "resume on other images": resumed(
         "train", lambda: resumable(10) | {"num_images": [9, 9]}, "was trained on [9, 9] images, not [62, 32]"
@@ -298,6 +305,7 @@ CASES = {
 def resumable(classes, **more):
     args = vars(parse(*SCRIPTS["train"][1])) | more
     net, state = GFMNet(classes, "resnet18"), {"optimizer": {}, "epoch": 0, "best": {"Rank-1": -1.0}}
+    state["version"] = VERSION
     return good_checkpoint(net=net.state_dict(), options=net.options, args=args, **state)
 
 
