@@ -3,8 +3,10 @@
 import functools
 import hashlib
 import json
+import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,11 @@ import onnxruntime
 import pytest
 import safetensors
 import torch
+from PIL import Image, ImageOps
 from torchvision.transforms import functional
 
 from conftest import SIZE
+from core.images import read_image
 from data_manager import process_query_sysu
 from loss import METHODS
 from model import GFMNet
@@ -236,7 +240,7 @@ def test_a_file_without_pytorch(checkpoint, command_line, sysu_tree, tmp_path):
     images = process_query_sysu(sysu_tree)[0][:3]
     code = f"""
 import sys, numpy as np, onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 images = [{resize} for FILE in {[str(image) for image in images]}]
 features = onnxruntime.InferenceSession("{path}").run(None, {{"images": np.stack(images)}})[0]
 assert "torch" not in sys.modules and not any("{REPO}" == folder for folder in sys.path)
@@ -246,6 +250,30 @@ np.save("features.npy", features)
     embed = plain_embedding(checkpoint)
     expected = np.stack([embed(image, "infrared") for image in images])
     np.testing.assert_allclose(np.load(tmp_path / "features.npy"), expected, rtol=0, atol=2e-5)
+
+
+def test_the_documented_lines_give_the_features_of_a_turned_photograph(
+    checkpoint, net, sysu_tree, tmp_path, monkeypatch
+):
+    """Those that testa.py tests, by the snippet of the handbook and the line that the program prints."""
+    monkeypatch.chdir(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    for name, path in zip(("a.jpg", "b.jpg"), process_query_sysu(sysu_tree)[0], strict=False):
+        with Image.open(path) as image:
+            image.rotate(90, expand=True).save(name, exif=exif)
+    images = torch.from_numpy(np.stack([read_image(name, SIZE) for name in ("a.jpg", "b.jpg")])).movedim(3, 1)
+    embedding = export.Embedding(net, {"modality": "infrared", "feature": "FC", "input": "uint8"})
+    about = types.SimpleNamespace(custom_metadata_map={"gfmnet": json.dumps({"image_size": SIZE})})
+    session = types.SimpleNamespace(
+        get_modelmeta=lambda: about, run=lambda _, inputs: [embedding(torch.from_numpy(inputs["images"])).numpy()]
+    )
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda _: session)
+    names = {}
+    exec(re.search(r"```python\n(import json.*?)```", (REPO / "docs/export.md").read_text(), re.S)[1], names)
+    np.testing.assert_allclose(names["features"], plain_features(net, images, "infrared"), rtol=0, atol=2e-5)
+    line = eval(export.RESIZE.format(*SIZE), {"FILE": "a.jpg", "Image": Image, "ImageOps": ImageOps, "np": np})
+    np.testing.assert_array_equal(line, images[0])
 
 
 def test_bad_input(checkpoint, tmp_path):

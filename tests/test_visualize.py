@@ -6,9 +6,11 @@ import re
 import shutil
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -56,6 +58,26 @@ def test_a_picture_is_a_file_and_a_dollar_in_a_name_no_formula(logs, tmp_path):
     visualize.main(["curves", *map(str, logs), *labels, *values, "--out", str(tmp_path / "curves.svg")])
     text = (tmp_path / "curves.svg").read_text()
     assert all(f">{word}<" in text for word in ("published weights", "a$_$b", "FC/Rank-1"))
+
+
+def test_characters_without_a_font_are_one_line(tmp_path, monkeypatch, capsys, recwarn):
+    """Not a warning for each, at each place."""
+    with matplotlib.rc_context({"font.family": ["DejaVu Sans"]}):
+        for suffix in figures.SUFFIXES:
+            figures.save(Figure(figsize=(2, 2)), tmp_path / f"plain{suffix}")
+            figure = Figure(figsize=(2, 2))
+            for place in (0.2, 0.8):
+                figure.text(0.1, place, "行人 보행자 a.jpg")
+            figures.save(figure, tmp_path / f"out{suffix}")
+            error = capsys.readouterr().err
+            assert error == "" if suffix == ".svg" else error.count("\n") == 1 and "5 characters" in error
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+
+
+def test_installed_fonts_of_east_asia_stand_in_for_missing_characters():
+    usual = ["sans-serif"]
+    assert figures.families(usual, {"DejaVu Sans", "Carlito"}) == usual
+    assert figures.families(usual, {"Malgun Gothic", "DejaVu Sans"}) == ["DejaVu Sans", "Malgun Gothic"]
 
 
 @pytest.mark.parametrize(

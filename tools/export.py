@@ -33,7 +33,8 @@ from core.files import atomic, check_output, file_sha256, save_json
 from model import FEATURES, MODALITIES, GFMNet, load_network
 from utils import ArgumentParser, InputError, cli, progress
 
-RESIZE = 'np.asarray(Image.open(FILE).convert("RGB").resize(({1}, {0}), Image.Resampling.LANCZOS)).transpose(2, 0, 1)'
+UPRIGHT = 'ImageOps.exif_transpose(Image.open(FILE)).convert("RGB")'
+RESIZE = f"np.asarray({UPRIGHT}.resize(({{1}}, {{0}}), Image.Resampling.LANCZOS)).transpose(2, 0, 1)"
 OPSET = 18  # the exporter writes this one without a conversion
 COSINE = 0.9999  # smallest allowed cosine between a file's features and the checkpoint's
 BATCHES = (1, 5)  # sizes of the batches that verify a file

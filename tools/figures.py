@@ -6,13 +6,17 @@ dashes, modalities have markers, and frames of wrong images are dashed.
 """
 
 import base64
+import contextlib
 import io
+import sys
 import textwrap
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 from PIL import Image
@@ -31,6 +35,20 @@ FRAMES = {
     "wrong": {"edgecolor": COLOURS[1], "linestyle": (0, (3, 1.5))},
     "query": {"edgecolor": "black", "linestyle": "-"},
 }
+# With Chinese, Japanese and Korean characters, on Linux, Windows and macOS; each is found under one of its names.
+EAST_ASIAN = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Source Han Sans", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei")
+EAST_ASIAN += ("Droid Sans Fallback", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "Arial Unicode MS")
+EAST_ASIAN += ("Hiragino Sans GB", "Apple SD Gothic Neo", "Unifont")
+
+
+def families(usual, installed):
+    """Fonts for text, the first that has a character: with those of EAST_ASIAN that are installed."""
+    found = [name for name in EAST_ASIAN if name in installed]
+    # Only of named fonts, not of a group such as "sans-serif", all are asked for a character.
+    return ["DejaVu Sans" if name == "sans-serif" else name for name in usual] + found if found else usual
+
+
+matplotlib.rcParams["font.family"] = families(matplotlib.rcParams["font.family"], {*font_manager.get_font_names()})
 matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is no formula
 SUFFIXES = (".png", ".svg", ".pdf")
 DPI = 150
@@ -48,8 +66,25 @@ def check_picture(path, flag="--out"):
 
 def save(figure, path):
     """Write a figure as .png, .svg or .pdf, by the suffix of the path. Text in an .svg stays text."""
-    with atomic(path) as temporary, matplotlib.rc_context({"svg.fonttype": "none"}):
+    with atomic(path) as temporary, lettering() as missing:
         figure.savefig(temporary, dpi=DPI, format=Path(path).suffix[1:])
+    if missing and Path(path).suffix != ".svg":  # whoever shows that has fonts of its own
+        remedy = f"install a font that has them, such as {EAST_ASIAN[0]}"
+        print(f"note: {path}: shows boxes for {len(missing)} characters without a font here; {remedy}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def lettering():
+    """A block that writes a figure. Text in an .svg stays text. Gives a set, in the end of Matplotlib's warnings of the
+    characters that it has no font for, of which it would print one for each."""
+    missing = set()
+    with warnings.catch_warnings(record=True) as caught, matplotlib.rc_context({"svg.fonttype": "none"}):
+        yield missing
+    for warning in caught:
+        if str(warning.message).startswith("Glyph "):
+            missing.add(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 class Tile(NamedTuple):

@@ -1,4 +1,4 @@
-"""Measure where a network looks: the share of its heat on the person, and the search without person or background.
+"""Measure where a network looks: the share of its heat on the person, and the search without the background.
 
     python -m tools.heat_share --data_path demo/data --resume demo/save_model/..._best.t --json heat.json
 
@@ -6,7 +6,7 @@ For demo data that was drawn with --masks. Heat maps are those of `tools.visuali
 nearest matches, by the trained network and by one with random weights. A map that ignores the image has the
 person's share of the area. A map that is the person itself, at the resolution of the network's last feature map, has
 the share in the row "coarse mask". Heat does not show what a network uses, as a position of the last map has seen most
-of the image. So the search is also repeated with the background, then with the person, replaced by the mean colour.
+of the image. So the search is also repeated with the background replaced by the mean colour.
 """
 
 import math
@@ -41,7 +41,7 @@ def get_args_parser():
 
 def main(argv=None):
     """Returns {"shares": [{"network", "map", "modality", "images", "mean", "std"}], shares of the heat in percent;
-    "Rank-1": {what the images show: percent}}."""
+    "Rank-1": {"image" or, for images that show nothing else, "person": percent}}."""
     args = get_args_parser().parse_args(argv)
     if args.json:
         check_output(args.json)
@@ -66,17 +66,15 @@ def main(argv=None):
         | {"mean": 100 * float(np.mean(values)), "std": 100 * float(np.std(values))}
         for (network, name, modality), values in shares.items()
     ]
-    rank_1 = {"image": rank_1_of(tested.features, tested, args)}
-    for shown in ("person", "background"):
-        rank_1[shown] = rank_1_of(masked_features(tested, args, shown), tested, args)
+    shown = {"image": tested.features, "person": person_features(tested, args)}
+    rank_1 = {name: rank_1_of(features, tested, args) for name, features in shown.items()}
     found = {"shares": rows, "Rank-1": rank_1}
     if args.json:
         save_json({"flags": vars(args), "network": tested.network, **found}, args.json)
     print(f"{tested.setting}; {tested.network}\nShare of the heat that lies on the person, in %:")
     for row in rows:
         print("{network:<11}{map:<13}{modality:<10}{mean:6.1f} ± {std:4.1f}".format(**row))
-    for shown, value in rank_1.items():
-        print(f"Rank-1 when images show only the {shown}: {value:.1f}" if shown != "image" else f"Rank-1: {value:.1f}")
+    print("Rank-1: {image:.1f}\nRank-1 when images show only the person: {person:.1f}".format(**rank_1))
     return found
 
 
@@ -106,22 +104,21 @@ def rank_1_of(features, tested, args):
     return results.scores(engine.run_search(features, tested.search)[args.feature, "none"])["Rank-1"]
 
 
-def masked_features(tested, args, shown):
-    """Features of the search's images, as `core.engine.run_search` wants them, when only the "person" or only the
-    "background" is shown."""
+def person_features(tested, args):
+    """Features of the search's images, as `core.engine.run_search` wants them, when only the person is shown. (The
+    background alone would tell little: what is cut out of it is the person's silhouette.)"""
     embed = engine.network_embedding(tested.net, tested.device, normalise, args.amp)
     mean, data_path = np.array(MEAN) * 255, evaluation.data_folder(args)
 
     def picture(path):
         mask = read_mask(data_path, path, tested.size)[:, :, None]
-        kept = mask if shown == "person" else 1 - mask
-        image = kept * read_image(path, tested.size) + (1 - kept) * mean
+        image = mask * read_image(path, tested.size) + (1 - mask) * mean
         return torch.from_numpy(image.round().astype(np.uint8)).movedim(-1, 0)
 
     features = {}
     for modality, paths in tested.paths.items():
         images = torch.stack([picture(path) for path in paths]).split(args.test_batch)
-        features[modality] = engine.extract(embed, images, modality, f"only the {shown}")
+        features[modality] = engine.extract(embed, images, modality, "only the person")
     return features
 
 

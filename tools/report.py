@@ -117,7 +117,7 @@ def row_labels(row):
 def inline_svg(figure, caption, prefix):
     """A figure as an <svg> element: its ids begin with `prefix`, its text stays text, its colours are COLOURS."""
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):  # makes ids reproducible
+    with figures.lettering(), matplotlib.rc_context({"svg.hashsalt": "report"}):  # makes ids reproducible
         figure.savefig(buffer, format="svg", transparent=True)
     root = ElementTree.fromstring(buffer.getvalue())
     for parent in (root, *root):
