@@ -1,4 +1,4 @@
-"""Searching one's own images: indexing folders, queries, the library, ONNX files, and the page in a browser."""
+"""Searching one's own images: indexing folders, queries, the library, and ONNX files."""
 
 import contextlib
 import itertools
@@ -9,12 +9,8 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import textwrap
-import threading
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -33,15 +29,9 @@ from tools.index import Entry, FileIndex, open_index
 from tools.server_index import ServerIndex
 from utils import InputError
 
-REPO = Path(utils.__file__).parent
 PROCESSES = multiprocessing.get_context("forkserver")  # forked from a process that has imported everything
 PROCESSES.set_forkserver_preload(["tools.search"])
 CPU = ["--gpu", "cpu", "--workers", "0"]
-SEARCH_IN_FLOAT32 = """
-from tools import embedder, search
-embedder.computes_bf16 = lambda device: False
-search.cli(search.main)
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -121,20 +111,6 @@ def check_found(results, expected, top=None):
         for image, (_, similarity) in zip(result["found"], ranked[:top], strict=True):
             assert image["similarity"] == pytest.approx(similarity, abs=2e-6)
             assert image["similarity"] == pytest.approx(scores[image["path"]], abs=2e-6)
-
-
-@contextlib.contextmanager
-def process(*arguments, **pipes):
-    """Python with these arguments in the repo, killed at the end of the block or after ten minutes."""
-    command = [sys.executable, *arguments]
-    with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True, **pipes) as process:
-        timer = threading.Timer(600, process.kill)
-        timer.start()
-        try:
-            yield process
-        finally:
-            timer.cancel()
-            process.kill()
 
 
 def stored(index):
@@ -521,8 +497,8 @@ def test_a_changed_image_is_not_shown_as_found(made, pictures, tmp_path, capsys)
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].endswith("(changed since it was indexed)")
     assert not lines[2].endswith("indexed)")
-    assert "data:image" not in search_page.draw_card(found[0])
-    assert "data:image" in search_page.draw_card(found[1])
+    assert search_page.picture(found[0]) is None
+    assert search_page.picture(found[1]).startswith("data:image/jpeg;base64,")
 
 
 def test_what_may_still_be_there_stays(made, monkeypatch):
@@ -617,112 +593,6 @@ def test_onnx_files_embed_and_search_as_their_checkpoint(exported, made, checkpo
     broken.write_bytes(Path(exported["visible"]).read_bytes()[:5000])
     with pytest.raises(InputError, match=r"broken.onnx: not an ONNX file of tools.export"):
         search.Embedder(broken)
-
-
-# --------------------------------------------------------------------------------------------------------- in a browser
-
-
-@contextlib.contextmanager
-def served(index):
-    """tools.search serve as a process -> its port."""
-    command = ["serve", "--index", str(index), "--port", "0", "--gpu", "cpu"]
-    with process("-c", SEARCH_IN_FLOAT32, *command, stderr=subprocess.PIPE) as server:
-        address = re.match(r"http://127.0.0.1:(\d+)", server.stdout.readline())
-        assert address, server.communicate()[1]
-        yield int(address[1])
-        server.terminate()
-        errors = server.communicate()[1]
-    assert server.returncode == 128 + 15
-    assert "Traceback" not in errors
-
-
-def listening(port):
-    """Local addresses, in hexadecimal, of the sockets that listen on a port."""
-    rows = [line.split() for file in ("tcp", "tcp6") for line in Path("/proc/net", file).read_text().splitlines()[1:]]
-    return [row[1].split(":")[0] for row in rows if row[3] == "0A" and int(row[1].split(":")[1], 16) == port]
-
-
-@pytest.mark.slow
-def test_the_page_in_a_browser(made, checkpoint, pictures, browser):
-    from playwright.sync_api import expect
-
-    expect.set_options(timeout=60_000)
-    folder, index = made
-    awkward = folder / "<b>&${value}{{value}}.JPG"  # a name is text, whatever is in it
-    readable(folder)[0].rename(awkward)
-    run_index(folder, index, "--pattern", "{camera}/{person}.JPG")
-    embed = plain_embedding(checkpoint)
-    gallery = [*readable(folder), awkward]
-    features = np.stack([embed(path, "visible") for path in gallery])
-    with served(index) as port:
-        assert listening(port) == ["0100007F"]
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        requests, complaints = [], []
-        page.on("request", lambda request: requests.append(request.url))
-        page.on("console", lambda line: complaints.append(line.text) if line.type == "error" else None)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.goto(f"http://127.0.0.1:{port}")
-        cards = page.locator(".found figure")
-
-        def expect_cards(scores, rows, first=1):
-            expect(page.locator(".found b").nth(1)).to_have_text(f"{scores[rows[0]]:.3f}")
-            expect(cards).to_have_count(len(rows))
-            for rank, row in enumerate(rows, first):
-                text = cards.nth(rank - first).inner_text()
-                assert text.startswith(f"{rank}. similarity {scores[row]:.3f}\n")
-                assert text.strip().endswith("/".join(gallery[row].parts[-2:]))
-
-        page.set_input_files("input[type=file]", pictures[1][0])
-        for modality in ("visible", "infrared"):
-            page.get_by_label(modality).first.check()
-            scores = features @ embed(pictures[1][0], modality)
-            expect_cards(scores, np.argsort(-scores)[:10])
-        loaded = "[...document.querySelectorAll('.found img')].every(image => image.naturalWidth == 128)"
-        assert page.evaluate(loaded)
-        page.get_by_role("button", name="Next page").click()
-        expect_cards(scores, np.argsort(-scores)[10:], 11)
-        page.get_by_role("button", name="Previous page").click()
-        expect_cards(scores, np.argsort(-scores)[:10])
-
-        page.get_by_label("Cameras").click()
-        page.get_by_role("option", name="b").click()
-        of_camera = [row for row in np.argsort(-scores) if gallery[row].parent.name == "b"]
-        expect_cards(scores, of_camera)
-        expect(page.locator(".vega-embed, canvas, svg.marks").first).to_be_visible()
-        page.get_by_label("Folder").fill(str(folder / "a"))
-        page.get_by_label("Folder").press("Enter")
-        expect(page.get_by_role("alert")).to_have_text(f"{index}: none of its images fits all filters; leave one out")
-        assert cards.count() == 0
-        assert complaints == []
-        page.close()
-        check_requests(requests, port, (gallery[0], checkpoint, index, "/etc/passwd", REPO / "tools" / "search.py"))
-
-
-@pytest.mark.slow
-def test_an_upload_that_is_no_image_is_named(made, browser):
-    from playwright.sync_api import expect
-
-    expect.set_options(timeout=60_000)
-    with served(made[1]) as port:
-        page = browser.new_page()
-        page.goto(f"http://127.0.0.1:{port}")
-        page.set_input_files("input[type=file]", {"name": "b.jpg", "mimeType": "image/jpeg", "buffer": b"no image"})
-        expect(page.get_by_role("alert")).to_have_text(
-            re.compile(r"^b\.jpg: cannot be read as an image \(.*'b\.jpg'\)")
-        )
-        page.close()
-
-
-def check_requests(requests, port, files):
-    """The page asked nobody else, answers under no other name, and gives out no file."""
-    assert {url.split("/")[2] for url in requests if not url.startswith(("data:", "blob:"))} == {f"127.0.0.1:{port}"}
-    rebound = urllib.request.Request(f"http://127.0.0.1:{port}/", headers={"Host": "evil.example"})
-    with pytest.raises(urllib.error.HTTPError, match="400"):
-        urllib.request.urlopen(rebound)
-    for path in files:
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/gradio_api/file={path}")
-        assert refused.value.code in (403, 404)
 
 
 def test_a_port_that_is_taken_is_named(made):
