@@ -1,4 +1,4 @@
-"""Searching one's own images: indexing folders, queries, the library, ONNX files, and the page in a browser."""
+"""Searching one's own images: indexing folders, queries, the library, and ONNX files."""
 
 import contextlib
 import itertools
@@ -6,18 +6,12 @@ import json
 import multiprocessing
 import os
 import re
-import secrets
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import textwrap
-import threading
-import urllib.error
-import urllib.request
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
@@ -35,15 +29,9 @@ from tools.index import Entry, FileIndex, open_index
 from tools.server_index import ServerIndex
 from utils import InputError
 
-REPO = Path(utils.__file__).parent
 PROCESSES = multiprocessing.get_context("forkserver")  # forked from a process that has imported everything
 PROCESSES.set_forkserver_preload(["tools.search"])
 CPU = ["--gpu", "cpu", "--workers", "0"]
-SEARCH_IN_FLOAT32 = """
-from tools import embedder, search
-embedder.computes_bf16 = lambda device: False
-search.cli(search.main)
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -123,20 +111,6 @@ def check_found(results, expected, top=None):
         for image, (_, similarity) in zip(result["found"], ranked[:top], strict=True):
             assert image["similarity"] == pytest.approx(similarity, abs=2e-6)
             assert image["similarity"] == pytest.approx(scores[image["path"]], abs=2e-6)
-
-
-@contextlib.contextmanager
-def process(*arguments, **pipes):
-    """Python with these arguments in the repo, killed at the end of the block or after ten minutes."""
-    command = [sys.executable, *arguments]
-    with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True, **pipes) as process:
-        timer = threading.Timer(600, process.kill)
-        timer.start()
-        try:
-            yield process
-        finally:
-            timer.cancel()
-            process.kill()
 
 
 def stored(index):
@@ -523,8 +497,8 @@ def test_a_changed_image_is_not_shown_as_found(made, pictures, tmp_path, capsys)
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].endswith("(changed since it was indexed)")
     assert not lines[2].endswith("indexed)")
-    assert "data:image" not in search_page.draw_card(found[0])
-    assert "data:image" in search_page.draw_card(found[1])
+    assert search_page.picture(found[0]) is None
+    assert search_page.picture(found[1]).startswith("data:image/jpeg;base64,")
 
 
 def test_what_may_still_be_there_stays(made, monkeypatch):
@@ -619,155 +593,6 @@ def test_onnx_files_embed_and_search_as_their_checkpoint(exported, made, checkpo
     broken.write_bytes(Path(exported["visible"]).read_bytes()[:5000])
     with pytest.raises(InputError, match=r"broken.onnx: not an ONNX file of tools.export"):
         search.Embedder(broken)
-
-
-# --------------------------------------------------------------------------------------------------------- in a browser
-
-
-@contextlib.contextmanager
-def served(index):
-    """tools.search serve as a process -> its address, with the token."""
-    command = ["serve", "--index", str(index), "--port", "0", "--gpu", "cpu"]
-    with process("-c", SEARCH_IN_FLOAT32, *command, stderr=subprocess.PIPE) as server:
-        address = re.match(r"http://127.0.0.1:\d+/\?token=\S{40,}", server.stdout.readline())
-        assert address, server.communicate()[1]
-        yield address[0]
-        server.terminate()
-        server.communicate(timeout=10)
-    assert server.returncode == 128 + 15
-
-
-def listening(port):
-    """Local addresses, in hexadecimal, of the sockets that listen on a port."""
-    rows = [line.split() for file in ("tcp", "tcp6") for line in Path("/proc/net", file).read_text().splitlines()[1:]]
-    return [row[1].split(":")[0] for row in rows if row[3] == "0A" and int(row[1].split(":")[1], 16) == port]
-
-
-@pytest.mark.slow
-def test_the_page_in_a_browser(made, checkpoint, pictures, browser):
-    from playwright.sync_api import expect
-
-    expect.set_options(timeout=60_000)
-    folder, index = made
-    awkward = folder / "<b>&${value}{{value}}.JPG"  # a name is text, whatever is in it
-    readable(folder)[0].rename(awkward)
-    run_index(folder, index, "--pattern", "{camera}/{person}.JPG")
-    embed = plain_embedding(checkpoint)
-    gallery = [*readable(folder), awkward]
-    features = np.stack([embed(path, "visible") for path in gallery])
-    with served(index) as address:
-        assert listening(urlsplit(address).port) == ["0100007F"]
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        requests, complaints = [], []
-        page.on("request", lambda request: requests.append(request.url))
-        page.on("console", lambda line: complaints.append(line.text) if line.type == "error" else None)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.goto(address)
-        cards = page.locator(".found figure")
-
-        def expect_cards(scores, rows, first=1):
-            expect(page.locator(".found b").nth(1)).to_have_text(f"{scores[rows[0]]:.3f}")
-            expect(cards).to_have_count(len(rows))
-            for rank, row in enumerate(rows, first):
-                text = cards.nth(rank - first).inner_text()
-                assert text.startswith(f"{rank}. similarity {scores[row]:.3f}\n")
-                assert text.strip().endswith("/".join(gallery[row].parts[-2:]))
-
-        page.set_input_files("input[type=file]", pictures[1][0])
-        for modality in ("visible", "infrared"):
-            page.get_by_label(modality).first.check()
-            scores = features @ embed(pictures[1][0], modality)
-            expect_cards(scores, np.argsort(-scores)[:10])
-        loaded = "[...document.querySelectorAll('.found img')].every(image => image.naturalWidth == 128)"
-        assert page.evaluate(loaded)
-        page.get_by_role("button", name="Next page").click()
-        expect_cards(scores, np.argsort(-scores)[10:], 11)
-        page.get_by_role("button", name="Previous page").click()
-        expect_cards(scores, np.argsort(-scores)[:10])
-
-        page.get_by_label("Cameras").click()
-        page.get_by_role("option", name="b").click()
-        of_camera = [row for row in np.argsort(-scores) if gallery[row].parent.name == "b"]
-        expect_cards(scores, of_camera)
-        expect(page.locator(".vega-embed, canvas, svg.marks").first).to_be_visible()
-        page.get_by_label("Folder").fill(str(folder / "a"))
-        page.get_by_label("Folder").press("Enter")
-        expect(page.get_by_role("alert")).to_have_text(f"{index}: none of its images fits all filters; leave one out")
-        assert cards.count() == 0
-        assert complaints == []
-        page.close()
-        # The page asked nobody else.
-        hosts = {urlsplit(url).netloc for url in requests if not url.startswith(("data:", "blob:"))}
-        assert hosts == {urlsplit(address).netloc}
-
-
-@pytest.mark.slow
-def test_an_upload_that_is_no_image_is_named(made, browser):
-    from playwright.sync_api import expect
-
-    expect.set_options(timeout=60_000)
-    with served(made[1]) as address:
-        page = browser.new_page()
-        page.goto(address)
-        page.set_input_files("input[type=file]", {"name": "b.jpg", "mimeType": "image/jpeg", "buffer": b"no image"})
-        expect(page.get_by_role("alert")).to_have_text(
-            re.compile(r"^b\.jpg: cannot be read as an image \(.*'b\.jpg'\)")
-        )
-        page.close()
-
-
-def ask(address, path, cookie="", method=None, body=None, host=None):
-    """(status, body) of a request to the server of an address."""
-    url = f"http://{urlsplit(address).netloc}{path}"
-    headers = {"Content-Type": "application/json", "Cookie": cookie} | ({"Host": host} if host else {})
-    data = None if body is None else json.dumps(body).encode()
-    try:
-        request = urllib.request.Request(url, data, headers, method=method)
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as refused:
-        return refused.code, refused.read().decode()
-
-
-def search_for(address, cookie, path):
-    """What Gradio's interface answers to a search whose upload is a path or a URL: (status, body)."""
-    image = {"image": {"path": str(path), "orig_name": "q.jpg", "meta": {"_type": "gradio.FileData"}}, "caption": None}
-    data = [[image], "infrared", "mean", 10, False, False, [], "", None, None, ""]
-    body = {"data": data, "fn_index": 0, "session_hash": secrets.token_hex()}
-    return ask(address, "/gradio_api/queue/join", cookie, body=body)
-
-
-@pytest.mark.slow
-def test_nobody_gets_a_file_from_the_page_or_stops_it(made, checkpoint, pictures, tmp_path):
-    secret, pipe = tmp_path / "secret.txt", tmp_path / "pipe"
-    secret.write_text("the secret")
-    os.mkfifo(pipe)
-    with served(made[1]) as address:
-        token = parse_qs(urlsplit(address).query)["token"][0]
-        cookie = f"gfmnet_{urlsplit(address).port}={token}"
-        # Without the token: nothing, whatever is asked for.
-        for path in (
-            "/",
-            "/config",
-            "/?token=",
-            "/?token=x",
-            f"/gradio_api/file={secret}",
-            "/gradio_api/upload",
-            "/none",
-        ):
-            for method in ("GET", "HEAD", "POST", "PUT", "OPTIONS"):
-                assert ask(address, path, "gfmnet_1=x", method)[0] == 403
-        assert ask(address, "/config", cookie)[0] == 200
-        assert ask(address, f"/?token={token}", host="evil.example")[0] == 400
-        # With it, requests as no browser makes them.
-        own = pictures[1][0]
-        folder = tmp_path / "folder"
-        folder.mkdir()
-        names = [secret, pipe, own, checkpoint, made[1], "/dev/zero", "/proc/self/environ", folder, "../../etc/passwd"]
-        names += [f"file://{secret}", f"http://{urlsplit(address).netloc}/config?token={token}", "", "x\0y"]
-        for name in names:
-            assert search_for(address, cookie, name)[0] == 400
-        assert ask(address, "/config", cookie)[0] == 200
 
 
 def test_a_port_that_is_taken_is_named(made):

@@ -38,7 +38,8 @@ class Finder:
         return self.index.counts(self.about["version"], column)
 
     def read_filter(self, camera=(), modality=None, start=None, end=None, folder=None):
-        """The values of the flags that choose images -> Filter. InputError for one that fits no image."""
+        """The values of the flags that choose images -> Filter. InputError for one that fits no image. folder: absolute
+        and without links, as paths of the index; it is only compared."""
         cameras = self.counts("camera")
         for name in camera:
             if name not in cameras:
@@ -48,8 +49,7 @@ class Finder:
         last = parse_time(end, "--to", end=True) if end else None
         if first and last and first >= last:
             raise InputError(f"--from {start}: is not before --to {end}; exchange them")
-        folder = os.path.realpath(folder) if folder else None
-        return Filter(modality, tuple(camera), first, last, folder)
+        return Filter(modality or None, tuple(camera), first, last, folder or None)
 
     def __call__(self, images, modality, top, page=1, where=Filter(), combine=None, rerank=False, group=False):  # noqa: B008
         """page: of `top` images. where: a Filter. combine: all files show one person, which their "mean" feature or

@@ -35,15 +35,7 @@ def write_page(path, title, results, rankings, rankings_title, plots, settings):
     bar = progress(files, desc="embedding images", unit="img", leave=False)
     trials = [trial for row in results for trial in row["per_trial"]]
     common, columns, rows = table_parts(results)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"digest": digest, "tail": lambda file: Path(*Path(file).parts[-3:])}
-    page = environment.get_template("report.html.j2").render(
+    page = read_template("report.html.j2").render(
         title=title,
         origin={
             "Images": dict.fromkeys(row["images"] for row in results),
@@ -62,6 +54,14 @@ def write_page(path, title, results, rankings, rankings_title, plots, settings):
     )
     with atomic(path) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="replace")  # a file name may not be Unicode
+
+
+def read_template(name):
+    """A Jinja template of this folder, which escapes what is put into it."""
+    options = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), **options)
+    environment.filters |= {"digest": digest, "tail": lambda file: Path(*Path(file).parts[-3:])}
+    return environment.get_template(name)
 
 
 def table_parts(results):

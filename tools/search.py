@@ -113,7 +113,8 @@ def run_query(args):
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):  # keeps warnings out of the JSON
         finder = Finder(args)
         check_sheet(args, finder)
-        where = finder.read_filter(args.camera, args.gallery_modality, args.start, args.end, args.folder)
+        folder = args.folder and os.path.realpath(args.folder)
+        where = finder.read_filter(args.camera, args.gallery_modality, args.start, args.end, folder)
         options = {name: getattr(args, name) for name in ("page", "combine", "rerank", "group")}
         lists = finder(args.images, args.modality, args.top, where=where, **options)
     queries = [args.images] if args.combine else [[path] for path in args.images]
