@@ -307,9 +307,7 @@ def _backbone_state(arch, network, weights):
                 f"--weights imagenet: could not download {source.url} ({error}); "
                 "fetch that file elsewhere and pass --weights FILE, or train from scratch: --weights none"
             ) from error
-    state = load_weights(Path(weights))
-    check_state(state, f"--weights {weights}")
-    state = {name.removeprefix("module."): value for name, value in state.items()}  # saved from a wrapped model
+    state = check_state(load_weights(Path(weights)), f"--weights {weights}")
     wanted = network.state_dict()
     counts = {name: value for name, value in wanted.items() if name.endswith("num_batches_tracked")}
     head = {name: value for name, value in wanted.items() if name.startswith(HEADS)}
@@ -339,8 +337,7 @@ def load_network(checkpoint, path):
 
     path names the checkpoint in the InputError that weights which do not fit, or are not finite, raise.
     """
-    state = checkpoint["net"]
-    check_state(state, path)
+    state = check_state(checkpoint["net"], path)
     known_as = str  # our name of a tensor -> its name in the file
     try:
         if is_published(state):
@@ -352,6 +349,8 @@ def load_network(checkpoint, path):
             options, size = checkpoint["options"], tuple(checkpoint["image_size"])
             if not (len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)):
                 raise InputError(f"its image_size {checkpoint['image_size']!r:.40} is no height and width; train again")
+        elif any(name.startswith("shared.layer") for name in state):
+            raise InputError("has no 'options' and 'image_size', only weights; pass the whole checkpoint")
         else:
             raise InputError(
                 f"{next(iter(state))!r:.120} is no tensor of this repo's checkpoints, nor of the published baseline, "

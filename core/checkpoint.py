@@ -73,6 +73,8 @@ def load_checkpoint(path):
     Raises InputError when the file is missing, cut off, no checkpoint, of a later version, or holds anything else.
     """
     content = load_weights(path)
+    if content and all(isinstance(value, torch.Tensor) for value in content.values()):
+        content = {"net": content}
     if "net" not in content:
         raise InputError(f"{path}: has no 'net', so it is no checkpoint; pass one to --resume")
     flags = content.get("args", {})
@@ -104,7 +106,8 @@ def load_training_state(path):
 
 
 def load_weights(path):
-    """Read a dict of tensors and plain values, such as a state dict, as `load_checkpoint` does."""
+    """Read a dict of tensors and plain values, such as a state dict, as `load_checkpoint` does; of a file that has its
+    weights under "state_dict", as other projects write them, only these."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; pass the path of an existing one")
@@ -118,7 +121,7 @@ def load_weights(path):
         ) from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a dict of weights; pass a saved state dict")
-    return content
+    return content["state_dict"] if isinstance(content.get("state_dict"), dict) else content
 
 
 def find_checkpoint(resume, model_path):
@@ -129,9 +132,11 @@ def find_checkpoint(resume, model_path):
 
 
 def check_state(state, path):
-    """Raise InputError, naming `path`, if `state` is no state dict: names to tensors."""
+    """A state dict, names to tensors -> the same, without the prefix of a wrapped model (DataParallel). Raises
+    InputError, naming `path`, for anything else."""
     if not (isinstance(state, dict) and state):
         raise InputError(f"{path}: holds no weights; pass a saved state dict or checkpoint")
     for name, value in state.items():
         if not (isinstance(name, str) and isinstance(value, torch.Tensor)):
             raise InputError(f"{path}: {name!r:.120} is a {type(value).__name__}, not weights; pass a saved state dict")
+    return {name.removeprefix("module."): value for name, value in state.items()}

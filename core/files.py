@@ -101,5 +101,13 @@ def file_sha256(path):
 
 
 def locate(name, folder=""):
-    """A file by its path, or by its name in a folder; a path that exists wins. None if there is neither."""
-    return next((path for path in (Path(name), Path(folder) / name) if path.is_file()), None)
+    """A file by its path, or by its name in a folder; a path that exists wins. None if there is neither.
+
+    A name that no file has may be a pattern such as *_best.t; InputError if several files match it."""
+    places = Path(name), Path(folder) / name
+    if path := next((path for path in places if path.is_file()), None):
+        return path
+    found = sorted({path for place in places for path in map(Path, glob.glob(str(place))) if path.is_file()})
+    if len(found) > 1:
+        raise InputError(f"{name}: matches {len(found)} files, {', '.join(map(str, found[:4]))}; pass one")
+    return found[0] if found else None

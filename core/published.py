@@ -78,7 +78,7 @@ _UNUSED_BY_DNS = rf"{_SHARED}\.{_STAGE.replace('[1-4]', '[12]')}\.{_VALUE}"
 
 def is_published(state):
     """Whether a state dict has names of the published code."""
-    return any(re.match(rf"(?:module\.)?(?:{_STREAM}|{_SHARED})\.", name) for name in state)
+    return any(re.match(rf"(?:{_STREAM}|{_SHARED})\.", name) for name in state)
 
 
 def convert_published_state(state):
@@ -120,8 +120,7 @@ def published_options(state):
 
 
 def _used(state):
-    """The tensors that the network runs, as a dict; names without the prefix of a wrapped model."""
-    state = {name.removeprefix("module."): value for name, value in state.items()}
+    """The tensors that the network runs, as a dict."""
     unused = []
     if _has(state, "base.HSS"):
         unused = [_UNUSED_BY_DNS]

@@ -91,3 +91,26 @@ def test_checkpoint_is_found_by_path_or_name(tmp_path, monkeypatch):
     assert find_checkpoint("a.t", "models") == Path("a.t")
     with pytest.raises(InputError, match=r"b\.t.*models"):
         find_checkpoint("b.t", "models")
+
+
+def test_a_pattern_finds_the_one_checkpoint_that_it_matches(tmp_path, monkeypatch):
+    """A shell leaves a pattern in quotes as it is."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "a_best.t").touch()
+    for pattern in ("a_*.t", "models/*_best.t"):
+        assert find_checkpoint(pattern, "models") == Path("models/a_best.t")
+    (tmp_path / "models" / "b_best.t").touch()
+    with pytest.raises(InputError, match=r"\*_best\.t: matches 2 files, .*a_best\.t, .*b_best\.t; pass one"):
+        find_checkpoint("*_best.t", "models")
+    with pytest.raises(InputError, match=r"c_\*\.t: no such file"):
+        find_checkpoint("c_*.t", "models")
+    (tmp_path / "x[1].t").touch()
+    assert find_checkpoint("x[1].t", "models") == Path("x[1].t")
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, lambda net: {"state_dict": net, "epoch": 3}])
+def test_weights_may_be_bare_or_under_state_dict(wrap, tmp_path):
+    torch.save(wrap({"w": torch.ones(2), "b": torch.zeros(1)}), tmp_path / "a.t")
+    loaded = load_checkpoint(tmp_path / "a.t")
+    assert {name: value.tolist() for name, value in loaded["net"].items()} == {"w": [1, 1], "b": [0]}

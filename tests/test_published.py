@@ -141,6 +141,16 @@ def test_a_checkpoint_of_this_repo_is_refused_in_a_line(damage):
     assert len(str(caught.value)) < 300
 
 
+def test_weights_of_this_repo_load_from_a_wrapped_model():
+    """DataParallel puts `module.` before each name."""
+    net = model.GFMNet(7, "resnet18")
+    state = {f"module.{name}": value for name, value in net.state_dict().items()}
+    loaded, _ = model.load_network({"net": state, "options": net.options, "image_size": (96, 48)}, "x.t")
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in loaded.state_dict().items())
+    with pytest.raises(InputError, match=r"x\.t: has no 'options' and 'image_size', .*; pass the whole checkpoint"):
+        model.load_network({"net": state}, "x.t")
+
+
 @pytest.mark.slow
 def test_testa_takes_agw_and_refuses_it_damaged(agw, tmp_path):
     """On the smallest tree: the network and the images are of full size."""

@@ -1,6 +1,6 @@
 """Export the embedding network of a checkpoint, one file per modality, as ONNX or safetensors.
 
-    python -m tools.export --resume save_model/..._best.t --format onnx
+    python -m tools.export --resume save_model/..._best.t
 
 An ONNX file needs nothing of this repo. Its input "images" is [B, 3, H, W], with the network's H and W and any B; its
 output "features" is [B, C], float32, of unit length: the features that testa.py tests, averaged over image and mirror.
@@ -44,7 +44,7 @@ def get_args_parser():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--resume", required=True, help="checkpoint: a path, or a name under --model_path")
     parser.add_argument("--model_path", default="save_model/", help="folder of the checkpoints")
-    parser.add_argument("--format", required=True, choices=FORMATS, help="file format")
+    parser.add_argument("--format", choices=FORMATS, default="onnx", help="file format")
     parser.add_argument("--modality", nargs="+", choices=MODALITIES, default=MODALITIES, help="one file for each")
     parser.add_argument("--feature", choices=FEATURES, default="FC", help="after the bottleneck, or before (POOL)")
     text = "bytes, or float32: (bytes / 255 - mean) / std of ImageNet"
