@@ -253,7 +253,8 @@ def test_a_graph_that_gives_up_is_no_end_of_a_list_and_goes_with_its_version(dat
     with contextlib.closing(open_index(database, create=True)) as index:
         version, (query,) = index.begin("net.t", "a" * 64, "FC", DIM), unit(1, seed=9)
         entries = [Entry(f"/{i}.jpg", "0 0", "visible", str(i % 50), None, "2026") for i in range(3000)]
-        index.add(version, entries, np.where(np.arange(3000)[:, None] % 50 == 7, -query, query) + 0.1 * unit(3000))
+        vectors = np.where(np.arange(3000)[:, None] % 50 == 7, -query, query) + 0.1 * unit(3000)
+        index.add(version, entries, vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
         exact = index.search(version, query[None], 60, Filter(cameras=("7",)))
         assert len(exact[0]) == 60
         index.approximate(version, DIM)

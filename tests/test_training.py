@@ -196,7 +196,8 @@ def far_apart(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_clamp_is_told(far_apart, sysu_tree, tmp_path, capsys):
-    result = train_ext_test0.main(flags(sysu_tree, tmp_path, "--weights", str(far_apart), "--epochs", "1"))
+    more = ["--weights", str(far_apart), "--square", "1", "--epochs", "1"]
+    result = train_ext_test0.main(flags(sysu_tree, tmp_path, *more))
     (entry,) = log_entries(result["log"])
     assert entry["distance_across"] > 20
     assert entry["beyond_clamp"] > 0.95
