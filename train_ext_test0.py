@@ -91,9 +91,7 @@ def get_args_parser():
         "large distances), exact (a true softmax; from a start with large distances it may collapse at ln 2), or "
         "stable (a true softmax of distances divided by their mean, so that the loss does not depend on scale)",
     )
-    text = (
-        "1 squares the triplet's difference of distances (caj, adp, gfm2), as published: see docs/reproduction.md first"
-    )
+    text = "1 squares the triplet's difference of distances (caj, adp, gfm2), as published: see docs/reproduction.md"
     flag("--square", type=int, choices=(0, 1), default=0, help=text)
     text = "margin of the hard (base, deen) and local (adp) triplets, and of the circle loss (dns)"
     flag("--margin", type=bounded(float, 0), default=0.3, help=text)

@@ -91,8 +91,10 @@ def read_json_lines(path):
 
 def log_epoch(log, title, entry, args, steps):
     """Log the line of an epoch whose entry is not logged yet, and warnings of what it shows. steps: of an epoch."""
-    names = ("total", "identity", "triplet", "local", "correct", "accuracy", *METHODS[args.method].terms)
+    names = ("total", "identity", "triplet", "local", "correct", *METHODS[args.method].terms)
     line = f"{title}  lr {entry['lr']:.4g}" + "".join(f"  {name} {entry[name]:.3f}" for name in names)
+    if "accuracy" in entry:  # the rest of a resumed epoch may be too short for a reading
+        line += f"  accuracy {entry['accuracy']:.3f}"
     if "FC/Rank-1" in entry:
         line += "".join(f"  {metric} {entry[f'FC/{metric}']:.2f}" for metric in ("Rank-1", "mAP", "mINP"))
     log.text(f"{line}  {entry['images_per_second']:.0f} img/s")
@@ -109,21 +111,20 @@ def warnings(entry, before, args, steps):
     epoch, taken = entry["epoch"], signature(METHODS[args.method].triplet).parameters
     remedy = "lower --lr"
     if "weighting" in taken and args.weighting != "stable":
-        remedy = (
-            "start anew with --square 0" if args.square and "square" in taken else "start anew with --weighting stable"
-        )
+        remedy = "start anew with --weighting stable"
+        if "square" in taken and args.square:
+            remedy = "start anew with --square 0"
     if (epoch % args.eval_every == 0 or epoch == args.epochs - 1) and "FC/Rank-1" not in entry:
         # Non-local blocks are cubic in their input, and overflow where running statistics are far from the batches'.
         yield (
             f"no test result for epoch {epoch}: the features are not finite in evaluation; training goes on. This "
             "happens in the first epochs, when batch norm's running statistics lag behind; if it lasts, lower --lr"
         )
-    if entry["accuracy"] < ACCURACY_FALL * before.get("accuracy", 0):
+    if entry.get("accuracy", 1) < ACCURACY_FALL * before.get("accuracy", 0):
         yield (
             f"the classifier finds {entry['accuracy']:.1%} of the images, after {before['accuracy']:.1%} in the epoch "
             f"before: the run is collapsing; {remedy}"
         )
-
     due = (epoch - 1) * steps < TRIPLET_STEPS <= epoch * steps  # the first epoch that begins after so many
     if "weighting" in taken and due and entry["triplet"] > TRIPLET_LIMIT:
         yield (
@@ -132,7 +133,7 @@ def warnings(entry, before, args, steps):
         )
 
     def begins(name):
-        return before.get(name, 0) <= 0.5 < entry.get(name, 0)  # a short rest of a resumed epoch has no reading
+        return before.get(name, 0) <= 0.5 < entry.get(name, 0)
 
     distances = "distances within identities {distance_within:.3g}, across {distance_across:.3g}"
     if begins("beyond_clamp") and args.weighting == "published":

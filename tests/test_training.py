@@ -142,8 +142,9 @@ def test_an_epoch_goes_on_from_any_checkpoint_of_its_meter():
 def test_readings_of_a_checkpoint_with_fewer_values_are_not_mixed_with_today_s():
     old = {"health_names": ["a"], "health": torch.tensor([5.0]), "readings": 2, "step": 3}
     meter = EpochMeter.from_checkpoint(old, CPU)
-    meter.read(Health(*torch.tensor([1.0, 2.0, 3.0, 4.0])))
-    assert (meter.health_names, meter.readings, meter.health.tolist()) == ([*Health._fields], 1, [1.0, 2.0, 3.0, 4.0])
+    meter.read(Health(*torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])))
+    assert (meter.health_names, meter.readings) == ([*Health._fields], 1)
+    assert meter.health.tolist() == [1.0, 2.0, 3.0, 4.0, 5.0]
 
 
 def test_health_by_hand():
@@ -151,7 +152,7 @@ def test_health_by_hand():
     places = torch.tensor([0.0, 2.0, 3.0, 3.0005, 50.0, 50.4, 50.0])
     labels = torch.tensor([0, 0, 1, 1, 2, 2, 3])
     features = torch.stack([places, torch.zeros(7)], dim=1)
-    health = MethodLoss("base").health(Output(features, None, None), labels)
+    health = MethodLoss("base").health(Output(features, torch.eye(4)[labels], None), labels)
     pairs = [(i, j) for i in range(7) for j in range(7) if i != j]
     within = [abs(places[i] - places[j]).item() for i, j in pairs if labels[i] == labels[j]]
     across = [abs(places[i] - places[j]).item() for i, j in pairs if labels[i] != labels[j]]
@@ -160,7 +161,7 @@ def test_health_by_hand():
     assert health.at_ln2.item() == health.beyond_clamp.item() == 0  # a squared difference's only
     # Both images at 50, and the one at 50.4, have d+ and d- below 0.25; the others differ by 0.99 or more.
     for more, share in (({}, 3 / 7), ({"square": 0}, 0), ({"weighting": "exact"}, 3 / 7), ({"weighting": "stable"}, 0)):
-        health = MethodLoss("caj", **more).health(Output(features, None, None), labels)
+        health = MethodLoss("caj", **more).health(Output(features, torch.eye(4)[labels], None), labels)
         assert health.at_ln2.item() == pytest.approx(share)
 
 
@@ -175,7 +176,7 @@ def test_beyond_the_clamp_the_published_loss_has_no_gradient(gamma):
     for anchor, gap in enumerate(torch.sub(*_weighted_triplet(features, labels, 1.0, "published"))):
         (slope,) = torch.autograd.grad((gamma * gap**2).clamp_max(44), features, retain_graph=True)
         assert beyond[anchor] == bool((gap > 0) & (slope == 0).all())
-    output = Output(features, None, None)
+    output = Output(features, torch.eye(6)[labels], None)
     assert MethodLoss("caj", gamma=gamma, weighting="published").health(output, labels).beyond_clamp == pytest.approx(
         beyond.float().mean().item()
     )
@@ -209,9 +210,9 @@ def test_accuracy_is_the_share_of_images_whose_identity_has_the_largest_logit():
     labels = torch.tensor([0, 1, 2, 2])
     logits = torch.eye(3)[[0, 2, 2, 1]] - 5.0
     output = Output(torch.randn(4, 8), logits, None)
-    assert MethodLoss("base")(output, labels).accuracy == 0.5
+    assert MethodLoss("base").health(output, labels).accuracy == 0.5
     three_embeddings = Output(torch.randn(12, 8), torch.cat([logits, logits, torch.eye(3)[labels]]), None)
-    assert MethodLoss("base")(three_embeddings, labels).accuracy == pytest.approx(8 / 12)
+    assert MethodLoss("base").health(three_embeddings, labels).accuracy == pytest.approx(8 / 12)
 
 
 STUCK = {"at_ln2": 0.6}

@@ -85,10 +85,8 @@ def pretrain(resnet, data, steps, padding, device):
 @torch.no_grad()
 def first_batches(weights, arch, data, padding, device, count=10):
     """The first batches of a training from a file of weights, by the published recipe: (pooled [N, C], labels [N])."""
-    net, augment = (
-        GFMNet(data.num_classes, arch, weights=weights).to(device).train(),
-        TrainAugmentation(padding=padding),
-    )
+    net = GFMNet(data.num_classes, arch, weights=weights).to(device).train()
+    augment = TrainAugmentation(padding=padding)
     loader = train_loader(data, IdentitySampler(data, batch_size=8, num_pos=4, seed=0), workers=0)
     batches = []
     for batch in islice(loader, count):

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from model import FEATURES, MODALITIES
-from tools import figures, search_page
+from tools import figures
 from tools.embedder import Embedder  # noqa: F401 (the library)
 from tools.finder import Finder, describe, printable
 from tools.indexer import index_folder, remove_folder
@@ -86,7 +86,7 @@ def get_args_parser():
 def main(argv=None):
     """Returns what the command's function returns; `serve` runs until it is stopped."""
     args = get_args_parser().parse_args(argv)
-    run = {"index": run_index, "remove": run_remove, "query": run_query, "serve": search_page.serve}
+    run = {"index": run_index, "remove": run_remove, "query": run_query, "serve": run_serve}
     return run[args.command](args)
 
 
@@ -106,6 +106,12 @@ def run_index(args):
 def run_remove(args):
     print(f"{args.index}: {(count := remove_folder(args))} images removed")
     return count
+
+
+def run_serve(args):
+    from tools import search_page  # the library and the other commands need no server
+
+    return search_page.serve(args)
 
 
 def run_query(args):
