@@ -1,6 +1,7 @@
 """What every script shares: errors, command line, device, processes, seed, precision and progress bars."""
 
 import argparse
+import difflib
 import math
 import multiprocessing
 import os
@@ -108,8 +109,12 @@ class ArgumentParser(argparse.ArgumentParser):
         return flag[:2] + flag[2:].replace("-", "_") + equals + value if re.match(r"--\w", arg) else arg
 
     def error(self, message):
-        surplus = re.match("unrecognized arguments: (?!-)", message)
-        remedy = "a pattern such as *_best.t must match one file" if surplus else "--help lists the flags"
+        remedy = "--help lists the flags"
+        if unknown := re.match(r"unrecognized arguments: (\S+)", message):
+            if not unknown[1].startswith("-"):
+                remedy = "a pattern such as *_best.t must match one file"
+            elif similar := difflib.get_close_matches(unknown[1].split("=")[0], self._option_string_actions, 1, 0.75):
+                remedy = f"did you mean {similar[0]}?"
         sys.exit(_one_line_exit(self.prog, f"{message} ({remedy})"))
 
 

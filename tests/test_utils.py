@@ -186,7 +186,11 @@ def test_seeding_repeats_every_generator():
 
 @pytest.mark.parametrize(
     ("surplus", "remedy"),
-    [(["b.t"], "a pattern such as *_best.t must match one file"), (["--rseume", "b.t"], "--help lists the flags")],
+    [
+        (["b.t"], "a pattern such as *_best.t must match one file"),
+        (["--rseume", "b.t"], "did you mean --resume?"),
+        (["--other", "1"], "--help lists the flags"),
+    ],
 )
 def test_surplus_arguments_are_one_line_with_a_remedy(surplus, remedy, capsys):
     parser = utils.ArgumentParser(prog="testa.py")
