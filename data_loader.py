@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from core.files import atomic
+from core.files import atomic, regular
 from core.images import check_readable, missing_image, read_image, write_images
 from data_manager import SYSU_INFRARED, SYSU_VISIBLE, check_data_folder, read_list, read_splits, sysu_images
 from utils import InputError, cores, leave_signals_to_the_main_process, process_count, process_index, progress
@@ -118,7 +118,7 @@ def _check_images(labels, identities, cameras, data_path, remedy):
 def _load_prepared(file, remedy):
     """One of `sysu_train_files`; remedy: how InputErrors end."""
     try:
-        return np.load(file, mmap_mode="r", allow_pickle=False)
+        return np.load(regular(file), mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{file}: cannot be read as a prepared array ({type(error).__name__}); {remedy}") from error
 
@@ -183,7 +183,7 @@ def _cached_images(data_path, name, paths, size):
                 other.unlink()
     while not file.exists():  # the other processes wait here: in a barrier, their patience would end after some minutes
         time.sleep(0.5)
-    return np.load(file, mmap_mode="r", allow_pickle=False)
+    return np.load(regular(file), mmap_mode="r", allow_pickle=False)
 
 
 class IdentitySampler(Sampler):

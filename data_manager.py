@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from scipy.io import loadmat
 
+from core.files import regular
 from utils import InputError
 
 SYSU_VISIBLE = {"all": (1, 2, 4, 5), "indoor": (1, 2)}  # --mode -> gallery cameras
@@ -253,7 +254,7 @@ def _read(data_path, path):
     """The text of one of the data set's lists."""
     check_data_folder(data_path)
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return regular(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"{path}: cannot be read ({type(error).__name__}); put the data set's list of ids or images there"

@@ -100,6 +100,13 @@ def file_sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def regular(path):
+    """`path`, for a reader. OSError if it is a pipe, socket or device: a pipe is waited for until somebody writes."""
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise OSError("is no regular file")
+    return path
+
+
 def locate(name, folder=""):
     """A file by its path, or by its name in a folder; a path that exists wins. None if there is neither.
 

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 from PIL import Image, ImageOps
 
+from core.files import regular
 from utils import InputError, cores, end_with_the_main_process, progress
 
 # What cameras and data sets produce. Pillow detects a format by a file's content and passes some formats, such as
@@ -24,7 +25,7 @@ def read_image(path, size):
     dropped. Raises InputError for a file that is missing or cannot be read, or that would keep too little of 16 bits.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(regular(path), formats=FORMATS) as image:
             deep = image.mode.startswith("I") or ";16" in str(image.tile[:1])
             image = _rgb(ImageOps.exif_transpose(image))
             if deep:

@@ -51,6 +51,14 @@ def write(name, content=b""):
     Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
+def pipe(name):
+    """Whoever opens it waits for somebody to write to it."""
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("needs named pipes")
+    Path(name).unlink()
+    os.mkfifo(name)
+
+
 def append(name, text):
     write(name, Path(name).read_text() + text)
 
@@ -137,6 +145,7 @@ CASES = {
     "truncated image": case(
         "prepare", lambda: cut(jpeg(), 300), "cam1/", "remove it, or continue without it: --skip_bad"
     ),
+    "pipe as image": case("prepare", lambda: pipe(jpeg()), "cam1/", "is no regular file", "--skip_bad"),
     "decompression bomb": case("prepare", lambda: write(jpeg(), bomb()), "cam1/", "decompression bomb"),
     "image of floats": case("prepare", lambda: write(jpeg(), float_image()), "cam1/", "floating-point"),
     "bad query image": case("test", lambda: cut(query(), 200), "sysu/cam", "remove it"),
@@ -146,6 +155,7 @@ CASES = {
     ),
     # lists of ids
     "no list of ids": case("prepare", lambda: os.unlink(EXP), EXP, "put the data set's list"),
+    "pipe as list of ids": case("prepare", lambda: pipe(EXP), EXP, "put the data set's list"),
     "empty list of ids": case("prepare", lambda: write(EXP), EXP, "has no ids", "separated by commas"),
     "id that climbs": case("prepare", lambda: write(EXP, "1,../2"), EXP, "'../2' is not an id"),
     "id twice": case("prepare", lambda: append(EXP, f",{Path(EXP).read_text()}"), EXP, "twice", "remove"),
@@ -168,6 +178,7 @@ CASES = {
     ),
     # arrays
     "not prepared": case("train", lambda: os.unlink(array(2)), "train_ir", "pre_process_sysu.py"),
+    "pipe as array": case("train", lambda: pipe(array(0)), "train_rgb_resized_img.npy", "pre_process_sysu.py"),
     "cut array": case("train", lambda: cut(array(0), 5000), "train_rgb_resized_img.npy", "pre_process_sysu.py"),
     "pickled array": case(
         "train",
@@ -249,6 +260,10 @@ CASES = {
     "resume another number of classes": resumed("train", lambda: resumable(9), "has num_classes 9, not 10"),
     # checkpoints
     "cut checkpoint": case("test", lambda: cut("good.t", 9999), "good.t"),
+    "pipe as checkpoint": case("test", lambda: pipe("good.t"), "good.t: no such file"),
+    "pipe as permutations": case(
+        "test", lambda: pipe(PERMUTATIONS), "rand_perm_cam.mat: no such file", flags="--protocol official"
+    ),
     "folder as checkpoint": case("test", nothing, "sysu: is a folder; pass one of its files", flags="--resume sysu"),
     "checkpoint that runs code": resumed("test", lambda: {"net": Crafted()}, "cannot be loaded safely"),
     "checkpoint of another number of classes": resumed(
