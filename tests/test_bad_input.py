@@ -527,6 +527,9 @@ def test_16_bit_images_that_use_a_small_part_of_their_range_are_refused(low, hig
             read_image(tmp_path / "a.png", (32, 16))
         found = [int(number) for number in re.search(r"from (\d+) to (\d+)", str(error.value)).groups()]
         assert low - 256 < found[0] <= found[1] <= high + 256
+    for content in deep_files(RNG.integers(20_000, 38_000, (32, 16), np.uint16)).values():  # 70 of 256 gray levels
+        write(tmp_path / "a.png", content)
+        assert 60 < np.ptp(read_image(tmp_path / "a.png", (32, 16))) < 80
     for content in deep_files(RNG.integers(0, 2**16, (32, 16), np.uint16)).values():
         write(tmp_path / "a.png", content)
         assert np.ptp(read_image(tmp_path / "a.png", (32, 16))) > 240

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torchvision
 
+import ChannelAug
 import pre_process_sysu
 import train_ext_test0
 from conftest import log_entries
@@ -53,13 +54,28 @@ def start(tree, out, triplet, steps):
     return pretrain.main([*flags, "--steps", str(steps)])
 
 
-def test_a_training_begins_with_the_triplet_that_was_asked_for(others, tmp_path):
-    assert start(others, tmp_path / "start.pt", triplet=34.5, steps=2) == pytest.approx(34.5, abs=0.01)
+@pytest.mark.parametrize("triplet", [34.5, 12])
+def test_a_training_begins_with_the_triplet_that_was_asked_for(triplet, others, tmp_path):
+    assert start(others, tmp_path / "start.pt", triplet, steps=2) == pytest.approx(triplet, abs=0.01)
     flags = ["--data_path", str(others), "--gpu", "cpu", "--arch", "resnet18", "--weights", str(tmp_path / "start.pt")]
     flags += [*SIZE, *CROP, "--workers", "0", "--epochs", "1", "--warmup", "0", "--lr", "1e-9", "--square", "0"]
     out = ["--model_path", str(tmp_path), "--log_path", str(tmp_path)]
     (entry,) = log_entries(train_ext_test0.main([*flags, *out])["log"])
-    assert entry["triplet"] == pytest.approx(34.5, rel=0.1)  # of other batches, at a rate that changes nothing
+    assert entry["triplet"] == pytest.approx(triplet, rel=0.1)  # of other batches, at a rate that changes nothing
+
+
+def test_the_padding_is_that_of_the_flag(others, tmp_path, monkeypatch):
+    paddings = []
+
+    def crop(images, padding):
+        paddings.append(padding)
+        return images
+
+    monkeypatch.setattr(pretrain, "random_crop", crop)  # while it is trained
+    monkeypatch.setattr(ChannelAug, "random_crop", crop)  # while it is measured
+    start(others, tmp_path / "start.pt", triplet=34.5, steps=1)
+    assert len(paddings) > 1
+    assert set(paddings) == {3}
 
 
 @pytest.mark.slow

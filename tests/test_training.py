@@ -16,7 +16,7 @@ import train_ext_test0
 from ChannelAug import TrainAugmentation
 from conftest import SIZE, flags, log_entries, parse
 from core import engine
-from core.log import warnings
+from core.log import RunLog, log_epoch, warnings
 from core.meter import Diverged, EpochMeter
 from core.step import TrainStep
 from data_loader import CachedBatches, IdentitySampler, TrainData, sysu_train
@@ -251,6 +251,20 @@ def test_warnings(change, before, flags, words):
     told = list(warnings(entry, before, parse(*flags.split()), steps=100))
     assert len(told) == bool(words)
     assert re.match(words or "", "".join(told))
+
+
+def test_an_epoch_is_compared_with_the_one_that_was_logged_before(tmp_path, capsys):
+    log, args = RunLog(tmp_path, "run"), parse()
+    for epoch, accuracy in enumerate((0.2, 0.9, 0.5, 0.49)):
+        entry = dict.fromkeys((*Losses._fields, *Health._fields, "lr", "images_per_second"), 0.0)
+        entry |= {"epoch": epoch, "accuracy": accuracy, "FC/Rank-1": 1.0, "FC/mAP": 1.0, "FC/mINP": 1.0}
+        log_epoch(log, f"epoch {epoch}", entry, args, steps=9)
+        log.epoch(entry)
+    log.close()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("epoch", "warning"))]
+    assert [line.split()[0] for line in lines] == ["epoch", "epoch", "epoch", "warning:", "epoch"]
+    assert "accuracy 0.900" in lines[1]
+    assert "finds 50.0% of the images, after 90.0% in the epoch before" in lines[3]
 
 
 class SmallNet(torch.nn.Module):
