@@ -40,7 +40,8 @@ class Training:
 
         names = ("arch", "img_h", "img_w", "batch_size", "num_pos", "amp", "graph")
         argv = [f"--{name}={getattr(args, name)}" for name in names] + ["--compile"] * args.compile
-        recipe = train_ext_test0.get_args_parser().parse_args([*argv, "--weights=none", "--square=1"])
+        argv += ["--weights=none", "--square=1"]  # the published loss, as `plain_loss` has it
+        recipe = train_ext_test0.get_args_parser().parse_args(argv)
         seed_everything(0)
         self.plain_net = GFMNet(data.num_classes, args.arch).to(device)
         self.net = train_ext_test0.build_network(recipe, data.num_classes, device, pretrained=True)
