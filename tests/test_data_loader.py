@@ -232,6 +232,19 @@ def test_older_arrays_do_not_name_their_people_but_their_counts_must_agree(own_t
         assert sysu_train(own_tree, SIZE).num_images == before.num_images
 
 
+@pytest.mark.parametrize("kind", ["rgb", "ir"])
+def test_older_arrays_have_as_many_images_of_each_id_as_its_folders(kind, own_tree):
+    (own_tree / "train_ids.npy").unlink()
+    file = own_tree / f"train_{kind}_resized_label.npy"
+    labels = np.load(file)
+    labels[np.flatnonzero(labels == 0)[0]] = 1
+    file.unlink()  # it may be a link
+    np.save(file, labels)
+    cameras = {"rgb": "1, 2, 4, 5", "ir": "3, 6"}[kind]
+    with pytest.raises(InputError, match=rf"id \d+ has \d+ images in cameras {cameras}, but \d+ were prepared"):
+        sysu_train(own_tree, SIZE)
+
+
 def test_batches_hold_distinct_identities_with_agreeing_labels():
     data = toy_data()
     sampler = IdentitySampler(data, batch_size=3, num_pos=2, seed=0)

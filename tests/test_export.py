@@ -308,3 +308,7 @@ def test_load_embedding_refuses_other_files(tmp_path):
     for name in "abcd":
         with pytest.raises(InputError, match=f"{name}: not a safetensors file of tools.export"):
             export.load_embedding(tmp_path / name)
+
+
+def test_the_default_format_is_onnx():
+    assert export.get_args_parser().parse_args(["--resume", "a.t"]).format == "onnx"

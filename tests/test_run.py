@@ -193,17 +193,33 @@ def test_the_log_of_another_run_is_not_continued(change, one_epoch, tiny_tree, t
     assert log_entries(log) == [entry | change]
 
 
-@pytest.mark.parametrize("gone", [False, True])
-def test_the_best_checkpoint_comes_along_or_is_chosen_anew(gone, one_epoch, tiny_tree, tmp_path):
+def test_a_file_that_was_kept_is_not_written_again(one_epoch, tiny_tree, tmp_path):
+    content = torch.load(one_epoch["last"])
+    content["epoch"] += 1
+    last = tmp_path / Path(one_epoch["last"]).name
+    torch.save(content, last)
+    kept = tmp_path / "models" / last.name.replace("_last.t", "_epoch_1.t")
+    kept.parent.mkdir()
+    kept.write_bytes(b"kept")
+    resume(tiny_tree, tmp_path, last, "--epochs", "3", "--save_epoch", "1")
+    assert kept.read_bytes() == b"kept"
+    assert torch.load(kept.with_name(kept.name.replace("_epoch_1.t", "_epoch_2.t")))["epoch"] == 2
+
+
+@pytest.mark.parametrize("beside", ["its own", "nothing", "another run's"])
+def test_the_best_checkpoint_comes_along_or_is_chosen_anew(beside, one_epoch, tiny_tree, tmp_path):
     old = tmp_path / "old"
     old.mkdir()
     for kind in ("best", "last"):
         content = torch.load(one_epoch[kind])
         content["best"]["Rank-1"] = 101.0  # no later epoch is better
         content["epoch"] += kind == "last"
-        if not (gone and kind == "best"):
+        if kind == "best" and beside == "another run's":
+            content["best"]["mAP"] -= 1
+        if kind == "last" or beside != "nothing":
             torch.save(content, old / Path(one_epoch[kind]).name)
     result = resume(tiny_tree, tmp_path, old / Path(one_epoch["last"]).name, "--epochs", "3")
+    gone = beside != "its own"
     assert torch.load(result["best"])["epoch"] == result["metrics"]["epoch"] == 2 * gone
     text = Path(result["log"]).with_suffix(".txt").read_text()
     assert ("_best.t, of epoch 0, is gone; the best epoch is chosen from epoch 2 on" in text) == gone

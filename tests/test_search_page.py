@@ -151,6 +151,23 @@ def test_the_page_finds_what_a_plain_loop_finds(running, site):
     check_cards(ask_search(running, one, modality="visible"), site, scores, np.argsort(-scores)[:10])
 
 
+@pytest.mark.parametrize("gone", [False, True])
+def test_an_image_that_is_no_longer_the_indexed_one_is_not_shown(gone, running, site):
+    path, stat = site.gallery[3], site.gallery[3].stat()
+    content = path.read_bytes()
+    try:
+        path.unlink() if gone else path.write_bytes(content + b"more")
+        status, text = ask_search(running, site.queries[:1], top="14")
+    finally:
+        path.write_bytes(content)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (status, len(cards(text))) == (200, 14)
+    (figure,) = re.findall(rf'<figure title="{re.escape(str(path))}">.*?</figure>', text, re.DOTALL)
+    assert "This image has changed or no longer exists; run index again." in figure
+    assert "<img" not in figure
+    assert text.count("<img") == 13
+
+
 def test_the_timeline_has_the_times_of_the_index(running, site, monkeypatch):
     """Also where clocks are put forward between two of them, and where local time is far from UTC."""
     monkeypatch.setenv("TZ", "Pacific/Auckland")
