@@ -220,29 +220,28 @@ class AlignedLocalLoss(nn.Module):
 
 
 class Losses(NamedTuple):
-    """The losses of a batch, scalar tensors. `correct`: the share of anchors with d- >= d+. Each of a method's `terms`
-    adds a field."""
+    """The losses of a batch, scalar tensors. `correct`: the share of anchors with d- >= d+; `accuracy`: of images whose
+    identity the classifier finds. Each of a method's `terms` adds a field."""
 
     total: torch.Tensor
     identity: torch.Tensor
     triplet: torch.Tensor
     local: torch.Tensor
     correct: torch.Tensor
+    accuracy: torch.Tensor
 
 
 class Health(NamedTuple):
     """What tells a triplet loss that trains from one that is stuck; scalar tensors, of the whole batch.
 
     beyond_clamp, at_ln2: shares of anchors without a gradient, as `SquaredTripletLoss.without_gradient` has them;
-    distance_within, distance_across: mean distance of two images of one person, and of two people; accuracy: the share
-    of images whose identity the classifier finds.
+    distance_within, distance_across: mean distance of two images of one person, and of two people.
     """
 
     beyond_clamp: torch.Tensor
     distance_within: torch.Tensor
     distance_across: torch.Tensor
     at_ln2: torch.Tensor
-    accuracy: torch.Tensor
 
 
 def _squared(alpha, gamma, square, weighting, **_):
@@ -367,7 +366,8 @@ class MethodLoss(nn.Module):
                 local = self.local(pooled, all_rows, gather(full_precision(output.local)))
             terms = self._weighted_terms(output, labels)
             total = sum(terms, identity + triplet + self.LOCAL_WEIGHT * local)
-            return self.losses(total, identity, triplet, local, correct / len(all_rows), *terms)
+            accuracy = (output.logits.detach().argmax(dim=1) == rows).float().mean()
+            return self.losses(total, identity, triplet, local, correct / len(all_rows), accuracy, *terms)
 
     def _weighted_terms(self, output, labels):
         if not self.terms:
@@ -386,9 +386,8 @@ class MethodLoss(nn.Module):
 
     @torch.no_grad()
     def health(self, output, labels):
-        """Health of the classifier, and of the features that `forward` takes the triplets of."""
+        """Health of the features that `forward` takes the triplets of."""
         rows = labels.repeat(len(output.pooled) // len(labels))
-        accuracy = gather((output.logits.argmax(dim=1) == rows).float()).mean()
         features, labels = gather(self._features(output)), gather(rows)
         distance, same = euclidean(features, features), same_identity(labels)
         other = same & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
@@ -397,4 +396,4 @@ class MethodLoss(nn.Module):
             stuck = torch.stack(self.triplet.without_gradient(features, labels))
         within, across = ((distance * mask).sum() / mask.sum().clamp_min(1) for mask in (other, ~same))
         beyond_clamp, at_ln2 = stuck.float().mean(dim=1)
-        return Health(beyond_clamp, within, across, at_ln2, accuracy)
+        return Health(beyond_clamp, within, across, at_ln2)

@@ -15,8 +15,9 @@ from loss import METHODS
 from utils import process_index
 
 # Signs that a run does not train: from public logs on real images, see docs/training.md.
-ACCURACY_FALL = 0.8  # an epoch's accuracy below this share of that of the epoch before
-TRIPLET_LIMIT, TRIPLET_STEPS = 2.0, 300  # a weighted triplet loss above this, so many steps after the start
+START_STEPS = 300  # they count in epochs that begin after so many steps
+ACCURACY_FALL = 0.6  # accuracy below this share of that of the epoch before
+TRIPLET_LIMIT = 2.0  # a weighted triplet loss above this
 
 
 class RunLog:
@@ -91,10 +92,8 @@ def read_json_lines(path):
 
 def log_epoch(log, title, entry, args, steps):
     """Log the line of an epoch whose entry is not logged yet, and warnings of what it shows. steps: of an epoch."""
-    names = ("total", "identity", "triplet", "local", "correct", *METHODS[args.method].terms)
-    line = f"{title}  lr {entry['lr']:.4g}" + "".join(f"  {name} {entry[name]:.3f}" for name in names)
-    if "accuracy" in entry:  # the rest of a resumed epoch may be too short for a reading
-        line += f"  accuracy {entry['accuracy']:.3f}"
+    names = ("total", "identity", "triplet", "local", "correct", "accuracy", *METHODS[args.method].terms)
+    line = f"{title}  lr {entry['lr']:.4g}" + "".join(f"  {name} {entry[name]:.3f}" for name in names if name in entry)
     if "FC/Rank-1" in entry:
         line += "".join(f"  {metric} {entry[f'FC/{metric}']:.2f}" for metric in ("Rank-1", "mAP", "mINP"))
     log.text(f"{line}  {entry['images_per_second']:.0f} img/s")
@@ -120,20 +119,21 @@ def warnings(entry, before, args, steps):
             f"no test result for epoch {epoch}: the features are not finite in evaluation; training goes on. This "
             "happens in the first epochs, when batch norm's running statistics lag behind; if it lasts, lower --lr"
         )
-    if entry.get("accuracy", 1) < ACCURACY_FALL * before.get("accuracy", 0):
+    started = epoch * steps >= START_STEPS
+    if started and entry.get("accuracy", 1) < ACCURACY_FALL * before.get("accuracy", 0):
         yield (
             f"the classifier finds {entry['accuracy']:.1%} of the images, after {before['accuracy']:.1%} in the epoch "
             f"before: the run is collapsing; {remedy}"
         )
-    due = (epoch - 1) * steps < TRIPLET_STEPS <= epoch * steps  # the first epoch that begins after so many
-    if "weighting" in taken and due and entry["triplet"] > TRIPLET_LIMIT:
+    first = started and (epoch - 1) * steps < START_STEPS
+    if "weighting" in taken and first and entry["triplet"] > TRIPLET_LIMIT:
         yield (
-            f"the triplet loss is {entry['triplet']:.3g}; after {TRIPLET_STEPS} steps, a run that trains is below "
+            f"the triplet loss is {entry['triplet']:.3g}; after {START_STEPS} steps, a run that trains is below "
             f"{TRIPLET_LIMIT:g}: {remedy}"
         )
 
     def begins(name):
-        return before.get(name, 0) <= 0.5 < entry.get(name, 0)
+        return before.get(name, 0) <= 0.5 < entry.get(name, 0)  # a short rest of a resumed epoch has no reading
 
     distances = "distances within identities {distance_within:.3g}, across {distance_across:.3g}"
     if begins("beyond_clamp") and args.weighting == "published":

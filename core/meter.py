@@ -18,15 +18,27 @@ class EpochMeter:
     """Sums over the steps of an epoch. They stay on the device: only reading them waits for it.
 
     step, images: how many there were, in this process. seconds: training time. losses: sums of the losses called
-    `names`. health: sums of the values called `health_names`, over `readings` steps. first_bad: the first step that is
-    not finite, or infinity.
+    `names`, over `summed` steps: the later ones, if the epoch began before a loss was added to the code. health: sums
+    of the values called `health_names`, over `readings` steps. first_bad: the first step that is not finite, or
+    infinity.
     """
 
-    FIELDS = ("step", "seconds", "images", "readings", "names", "losses", "health_names", "health", "first_bad")
+    FIELDS = (
+        "step",
+        "seconds",
+        "images",
+        "readings",
+        "names",
+        "summed",
+        "losses",
+        "health_names",
+        "health",
+        "first_bad",
+    )
 
     def __init__(self, device):
         self.step, self.seconds, self.images, self.readings = 0, 0.0, 0, 0
-        self.names, self.losses = [], torch.zeros((), device=device)
+        self.names, self.summed, self.losses = [], 0, torch.zeros((), device=device)
         self.health_names, self.health = [], torch.zeros((), device=device)
         self.first_bad = torch.full((), torch.inf, device=device)
 
@@ -38,6 +50,7 @@ class EpochMeter:
     def from_checkpoint(cls, state, device):
         """What older checkpoints lack is as at the start of an epoch; what they have beyond FIELDS is not used."""
         meter = cls(device)
+        meter.summed = state.get("step", 0)
         for name in state.keys() & set(cls.FIELDS):
             value = state[name]
             setattr(meter, name, value.to(device) if isinstance(value, torch.Tensor) else value)
@@ -52,7 +65,10 @@ class EpochMeter:
     def add(self, losses, grads):
         """Count a step: its losses, a named tuple of scalars, and the gradients of `losses.total`."""
         self.step += 1
-        self.names = list(losses._fields)
+        if self.names != list(losses._fields):  # the first step, or a checkpoint from before one of them
+            self.names, self.summed = list(losses._fields), 0
+            self.losses = torch.zeros((), device=self.losses.device)
+        self.summed += 1
         self.losses = self.losses + torch.stack([loss.detach() for loss in losses])
         finite = torch.isfinite(losses.total.detach()) & torch.isfinite(get_total_norm(grads))
         self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp_max(self.step))
@@ -78,12 +94,12 @@ class EpochMeter:
 
     def means(self):
         """{name: mean} of this process's losses."""
-        return dict(zip(self.names, (self.losses / self.step).tolist(), strict=True))
+        return dict(zip(self.names, (self.losses / self.summed).tolist(), strict=True))
 
     def summary(self):
         """The epoch's entry in the log: mean losses of all processes, which must all call; mean health; `seconds`; and
         `images_per_second`, the views that all processes trained on."""
-        losses = dict(zip(self.names, (self._mean_over_processes() / self.step).tolist(), strict=True))
+        losses = dict(zip(self.names, (self._mean_over_processes() / self.summed).tolist(), strict=True))
         health = {}
         if self.readings:
             health = dict(zip(self.health_names, (self.health / self.readings).tolist(), strict=True))

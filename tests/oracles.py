@@ -292,7 +292,8 @@ def plain_loss(output, labels):
     identity = F.cross_entropy(output.logits, labels)
     triplet, correct = SquaredTripletLoss()(output.pooled, labels)
     local = plain_aligned_loss(output.pooled, labels, output.local)
-    return Losses(identity + triplet + 0.5 * local, identity, triplet, local, correct / len(labels))
+    accuracy = (output.logits.argmax(dim=1) == labels).float().mean()
+    return Losses(identity + triplet + 0.5 * local, identity, triplet, local, correct / len(labels), accuracy)
 
 
 # ------------------------------------------------------------------------------------------------------------- testing
