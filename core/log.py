@@ -15,9 +15,8 @@ from loss import METHODS
 from utils import process_index
 
 # Signs that a run does not train: from public logs on real images, see docs/training.md.
-START_STEPS = 300  # they count in epochs that begin after so many steps
-ACCURACY_FALL = 0.6  # accuracy below this share of that of the epoch before
-TRIPLET_LIMIT = 2.0  # a weighted triplet loss above this
+ACCURACY_FALL = 0.8  # an epoch's accuracy below this share of that of the epoch before
+TRIPLET_LIMIT, TRIPLET_STEPS = 2.0, 300  # a weighted triplet loss above this, so many steps after the start
 
 
 class RunLog:
@@ -119,16 +118,15 @@ def warnings(entry, before, args, steps):
             f"no test result for epoch {epoch}: the features are not finite in evaluation; training goes on. This "
             "happens in the first epochs, when batch norm's running statistics lag behind; if it lasts, lower --lr"
         )
-    started = epoch * steps >= START_STEPS
-    if started and entry.get("accuracy", 1) < ACCURACY_FALL * before.get("accuracy", 0):
+    if entry.get("accuracy", 1) < ACCURACY_FALL * before.get("accuracy", 0):
         yield (
             f"the classifier finds {entry['accuracy']:.1%} of the images, after {before['accuracy']:.1%} in the epoch "
             f"before: the run is collapsing; {remedy}"
         )
-    first = started and (epoch - 1) * steps < START_STEPS
-    if "weighting" in taken and first and entry["triplet"] > TRIPLET_LIMIT:
+    due = (epoch - 1) * steps < TRIPLET_STEPS <= epoch * steps  # the first epoch that begins after so many
+    if "weighting" in taken and due and entry["triplet"] > TRIPLET_LIMIT:
         yield (
-            f"the triplet loss is {entry['triplet']:.3g}; after {START_STEPS} steps, a run that trains is below "
+            f"the triplet loss is {entry['triplet']:.3g}; after {TRIPLET_STEPS} steps, a run that trains is below "
             f"{TRIPLET_LIMIT:g}: {remedy}"
         )
 

@@ -222,7 +222,7 @@ def test_accuracy_is_the_share_of_images_whose_identity_has_the_largest_logit():
 
 STUCK = {"at_ln2": 0.6}
 CLAMPED = {"beyond_clamp": 0.6}
-FALLEN = {"accuracy": 0.53, "epoch": 3}
+FALLEN = {"accuracy": 0.71}
 
 
 @pytest.mark.parametrize(
@@ -235,12 +235,11 @@ FALLEN = {"accuracy": 0.53, "epoch": 3}
         (CLAMPED, CLAMPED, "--weighting published --square 1", None),
         (CLAMPED, {}, "--weighting exact", None),
         ({"at_ln2": 0.5, "beyond_clamp": 0.5}, {}, "--weighting published", None),
-        (FALLEN, {"accuracy": 0.9}, "", "the classifier finds 53.0% of the images, after 90.0% in the epoch before"),
+        (FALLEN, {"accuracy": 0.9}, "", "the classifier finds 71.0% of the images, after 90.0% in the epoch before"),
         (FALLEN, {"accuracy": 0.9}, "", ".*the run is collapsing; start anew with --weighting stable$"),
         (FALLEN, {"accuracy": 0.9}, "--method agw --square 1", ".*start anew with --weighting stable$"),
         (FALLEN, {"accuracy": 0.9}, "--method gfm2", ".*the run is collapsing; lower --lr$"),
         (FALLEN, {"accuracy": 0.88}, "", None),
-        (FALLEN | {"epoch": 1}, {"accuracy": 0.9}, "", None),  # the epoch begins after 100 steps
         ({"epoch": 3, "triplet": 2.1}, {"triplet": 9.0}, "", "the triplet loss is 2.1; after 300 steps, a run that"),
         ({"epoch": 3, "triplet": 1.9}, {"triplet": 9.0}, "", None),
         ({"epoch": 3, "triplet": 2.1}, {}, "--method base", None),
