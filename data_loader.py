@@ -84,7 +84,7 @@ def check_prepared(data_path):
     *files, _ = sysu_train_files(data_path)
     if all(file.exists() for file in files):
         remedy = f"run: python pre_process_sysu.py --data_path {data_path}"
-        sysu_train(data_path, _load_prepared(files[0], remedy).shape[1:3])
+        sysu_train(data_path, _load_prepared(files[0], remedy, images=True).shape[1:3])
 
 
 def _check_ids(prepared, splits, data_path, remedy):
@@ -115,24 +115,29 @@ def _check_images(labels, identities, cameras, data_path, remedy):
         )
 
 
-def _load_prepared(file, remedy):
-    """One of `sysu_train_files`; remedy: how InputErrors end."""
+def _load_prepared(file, remedy, images=False):
+    """An array of images, or of labels or ids; remedy: how InputErrors end."""
     try:
-        return np.load(regular(file), mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        array = np.load(regular(file), mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # the reader raises anything when a file is damaged
         raise InputError(f"{file}: cannot be read as a prepared array ({type(error).__name__}); {remedy}") from error
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{file}: holds several arrays; {remedy}")
+    whole = array.dtype == np.uint8 and array.ndim == 4 if images else array.dtype.kind in "iu" and array.ndim == 1
+    if not whole:
+        wanted = "uint8 [N, H, W, 3]" if images else "integers [N]"
+        raise InputError(f"{file}: has {array.dtype} {list(array.shape)}, not {wanted}; {remedy}")
+    return array
 
 
 def _prepared_arrays(files, size, remedy):
     """The four arrays of `sysu_train_files`, checked; remedy: how InputErrors end."""
-    arrays = [_load_prepared(file, remedy) for file in files]
+    arrays = [_load_prepared(file, remedy, images=not i % 2) for i, file in enumerate(files)]
     for (file, images), labels in zip(zip(files[::2], arrays[::2], strict=True), arrays[1::2], strict=True):
-        if images.shape[1:] != (*size, 3) or images.dtype != np.uint8:
-            raise InputError(f"{file}: has {images.dtype} {images.shape[1:]}, not uint8 {(*size, 3)}; {remedy}")
-        if labels.shape != images.shape[:1] or not len(images):
-            raise InputError(f"{file}: has {len(images)} images, and labels of the shape {labels.shape}; {remedy}")
-        if not np.issubdtype(labels.dtype, np.integer):
-            raise InputError(f"{file}: its labels are {labels.dtype}, not integers; {remedy}")
+        if images.shape[1:] != (*size, 3):
+            raise InputError(f"{file}: has images {images.shape[1:]}, not {(*size, 3)}; {remedy}")
+        if len(labels) != len(images) or not len(images):
+            raise InputError(f"{file}: has {len(images)} images, and {len(labels)} labels; {remedy}")
     arrays[1::2] = (labels.astype(np.int64) for labels in arrays[1::2])  # the published script stores other integers
     labels = np.union1d(*arrays[1::2])
     if gaps := set(range(min(labels[-1], len(labels)) + 1)).symmetric_difference(labels.tolist()):
@@ -183,7 +188,7 @@ def _cached_images(data_path, name, paths, size):
                 other.unlink()
     while not file.exists():  # the other processes wait here: in a barrier, their patience would end after some minutes
         time.sleep(0.5)
-    return np.load(regular(file), mmap_mode="r", allow_pickle=False)
+    return _load_prepared(file, "remove it, and run again", images=True)
 
 
 class IdentitySampler(Sampler):

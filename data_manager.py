@@ -88,7 +88,10 @@ def load_permutations(path):
             for identity, draws in enumerate(people.ravel(), 1)
             if draws.size
         }
-        whole = all(np.array_equal(np.sort(draws), np.ones_like(draws).cumsum(axis=1)) for draws in rows.values())
+        whole = all(
+            draws.ndim == 2 and np.array_equal(np.sort(draws), np.ones_like(draws).cumsum(axis=1))
+            for draws in rows.values()
+        )
     except Exception as error:  # scipy's reader raises anything when a file is damaged
         raise InputError(f"{path}: is not a rand_perm_cam.mat ({type(error).__name__}); download it again") from error
     if not (rows and whole and all(len(draws) >= SYSU_DRAWS for draws in rows.values())):

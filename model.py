@@ -346,9 +346,7 @@ def load_network(checkpoint, path):
             size = (384, 144) if options["expansion"] else (288, 144)  # DEEN's, and all others'; the file does not say
             state = convert_published_state(state)
         elif "options" in checkpoint and "image_size" in checkpoint:
-            options, size = checkpoint["options"], tuple(checkpoint["image_size"])
-            if not (len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)):
-                raise InputError(f"its image_size {checkpoint['image_size']!r:.40} is no height and width; train again")
+            options, size = checkpoint["options"], checkpoint["image_size"]
         elif any(name.startswith("shared.layer") for name in state):
             raise InputError("has no 'options' and 'image_size', only weights; pass the whole checkpoint")
         else:
@@ -356,12 +354,14 @@ def load_network(checkpoint, path):
                 f"{next(iter(state))!r:.120} is no tensor of this repo's checkpoints, nor of the published baseline, "
                 "AGW, CAJ, DEEN, DNS or GFMNet; train with train_ext_test0.py"
             )
-        net = GFMNet(**options)
+        with torch.device("meta"):  # options may ask for more than the memory has
+            net = GFMNet(**options)
         # Nothing uses how many batches a batch norm has seen, and old versions of PyTorch did not count them.
         counts = {name: value for name, value in net.state_dict().items() if name.endswith("num_batches_tracked")}
-        state = counts | state
+        state = {name: torch.zeros_like(count, device="cpu") for name, count in counts.items()} | state
         _check_fit(state, net, known_as)
-    except TypeError as error:
+        net = GFMNet(**options)
+    except (TypeError, RuntimeError) as error:
         raise InputError(f"{path}: its options are not those of this GFMNet ({error!s:.120}); train again") from error
     except InputError as error:
         raise InputError(f"{path}: {error}") from error

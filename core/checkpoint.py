@@ -1,16 +1,32 @@
 """Checkpoint files: their fields, written whole, read without executing anything."""
 
-import pickle
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated, Literal, TypedDict, get_type_hints
 
 import numpy as np
 import torch
+from msgspec import Meta
 
 from core.files import atomic, locate
+from core.formats import Count, Flags, ImageSize, Numbers, Tensors, checked
+from core.meter import EpochSums
 from utils import InputError, process_index
 
 VERSION = 2
+# Of a tensor of weights; others, such as quantised or sparse ones, are no weights of a network here.
+DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64}
+
+
+class OptimizerState(TypedDict):
+    """What is read of an optimiser's state dict: the number of a parameter -> its moments. The rest follows from the
+    flags."""
+
+    state: dict[int, Tensors]
+
+
+class Within(TypedDict):
+    generators: list[list[torch.Tensor]]  # `distributed.generator_states`
 
 
 @dataclass(kw_only=True)
@@ -22,26 +38,31 @@ class Checkpoint:
     version would be misunderstood by code that reads the version before.
     """
 
-    version: int = 1
-    net: dict  # GFMNet's state dict
-    options: dict  # GFMNet(**options) is the network
-    image_size: tuple  # height, width
-    args: dict  # flags of the training; a flag that is missing had its default
-    epoch: int  # the last finished one, from 0; -1 before the first
-    best: dict  # of the best tested epoch so far: "epoch" and its FC metrics; only {"Rank-1": -1.0} before the first
-    selection: str | None = None  # the epoch was chosen on "test" or "val" ids; "none": it was not; None: unknown
-    num_images: list | None = None  # visible, infrared images that it was trained on; None: unknown
-    processes: int = 1  # that trained it, each with a share of the batch
+    version: Count = 1
+    net: Tensors  # GFMNet's state dict
+    options: dict[str, bool | Count | str]  # GFMNet(**options) is the network
+    image_size: ImageSize
+    args: Flags  # of the training; a flag that is missing had its default
+    epoch: Annotated[int, Meta(ge=-1, le=10**6)]  # the last finished one, from 0; -1 before the first
+    best: Numbers  # of the best tested epoch so far: "epoch" and its FC metrics; only {"Rank-1": -1.0} before the first
+    # The epoch was chosen on "test" or "val" ids; "none": it was not; None: unknown.
+    selection: Literal["test", "val", "none"] | None = None
+    num_images: list[Count] | None = None  # visible, infrared images that it was trained on; None: unknown
+    processes: Count = 1  # that trained it, each with a share of the batch
     # Of ..._last.t only:
-    optimizer: dict | None = None  # its state dict
-    replaced: dict | None = None  # `best` of the file that this epoch's takes the place of, if it is the best so far
+    optimizer: OptimizerState | None = None
+    replaced: Numbers | None = None  # `best` of the file that this epoch's takes the place of, if it is the best so far
     # Of a ..._last.t that was saved within an epoch, `epoch` + 1:
-    sums: dict | None = None  # `EpochMeter.to_checkpoint()`
-    within: dict | None = None  # "generators": `distributed.generator_states`
+    sums: EpochSums | None = None
+    within: Within | None = None
 
     def to_file(self):
         content = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in content.items() if value is not None} | {"version": VERSION}
+
+
+# Any of the fields: published checkpoints have few of them.
+SomeFields = TypedDict("SomeFields", get_type_hints(Checkpoint, include_extras=True), total=False)
 
 
 def save_checkpoint(content, path):
@@ -69,23 +90,24 @@ _NUMPY_PICKLES = [
 def load_checkpoint(path):
     """Read a checkpoint, a dict, to the CPU. Nothing in the file is executed: only tensors and plain values load.
 
-    Of the fields of `Checkpoint`, only "net" is sure to be there: published checkpoints have few others.
-    Raises InputError when the file is missing, cut off, no checkpoint, of a later version, or holds anything else.
+    It has the fields of `Checkpoint` that the file has; only "net" is sure to be there: published checkpoints have few
+    others. Raises InputError when the file is missing, cut off, no checkpoint, of a later version, or holds anything
+    else in these fields.
     """
     content = load_weights(path)
     if content and all(isinstance(value, torch.Tensor) for value in content.values()):
         content = {"net": content}
     if "net" not in content:
         raise InputError(f"{path}: has no 'net', so it is no checkpoint; pass one to --resume")
-    flags = content.get("args", {})
-    if not (isinstance(flags, dict) and all(isinstance(name, str) for name in flags)):
-        raise InputError(f"{path}: its 'args' are not training flags; train again, or use another checkpoint")
-    version = content.get("version", 1)
-    if isinstance(version, int) and version > VERSION:
+    version = checked(content.get("version", 1), Count, f"{path}: version", "use another checkpoint")
+    if version > VERSION:
         raise InputError(
             f"{path}: has checkpoint version {version}, but this code reads versions up to {VERSION}; update the code"
         )
-    return content
+    found = checked(content, SomeFields, path, "use another checkpoint, or train again")
+    if ("sums" in found) != ("within" in found):
+        raise InputError(f"{path}: was saved within an epoch, but lacks its sums or generators; use another checkpoint")
+    return found
 
 
 def load_training_state(path):
@@ -98,11 +120,10 @@ def load_training_state(path):
             f"{path}: an earlier version of this code began this run, with another order of erasing and one step less "
             "in an epoch; train anew"
         )
-    known = {field.name for field in fields(Checkpoint)}
-    try:
-        return Checkpoint(**{name: value for name, value in content.items() if name in known})
-    except TypeError as error:
-        raise InputError(f"{path}: is not a complete ..._last.t ({error}); resume from another") from error
+    checkpoint = checked(content, Checkpoint, f"{path}: is not a complete ..._last.t", "resume from another")
+    if "Rank-1" not in checkpoint.best:
+        raise InputError(f"{path}: is not a complete ..._last.t: best has no Rank-1; resume from another")
+    return checkpoint
 
 
 def load_weights(path):
@@ -114,7 +135,7 @@ def load_weights(path):
     try:
         with torch.serialization.safe_globals(_NUMPY_PICKLES):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # the reader raises anything when a file is damaged
         raise InputError(
             f"{path}: cannot be loaded safely ({type(error).__name__}): it is cut off, is not a checkpoint, or holds "
             "more than tensors and plain values; use an earlier one, or train again"
@@ -139,4 +160,9 @@ def check_state(state, path):
     for name, value in state.items():
         if not (isinstance(name, str) and isinstance(value, torch.Tensor)):
             raise InputError(f"{path}: {name!r:.120} is a {type(value).__name__}, not weights; pass a saved state dict")
+        kinds = value.dtype, value.layout, value.device.type
+        if value.dtype not in DTYPES or kinds[1:] != (torch.strided, "cpu"):
+            raise InputError(
+                f"{path}: {name!r:.120} holds {', '.join(map(str, kinds))} values; save it as a dense float32 tensor"
+            )
     return {name.removeprefix("module."): value for name, value in state.items()}

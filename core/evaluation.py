@@ -1,11 +1,14 @@
 """What the programs that test share: the flags that choose a search, the checkpoint, the searches, the features."""
 
-import json
 import os
+
+import msgspec
 
 from core import engine
 from core.checkpoint import load_checkpoint
 from core.datasets import DATASETS, check_options, option_values
+from core.features import Origin
+from core.formats import checked
 from data_loader import eval_loader
 from data_manager import is_demo
 from loss import method_name
@@ -53,16 +56,13 @@ def open_checkpoint(path, data_path):
 
 
 def checkpoint_origin(path, checkpoint, net, size, data_path):
-    """Where a checkpoint's features come from, for tables and feature files; None: unknown."""
+    """Where a checkpoint's features come from, for tables and feature files: the fields of an `Origin`."""
     flags, epoch = checkpoint.get("args", {}), checkpoint.get("epoch", "unknown")
     method = flags.get("method") or method_name(net.options)
     left_out = "".join(f" without {part}" for part in ("afam", "local") if flags.get(part) == 0)
-    if "within" in checkpoint:
-        try:
-            epoch = f"{epoch + 1}, {checkpoint['sums']['step']} steps of it"
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{path}: is not a complete ..._last.t ({error}); use another checkpoint") from error
-    return {
+    if "sums" in checkpoint and "epoch" in checkpoint:
+        epoch = f"{epoch + 1}, {checkpoint['sums']['step']} steps of it"
+    origin = {
         "dataset": flags.get("dataset"),
         "trial": flags.get("trial"),
         "selection": checkpoint.get("selection"),
@@ -71,8 +71,9 @@ def checkpoint_origin(path, checkpoint, net, size, data_path):
         "network": f"{method}{left_out}, {net.options['arch']}, {size[0]}x{size[1]}, epoch {epoch}",
         "data_path": os.path.abspath(data_path),
         "demo": is_demo(data_path),
-        "flags": json.loads(json.dumps(flags, default=str)),  # plain values, whatever the file has
+        "flags": flags,
     }
+    return msgspec.structs.asdict(checked(origin, Origin, f"{path}: args", "use another checkpoint, or train again"))
 
 
 def tested_trial(path, origin, dataset, trial):

@@ -7,14 +7,31 @@ Arrays, for the modalities "visible" and "infrared": `{modality}/paths` [N], str
 import json
 import os
 from pathlib import Path
+from typing import Literal
 
+import msgspec
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from core.datasets import DATASETS, option_values
-from core.files import atomic
+from core.files import atomic, regular
+from core.formats import Flags, checked
 from utils import InputError
+
+
+class Origin(msgspec.Struct, forbid_unknown_fields=True):
+    """Where features come from, for the table; None: unknown."""
+
+    dataset: Literal[*DATASETS] | None = None
+    trial: Literal[*option_values("trial")] | None = None
+    selection: Literal["test", "val", "none"] | None = None
+    flipped: list[str] | None = None
+    checkpoint: str | None = None
+    network: str | None = None
+    data_path: str | None = None
+    demo: bool | None = None
+    flags: Flags | None = None
 
 
 def save_features(path, features, paths, data_path, origin):
@@ -28,19 +45,21 @@ def save_features(path, features, paths, data_path, origin):
 
 
 def load_features(path):
-    """-> ({modality: {"row": {path: row}, (model, feature): float32 [N, C]}}, origin, or {} without one).
+    """-> ({modality: {"row": {path: row}, (model, feature): float32 [N, C]}}, the fields of its `Origin`).
 
     Nothing in the file is executed. Raises InputError for any other file.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(regular(path), allow_pickle=False) as file:
+            if len(set(file.files)) < len(file.files):
+                raise ValueError("the same name twice")
             arrays = {name: file[name] for name in file.files}
             origin = json.loads(arrays.pop("origin", np.array("{}")).item())
     except Exception as error:  # the readers raise anything when a file is damaged
         raise InputError(
             f"{path}: cannot be read ({type(error).__name__}); save it again, as .npz without pickles"
         ) from error
-    check_origin(path, origin)
+    origin = checked(origin, Origin, f"{path}: origin", "see a file of --features")
 
     stored = {modality: {"row": _rows(path, modality, arrays)} for modality in ("visible", "infrared")}
     for name, values in arrays.items():
@@ -65,39 +84,20 @@ def load_features(path):
     ]
     if not widths[0] or widths[0] != widths[1]:
         raise InputError(f"{path}: has visible columns {widths[0]}, infrared {widths[1]}; save the same for both")
-    return stored, origin
+    return stored, msgspec.structs.asdict(origin)
 
 
 def _rows(path, modality, arrays):
     """Take the array of paths -> {path: row}."""
-    paths = arrays.pop(f"{modality}/paths", np.array([])).astype(str).ravel().tolist()
+    paths = arrays.pop(f"{modality}/paths", np.array([]))
+    if paths.dtype.kind != "U" or paths.ndim != 1 or not paths.size:
+        raise InputError(f"{path}: has no array of texts {modality}/paths; add it, with the image of each row")
+    paths = paths.tolist()
     row = {file: i for i, file in enumerate(paths)}
-    if not paths:
-        raise InputError(f"{path}: has no array {modality}/paths; add it, with the image of each row")
     if len(row) < len(paths):
         double = next(file for i, file in enumerate(paths) if row[file] != i)
         raise InputError(f"{path}: {modality}/paths lists {double} twice; list each image once")
     return row
-
-
-def check_origin(path, origin):
-    """Raise InputError for values in the origin of features that the table cannot show; any may be missing."""
-    checks = {
-        "dataset": lambda value: value in tuple(DATASETS),
-        "trial": lambda value: type(value) is int and value in option_values("trial"),
-        "selection": lambda value: value in ("test", "val", "none"),
-        "flipped": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
-        "demo": lambda value: isinstance(value, bool),
-        "flags": lambda value: isinstance(value, dict),
-        **dict.fromkeys(("checkpoint", "network", "data_path"), lambda value: isinstance(value, str)),
-    }
-    if not isinstance(origin, dict):
-        raise InputError(f"{path}: its origin is {origin!r}, not a JSON object; see a file of --features")
-    for name, value in origin.items():
-        if name not in checks:
-            raise InputError(f"{path}: its origin has {name!r}; use only {', '.join(checks)}")
-        if value is not None and not checks[name](value):
-            raise InputError(f"{path}: its origin has a wrong {name!r}, {value!r}; see a file of --features")
 
 
 def select_features(path, stored, paths, data_path, device):

@@ -11,6 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from core.files import atomic, writing
+from core.formats import Numbers, checked
 from loss import METHODS
 from utils import process_index
 
@@ -80,13 +81,17 @@ class RunLog:
 
 
 def read_json_lines(path):
-    """The entries of a log, dicts with an "epoch", from a file that may not exist; anything else in it, such as a line
-    cut off by a crash, is left out."""
+    """The entries of a log, dicts of numbers with an "epoch", and perhaps the text "select", from a file that may not
+    exist. Anything else in it, such as a line cut off by a crash, is left out."""
     entries = []
     for line in path.read_text(errors="replace").split("\n") if path.is_file() else []:
         with contextlib.suppress(ValueError, RecursionError):
-            entries.append(json.loads(line))
-    return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("epoch"), int)]
+            entry = checked(json.loads(line), dict[str, object], path, "")
+            numbers = {name: value for name, value in entry.items() if name != "select"}
+            entries.append(
+                checked(numbers, Numbers, path, "") | {name: entry[name] for name in entry.keys() & {"select"}}
+            )
+    return [entry for entry in entries if type(entry.get("epoch")) is int]
 
 
 def log_epoch(log, title, entry, args, steps):

@@ -2,11 +2,13 @@
 
 import math
 import time
+from typing import Required, TypedDict
 
 import torch
 from torch.nn.utils import get_total_norm
 
 from core.distributed import min_over_processes, sum_over_processes
+from core.formats import Count, Number
 from utils import InputError, process_count
 
 
@@ -14,27 +16,24 @@ class Diverged(InputError):
     """A loss, its gradient or a weight is not finite."""
 
 
+class EpochSums(TypedDict, total=False):
+    """What an `EpochMeter` has measured, in a checkpoint. What older ones lack is as at the start of an epoch."""
+
+    step: Required[Count]  # how many there were
+    images: Count  # in this process
+    seconds: Number  # training time
+    names: list[str]  # of the losses
+    losses: torch.Tensor  # their sums over `summed` steps, the later ones, if a loss was added to the code in the epoch
+    summed: Count
+    health_names: list[str]
+    health: torch.Tensor  # their sums over `readings` steps
+    readings: Count
+    first_bad: torch.Tensor  # the first step that is not finite, or infinity
+
+
 class EpochMeter:
-    """Sums over the steps of an epoch. They stay on the device: only reading them waits for it.
-
-    step, images: how many there were, in this process. seconds: training time. losses: sums of the losses called
-    `names`, over `summed` steps: the later ones, if the epoch began before a loss was added to the code. health: sums
-    of the values called `health_names`, over `readings` steps. first_bad: the first step that is not finite, or
-    infinity.
-    """
-
-    FIELDS = (
-        "step",
-        "seconds",
-        "images",
-        "readings",
-        "names",
-        "summed",
-        "losses",
-        "health_names",
-        "health",
-        "first_bad",
-    )
+    """Sums over the steps of an epoch, with the fields of `EpochSums`. They stay on the device: only reading them waits
+    for it."""
 
     def __init__(self, device):
         self.step, self.seconds, self.images, self.readings = 0, 0.0, 0, 0
@@ -44,16 +43,22 @@ class EpochMeter:
 
     def to_checkpoint(self):
         """The epoch so far, as `from_checkpoint` takes it; losses are means over all processes, which must all call."""
-        return {name: getattr(self, name) for name in self.FIELDS} | {"losses": self._mean_over_processes()}
+        return {name: getattr(self, name) for name in EpochSums.__annotations__} | {
+            "losses": self._mean_over_processes()
+        }
 
     @classmethod
     def from_checkpoint(cls, state, device):
-        """What older checkpoints lack is as at the start of an epoch; what they have beyond FIELDS is not used."""
+        """state: `EpochSums`. Raises ValueError for sums that do not belong to their names."""
         meter = cls(device)
-        meter.summed = state.get("step", 0)
-        for name in state.keys() & set(cls.FIELDS):
-            value = state[name]
+        meter.summed = state["step"]
+        for name, value in state.items():
             setattr(meter, name, value.to(device) if isinstance(value, torch.Tensor) else value)
+        sums = {"losses": (meter.names, meter.losses), "health": (meter.health_names, meter.health)}
+        sums["first_bad"] = (), meter.first_bad
+        for part, (names, values) in sums.items():
+            if values.shape != ((len(names),) if names else ()) or values.dtype != torch.float32:
+                raise ValueError(f"{part}: {values.dtype} {list(values.shape)}")
         return meter
 
     def start_clock(self):

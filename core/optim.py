@@ -24,6 +24,20 @@ def build_optimizer(net, optim, lr, rates=()):
     return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
 
 
+def load_moments(optimizer, saved):
+    """Give an optimiser the moments in a state dict of another one of its kind; rates and the like follow from the
+    flags. Raises an exception of some kind for moments that do not belong to its parameters."""
+    optimizer.load_state_dict(optimizer.state_dict() | saved)
+    adam = isinstance(optimizer, torch.optim.Adam)
+    wanted = {"step", "exp_avg", "exp_avg_sq"} if adam else {"momentum_buffer"}
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if value.shape != (() if name == "step" else parameter.shape):
+                raise ValueError(f"{name} has the shape {list(value.shape)}")
+        if moments.keys() != wanted:
+            raise ValueError(f"moments {', '.join(moments)}")
+
+
 def set_rates(optimizer, args, epoch, steps, step):
     """Set the learning rates of a step of an epoch -> that of the head."""
     if args.schedule == "triangle":

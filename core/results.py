@@ -4,17 +4,69 @@
 """
 
 from itertools import groupby
+from typing import Annotated, Literal, TypedDict
 
 import numpy as np
 import torch
+from msgspec import Meta
 
 from core.datasets import DATASETS, search_title
+from core.formats import Count, Flags, Number, Text, read_json
 from utils import InputError
 
 CMC_RANKS = (1, 5, 10, 20)  # k of the Rank-k in the tables
 # What differs between the trials of a row of results.
 OF_A_TRIAL = ("trial", "checkpoint", "network", "queries", "evaluated", "gallery", "metrics")
 FLIPS = {True: "yes", False: "no", None: "unknown"}
+
+
+class TrialResult(TypedDict):
+    """A search of a summary: its own values."""
+
+    queries: Count
+    evaluated: Count
+    gallery: Count
+
+
+class Curves(TypedDict):
+    cmc: Annotated[list[Number], Meta(min_length=1, max_length=1000)]
+
+
+class Summary(TypedDict):
+    """What is read of a row of `summarise`."""
+
+    dataset: Literal[*DATASETS]
+    demo: bool | None
+    mode: str | None
+    direction: Text
+    protocol: Text
+    shots: Count | None
+    trials: Annotated[list[int], Meta(min_length=1)]
+    model: Text
+    feature: Text
+    reranking: Text
+    selection: str | None
+    images: Text
+    mean: dict[str, Number]
+    std: dict[str, Number] | None
+    curves: Curves
+    per_trial: Annotated[list[TrialResult], Meta(min_length=1)]
+
+
+class Results(TypedDict):
+    """What is read of a JSON file of testa.py."""
+
+    flags: Flags
+    results: Annotated[list[Summary], Meta(min_length=1)]
+
+
+def read_results(path):
+    """A JSON file of testa.py -> `Results`. Raises InputError for any other file."""
+    content = read_json(path, Results, "make it with testa.py --json")
+    for row in content["results"]:
+        if not {"Rank-1", "mAP", "mINP"} <= row["mean"].keys() == (row["std"] or row["mean"]).keys():
+            raise InputError(f"{path}: a row has no Rank-1, mAP and mINP; make it with testa.py --json")
+    return content
 
 
 def scores(matches):

@@ -20,6 +20,7 @@ from core.distributed import generator_states, set_generators, wait_for_processe
 from core.files import atomic, check_folder
 from core.log import RunLog, read_json_lines
 from core.meter import Diverged, EpochMeter
+from core.optim import load_moments
 from utils import InputError, Stopped, process_count, process_index, seed_everything
 
 try:
@@ -99,10 +100,10 @@ class Run:
         seed_everything(self.args.seed, epoch + 1, process_index())
         if not self._begun:
             return EpochMeter(self.device)
-        sums, generators = self._begun
+        meter, generators = self._begun
         self._begun = None
         set_generators(generators, self.device)
-        return EpochMeter.from_checkpoint(sums, self.device)
+        return meter
 
     def due(self):
         """Whether to `save` after this step."""
@@ -206,11 +207,13 @@ class Run:
         self._check_same(checkpoint)
         try:
             self.net.load_state_dict(checkpoint.net)
-            self.optimizer.load_state_dict(checkpoint.optimizer)
+            load_moments(self.optimizer, checkpoint.optimizer)
             self.first_epoch, self.best = checkpoint.epoch + 1, checkpoint.best
             if checkpoint.within:
-                self._begun = checkpoint.sums, checkpoint.within["generators"]
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                generators = checkpoint.within["generators"]
+                set_generators(generators, self.device)  # now, as they may not be what they should
+                self._begun = EpochMeter.from_checkpoint(checkpoint.sums, self.device), generators
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise InputError(
                 f"{path}: is not a complete ..._last.t ({type(error).__name__}); resume from another"
             ) from error
@@ -283,7 +286,7 @@ class Run:
             return f"no {self.name}_last.t to resume yet: from the start"
         if self.first_epoch >= self.args.epochs:
             return f"resumed {self.resumed}: finished: all {self.args.epochs} epochs"
-        begun = f", after step {self._begun[0]['step']} of {self.steps}" if self._begun else ""
+        begun = f", after step {self._begun[0].step} of {self.steps}" if self._begun else ""
         return f"resumed {self.resumed}: epoch {self.first_epoch}{begun}"
 
 

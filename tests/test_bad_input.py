@@ -108,6 +108,12 @@ def float_image():
         return file.getvalue()
 
 
+def zipped():
+    with io.BytesIO() as file:
+        np.savez(file, a=1)
+        return file.getvalue()
+
+
 def weights_with(edit):
     state = good_checkpoint()["net"]
     edit(state)
@@ -187,11 +193,12 @@ CASES = {
         "pre_process_sysu.py",
     ),
     "images of floats": case("train", lambda: edit_arrays(lambda a: a.astype(np.float32), 0), "float32", "uint8"),
+    "arrays in a zip": case("train", lambda: write(array(0), zipped()), "holds several arrays", "pre_process"),
     "images of another size": case("train", lambda: edit_arrays(lambda a: a[:, 1:], 0), "(95, 48, 3)", "--img_h 96"),
-    "labels in columns": case("train", lambda: edit_arrays(lambda a: a[:, None], 1), "of the shape (62, 1)"),
+    "labels in columns": case("train", lambda: edit_arrays(lambda a: a[:, None], 1), "int64 [62, 1], not integers [N]"),
     "negative labels": case("train", lambda: edit_arrays(lambda a: a - 1, 1), "without a gap (-1)"),
-    "fewer labels": case("train", lambda: edit_arrays(lambda a: a[1:], 1), "62 images, and labels of the shape (61,)"),
-    "labels of floats": case("train", lambda: edit_arrays(lambda a: a + 0.5, 3), "float64, not integers"),
+    "fewer labels": case("train", lambda: edit_arrays(lambda a: a[1:], 1), "62 images, and 61 labels"),
+    "labels of floats": case("train", lambda: edit_arrays(lambda a: a + 0.5, 3), "float64 [32], not integers"),
     "labels with a gap": case(
         "train", lambda: edit_arrays(lambda a: a + (a > 4), 1, 3), "without a gap (5)", "pre_process_sysu.py"
     ),
@@ -250,7 +257,7 @@ CASES = {
     ),
     "resume a checkpoint that lacks something": resumed(
         "train",
-        lambda: {"net": {}, "optimizer": {}, "version": VERSION},
+        lambda: {"net": {}, "optimizer": {"state": {}}, "version": VERSION},
         "is not a complete ..._last.t",
         "resume from another",
     ),
@@ -272,7 +279,7 @@ CASES = {
         "does not fit its resnet18: 'classifier.weight' has the shape",
     ),
     "checkpoint without an image size": resumed(
-        "test", lambda: good_checkpoint(image_size=(-1, 0)), "its image_size (-1, 0)", "train again"
+        "test", lambda: good_checkpoint(image_size=(-1, 0)), "image_size[0]: expected int >= 1", "train again"
     ),
     "checkpoint with unknown options": resumed(
         "test",
@@ -291,7 +298,10 @@ CASES = {
         "'local.conv.bias' is missing",
     ),
     "checkpoint within an epoch, of which it lacks the sums": resumed(
-        "test", lambda: good_checkpoint(epoch=1, within={}), "is not a complete ..._last.t ('sums'); use another"
+        "test",
+        lambda: good_checkpoint(epoch=1, within={"generators": []}),
+        "was saved within an epoch, but lacks its sums",
+        "use another",
     ),
     "checkpoint of another data set": resumed(
         "test", lambda: good_checkpoint(args={"dataset": "llcm"}), "was trained on llcm", "--dataset llcm"
@@ -319,7 +329,7 @@ CASES = {
 
 def resumable(classes, **more):
     args = vars(parse(*SCRIPTS["train"][1])) | more
-    net, state = GFMNet(classes, "resnet18"), {"optimizer": {}, "epoch": 0, "best": {"Rank-1": -1.0}}
+    net, state = GFMNet(classes, "resnet18"), {"optimizer": {"state": {}}, "epoch": 0, "best": {"Rank-1": -1.0}}
     state["version"] = VERSION
     return good_checkpoint(net=net.state_dict(), options=net.options, args=args, **state)
 

@@ -11,13 +11,11 @@ from core.checkpoint import VERSION, Checkpoint, find_checkpoint, load_checkpoin
 from utils import InputError
 
 FIRST = {"net": {"w": torch.ones(2)}, "options": {}, "image_size": (96, 48), "args": {"lr": 0.1}, "epoch": 3}
-FIRST |= {"best": {"Rank-1": -1.0}, "optimizer": {}, "version": VERSION}  # the fields without a default
+FIRST |= {"best": {"Rank-1": -1.0}, "optimizer": {"state": {}}, "version": VERSION}  # the fields without a default
 
 
 def test_a_checkpoint_is_read_as_it_was_written(tmp_path):
-    written = Checkpoint(
-        **FIRST | {"net": {"w": torch.ones(2)}}, selection="none", num_images=[5, 6], processes=2, sums={"step": 3}
-    )
+    written = Checkpoint(**FIRST | {"net": {"w": torch.ones(2)}}, selection="none", num_images=[5, 6], processes=2)
     save_checkpoint(written.to_file(), tmp_path / "last.t")
     assert "within" not in load_checkpoint(tmp_path / "last.t")
     written.version = VERSION
@@ -38,9 +36,10 @@ def test_fields_that_came_later_have_their_defaults_and_unknown_ones_are_not_rea
         ({"version": VERSION + 1}, f"has checkpoint version {VERSION + 1}, but .* up to {VERSION}; update the code"),
         *[({"version": version}, "an earlier version of this code .*; train anew") for version in (None, 1)],
         ({"optimizer": None}, "holds no training state; resume from a ..._last.t"),
-        ({"best": None}, "is not a complete ..._last.t .*'best'.*; resume from another"),
+        ({"best": None}, "is not a complete ..._last.t: object missing required field best; resume from another"),
+        ({"best": {"epoch": 1}}, "is not a complete ..._last.t: best has no Rank-1; resume from another"),
         ({"net": None}, "has no 'net', so it is no checkpoint; pass one to --resume"),
-        *[({"args": args}, "its 'args' are not training flags") for args in ([1], {3: 4}, "flags")],
+        *[({"args": args}, "(key in )?args: expected .*; use another checkpoint") for args in ([1], {3: 4}, "flags")],
     ],
 )
 def test_what_cannot_be_resumed_is_named(change, words, tmp_path):
@@ -69,16 +68,14 @@ def test_published_checkpoints_with_numpy_values_load(tmp_path):
     path = tmp_path / "published.t"
     content = {"net": {"w": torch.ones(2)}, "cmc": np.ones(20), "mAP": np.float64(0.7), "epoch": 3}
     torch.save(content, path)
-    loaded = load_checkpoint(path)
-    assert loaded["mAP"] == 0.7
-    assert np.array_equal(loaded["cmc"], np.ones(20))
+    assert load_checkpoint(path)["epoch"] == 3
     old_path = tmp_path / "old.t"  # NumPy 1 wrote the same pickles under numpy.core
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(old_path, "w") as target:
         for item in source.namelist():
             data = source.read(item).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
             target.writestr(item, data)
     assert b"numpy.core.multiarray" in old_path.read_bytes()
-    assert load_checkpoint(old_path)["mAP"] == 0.7
+    assert load_checkpoint(old_path)["epoch"] == 3
 
 
 def test_checkpoint_is_found_by_path_or_name(tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import multiprocessing
 import sqlite3
 import sys
@@ -306,11 +305,6 @@ def test_files_that_are_no_index_are_refused_and_stay(tmp_path):
     with pytest.raises(InputError, match=r"none.db: no such index; make it with python -m tools.search index"):
         open_index(str(tmp_path / "none.db"))
     with pytest.raises(InputError, match=r"is a folder; name a file, such as .*index.db"):
-        open_index(str(tmp_path))
-    about = {"folder": "/photos", "checkpoint": "/net.t", "modality": "visible"}
-    (tmp_path / "index.json").write_text(json.dumps(about))
-    command = r"python -m tools.search index /photos --resume /net.t --modality visible --index .*index\.db"
-    with pytest.raises(InputError, match=f"is an index of the old format; make it anew: {command}"):
         open_index(str(tmp_path))
 
 

@@ -61,7 +61,8 @@ else:
     labels |= {"model": "trained", "reranking": "none", "selection": "none", "demo": True, "trials": [0, 1]}
     mean = {"Rank-1": margin * (10 + seed**2), "mAP": 5, "mINP": 1}
     std = {"Rank-1": 1 + seed, "mAP": 0, "mINP": 0}
-    row = labels | {"feature": "FC", "mean": mean, "std": std, "per_trial": [{"queries": 3}]}
+    row = labels | {"feature": "FC", "mean": mean, "std": std, "images": "/data"}
+    row |= {"per_trial": [{"queries": 3, "evaluated": 3, "gallery": 4}], "curves": {"cmc": [5.0, 9.0]}}
     results = [row | {"feature": "POOL"}, row, row | {"model": "untrained"}]
     keep = {"dataset": "sysu", "resume": flags["--resume"], "all": "--all" in sys.argv}
     path.write_text(json.dumps({"flags": keep, "results": results}))

@@ -17,7 +17,7 @@ from ChannelAug import TrainAugmentation
 from conftest import SIZE, flags, log_entries, parse
 from core import engine
 from core.log import RunLog, log_epoch, warnings
-from core.meter import Diverged, EpochMeter
+from core.meter import Diverged, EpochMeter, EpochSums
 from core.step import TrainStep
 from data_loader import CachedBatches, IdentitySampler, TrainData, sysu_train
 from loss import Health, Losses, MethodLoss, SquaredTripletLoss, _weighted_triplet
@@ -128,7 +128,7 @@ def test_an_epoch_goes_on_from_any_checkpoint_of_its_meter():
     whole = meter.summary()
     assert whole["images_per_second"] == pytest.approx(25 * 8 / meter.seconds, abs=0.06)
     for state in saver.saved:
-        assert list(state) == list(EpochMeter.FIELDS)
+        assert list(state) == list(EpochSums.__annotations__)
         older = {name: value for name, value in state.items() if name != "first_bad"} | {"skipped": torch.zeros(())}
         resumed, rest = EpochMeter.from_checkpoint(older, CPU), Criterion()
         rest.step = state["step"]

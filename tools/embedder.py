@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Literal, TypedDict
 
 import numpy as np
 import torch
@@ -12,9 +13,21 @@ from ChannelAug import normalise
 from core import engine
 from core.checkpoint import load_checkpoint
 from core.files import file_sha256
+from core.formats import ImageSize, checked
 from data_loader import ImageFiles, worker_options
-from model import MODALITIES, load_network
+from model import FEATURES, MODALITIES, load_network
 from utils import InputError, computes_bf16, progress, select_device
+
+
+class ExportedFile(TypedDict):
+    """What is read of the metadata of a file of tools.export."""
+
+    image_size: ImageSize
+    options: dict[str, bool | int | str]  # of the `GFMNet`
+    modality: Literal[MODALITIES]
+    feature: Literal[FEATURES]
+    input: Literal["uint8", "normalised"]
+    sha256: str  # of the checkpoint
 
 
 class Embedder:
@@ -54,6 +67,7 @@ class Embedder:
         try:
             session = onnxruntime.InferenceSession(self.path, providers=["CPUExecutionProvider"])
             about = json.loads(session.get_modelmeta().custom_metadata_map["gfmnet"])
+            about = checked(about, ExportedFile, self.path, "export it again")
             height, width = about["image_size"]
             prepare = {"uint8": lambda images: images, "normalised": normalise}[about["input"]]
             self.size, self.sha256, self.modalities = (height, width), about["sha256"], (about["modality"],)

@@ -30,7 +30,9 @@ from ChannelAug import MEAN, STD, normalise
 from core import engine
 from core.checkpoint import find_checkpoint, load_checkpoint
 from core.files import atomic, check_output, file_sha256, save_json
+from core.formats import checked
 from model import FEATURES, MODALITIES, GFMNet, load_network
+from tools.embedder import ExportedFile
 from utils import ArgumentParser, InputError, cli, progress
 
 UPRIGHT = 'ImageOps.exif_transpose(Image.open(FILE)).convert("RGB")'
@@ -74,7 +76,7 @@ def main(argv=None):
     results = []
     for modality, output in progress(outputs.items(), desc="exporting", unit="file", leave=False):
         about = shared | {"modality": modality}
-        text = json.dumps(about, default=str)  # published checkpoints may hold NumPy's numbers
+        text = json.dumps(about)
         pairs = expected(embed, about)
         with atomic(output) as temporary, warnings.catch_warnings(action="ignore"):  # PyTorch's, about future changes
             temporary.write_bytes(to_bytes(Embedding(net, about), pairs[-1][0], text))
@@ -176,7 +178,7 @@ def load_embedding(path):
     """A safetensors file of this program -> its `Embedding`. Raises InputError for any other file."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["gfmnet"])
+            about = checked(json.loads(file.metadata()["gfmnet"]), ExportedFile, path, "export it again")
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         embedding = Embedding(GFMNet(**about["options"]), about)
         embedding.net.load_state_dict(state)

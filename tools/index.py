@@ -9,14 +9,16 @@ import itertools
 import json
 import os
 import re
-import shlex
 import sqlite3
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
+from msgspec import Meta
 
 from core.files import check_output
+from core.formats import Count, Text, checked
+from model import FEATURES, MODALITIES
 from utils import InputError
 
 TABLES = """
@@ -27,20 +29,29 @@ CREATE TABLE images (id {serial}, version INT NOT NULL REFERENCES versions ON DE
     UNIQUE (path, version)){strict};
 CREATE INDEX images_by_place ON images (version, camera, time);
 """
-VERSION = ("version", "checkpoint", "sha256", "feature", "dim")
 REPLACED = "another checkpoint has replaced this version"
 BLOCK = 8192  # vectors read or compared at a time
 
 
-class Entry(NamedTuple):
-    """An image of an index. path: absolute; stamp: of the file when it was embedded; time: YYYY-MM-DD HH:MM:SS."""
+class Version(NamedTuple):
+    """What one checkpoint has embedded."""
 
-    path: str
+    version: Count
+    checkpoint: Text
+    sha256: Text
+    feature: Literal[FEATURES]
+    dim: Annotated[int, Meta(ge=1, le=2**20)]
+
+
+class Entry(NamedTuple):
+    """An image of an index. path: absolute; stamp: of the file when it was embedded."""
+
+    path: Text
     stamp: str
-    modality: str
+    modality: Literal[MODALITIES]
     camera: str | None
     person: str | None
-    time: str
+    time: Annotated[str, Meta(pattern=r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d([+-]\d\d:\d\d)?$")]
 
 
 class Filter(NamedTuple):
@@ -104,11 +115,15 @@ class Index:
             reason = str(error).strip().partition("\n")[0]
             raise InputError(f"{self.uri}: cannot be used as an index ({reason}); {self._remedy(error)}") from error
 
+    def _checked(self, rows, kind):
+        """Rows of a table as Versions or Entries. InputError for values that this program does not write."""
+        return checked(rows, list[kind], f"{self.uri}: {kind.__name__.lower()}", "remove it and index again")
+
     def versions(self):
-        """Dicts with VERSION, the one that serves first."""
+        """The fields of `Version` as dicts, the one that serves first."""
         with self.transaction(write=False):
-            rows = self._run(f"SELECT {', '.join(VERSION)} FROM versions ORDER BY version").fetchall()
-        return [dict(zip(VERSION, row, strict=True)) for row in rows]
+            rows = self._run(f"SELECT {', '.join(Version._fields)} FROM versions ORDER BY version").fetchall()
+        return [version._asdict() for version in self._checked(rows, Version)]
 
     def begin(self, checkpoint, sha256, feature, dim):
         """The number of the version of a checkpoint, new or old; remembers where the checkpoint is."""
@@ -131,14 +146,14 @@ class Index:
             rows = self._run(sql, (version, version)).fetchall()
             if not rows:
                 self._run("DELETE FROM versions WHERE version < ?", (version,))
-        return [*{row[0]: Entry(*row) for row in rows}.values()]
+        return [*{entry.path: entry for entry in self._checked(rows, Entry)}.values()]
 
     def entries(self, version, folder=None):
         """{path: Entry} of a folder, or of the whole version."""
         where, values = Filter(folder=folder).where(version)
         with self.transaction(write=False):
             rows = self._run(f"SELECT {', '.join(Entry._fields)} FROM images WHERE {where}", values).fetchall()
-        return {row[0]: Entry(*row) for row in rows}
+        return {entry.path: entry for entry in self._checked(rows, Entry)}
 
     def counts(self, version, column):
         """{value of a column: number of images}."""
@@ -206,7 +221,7 @@ class FileIndex(Index):
     def __init__(self, path, create=False):
         self.uri, self.blocks, self.seen = str(path), [], None
         if Path(path).is_dir():
-            raise InputError(_folder_message(path))
+            raise InputError(f"{path}: is a folder; name a file, such as {os.path.join(path, 'index.db')}")
         if create:
             check_output(path)
         elif not Path(path).is_file():
@@ -276,8 +291,9 @@ class FileIndex(Index):
             names = ("id", *Entry._fields)
             # As JSON: there is a limit to a statement's values.
             sql = f"SELECT {', '.join(names)} FROM images WHERE id IN (SELECT value FROM json_each(?))"
-            rows = self._run(sql, (json.dumps(np.unique(ids).tolist()),))
-            found = {row[0]: dict(zip(names, row, strict=True)) for row in rows}
+            rows = self._run(sql, (json.dumps(np.unique(ids).tolist()),)).fetchall()
+            entries = self._checked([row[1:] for row in rows], Entry)
+            found = {row[0]: {"id": row[0]} | entry._asdict() for row, entry in zip(rows, entries, strict=True)}
         return [
             [found[i] | {"similarity": similarity} for i, similarity in zip(*ranked, strict=True)]
             for ranked in zip(ids.tolist(), similarities.tolist(), strict=True)
@@ -331,18 +347,6 @@ def damaged(vectors):
     with np.errstate(over="ignore", invalid="ignore"):
         wrong = ~(np.abs(np.linalg.norm(vectors, axis=1) - 1) < 0.01)
     return int(wrong.argmax()) if wrong.any() else None
-
-
-def _folder_message(path):
-    """Why a folder is refused; an index of the old format with the command that makes it anew."""
-    new = os.path.join(path, "index.db")
-    try:
-        about = json.loads(Path(path, "index.json").read_text())
-        flags = [about["folder"], "--resume", about["checkpoint"], "--modality", about["modality"], "--index", new]
-        command = shlex.join(["python", "-m", "tools.search", "index", *flags])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return f"{path}: is a folder; name a file, such as {new}"
-    return f"{path}: is an index of the old format; make it anew: {command}"
 
 
 def tables(serial, vector, strict):

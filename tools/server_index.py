@@ -11,6 +11,17 @@ CANDIDATES = 3  # of the graph, which has halves of float32, for each image that
 EF_SEARCH = 1000  # candidates within the graph: the most that pgvector allows
 EF_CONSTRUCTION = 128  # of the graph: with pgvector's 64, it is made in two thirds of the time and misses far more
 # Where the database is a cluster of Citus, its machines share the images by path; all of them know the versions.
+COLUMNS = (
+    "SELECT attname, format_type(atttypid, atttypmod), attnotnull FROM pg_attribute "
+    "WHERE attrelid = to_regclass(?) AND attnum > 0 AND NOT attisdropped ORDER BY attnum"
+)
+TEXT = ("text", True)
+TYPES = {
+    "versions": {"version": ("bigint", True), "checkpoint": TEXT, "sha256": TEXT, "feature": TEXT}
+    | {"dim": ("integer", True)},
+    "images": {"id": ("bigint", True), "version": ("integer", True), "path": TEXT, "stamp": TEXT, "modality": TEXT}
+    | {"camera": ("text", False), "person": ("text", False), "time": TEXT, "vector": ("vector", True)},
+}
 SPREAD = (
     "ALTER TABLE images DROP CONSTRAINT images_pkey, REPLICA IDENTITY USING INDEX images_path_version_key",
     "CREATE INDEX images_by_id ON images (id)",
@@ -26,7 +37,10 @@ class ServerIndex(Index):
     for_update, lock_images = " FOR UPDATE", "LOCK TABLE images IN SHARE ROW EXCLUSIVE MODE"
 
     def __init__(self, uri, create=False):
-        parts = urlsplit(uri)
+        try:
+            parts = urlsplit(uri)
+        except ValueError as error:
+            raise InputError(f"{uri}: is no address; pass postgresql://USER@HOST:PORT/DATABASE") from error
         if parts.password or "password" in parse_qs(parts.query):
             raise InputError("--index: leave the password out of the address; set PGPASSWORD in the environment")
         try:
@@ -54,6 +68,14 @@ class ServerIndex(Index):
                 self._run("CREATE EXTENSION IF NOT EXISTS vector")
                 for sql in (*tables("BIGSERIAL PRIMARY KEY", "vector", ""), *(SPREAD if self.cluster else ())):
                     self._run(sql)
+            if any(
+                self._run(COLUMNS, (name,)).fetchall() != [(n, *t) for n, t in columns.items()]
+                for name, columns in TYPES.items()
+            ):
+                raise InputError(
+                    f"{self.uri}: its tables are not those of an index; pass another database, or drop the tables "
+                    "images and versions"
+                )
         self.register(self.connection)
 
     @staticmethod
@@ -129,5 +151,11 @@ class ServerIndex(Index):
                     rows = self._run(by_graph, (query, *values, query, CANDIDATES * top, query, top)).fetchall()
                 if len(rows) < top:  # also where the graph has given up
                     rows = self._run(exact, (query, *values, query, top)).fetchall()
-                results.append([dict(zip((*names, "similarity"), row, strict=True)) for row in rows])
+                entries = self._checked([row[1:-1] for row in rows], Entry)
+                results.append(
+                    [
+                        {"id": row[0], **entry._asdict(), "similarity": row[-1]}
+                        for row, entry in zip(rows, entries, strict=True)
+                    ]
+                )
         return results

@@ -18,8 +18,9 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Annotated, Literal, NotRequired, TextIO, TypedDict
 
+from msgspec import Meta
 from tqdm import tqdm
 
 import testa
@@ -27,10 +28,11 @@ import train_ext_test0
 from core.datasets import fingerprint
 from core.evaluation import data_folder
 from core.files import check_output, save_json
+from core.formats import Count, Flags, Text, read_json
 from core.log import read_json_lines
+from core.results import read_results
 from core.run import run_lock
 from tools import sweep_tables
-from tools.sweep_tables import read_json
 from utils import ArgumentParser, InputError, Stopped, bounded, cli, cores, progress
 
 try:
@@ -55,6 +57,33 @@ MAY_CHANGE = {
 }
 # Flags of training that are passed on to testing.
 SHARED = ("dataset", "data_path", "mode", "amp", "gpu", "workers", "test_batch")
+REMEDY = "pass the --out of a sweep, or another one"
+
+
+class Plan(TypedDict):
+    """OUT/sweep.json."""
+
+    rows: Annotated[list[tuple[Text, list[str]]], Meta(min_length=1)]  # names, flags
+    seeds: Annotated[list[Count], Meta(min_length=1)]
+    flags: list[str]
+    test: list[str]
+    checkpoint: Literal["last", "best"]
+    data: NotRequired[dict[str, str]]  # the fingerprint of each data set
+
+
+class Record(TypedDict):
+    """What is read of flags.json, in the folder of a run."""
+
+    flags: Flags
+    data: NotRequired[str | None]
+
+
+class Failure(TypedDict):
+    """failed.json, in the folder of a run: the script, its exit status and its last line."""
+
+    script: str
+    status: int
+    line: str
 
 
 def get_args_parser():
@@ -171,10 +200,8 @@ def read_plan(args, flags):
     """The plan of the sweep in `--out`."""
     if flags or args.seeds or args.test or args.checkpoint or args.gpus or args.jobs > 1 or args.retry:
         raise InputError("--table shows the sweep as it was started; pass only --out and --curves with it")
-    plan = read_json(path := Path(args.out) / PLAN)
-    if not (isinstance(plan, dict) and {"rows", "seeds", "flags", "test", "checkpoint"} <= plan.keys()):
-        raise InputError(f"{path}: is not the plan of a sweep; pass the --out of a sweep")
-    return plan
+    plan = read_json(Path(args.out) / PLAN, Plan, REMEDY)
+    return plan | {"rows": [[*row] for row in plan["rows"]]}
 
 
 @dataclass
@@ -214,11 +241,12 @@ class SweepRun:
 
     def check_unchanged(self):
         """Raise InputError if the run in the folder was trained or tested with other flags."""
-        records = {"train": self.record, "test": self.results}
+        records = {"train": (self.record, self.recorded), "test": (self.results, lambda: read_results(self.results))}
         for script, remedy in (("train", "this folder"), ("test", f"{self.results.name} to test again")):
-            if not records[script].exists():
+            path, read = records[script]
+            if not path.exists():
                 continue
-            saved, flags = read_json(records[script])["flags"], vars(getattr(self, script))
+            saved, flags = read()["flags"], vars(getattr(self, script))
             default = SCRIPTS[script].get_args_parser().get_default  # for flags that are newer than the run
             for flag in sorted(set(flags) - MAY_CHANGE[script]):
                 if (before := saved.get(flag, default(flag))) != flags[flag]:
@@ -226,10 +254,15 @@ class SweepRun:
                         f"{self.folder}: was run with --{flag} {before}, but this sweep uses --{flag} {flags[flag]}; "
                         f"pass the same value, choose another --out, or remove {remedy}"
                     )
-            if script == "test" and Path(saved["resume"]).name != Path(self.test.resume).name:
-                raise InputError(
-                    f"{self.folder}: {saved['resume']} was tested; pass the same --checkpoint, or remove {remedy}"
-                )
+            tested = str(saved.get("resume"))
+            if script == "test" and Path(tested).name != Path(self.test.resume).name:
+                raise InputError(f"{self.folder}: {tested} was tested; pass the same --checkpoint, or remove {remedy}")
+
+    def recorded(self):
+        return read_json(self.record, Record, REMEDY)
+
+    def failed(self):
+        return read_json(self.failure, Failure, REMEDY)
 
     def log(self):
         """The entries of the training's log."""
@@ -242,7 +275,7 @@ def check_same_data(runs, data=()):
     data: {(data set, folder): `fingerprint`} of what is to be used; of the runs that there are, their records tell.
     """
     known = [(dataset, digest, folder) for (dataset, folder), digest in dict(data).items()]
-    known += [(run.train.dataset, read_json(run.record).get("data"), run.folder) for run in runs if run.record.exists()]
+    known += [(run.train.dataset, run.recorded().get("data"), run.folder) for run in runs if run.record.exists()]
     first = {}
     for dataset, digest, place in known:
         before, other = first.setdefault(dataset, (digest, place)) if digest else (digest, place)
@@ -395,7 +428,7 @@ def outcome(job):
     """Record how a run ended -> in words."""
     run, status = job.run, job.process.returncode
     if status == 0:
-        first, *_ = sweep_tables.network_rows(read_json(run.results)["results"])
+        first, *_ = sweep_tables.network_rows(run.results)
         return "  ".join(f"{metric} {value:.2f}" for metric, value in first["mean"].items())
     number = -status if status < 0 else status - 128
     if number in (signal.SIGTERM, signal.SIGINT):

@@ -1,14 +1,13 @@
 """Statistics, tables and figures of a sweep."""
 
 import itertools
-import json
 import math
 import textwrap
 
 import numpy as np
 
 from core.files import atomic, save_json
-from core.results import result_title
+from core.results import read_results, result_title
 from loss import Health, Losses
 from tools import figures
 from utils import InputError
@@ -22,19 +21,15 @@ LOGGED = (*Losses._fields, *Health._fields, "lr")
 LOGGED += tuple(f"{feature}/{metric}" for feature in ("FC", "POOL") for metric in METRICS)
 
 
-def read_json(path):
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); pass the folder of a sweep") from error
-
-
 # ---------------------------------------------------------------------------------------------------------- statistics
 
 
-def network_rows(results):
-    """The rows of testa.py's results that are compared: those of the trained network's FC feature."""
-    return [result for result in results if result["model"] == "trained" and result["feature"] == "FC"]
+def network_rows(path):
+    """The rows of a JSON file of testa.py that are compared: those of the trained network's FC feature."""
+    rows = [row for row in read_results(path)["results"] if (row["model"], row["feature"]) == ("trained", "FC")]
+    if not rows:
+        raise InputError(f"{path}: has no row of the trained network's FC feature; remove it to test again")
+    return rows
 
 
 def setting_text(result):
@@ -47,15 +42,15 @@ def tabulate(runs, plan):
     """The finished runs as plain values: the plan with "settings", a list of {"setting": in words, "rows": as
     `summarise_row` gives them}, several with `--test --all` and the like, and "failed", a list of runs."""
     failed = [
-        {"row": run.row, "seed": run.seed, **read_json(run.failure)}
+        {"row": run.row, "seed": run.seed, **run.failed()}
         for run in runs
         if run.failure.exists() and not run.results.exists()
     ]
     settings = {}
     for run in runs:
         if run.results.exists():
-            seconds = sum(entry["seconds"] for entry in run.log())
-            for result in network_rows(read_json(run.results)["results"]):
+            seconds = sum(entry.get("seconds", 0) for entry in run.log())
+            for result in network_rows(run.results):
                 value = {"mean": result["mean"], "trials_std": result["std"], "seconds": seconds}
                 settings.setdefault(setting_text(result), {}).setdefault(run.row, {})[str(run.seed)] = value
     if not settings:

@@ -6,7 +6,6 @@
 """
 
 import argparse
-import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +20,7 @@ from core.checkpoint import find_checkpoint
 from core.datasets import DATASETS, Search, search_title
 from core.images import read_image
 from core.log import read_json_lines
-from core.results import choose_queries, pair_distances, rank_images, result_title
+from core.results import choose_queries, pair_distances, rank_images, read_results
 from data_manager import NUMBER
 from model import FEATURES
 from tools import figures
@@ -252,7 +251,8 @@ def draw_curves(args):
             raise InputError(
                 f"--values {' '.join(args.values)}: is for logs (.jsonl); leave it out for results (.json)"
             )
-        return figures.result_curves(dict(zip(labels, map(read_results, args.logs), strict=True)), "cmc")
+        tables = [read_results(log)["results"] for log in args.logs]
+        return figures.result_curves(dict(zip(labels, tables, strict=True)), "cmc")
     if ".json" in kinds:
         raise InputError(f"{' '.join(args.logs)}: pass logs (.jsonl) or results of testa.py (.json), not both")
     runs = dict(zip(labels, map(read_log, args.logs), strict=True))
@@ -267,20 +267,6 @@ def read_log(path):
     if not entries:
         raise InputError(f"{path}: contains no epoch; pass the .jsonl of a run that has finished one")
     return entries
-
-
-def read_results(path):
-    """The results in a JSON file of testa.py."""
-    try:
-        results = json.loads(Path(path).read_text())["results"]
-        for row in results or [{}]:
-            result_title(row)
-            _ = [row[name] for name in ("model", "selection", "feature", "reranking")], row["curves"]["cmc"][0]
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise InputError(
-            f"{path}: contains no results with CMC curves ({type(error).__name__}); make it with testa.py --json"
-        ) from error
-    return results
 
 
 if __name__ == "__main__":

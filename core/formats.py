@@ -1,0 +1,51 @@
+"""What a file may hold is described once, by types beside its reader, and checked where the file is opened. The code
+behind may trust it."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import torch
+from msgspec import Meta
+
+from core.files import regular
+from utils import InputError
+
+Count = Annotated[int, Meta(ge=0, le=10**12)]
+Number = Annotated[float, Meta(ge=-1e30, le=1e30)]  # finite
+Numbers = dict[str, Count | Number]
+Side = Annotated[int, Meta(ge=1, le=4096)]
+ImageSize = tuple[Side, Side]  # height, width
+Text = Annotated[str, Meta(min_length=1, max_length=10_000)]
+Value = None | bool | Annotated[int, Meta(ge=-(10**18), le=10**18)] | Number | str
+Flags = dict[str, Value | list[Value]]  # of a program
+Tensors = dict[str, torch.Tensor]
+
+
+def checked(value, kind, place, remedy):
+    """A value -> the same as a type describes it: without fields that it does not name, sequences as its own.
+
+    Raises InputError, "{place}: {what is wrong}; {remedy}", for any other value.
+    """
+    try:
+        return msgspec.convert(value, kind)
+    except Exception as error:  # a tensor where a dict belongs raises what the tensor raises
+        raise InputError(f"{place}: {_reason(error)}; {remedy}") from error
+
+
+def read_json(path, kind, remedy):
+    """The content of a JSON file, as `checked` gives it. Raises InputError for any other file, and for none."""
+    try:
+        value = json.loads(Path(regular(path)).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({type(error).__name__}); {remedy}") from error
+    return checked(value, kind, path, remedy)
+
+
+def _reason(error):
+    """msgspec's message, "Expected `int`, got `str` - at `$.best.epoch`", as "best.epoch: expected int, got str"."""
+    text = "".join(c if c.isprintable() else "?" for c in str(error).replace("`", ""))
+    message, _, place = text.partition(" - at ")
+    place = place.replace("key in $", "a name in $").replace("$.", "").replace("$", "the file")
+    return f"{place}{': ' * bool(place)}{message[:1].lower()}{message[1:]}"[:200]
