@@ -20,10 +20,10 @@ import torchvision
 
 from ChannelAug import without_colour
 from core.checkpoint import check_state, load_weights
-from core.deen import EXPANSIONS, Aggregation, Expansion
-from core.dns import Domain, DomainBranch, SpaceShift
-from core.non_local import NonLocal
-from core.published import convert_published_state, is_published, published_name, published_options
+from parts.deen import EXPANSIONS, Aggregation, Expansion
+from parts.dns import Domain, DomainBranch, SpaceShift
+from parts.non_local import NonLocal
+from parts.published import convert_published_state, is_published, published_name, published_options
 from utils import InputError, full_precision
 
 MODALITIES = ("visible", "infrared")

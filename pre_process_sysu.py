@@ -11,11 +11,11 @@ from contextlib import ExitStack, suppress
 
 import numpy as np
 
-from core.datasets import DATASETS
 from core.files import atomic, flush, writing
 from core.images import check_readable, write_images
 from data_loader import sysu_train_files
 from data_manager import SYSU_INFRARED, SYSU_VISIBLE, read_splits, sysu_images
+from datasets import DATASETS
 from utils import ArgumentParser, InputError, bounded, cli
 
 

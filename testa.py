@@ -18,11 +18,11 @@ import torch.nn.functional as F
 import torchvision
 
 from ChannelAug import luminance, normalise
-from core import engine, evaluation, results
-from core.datasets import DATASETS, option_values, search_title
-from core.features import load_features, save_features, select_features
 from core.files import check_output, locate, save_json
+from datasets import DATASETS, option_values, search_title
 from model import untrained_network
+from testing import engine, evaluation, results
+from testing.features import load_features, save_features, select_features
 from utils import ArgumentParser, InputError, cli, progress, select_device
 
 PAGE = "report.html"
@@ -175,7 +175,7 @@ def check_flags(args):
 def import_page_modules():
     """The modules that draw and write the page. Raises InputError when a package that they need is not installed."""
     try:
-        from tools import figures, report
+        from drawing import figures, report
     except ImportError as error:
         raise InputError(f"--report: {error.name} is not installed; run: pip install {error.name}") from error
     return figures, report

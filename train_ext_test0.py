@@ -15,16 +15,18 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from ChannelAug import AUGMENTATIONS, ERASE_AREA, PADDING, normalise
-from core import engine, results
-from core.datasets import DATASETS, check_options, option_values, search_title
 from core.distributed import broadcast_buffers, leave_processes, start_processes
-from core.log import log_epoch
-from core.optim import build_optimizer, set_rates
-from core.run import Run
-from core.step import GraphedStep, TrainStep
 from data_loader import CACHES, IdentitySampler, eval_loader, train_loader
-from loss import METHODS, WEIGHTINGS, MethodLoss
+from datasets import DATASETS, check_options, option_values, search_title
+from loss import WEIGHTINGS
+from methods import METHODS, MethodLoss
 from model import ARCHS, GFMNet
+from testing import engine, results
+from training.engine import train_epoch
+from training.log import log_epoch
+from training.optim import build_optimizer, set_rates
+from training.run import Run
+from training.step import GraphedStep, TrainStep
 from utils import ArgumentParser, InputError, bounded, check_device, cli, process_count, seed_everything
 
 # Flags that a resumed run may give anew: where things are and how fast they go, not what is computed.
@@ -224,7 +226,7 @@ def train(args, run, data, test, device):
         sampler.set_epoch(epoch, meter.step)
         schedule = partial(set_rates, optimizer, args, epoch, sampler.steps)
         title = f"epoch {epoch}/{args.epochs - 1}"
-        engine.train_epoch(step, optimizer, loader, title, meter, run, schedule)
+        train_epoch(step, optimizer, loader, title, meter, run, schedule)
         lr = schedule(sampler.steps - 1)
         entry, tested = {"epoch": epoch, "lr": lr, "select": args.select, **meter.summary()}, None
         if epoch % args.eval_every == 0 or epoch == args.epochs - 1:
@@ -316,7 +318,7 @@ def test_epoch(net, eval_loaders, search, device, amp):
 def import_figures(log):
     """The module that draws, or None and a line in the log where Matplotlib is not installed."""
     try:
-        from tools import figures
+        from drawing import figures
     except ImportError:
         log.text("Matplotlib is not installed, so --figures draws nothing; to get figures: pip install matplotlib")
         return None

@@ -12,11 +12,12 @@ import published_state
 import testa
 from ChannelAug import AUGMENTATIONS
 from conftest import log_entries, parse, search_flags
-from core import evaluation, published
-from core.optim import build_optimizer
-from loss import METHODS
+from methods import METHODS
+from parts import published
+from testing import evaluation
 from tests.oracles import plain_features
 from tools import export
+from training.optim import build_optimizer
 from utils import InputError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -130,7 +131,7 @@ def write_published(net, unused, path, shift=False):
 def published_file_loads(path, net, size, network, needed):
     """And is refused, by its own names, without one of the tensors `needed`.
 
-    size, network: as `core.evaluation.open_checkpoint` gives the image size and the name.
+    size, network: as `testing.evaluation.open_checkpoint` gives the image size and the name.
     """
     loaded, its_size, origin = evaluation.open_checkpoint(path, "data")
     assert (its_size, origin["network"], loaded.options) == (size, network, net.options)

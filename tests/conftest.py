@@ -54,7 +54,7 @@ def parse(*argv):
 
 
 def result_row(**more):
-    """A row of results of a single trial, as `core.results.summarise` gives it."""
+    """A row of results of a single trial, as `testing.results.summarise` gives it."""
     row = {"dataset": "sysu", "split": "test", "mode": "all", "direction": "infrared to visible", "protocol": "seeded"}
     row |= {"shots": 1, "similarity": "cosine", "cmc_counts": "identities", "unseen": "camera 2 by queries of camera 3"}
     row |= {"model": "trained", "feature": "FC", "flip_averaging": True, "reranking": "none", "selection": "test"}

@@ -13,7 +13,8 @@ from torchvision.transforms import functional
 
 from ChannelAug import ERASE_FILL, GRAY, MEAN, STD
 from data_loader import eval_loader
-from loss import Losses, SquaredTripletLoss
+from loss import SquaredTripletLoss
+from methods import Losses
 from model import FEATURES, GFMNet
 
 STABLE_MEAN = 4.0

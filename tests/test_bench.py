@@ -13,14 +13,14 @@ import data_manager
 import testa
 from ChannelAug import normalise
 from conftest import SIZE
-from core import engine
-from core.datasets import sysu_searches
-from core.results import scores
 from data_loader import eval_loader
+from datasets import sysu_searches
 from eval_metrics import eval_regdb, eval_sysu
-from loss import METHODS, Losses
+from methods import METHODS, Losses
 from model import GFMNet
 from test_eval_metrics import REGDB_KEYS, assert_metrics_close, random_problem
+from testing import engine
+from testing.results import scores
 from tests.oracles import lean_metrics, plain_test
 from tools import bench, sweep
 from tools.benchmarks import gpu, measuring, step

@@ -14,9 +14,9 @@ import data_loader
 import data_manager
 import pre_process_sysu
 from conftest import SIZE
-from core.datasets import regdb_train, sysu_searches
 from core.images import read_image
 from data_loader import IdentitySampler, TrainData, eval_loader, sysu_train, train_loader
+from datasets import regdb_train, sysu_searches
 from utils import InputError
 
 

@@ -8,18 +8,9 @@ import numpy as np
 import pytest
 
 from conftest import SIZE
-from core.datasets import (
-    DATASETS,
-    Images,
-    Search,
-    check_options,
-    llcm_searches,
-    llcm_train,
-    search_title,
-    sysu_searches,
-)
 from core.images import read_image
 from data_manager import draw_gallery, llcm_folders, process_gallery_sysu, process_query_llcm, process_query_sysu
+from datasets import DATASETS, Images, Search, check_options, llcm_searches, llcm_train, search_title, sysu_searches
 from utils import InputError
 
 

@@ -15,12 +15,14 @@ import train_ext_test0
 from ChannelAug import MEAN, GrayAugmentation, normalise, random_gray
 from checks import published_weights
 from conftest import SIZE, flags, parse, search_flags
-from core import deen, optim
-from core.deen import CentrePairLoss, OrthogonalLoss
-from loss import METHODS, HardTripletLoss, MethodLoss, method_name
+from loss import HardTripletLoss
+from methods import METHODS, MethodLoss, method_name
+from parts import deen
+from parts.deen import CentrePairLoss, OrthogonalLoss
 from tests.oracles import naive_distances
 from tools import visualize
 from tools.embedder import Embedder
+from training import optim
 from utils import InputError
 
 GOLDEN = np.load(checks.GOLDEN / "deen.npz")

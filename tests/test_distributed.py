@@ -19,17 +19,18 @@ import testa
 import train_ext_test0
 import utils
 from conftest import SIZE, flags, log_entries, search_flags, tiny_flags
-from core import distributed, engine
-from core.datasets import regdb_train
+from core import distributed
 from core.distributed import leave_processes, sum_over_processes
 from core.meter import Diverged, EpochMeter
-from core.run import SaveTimer
-from core.step import TrainStep
 from data_loader import IdentitySampler
-from loss import METHODS, MethodLoss
+from datasets import regdb_train
+from methods import METHODS, MethodLoss
 from model import GFMNet
 from test_data_loader import toy_data
 from test_training import Criterion, Net, batches, plain
+from training.engine import train_epoch
+from training.run import SaveTimer
+from training.step import TrainStep
 from utils import InputError
 
 REPO = Path(utils.__file__).parent
@@ -210,7 +211,7 @@ def diverging_epoch(index, count, file):
     model, meter = DistributedDataParallel(Net()), EpochMeter(torch.device("cpu"))
     try:
         step = TrainStep(model, criterion, plain, meter.losses.device)
-        engine.train_epoch(step, torch.optim.Adam(model.parameters()), batches(25), meter=meter)
+        train_epoch(step, torch.optim.Adam(model.parameters()), batches(25), meter=meter)
     except Diverged as error:
         Path(f"{file}.{index}").write_text(f"{meter.step} {error}")
     del model, criterion, step

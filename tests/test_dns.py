@@ -13,9 +13,9 @@ import published_state
 import train_ext_test0
 from ChannelAug import random_exchange, random_hue
 from conftest import TINY, parse, tiny_flags
-from core import dns
-from core.dns import AlignmentLoss, CircleLoss, DistillationLoss
-from loss import METHODS, MethodLoss, method_name
+from methods import METHODS, MethodLoss, method_name
+from parts import dns
+from parts.dns import AlignmentLoss, CircleLoss, DistillationLoss
 from utils import InputError
 
 GOLDEN = np.load(checks.GOLDEN / "dns.npz")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import eval_metrics
-from core.datasets import DATASETS
+from datasets import DATASETS
 from eval_metrics import CosineDistances, eval_regdb, eval_sysu, match_ranks
 from test_datasets import HIDDEN
 from tests.oracles import plain_match_ranks, plain_metrics

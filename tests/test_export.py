@@ -21,7 +21,7 @@ from torchvision.transforms import functional
 from conftest import SIZE
 from core.images import read_image
 from data_manager import process_query_sysu
-from loss import METHODS
+from methods import METHODS
 from model import GFMNet
 from tests.oracles import plain_embedding, plain_features, plain_network
 from tools import export

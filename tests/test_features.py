@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import testa
-from core.features import load_features
 from data_manager import process_gallery_sysu, process_query_sysu, read_ids, sysu_images
 from eval_metrics import eval_sysu
+from testing.features import load_features
 from utils import InputError
 
 

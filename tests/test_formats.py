@@ -15,17 +15,19 @@ from hypothesis import strategies as st
 
 from conftest import parse, result_row
 from core.checkpoint import load_checkpoint
-from core.evaluation import checkpoint_origin
-from core.features import load_features, save_features, select_features
 from core.formats import Flags, Numbers, checked
-from core.optim import build_optimizer
-from core.results import read_results
-from core.run import Run
 from data_loader import sysu_train
-from loss import Losses
+from drawing import figures
+from methods import Losses
 from model import GFMNet, load_network
-from tools import figures, sweep
-from tools.index import Entry, open_index
+from testing.evaluation import checkpoint_origin
+from testing.features import load_features, save_features, select_features
+from testing.results import read_results
+from tools import sweep
+from tools.search.address import open_index
+from tools.search.index import Entry
+from training.optim import build_optimizer
+from training.run import Run
 from utils import InputError
 
 CPU = torch.device("cpu")

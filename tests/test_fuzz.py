@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import data_manager
-from core import features as feature_store
-from core.log import RunLog, read_json_lines
+from testing import features as feature_store
+from training.log import RunLog, read_json_lines
 from utils import InputError
 
 many = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)

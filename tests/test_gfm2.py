@@ -8,7 +8,7 @@ import checks
 import train_ext_test0
 from ChannelAug import CurveAugmentation, luminance, normalise, random_curve, random_mix, without_colour
 from conftest import TINY, tiny_flags
-from loss import METHODS, method_name
+from methods import METHODS, method_name
 from model import GFMNet
 
 

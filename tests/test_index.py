@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tools import server_index
-from tools.index import Entry, Filter, open_index
-from tools.labels import parse_time, read_labels
+from tools.search import server_index
+from tools.search.address import open_index
+from tools.search.index import Entry, Filter
+from tools.search.labels import parse_time, read_labels
 from utils import InputError
 
 DIM = 16

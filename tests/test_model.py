@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import checks
 import model
 import published_state
-from loss import METHODS, MethodLoss
+from methods import METHODS, MethodLoss
 
 GOLDEN = np.load(checks.GOLDEN / "model.npz")
 PLAIN = {"attention": False, "non_local": False, "local": False}  # backbone and pooling only

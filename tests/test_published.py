@@ -14,8 +14,8 @@ import model
 import published_state
 import testa
 from checks import published_weights
-from core import published
-from loss import METHODS, method_name
+from methods import METHODS, method_name
+from parts import published
 from tools import demo_data
 from utils import InputError
 

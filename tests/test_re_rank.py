@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from core import re_rank
+from testing import re_rank
 from tests.oracles import plain_k_reciprocal
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "rerank.npz")

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from conftest import result_row
-from tools import figures, report
+from drawing import figures, report
 from utils import InputError
 
 METRICS = ("Rank-1", "Rank-5", "Rank-10", "Rank-20", "mAP", "mINP")

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from conftest import result_row
-from core import engine
-from core.datasets import DATASETS, Images, Search
-from core.results import choose_queries, pair_distances, print_results, rank_images, scores, summarise
+from datasets import DATASETS, Images, Search
 from eval_metrics import SYSU_RULES, match_ranks
 from test_datasets import HIDDEN
+from testing import engine
+from testing.results import choose_queries, pair_distances, print_results, rank_images, scores, summarise
 from utils import InputError
 
 

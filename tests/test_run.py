@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import core.run
 import train_ext_test0
+import training.run
 from conftest import log_entries, parse, tiny_flags
 from core.files import atomic
-from core.log import RunLog
-from core.run import SaveTimer, run_lock
 from model import GFMNet
+from training.log import RunLog
+from training.run import SaveTimer, run_lock
 from utils import InputError, seed_everything
 
 # ---- lock
@@ -36,7 +36,7 @@ def test_lock_leaves_runs_alone_whose_names_begin_alike(tmp_path):
     with run_lock(tmp_path / f"{name}_adam"), atomic(tmp_path / f"{name}_adam_last.t") as temporary:
         with run_lock(tmp_path / name), atomic(tmp_path / f"{name}_last.t"):
             assert temporary.exists()
-        code = f"from core.run import run_lock\nwith run_lock({str(tmp_path / name)!r} + '_adam'): pass"
+        code = f"from training.run import run_lock\nwith run_lock({str(tmp_path / name)!r} + '_adam'): pass"
         other = run_code(code)
         assert "InputError" in other.stderr
         assert f"is writing now (process {os.getpid()}" in other.stderr
@@ -47,7 +47,7 @@ def test_lock_leaves_runs_alone_whose_names_begin_alike(tmp_path):
 def test_without_locks_there_is_a_warning(tmp_path):
     """As on Windows, whose Python has no fcntl: everything can be imported, and runs."""
     code = "import sys\nsys.modules['fcntl'] = None\nimport train_ext_test0\n"
-    code += "from core import run\nfrom tools import search\n"
+    code += "from training import run\nimport tools.search.__main__\n"
     result = run_code(f"{code}with run.run_lock({str(tmp_path / 'run')!r}): print('runs')")
     warning, runs = result.stdout.splitlines()
     assert "run.lock: cannot be locked (No locks available); do not start a second run of this name" in warning
@@ -254,7 +254,10 @@ class Story:
             if kill == (self.writes - first, True):
                 raise self.Killed
 
-        with pytest.MonkeyPatch.context() as patch, core.run.Run("run", args, {"weights": "none", "seed": 0}) as run:
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            training.run.Run("run", args, {"weights": "none", "seed": 0}) as run,
+        ):
             patch.setattr(os, "replace", write)
             run.start(net, torch.optim.SGD(net.parameters()), torch.device("cpu"), (1, 1), 1)
             for epoch in range(run.first_epoch, len(ranks)):
@@ -332,11 +335,11 @@ def test_the_first_of_equal_epochs_is_the_best(tmp_path, monkeypatch):
 
 
 def test_every_epoch_and_every_process_draws_anew(tmp_path, monkeypatch):
-    run, drawn = core.run.Run("run", parse("--seed", "3", "--model_path", str(tmp_path)), {}), []
+    run, drawn = training.run.Run("run", parse("--seed", "3", "--model_path", str(tmp_path)), {}), []
     run.device = torch.device("cpu")
     for epoch in range(3):
         for index in range(3):
-            monkeypatch.setattr(core.run, "process_index", lambda index=index: index)
+            monkeypatch.setattr(training.run, "process_index", lambda index=index: index)
             for _ in range(2):
                 run.begin_epoch(epoch)
                 drawn.append(torch.rand(4).tolist())

@@ -22,11 +22,16 @@ import data_loader
 import utils
 from conftest import SIZE, save_network
 from core.images import read_image
-from core.re_rank import k_reciprocal
+from testing.re_rank import k_reciprocal
 from tests.oracles import plain_embedding
-from tools import embedder, export, finder, indexer, search, search_page
-from tools.index import Entry, FileIndex, open_index
-from tools.server_index import ServerIndex
+from tools import embedder, export
+from tools.search import __main__ as search
+from tools.search import finder, indexer
+from tools.search import page as search_page
+from tools.search.address import open_index
+from tools.search.file_index import FileIndex
+from tools.search.index import Entry
+from tools.search.server_index import ServerIndex
 from utils import InputError
 
 PROCESSES = multiprocessing.get_context("forkserver")  # forked from a process that has imported everything

@@ -22,12 +22,15 @@ import pytest
 import utils
 from conftest import save_network
 from tests.oracles import plain_embedding
-from tools import embedder, search, search_page
-from tools.finder import Finder
+from tools import embedder
+from tools.search import __main__ as search
+from tools.search import page as search_page
+from tools.search.finder import Finder
 
 REPO = Path(utils.__file__).parent
 SEARCH_IN_FLOAT32 = """
-from tools import embedder, search
+from tools import embedder
+from tools.search import __main__ as search
 embedder.computes_bf16 = lambda device: False
 """
 SEARCH_FOR_EVER = """

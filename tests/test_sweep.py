@@ -17,7 +17,8 @@ from scipy import stats
 
 import utils
 from conftest import SMALL
-from tools import figures, sweep, sweep_tables
+from drawing import figures
+from tools import sweep, sweep_tables
 from utils import InputError
 
 PROCESSES = multiprocessing.get_context("forkserver")

@@ -13,10 +13,10 @@ import torch
 
 import testa
 from conftest import save_network, search_flags
-from core import re_rank
-from core.features import load_features
 from data_manager import process_gallery_sysu, process_query_sysu
 from eval_metrics import eval_sysu
+from testing import re_rank
+from testing.features import load_features
 from tests.oracles import plain_embedding
 
 REPO = Path(testa.__file__).parent
@@ -235,7 +235,7 @@ def test_every_row_of_ten_trials_is_on_the_page(regdb_tree, tmp_path):
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(testa.results, "summarise", lambda rows: results)
-        patch.setattr("tools.report.write_page", lambda *page: drawn.append(page[5]))
+        patch.setattr("drawing.report.write_page", lambda *page: drawn.append(page[5]))
         testa.main(search_flags(regdb_tree, tmp_path / "net_1.t", *more, "--report", tmp_path))
     (pictures,) = drawn
     cmc = [figure for caption, figure in pictures.items() if caption.startswith("CMC")]

@@ -23,15 +23,17 @@ import torchvision
 import data_manager
 import testa
 import train_ext_test0
+import training.engine
 import utils
 from ChannelAug import TrainAugmentation, normalise
 from conftest import SIZE, TINY, flags, log_entries, parse, search_flags, tiny_flags
-from core import engine, optim
-from core.step import TrainStep
 from data_loader import IdentitySampler, sysu_train, train_loader
-from loss import METHODS, MethodLoss
+from methods import METHODS, MethodLoss
 from model import GFMNet
 from tests.oracles import plain_batches, plain_training
+from training import optim
+from training.engine import train_epoch
+from training.step import TrainStep
 from utils import InputError
 
 REPO = Path(utils.__file__).parent
@@ -334,8 +336,8 @@ def test_steps_do_not_wait_for_the_gpu(sysu_tree, tmp_path, monkeypatch, method,
         yield from batches
         torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(engine, "LOG_STEPS", 10**9)
-    run = partial(engine.train_epoch, train_ext_test0.build_step(args, net, device), optimizer)
+    monkeypatch.setattr(training.engine, "LOG_STEPS", 10**9)
+    run = partial(train_epoch, train_ext_test0.build_step(args, net, device), optimizer)
     meter = run(loader)
     try:
         run(loader_that_forbids(), meter=meter)

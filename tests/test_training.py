@@ -15,13 +15,14 @@ import torchvision
 import train_ext_test0
 from ChannelAug import TrainAugmentation
 from conftest import SIZE, flags, log_entries, parse
-from core import engine
-from core.log import RunLog, log_epoch, warnings
 from core.meter import Diverged, EpochMeter, EpochSums
-from core.step import TrainStep
 from data_loader import CachedBatches, IdentitySampler, TrainData, sysu_train
-from loss import Health, Losses, MethodLoss, SquaredTripletLoss, _weighted_triplet
+from loss import SquaredTripletLoss, _weighted_triplet
+from methods import Health, Losses, MethodLoss
 from model import Output
+from training.engine import train_epoch
+from training.log import RunLog, log_epoch, warnings
+from training.step import TrainStep
 
 CPU = torch.device("cpu")
 
@@ -98,7 +99,7 @@ def test_a_step_that_is_not_finite_stops_the_run(bad, saves, first, last):
     loader, net, criterion, meter = batches(23), Net(), Criterion(**bad), EpochMeter(CPU)
     optimizer, saver = torch.optim.Adam(net.parameters()), Saver(meter, *saves)
     with pytest.raises(Diverged, match=f"^epoch 3/9: the loss.* is not finite from step {first} on; lower --lr"):
-        engine.train_epoch(TrainStep(net, criterion, plain, CPU), optimizer, loader, "epoch 3/9", meter, saver)
+        train_epoch(TrainStep(net, criterion, plain, CPU), optimizer, loader, "epoch 3/9", meter, saver)
     assert meter.step == last
     assert [state["step"] for state in saver.saved] == [step for step in saves if step < first]
 
@@ -117,13 +118,13 @@ def test_a_network_with_a_weight_that_is_not_finite_is_not_returned(broken):
             return Losses(*[torch.zeros((), requires_grad=True)] * len(Losses._fields))
 
     with pytest.raises(Diverged, match="is not finite from step 3 on"):
-        engine.train_epoch(TrainStep(net, Blind(), augment, CPU), torch.optim.Adam(net.parameters()), batches(3))
+        train_epoch(TrainStep(net, Blind(), augment, CPU), torch.optim.Adam(net.parameters()), batches(3))
 
 
 def test_an_epoch_goes_on_from_any_checkpoint_of_its_meter():
     loader, net, criterion, meter = batches(25), Net(), Criterion(), EpochMeter(CPU)
     optimizer, saver = torch.optim.Adam(net.parameters(), lr=0), Saver(meter, 3, 10, 17, 25)
-    engine.train_epoch(TrainStep(net, criterion, plain, CPU), optimizer, loader, meter=meter, saver=saver)
+    train_epoch(TrainStep(net, criterion, plain, CPU), optimizer, loader, meter=meter, saver=saver)
     assert criterion.read == [1, 10, 20]
     whole = meter.summary()
     assert whole["images_per_second"] == pytest.approx(25 * 8 / meter.seconds, abs=0.06)
@@ -133,7 +134,7 @@ def test_an_epoch_goes_on_from_any_checkpoint_of_its_meter():
         resumed, rest = EpochMeter.from_checkpoint(older, CPU), Criterion()
         rest.step = state["step"]
         loader.sampler.set_epoch(0, state["step"])
-        engine.train_epoch(TrainStep(net, rest, plain, CPU), optimizer, loader, meter=resumed)
+        train_epoch(TrainStep(net, rest, plain, CPU), optimizer, loader, meter=resumed)
         for name, value in resumed.summary().items():
             if "second" not in name:
                 assert value == pytest.approx(whole[name]), name
@@ -304,7 +305,7 @@ def test_two_thousand_steps_take_no_more_memory_than_a_hundred(sysu_tree):
     measured = []
     for epoch in range(20):
         sampler.set_epoch(epoch)
-        engine.train_epoch(TrainStep(net, MethodLoss(), augment, CPU), optimizer, loader)
+        train_epoch(TrainStep(net, MethodLoss(), augment, CPU), optimizer, loader)
         measured.append(held())
     memory, files, children = zip(*measured, strict=True)
     # In MiB. A batch has 0.02 as bytes and 0.2 as network inputs: kept, they would be 300.

@@ -18,9 +18,10 @@ import data_manager
 import testa
 import train_ext_test0
 from conftest import flags, result_row, save_network, search_flags
-from loss import METHODS
+from drawing import figures
+from methods import METHODS
 from tests.oracles import plain_embedding
-from tools import figures, visualize
+from tools import visualize
 from utils import InputError
 
 

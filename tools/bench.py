@@ -10,9 +10,9 @@ import platform
 
 import torch
 
-from core.datasets import DATASETS
 from core.files import check_output, save_json
 from data_loader import CACHES
+from datasets import DATASETS
 from model import ARCHS
 from tools.benchmarks.data import bench_data
 from tools.benchmarks.embedding import bench_embed

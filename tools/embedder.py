@@ -10,12 +10,12 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from ChannelAug import normalise
-from core import engine
 from core.checkpoint import load_checkpoint
 from core.files import file_sha256
 from core.formats import ImageSize, checked
 from data_loader import ImageFiles, worker_options
 from model import FEATURES, MODALITIES, load_network
+from testing import engine
 from utils import InputError, computes_bf16, progress, select_device
 
 

@@ -27,11 +27,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ChannelAug import MEAN, STD, normalise
-from core import engine
 from core.checkpoint import find_checkpoint, load_checkpoint
 from core.files import atomic, check_output, file_sha256, save_json
 from core.formats import checked
 from model import FEATURES, MODALITIES, GFMNet, load_network
+from testing import engine
 from tools.embedder import ExportedFile
 from utils import ArgumentParser, InputError, cli, progress
 

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ChannelAug import MEAN, normalise
-from core import engine, evaluation, results
 from core.files import check_output, save_json
 from core.images import read_image
 from model import untrained_network
+from testing import engine, evaluation, results
 from tools.demo_data import mask_file
 from tools.visualize import add_search_flags, embed_test, pair_heats, rank_queries
 from utils import ArgumentParser, InputError, bounded, cli, progress
@@ -105,7 +105,7 @@ def rank_1_of(features, tested, args):
 
 
 def person_features(tested, args):
-    """Features of the search's images, as `core.engine.run_search` wants them, when only the person is shown. (The
+    """Features of the search's images, as `testing.engine.run_search` wants them, when only the person is shown. (The
     background alone would tell little: what is cut out of it is the person's silhouette.)"""
     embed = engine.network_embedding(tested.net, tested.device, normalise, args.amp)
     mean, data_path = np.array(MEAN) * 255, evaluation.data_folder(args)

@@ -25,14 +25,14 @@ from tqdm import tqdm
 
 import testa
 import train_ext_test0
-from core.datasets import fingerprint
-from core.evaluation import data_folder
 from core.files import check_output, save_json
 from core.formats import Count, Flags, Text, read_json
-from core.log import read_json_lines
-from core.results import read_results
-from core.run import run_lock
+from datasets import fingerprint
+from testing.evaluation import data_folder
+from testing.results import read_results
 from tools import sweep_tables
+from training.log import read_json_lines
+from training.run import run_lock
 from utils import ArgumentParser, InputError, Stopped, bounded, cli, cores, progress
 
 try:

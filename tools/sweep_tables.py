@@ -7,9 +7,9 @@ import textwrap
 import numpy as np
 
 from core.files import atomic, save_json
-from core.results import read_results, result_title
-from loss import Health, Losses
-from tools import figures
+from drawing import figures
+from methods import Health, Losses
+from testing.results import read_results, result_title
 from utils import InputError
 
 NOTE = (

@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 
 from ChannelAug import normalise
-from core import engine, evaluation
 from core.checkpoint import find_checkpoint
-from core.datasets import DATASETS, Search, search_title
 from core.images import read_image
-from core.log import read_json_lines
-from core.results import choose_queries, pair_distances, rank_images, read_results
 from data_manager import NUMBER
+from datasets import DATASETS, Search, search_title
+from drawing import figures
 from model import FEATURES
-from tools import figures
+from testing import engine, evaluation
+from testing.results import choose_queries, pair_distances, rank_images, read_results
+from training.log import read_json_lines
 from utils import ArgumentParser, InputError, bounded, cli, progress, select_device
 
 

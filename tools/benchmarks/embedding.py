@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from core import engine
 from core.checkpoint import save_checkpoint
-from core.datasets import sysu_searches
-from core.results import scores
 from data_loader import ImageFiles
+from datasets import sysu_searches
 from model import GFMNet
+from testing import engine
+from testing.results import scores
 from tools.embedder import Embedder
 
 CALIBRATION = 32  # images of each modality

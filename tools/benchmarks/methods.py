@@ -4,11 +4,12 @@ import torch
 
 import train_ext_test0
 from ChannelAug import normalise
-from core import engine
-from core.optim import build_optimizer
-from loss import METHODS
+from methods import METHODS
+from testing import engine
 from tools.benchmarks.measuring import alternate
 from tools.benchmarks.step import PEOPLE
+from training.engine import train_epoch
+from training.optim import build_optimizer
 from utils import seed_everything
 
 
@@ -34,7 +35,7 @@ def bench_method(method, args, device):
     count, parameters = len(step.augment(*batch)[2]), sum(p.numel() for p in net.parameters())
 
     def train():
-        engine.train_epoch(step, optimizer, [batch] * args.steps)
+        train_epoch(step, optimizer, [batch] * args.steps)
 
     def test():
         """Embed the visible images of a batch, each with its mirror image."""

@@ -9,9 +9,11 @@ from datetime import datetime, timedelta
 import numpy as np
 
 from tools.benchmarks.measuring import PROC, PeakMemory, gib_text
-from tools.index import Entry, FileIndex, Filter, open_index
-from tools.labels import time_text
-from tools.server_index import ServerIndex
+from tools.search.address import open_index
+from tools.search.file_index import FileIndex
+from tools.search.index import Entry, Filter
+from tools.search.labels import time_text
+from tools.search.server_index import ServerIndex
 from utils import InputError, progress
 
 BATCH = 1000  # images per transaction

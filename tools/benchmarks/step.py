@@ -12,14 +12,14 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_ext_test0
-from core import engine
-from core.optim import build_optimizer
-from core.step import TrainStep
 from data_loader import CachedBatches, IdentitySampler, TrainData, train_loader
 from loss import AlignedLocalLoss
 from model import GFMNet
 from tests.oracles import PlainPairs, plain_aligned_loss, plain_loss, plain_step
 from tools.benchmarks.measuring import PeakMemory, alternate, compare, compared, print_head
+from training.engine import train_epoch
+from training.optim import build_optimizer
+from training.step import TrainStep
 from utils import autocast, cores, seed_everything
 
 PEOPLE = 64  # identities of the random images, at least
@@ -61,7 +61,7 @@ class Training:
 
     def train(self, step=None):
         """`--steps` of our steps."""
-        engine.train_epoch(step or self.step, self.optimizer, islice(self.batches, self.args.steps))
+        train_epoch(step or self.step, self.optimizer, islice(self.batches, self.args.steps))
 
     def train_plainly(self, criterion=plain_loss):
         """`--steps` of the published recipe's steps."""

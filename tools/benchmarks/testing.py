@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from ChannelAug import normalise
-from core import engine, evaluation, re_rank
-from core.datasets import sysu_searches
-from core.results import scores
+from datasets import sysu_searches
 from eval_metrics import CosineDistances, eval_regdb, eval_sysu
 from model import GFMNet
+from testing import engine, evaluation, re_rank
+from testing.results import scores
 from tests.oracles import lean_metrics, plain_extract, plain_k_reciprocal, plain_metrics, plain_test
 from tools.benchmarks.measuring import PeakMemory, compare, gib_text, print_head
 from utils import seed_everything

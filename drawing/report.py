@@ -11,10 +11,10 @@ import matplotlib
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from core.datasets import DATASETS
 from core.files import atomic
-from core.results import FLIPS
-from tools import figures
+from datasets import DATASETS
+from drawing import figures
+from testing.results import FLIPS
 from utils import progress
 
 PROTOCOL = ("dataset", "mode", "direction", "protocol", "shots")

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from msgspec import Meta
 
-from core.datasets import DATASETS, search_title
 from core.formats import Count, Flags, Number, Text, read_json
+from datasets import DATASETS, search_title
 from utils import InputError
 
 CMC_RANKS = (1, 5, 10, 20)  # k of the Rank-k in the tables

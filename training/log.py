@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from core.files import atomic, writing
 from core.formats import Numbers, checked
-from loss import METHODS
+from methods import METHODS
 from utils import process_index
 
 # Signs that a run does not train: from public logs on real images, see docs/training.md.

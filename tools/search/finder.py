@@ -5,10 +5,11 @@ import os
 
 import numpy as np
 
-from core.re_rank import k_reciprocal
-from tools.index import REPLACED, Filter, open_index
-from tools.indexer import file_stamp, load_embedder
-from tools.labels import parse_time
+from testing.re_rank import k_reciprocal
+from tools.search.address import open_index
+from tools.search.index import REPLACED, Filter
+from tools.search.indexer import file_stamp, load_embedder
+from tools.search.labels import parse_time
 from utils import InputError
 
 RERANKED = 100  # so many of the nearest images are ordered anew

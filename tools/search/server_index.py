@@ -3,7 +3,7 @@
 import contextlib
 from urllib.parse import parse_qs, urlsplit
 
-from tools.index import Entry, Filter, Index, tables
+from tools.search.index import Entry, Filter, Index, tables
 from utils import InputError
 
 EXACT = 200_000  # where filters leave at most so many images, all are compared: a graph misses most of few among many

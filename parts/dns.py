@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from core.distances import same_identity
+from parts.distances import same_identity
 from utils import full_precision
 
 DROPOUT = 0.01  # of the common space

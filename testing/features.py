@@ -14,9 +14,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from core.datasets import DATASETS, option_values
 from core.files import atomic, regular
 from core.formats import Flags, checked
+from datasets import DATASETS, option_values
 from utils import InputError
 
 

@@ -10,8 +10,9 @@ from PIL import Image
 from core.images import FORMATS
 from model import MODALITIES
 from tools.embedder import Embedder
-from tools.index import REPLACED, Entry, open_index
-from tools.labels import read_labels, time_text
+from tools.search.address import open_index
+from tools.search.index import REPLACED, Entry
+from tools.search.labels import read_labels, time_text
 from utils import InputError
 
 

@@ -21,9 +21,9 @@ from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, PlainTextResponse
 
-from tools import figures
-from tools.finder import Finder, describe, printable
-from tools.report import read_template
+from drawing import figures
+from drawing.report import read_template
+from tools.search.finder import Finder, describe, printable
 from utils import InputError, Stopped
 
 TIMELINE = 100  # images on it
@@ -69,7 +69,7 @@ class Page:
     def __init__(self, finder, uploads, port):
         self.finder, self.uploads, self.searches = finder, uploads, queue.SimpleQueue()
         self.token, self.cookie = secrets.token_urlsafe(), f"token_{port}"  # browsers send it to all ports
-        self.template = read_template("search_page.html.j2")
+        self.template = read_template("page.html.j2")
         counts, cameras = finder.counts("modality"), [*filter(None, finder.counts("camera"))]
         modalities = finder.embedder.modalities
         # By default the other modality than the index's, if there is a choice.

@@ -18,18 +18,18 @@ import os
 import sys
 from pathlib import Path
 
+from drawing import figures
 from model import FEATURES, MODALITIES
-from tools import figures
 from tools.embedder import Embedder  # noqa: F401 (the library)
-from tools.finder import Finder, describe, printable
-from tools.indexer import index_folder, remove_folder
+from tools.search.finder import Finder, describe, printable
+from tools.search.indexer import index_folder, remove_folder
 from utils import ArgumentParser, InputError, bounded, cli
 
 SHEET_LIMIT = 100  # queries, and images of each, that fit on a sheet
 
 
 def get_args_parser():
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog="search.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     index = commands.add_parser("index", help="embed a folder's images; later, new and changed ones; drop deleted ones")
     index.add_argument("folder", metavar="FOLDER", help="images at any depth; links to folders are not followed")
@@ -109,9 +109,9 @@ def run_remove(args):
 
 
 def run_serve(args):
-    from tools import search_page  # the library and the other commands need no server
+    from tools.search import page  # the library and the other commands need no server
 
-    return search_page.serve(args)
+    return page.serve(args)
 
 
 def run_query(args):

@@ -4,15 +4,15 @@ import os
 
 import msgspec
 
-from core import engine
 from core.checkpoint import load_checkpoint
-from core.datasets import DATASETS, check_options, option_values
-from core.features import Origin
 from core.formats import checked
 from data_loader import eval_loader
 from data_manager import is_demo
-from loss import method_name
+from datasets import DATASETS, check_options, option_values
+from methods import method_name
 from model import FEATURES, load_network
+from testing import engine
+from testing.features import Origin
 from utils import InputError, bounded
 
 

@@ -21,11 +21,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 from PIL import Image
 
-from core.datasets import search_title
 from core.files import atomic, check_output
 from core.images import read_image
-from core.log import read_json_lines
-from core.results import choose_queries, rank_images, result_title
+from datasets import search_title
+from testing.results import choose_queries, rank_images, result_title
+from training.log import read_json_lines
 from utils import InputError, process_index
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -255,7 +255,7 @@ def draw_epoch(log, title, tested, test):
     """Write the curves of a training, and of the epoch that was logged last some queries, the same after each epoch,
     with the images nearest to them by FC.
 
-    log: the run's `core.log.RunLog`; tested: a `train_ext_test0.TestResult` of test, a `Searches`.
+    log: the run's `training.log.RunLog`; tested: a `train_ext_test0.TestResult` of test, a `Searches`.
     """
     if process_index() > 0:
         return

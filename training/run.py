@@ -18,9 +18,9 @@ import torch.distributed as dist
 from core.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, load_training_state, save_checkpoint
 from core.distributed import generator_states, set_generators, wait_for_processes
 from core.files import atomic, check_folder
-from core.log import RunLog, read_json_lines
 from core.meter import Diverged, EpochMeter
-from core.optim import load_moments
+from training.log import RunLog, read_json_lines
+from training.optim import load_moments
 from utils import InputError, Stopped, process_count, process_index, seed_everything
 
 try:
@@ -38,7 +38,7 @@ class Run:
             run.start(net, optimizer, device, ...)  # from here on, signals wait for the end of a step
             for epoch in range(run.first_epoch, args.epochs):
                 meter = run.begin_epoch(epoch)
-                engine.train_epoch(..., meter=meter, saver=run)
+                train_epoch(..., meter=meter, saver=run)
                 with run.testing(meter):
                     ...
                 run.end_epoch(entry)

@@ -6,8 +6,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from core.distances import euclidean, same_identity
-from core.non_local import NonLocalParts
+from parts.distances import euclidean, same_identity
+from parts.non_local import NonLocalParts
 from utils import InputError
 
 EXPANSIONS = 2  # embeddings that are generated from each one

@@ -1,0 +1,142 @@
+"""An index of image features in one SQLite file, searched in memory."""
+
+import contextlib
+import json
+import os
+import sqlite3
+from pathlib import Path
+
+import numpy as np
+
+from core.files import check_output
+from tools.search.index import BLOCK, Entry, Filter, Index, damaged, tables
+from utils import InputError
+
+
+class FileIndex(Index):
+    """One SQLite file. The vectors of a version are read into memory, and compared with all of a query's."""
+
+    driver = sqlite3
+
+    def __init__(self, path, create=False):
+        self.uri, self.blocks, self.seen = str(path), [], None
+        if Path(path).is_dir():
+            raise InputError(f"{path}: is a folder; name a file, such as {os.path.join(path, 'index.db')}")
+        if create:
+            check_output(path)
+        elif not Path(path).is_file():
+            raise InputError(f"{path}: no such index; make it with python -m tools.search index")
+        with self._errors():
+            # Threads of the page take turns.
+            self.connection = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
+            self.connection.execute("PRAGMA trusted_schema = OFF")
+            self.connection.execute("PRAGMA foreign_keys = ON")
+            self._check_tables(create)
+            # So that readers and a writer do not wait for each other. It fails while another process that has made the
+            # same file writes to it; whoever opens the file next succeeds.
+            with contextlib.suppress(sqlite3.OperationalError):
+                self.connection.execute("PRAGMA journal_mode = WAL")
+            self.connection.execute("PRAGMA synchronous = NORMAL")
+
+    def _check_tables(self, create):
+        """Make the tables of an empty file; refuse a file with others, whatever they would run."""
+        ours = tables(serial="INTEGER PRIMARY KEY AUTOINCREMENT", vector="BLOB", strict=" STRICT")
+        with self.transaction(write=create):
+            read = "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND name <> 'sqlite_sequence'"
+            found = [sql for (sql,) in self._run(read)]
+            if create and not found:
+                for sql in ours:
+                    self._run(sql)
+            elif sorted(found) != sorted(ours):
+                raise InputError(f"{self.uri}: is not an index, or was written by another program; choose another file")
+
+    @staticmethod
+    def _remedy(error):
+        name = getattr(error, "sqlite_errorname", "")
+        return {
+            "SQLITE_FULL": "free some space and run again; the index is intact",
+            "SQLITE_BUSY": "another process keeps it; run again later",
+            "SQLITE_CANTOPEN": "a search writes beside it; copy it to a folder that you may write to",
+            "SQLITE_READONLY": "a search writes beside it; copy it to a folder that you may write to",
+        }.get("_".join(name.split("_")[:2]), "check the file, or remove it and index again")
+
+    @contextlib.contextmanager
+    def transaction(self, write=True):
+        with self._errors(), self.connection:  # commits, or rolls back
+            self.connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+            self.seen = None if write else self.seen
+            yield
+
+    def _run(self, sql, values=()):
+        return self.connection.execute(sql, values)
+
+    def _run_many(self, sql, rows):
+        self.connection.executemany(sql, rows)
+
+    def _encode(self, vector):
+        return vector.astype("<f4").tobytes()
+
+    def _decode(self, value):
+        return np.frombuffer(value, "<f4")
+
+    def search(self, version, queries, top, where=Filter()):  # noqa: B008 (a constant)
+        """queries [Q, C] -> for each, dicts with "id", "similarity" and the fields of `Entry`, best first."""
+        with self.transaction(write=False):
+            self._read(version)
+            chosen = None
+            if any(where):
+                condition, values = where.where(version)
+                chosen = self._ids(f"SELECT id FROM images WHERE {condition}", values)
+            similarities, ids = self._nearest(queries, top, chosen)
+            names = ("id", *Entry._fields)
+            # As JSON: there is a limit to a statement's values.
+            sql = f"SELECT {', '.join(names)} FROM images WHERE id IN (SELECT value FROM json_each(?))"
+            rows = self._run(sql, (json.dumps(np.unique(ids).tolist()),)).fetchall()
+            entries = self._checked([row[1:] for row in rows], Entry)
+            found = {row[0]: {"id": row[0]} | entry._asdict() for row, entry in zip(rows, entries, strict=True)}
+        return [
+            [found[i] | {"similarity": similarity} for i, similarity in zip(*ranked, strict=True)]
+            for ranked in zip(ids.tolist(), similarities.tolist(), strict=True)
+        ]
+
+    def _ids(self, sql, values):
+        return np.fromiter((i for (i,) in self._run(sql, values)), np.int64)
+
+    def _read(self, version):
+        """Bring the vectors in memory up to date with the file."""
+        seen = version, self._run("PRAGMA data_version").fetchone()[0]  # changes when another connection writes
+        if seen == self.seen:
+            return
+        ids = self._ids("SELECT id FROM images WHERE version = ?", (version,))
+        kept = [(block, vectors, np.isin(block, ids)) for block, vectors in self.blocks]
+        self.blocks = [(block[keep], vectors if keep.all() else vectors[keep]) for block, vectors, keep in kept]
+        last = max((int(block[-1]) for block, _ in self.blocks if len(block)), default=0)
+        sql = "SELECT id, vector FROM images WHERE version = ? AND id > ? ORDER BY id"  # a changed image has a new id
+        cursor = self._run(sql, (version, last))
+        while rows := cursor.fetchmany(BLOCK):
+            block, vectors = zip(*rows, strict=True)
+            vectors = np.frombuffer(b"".join(vectors), "<f4").reshape(len(block), -1)
+            if (row := damaged(vectors)) is not None:
+                path = self._run("SELECT path FROM images WHERE id = ?", (block[row],)).fetchone()[0]
+                remedy = "python -m tools.search remove, then index"
+                raise InputError(f"{self.uri}: the vector of {path} is damaged; make it anew: {remedy}")
+            self.blocks.append((np.array(block), vectors))
+        self.seen = seen
+
+    def _nearest(self, queries, top, chosen=None):
+        """The inner products [Q, K] and ids of the nearest vectors, best first. chosen: ids that may be found."""
+        best, best_ids = np.empty((len(queries), 0), np.float32), np.empty(0, np.int64)
+        masks = [None] * len(self.blocks)
+        if chosen is not None and self.blocks:
+            mask = np.isin(np.concatenate([ids for ids, _ in self.blocks]), chosen)
+            masks = np.split(mask, np.cumsum([len(ids) for ids, _ in self.blocks])[:-1])
+        for (ids, vectors), mask in zip(self.blocks, masks, strict=True):
+            if mask is not None:
+                ids, vectors = ids[mask], vectors[mask]
+            best, best_ids = np.hstack([best, queries @ vectors.T]), np.append(best_ids, ids)
+            if best.shape[1] > top:
+                # With all that are as near as the last one: of equal ones, the first in the index are found.
+                kept = (best >= -np.partition(-best, top - 1, axis=1)[:, top - 1 : top]).any(axis=0)
+                best, best_ids = best[:, kept], best_ids[kept]
+        order = np.argsort(-best, axis=1, kind="stable")[:, :top]
+        return np.take_along_axis(best, order, 1), best_ids[order]
