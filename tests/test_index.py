@@ -363,7 +363,7 @@ def test_labels_of_a_table(tmp_path):
             read_labels(None, table)
     with pytest.raises(InputError, match="none.csv: cannot be read"):
         read_labels(None, tmp_path / "none.csv")
-    for pattern in ("cam{camera", "{time}.jpg", "{camera}/{camera}.jpg", "{}.jpg", "{a b}.jpg"):
+    for pattern in ("cam{camera", "{time}.jpg", "{time:%H%M%z}.jpg", "{camera}/{camera}.jpg", "{}.jpg", "{a b}.jpg"):
         with pytest.raises(InputError, match="--pattern .*; write it as"):
             read_labels(pattern, None)
 
@@ -371,6 +371,9 @@ def test_labels_of_a_table(tmp_path):
 def test_times_of_flags():
     assert parse_time("2026-11-20", "--to", end=True) == "2026-11-21 00:00:00"
     assert parse_time("2026-11-20T14:30", "--to", end=True) == "2026-11-20 14:30:00"
+    for zoned in ("2026-11-20T14:30Z", "2026-11-20T14:30+01:00"):
+        with pytest.raises(InputError, match="--from 2026-.*14:30.+: has a time zone; write what a clock"):
+            parse_time(zoned, "--from")
     with pytest.raises(InputError, match="--from noon: is not a time; write it as"):
         parse_time("noon", "--from")
     with pytest.raises(InputError, match="--to 9999-12-31: is not a time"):

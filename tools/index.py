@@ -33,7 +33,9 @@ BLOCK = 8192  # vectors read or compared at a time
 
 
 class Entry(NamedTuple):
-    """An image of an index. path: absolute; stamp: of the file when it was embedded; time: YYYY-MM-DD HH:MM:SS."""
+    """An image of an index. path: absolute; stamp: of the file when it was embedded; time: YYYY-MM-DD HH:MM:SS on the
+    clock of the place, and if it is the file's, the offset from UTC after it, such as +01:00. Compared as text, that
+    does not count."""
 
     path: str
     stamp: str

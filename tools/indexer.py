@@ -3,7 +3,6 @@
 import contextlib
 import os
 import stat
-from datetime import datetime
 
 from PIL import Image
 
@@ -11,7 +10,7 @@ from core.images import FORMATS
 from model import MODALITIES
 from tools.embedder import Embedder
 from tools.index import REPLACED, Entry, open_index
-from tools.labels import read_labels, time_text
+from tools.labels import file_time, read_labels, wall_clock
 from utils import InputError
 
 
@@ -130,10 +129,10 @@ def load_embedder(args, version, uri):
 
 def make_entry(path, stamp, modality, found, before):
     """The Entry of a file. found: its labels; before: as the index has it, or None."""
-    entry = Entry(path, stamp, modality, None, None, _file_time(stamp))
+    entry = Entry(path, stamp, modality, None, None, file_time(stamp))
     if before:
         entry = entry._replace(camera=before.camera, person=before.person)
-        if before.time != _file_time(before.stamp):  # it was labelled
+        if before.stamp == stamp or before.time == wall_clock(before.time):  # it was labelled
             entry = entry._replace(time=before.time)
     return entry._replace(**(found or {}))
 
@@ -201,7 +200,3 @@ def list_images(folder):
 
 def file_stamp(status):
     return f"{status.st_size} {status.st_mtime_ns}"
-
-
-def _file_time(stamp):
-    return time_text(datetime.fromtimestamp(int(stamp.split()[1]) / 1e9))

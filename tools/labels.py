@@ -26,6 +26,8 @@ def _pattern_labels(pattern):
             value = "[^/]+?"
             if name == "time" and not spec:
                 raise ValueError("{time} needs a format, such as {time:%Y%m%d_%H%M%S}")
+            if name == "time" and "%z" in spec:
+                raise ValueError("times have no zone; put {zone} after {time}, in place of %z")
             if name == "time":
                 time_format = spec
                 value = "".join(DIGITS.get(a, value) if a else re.escape(b) for a, b in re.findall("%(.)|(.)", spec))
@@ -66,13 +68,27 @@ def _table_labels(file):
 
 
 def parse_time(text, place, end=False):
-    """An ISO 8601 time -> text as `Entry.time` has it. end: a date alone means the end of that day."""
+    """An ISO 8601 time without a zone -> text as `Entry.time` has it. end: a date alone means the end of that day."""
     try:
-        return time_text(datetime.fromisoformat(text) + timedelta(days=end and len(text) <= 10))
+        time = datetime.fromisoformat(text) + timedelta(days=end and len(text) <= 10)
     except (ValueError, OverflowError) as error:
         raise InputError(f"{place} {text}: is not a time; write it as 2026-11-20 or 2026-11-20T14:30") from error
+    if time.tzinfo:
+        raise InputError(f"{place} {text}: has a time zone; write what a clock on the spot shows, without a zone")
+    return time_text(time)
 
 
 def time_text(time):
-    """Local time without its zone, to the second."""
-    return (time.astimezone() if time.tzinfo else time).replace(tzinfo=None).isoformat(" ", "seconds")
+    """Text as `Entry.time` has it, to the second."""
+    return time.isoformat(" ", "seconds")
+
+
+def file_time(stamp):
+    """The time of a file in this machine's zone, with its offset from UTC, which tells it from a label. Once stored, it
+    stays, whatever zone the machine has later."""
+    return time_text(datetime.fromtimestamp(int(stamp.split()[1]) / 1e9).astimezone())
+
+
+def wall_clock(time):
+    """`Entry.time` without the offset."""
+    return time[: len("2026-11-20 14:03:11")]
