@@ -1,6 +1,7 @@
 """Checkpoint files: their fields, written whole, read without executing anything."""
 
 import pickle
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from core.files import atomic, locate
 from utils import InputError, process_index
 
 VERSION = 2
+WRAPPERS = ("state_dict", "model_state_dict", "model")  # where other projects put the weights in a file
 
 
 @dataclass(kw_only=True)
@@ -107,7 +109,7 @@ def load_training_state(path):
 
 def load_weights(path):
     """Read a dict of tensors and plain values, such as a state dict, as `load_checkpoint` does; of a file that has its
-    weights under "state_dict", as other projects write them, only these."""
+    weights under "state_dict" or "model", as other projects write them, only these."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; pass the path of an existing one")
@@ -121,7 +123,7 @@ def load_weights(path):
         ) from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a dict of weights; pass a saved state dict")
-    return content["state_dict"] if isinstance(content.get("state_dict"), dict) else content
+    return next((content[name] for name in WRAPPERS if isinstance(content.get(name), dict)), content)
 
 
 def find_checkpoint(resume, model_path):
@@ -132,11 +134,11 @@ def find_checkpoint(resume, model_path):
 
 
 def check_state(state, path):
-    """A state dict, names to tensors -> the same, without the prefix of a wrapped model (DataParallel). Raises
-    InputError, naming `path`, for anything else."""
+    """A state dict, names to tensors -> the same, without the prefixes of a wrapped model (DataParallel, torch.compile,
+    Lightning). Raises InputError, naming `path`, for anything else."""
     if not (isinstance(state, dict) and state):
         raise InputError(f"{path}: holds no weights; pass a saved state dict or checkpoint")
     for name, value in state.items():
         if not (isinstance(name, str) and isinstance(value, torch.Tensor)):
             raise InputError(f"{path}: {name!r:.120} is a {type(value).__name__}, not weights; pass a saved state dict")
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    return {re.sub(r"^((module|_orig_mod|model)\.)+", "", name): value for name, value in state.items()}

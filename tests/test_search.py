@@ -361,8 +361,7 @@ def test_labels_stay_until_others_are_given(folder, checkpoint, tmp_path):
 
 
 def test_times_stay_when_the_machine_changes_its_time_zone(pictures, checkpoint, tmp_path, monkeypatch):
-    """Those of names are as written, those of files as converted when they were indexed: both in what is stored, and in
-    what a filter finds. A name that says the file's own second is still a label."""
+    """In what is stored and in what filters find. A name that says the file's own second is still a label."""
     folder, index = tmp_path / "site", tmp_path / "index.db"
     folder.mkdir()
     written = {"20010909_024640.jpg": "2001-09-09 02:46:40", "20261120_140311.jpg": "2026-11-20 14:03:11"}

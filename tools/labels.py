@@ -1,6 +1,8 @@
 """Camera, person and time of an image: from its path by a pattern, from a CSV file, or its file's time."""
 
 import csv
+import itertools
+import posixpath
 import re
 import string
 from datetime import datetime, timedelta
@@ -30,6 +32,7 @@ def _pattern_labels(pattern):
                 raise ValueError("times have no zone; put {zone} after {time}, in place of %z")
             if name == "time":
                 time_format = spec
+                datetime.strptime(datetime(2026, 11, 20).strftime(spec), spec)  # ValueError for what it cannot read
                 value = "".join(DIGITS.get(a, value) if a else re.escape(b) for a, b in re.findall("%(.)|(.)", spec))
             expression += re.escape(literal) + (f"(?P<{name}>{value})" if name is not None else "")
         expression = re.compile(expression)
@@ -52,7 +55,9 @@ def _pattern_labels(pattern):
 def _table_labels(file):
     try:
         with open(file, newline="", encoding="utf-8-sig") as lines:
-            rows = csv.DictReader(lines, skipinitialspace=True)
+            first = lines.readline()
+            separator = max(",;\t", key=first.count)  # spreadsheets write what the language of the machine asks for
+            rows = csv.DictReader(itertools.chain([first], lines), delimiter=separator, skipinitialspace=True)
             columns = rows.fieldnames or ()
             if "path" not in columns or not {*NAMES} & {*columns}:
                 raise InputError(f"--csv {file}: its first line must name its columns: {COLUMNS}")
@@ -61,10 +66,12 @@ def _table_labels(file):
                 found = {name: row[name] for name in NAMES if row.get(name)}
                 if "time" in found:
                     found["time"] = parse_time(found["time"], f"--csv {file}, line {rows.line_num}: time")
-                labels[row["path"]] = found
+                path = posixpath.normpath((row["path"] or "").replace("\\", "/"))
+                if labels.setdefault(path, found) != found:
+                    raise InputError(f"--csv {file}, line {rows.line_num}: {path} has other labels above; keep one")
             return labels
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"--csv {file}: cannot be read ({error})") from error
+        raise InputError(f"--csv {file}: cannot be read ({error}); save it as CSV in UTF-8") from error
 
 
 def parse_time(text, place, end=False):
