@@ -109,8 +109,9 @@ def test_a_pattern_finds_the_one_checkpoint_that_it_matches(tmp_path, monkeypatc
     assert find_checkpoint("x[1].t", "models") == Path("x[1].t")
 
 
-@pytest.mark.parametrize("wrap", [lambda net: net, lambda net: {"state_dict": net, "epoch": 3}])
-def test_weights_may_be_bare_or_under_state_dict(wrap, tmp_path):
-    torch.save(wrap({"w": torch.ones(2), "b": torch.zeros(1)}), tmp_path / "a.t")
+@pytest.mark.parametrize("place", [None, "state_dict", "model_state_dict", "model"])
+def test_weights_may_be_bare_or_where_other_projects_put_them(place, tmp_path):
+    weights = {"w": torch.ones(2), "b": torch.zeros(1)}
+    torch.save({place: weights, "epoch": 3} if place else weights, tmp_path / "a.t")
     loaded = load_checkpoint(tmp_path / "a.t")
     assert {name: value.tolist() for name, value in loaded["net"].items()} == {"w": [1, 1], "b": [0]}

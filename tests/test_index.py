@@ -363,7 +363,8 @@ def test_labels_of_a_table(tmp_path):
             read_labels(None, table)
     with pytest.raises(InputError, match="none.csv: cannot be read"):
         read_labels(None, tmp_path / "none.csv")
-    for pattern in ("cam{camera", "{time}.jpg", "{time:%H%M%z}.jpg", "{camera}/{camera}.jpg", "{}.jpg", "{a b}.jpg"):
+    times = ("{time}", "{time:%H%M%z}", "{time:%s}", "{time:%H%H}")
+    for pattern in (*times, "cam{camera", "{camera}/{camera}.jpg", "{}.jpg", "{a b}.jpg"):
         with pytest.raises(InputError, match="--pattern .*; write it as"):
             read_labels(pattern, None)
 

@@ -136,7 +136,7 @@ def make_entry(path, stamp, modality, found, before):
     entry = Entry(path, stamp, modality, None, None, file_time(stamp))
     if before:
         entry = entry._replace(camera=before.camera, person=before.person)
-        if before.stamp == stamp or before.time == wall_clock(before.time):  # it was labelled
+        if before.stamp == stamp or before.time == wall_clock(before.time):  # the same file, or a label
             entry = entry._replace(time=before.time)
     return entry._replace(**(found or {}))
 
