@@ -111,7 +111,9 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message):
         remedy = "--help lists the flags"
         if unknown := re.match(r"unrecognized arguments: (\S+)", message):
-            if not unknown[1].startswith("-"):
+            if unknown[1].title() in ("True", "False"):
+                remedy = "a flag without a value is switched on by its name alone"
+            elif not unknown[1].startswith("-"):
                 remedy = "a pattern such as *_best.t must match one file"
             elif similar := difflib.get_close_matches(unknown[1].split("=")[0], self._option_string_actions, 1, 0.75):
                 remedy = f"did you mean {similar[0]}?"

@@ -23,6 +23,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse
 
 from tools import figures
 from tools.finder import Finder, describe, printable
+from tools.labels import wall_clock
 from tools.report import read_template
 from utils import InputError, Stopped
 
@@ -183,7 +184,7 @@ def picture(image):
 def timeline(found):
     """-> {"cameras": names, "ends": first and last time, "dots": [(image, place and shade from 0 to 1, number of its
     camera)], the best last}. Times are those of the index, whatever zone the browser has."""
-    times = [datetime.fromisoformat(image["time"]) for image in found]
+    times = [datetime.fromisoformat(wall_clock(image["time"])) for image in found]
     cameras = [image["camera"] or "unknown" for image in found]
     names = sorted(set(cameras))
     places, shades = scaled(times), scaled([image["similarity"] for image in found])
