@@ -22,7 +22,7 @@ def index_folder(args):
         raise InputError(f"{args.folder}: no such folder; pass a folder of images")
     files, unreadable, unchecked = list_images(folder)
     if not files:
-        raise InputError(f"{folder}: contains no image; pass a folder of images")
+        raise InputError(next(iter(unreadable), f"{folder}: contains no image; pass a folder of images"))
     labels, unlabelled = label_files(args, files, folder)
     with contextlib.closing(open_index(args.index, create=True)) as index:
         if args.approximate and not index.approximates:
@@ -175,7 +175,7 @@ def list_images(folder):
     files, unreadable, unchecked = {}, [], []
 
     def no_listing(error):
-        unreadable.append(f"{error.filename}: cannot be listed ({error.strerror})")
+        unreadable.append(f"{error.filename}: cannot be listed ({error.strerror}); correct its permissions")
         unchecked.append(os.path.join(error.filename, ""))
 
     for where, folders, names in os.walk(folder, onerror=no_listing):
