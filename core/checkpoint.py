@@ -134,6 +134,7 @@ def load_weights(path):
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; pass the path of an existing one")
+    path.open("rb").close()  # what the system has against it is not a matter of its content
     try:
         with torch.serialization.safe_globals(_NUMPY_PICKLES):
             content = torch.load(path, map_location="cpu", weights_only=True)

@@ -102,6 +102,33 @@ def ask(running, method, path, body=None, headers=(), cookie=True):
         return response.status, response.read().decode(), response.headers
 
 
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: ",
+        b"POST /search HTTP/1.1\r\nHost: 127.0.0.1\r\nCookie: token_%d=%s\r\nContent-Length: 999\r\n"
+        b"Content-Type: multipart/form-data; boundary=xyz\r\n\r\n"
+        b'--xyz\r\nContent-Disposition: form-data; name="camera"\r\n\r\n',
+    ],
+    ids=["header", "body"],
+)
+def test_a_client_that_sends_byte_by_byte_is_cut_off(start, running, monkeypatch):
+    monkeypatch.setattr(search_page, "REQUEST_SECONDS", 0.5)
+    start = start.replace(b"%d", str(running.port).encode()).replace(b"%s", running.token.encode())
+    with socket.create_connection(("127.0.0.1", running.port), timeout=0.05) as client:
+        client.sendall(start)
+        begun, answer = time.monotonic(), None
+        while answer is None and time.monotonic() - begun < 5:
+            with contextlib.suppress(TimeoutError):
+                answer = client.recv(100)
+                break
+            with contextlib.suppress(OSError):
+                client.sendall(b"-")
+    assert answer == b""
+    assert 0.4 < time.monotonic() - begun < 3
+    assert ask(running, "GET", "/")[0] == 200
+
+
 def ask_search(running, paths, more=(), **changes):
     """A search as the browser sends it."""
     fields = [*(FORM | changes).items(), *more]

@@ -25,7 +25,7 @@ def index_folder(args):
     files, unreadable, unchecked, others = list_images(folder)
     if not files:
         found = f" by its name (but {others}; convert these, or give them a suffix)" if others else ""
-        raise InputError(f"{folder}: contains no image{found}; pass a folder of images")
+        raise InputError(next(iter(unreadable), f"{folder}: contains no image{found}; pass a folder of images"))
     labels, unlabelled = label_files(args, files, folder)
     with contextlib.closing(open_index(args.index, create=True)) as index:
         if args.approximate and not index.approximates:
@@ -178,7 +178,7 @@ def list_images(folder):
     files, unreadable, unchecked, others = {}, [], [], Counter()
 
     def no_listing(error):
-        unreadable.append(f"{error.filename}: cannot be listed ({error.strerror})")
+        unreadable.append(f"{error.filename}: cannot be listed ({error.strerror}); correct its permissions")
         unchecked.append(os.path.join(error.filename, ""))
 
     for where, folders, names in os.walk(folder, onerror=no_listing):
