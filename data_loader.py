@@ -3,18 +3,19 @@
 import hashlib
 import mmap
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from core.files import atomic, regular
 from core.images import check_readable, missing_image, read_image, write_images
 from data_manager import SYSU_INFRARED, SYSU_VISIBLE, check_data_folder, read_list, read_splits, sysu_images
-from utils import InputError, cores, leave_signals_to_the_main_process, process_count, process_index, progress
+from utils import InputError, begin_loading, cores, process_count, process_index, progress
 
 UPLOAD_BLOCK = 1024  # images that are copied to a device at a time
 
@@ -54,8 +55,7 @@ def sysu_train(data_path, size, select="test"):
     Arrays of other people than the lists have now are an InputError.
     """
     check_data_folder(data_path)
-    sizes = " ".join(f"{flag} {pixels}" for flag, pixels in zip(("--img_h", "--img_w"), size, strict=False))
-    remedy = f"run: python pre_process_sysu.py --data_path {data_path} {sizes}"
+    remedy = _prepare_again(data_path, *size)
     *files, ids_file = sysu_train_files(data_path)
     visible, visible_labels, infrared, infrared_labels = _prepared_arrays(files, size, remedy)
     splits = read_splits(data_path)
@@ -83,8 +83,13 @@ def check_prepared(data_path):
     trained on them may know people who are now in the test."""
     *files, _ = sysu_train_files(data_path)
     if all(file.exists() for file in files):
-        remedy = f"run: python pre_process_sysu.py --data_path {data_path}"
-        sysu_train(data_path, _load_prepared(files[0], remedy, images=True).shape[1:3])
+        sysu_train(data_path, _load_prepared(files[0], _prepare_again(data_path), images=True).shape[1:3])
+
+
+def _prepare_again(data_path, *size):
+    """A remedy, for the shell. size: height, width, if they are known."""
+    sizes = [text for flag, pixels in zip(("--img_h", "--img_w"), size, strict=False) for text in (flag, str(pixels))]
+    return f"run: {shlex.join(['python', 'pre_process_sysu.py', '--data_path', str(data_path), *sizes])}"
 
 
 def _check_ids(prepared, splits, data_path, remedy):
@@ -258,7 +263,9 @@ class TrainBatches(Dataset):
     def __getitem__(self, indices):
         visible, infrared = indices
         images = _channels_first(self.data.visible[visible]), _channels_first(self.data.infrared[infrared])
-        return *images, self.data.visible_labels[visible]
+        batch = [*images, torch.from_numpy(self.data.visible_labels[visible])]
+        # When PyTorch moves them there, to send them, the main process does not learn of an error.
+        return [tensor.share_memory_() for tensor in batch] if get_worker_info() else batch
 
 
 def _mapped_batches(*arrays):
@@ -367,7 +374,7 @@ def worker_options(workers):
     workers = min(workers, cores())
     # `utils.select_device` has initialised the GPU, unless --gpu is cpu.
     options = {"num_workers": workers, "pin_memory": torch.cuda.is_initialized()}
-    return options | {"worker_init_fn": leave_signals_to_the_main_process}
+    return options | {"worker_init_fn": begin_loading}
 
 
 def _channels_first(array):

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import errno
 import math
 import multiprocessing
 import os
@@ -9,21 +10,70 @@ import random
 import re
 import signal
 import sys
+import traceback
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.queues import Queue
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
+from tqdm import TqdmMonitorWarning, tqdm
 
 
 class InputError(ValueError):
     """Something the user gave is wrong. The message is one line: the file or flag, the value, the remedy."""
 
 
+FLAGS = set()  # of this program, for remedies
+NO_WORKERS = ("pass", "--workers 0")
+SMALLER = ("lower", "--batch_size", "--test_batch", "--batch", "--workers")
+# What runs out: how errors say it, what the line says, and what helps, by flags that the program has or without.
+SHORTAGES = (
+    ("Too many open files|ancdata", "too many files are open", NO_WORKERS, "raise the limit: ulimit -n 4096"),
+    ("shared memory|Bus error", "/dev/shm is too small or missing", NO_WORKERS, "enlarge it: docker run --shm-size=8g"),
+    ("new thread|Resource temporarily", "no more processes can be started", NO_WORKERS, "raise the limit: ulimit -u"),
+    ("CUDA.*out of memory|ALLOC_FAILED", "the GPU's memory is full", SMALLER[:-1], "end other programs on it"),
+    ("MemoryError|allocate memory|bad.alloc", "the memory is full", SMALLER, "free some"),
+    (r"terminated abruptly|worker \(pid", "a process was killed or could not go on", SMALLER, "free some memory"),
+)
+REMEDIES = {errno.ENAMETOOLONG: "choose a shorter name", errno.EACCES: "correct its permissions"}
+
+
+def shortage(error):
+    """The line on what has run out, if an error or one that has led to it says so; else None."""
+    while error:
+        text = f"{type(error).__name__}: {error}"
+        files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if isinstance(error, OSError) and any(file.endswith("synchronize.py") for file in files):
+            text += " (a semaphore in shared memory)"
+        for signs, problem, (verb, *flags), remedy in SHORTAGES if not isinstance(error, InputError) else ():
+            if match := re.search(f".*({signs}).*", text):
+                own = ", ".join(flag for flag in flags if flag.split()[0] in FLAGS)
+                return f"{problem} ({match[0].strip(': '):.160}); {f'{verb} {own}, or ' if own else ''}{remedy}"
+        error = error.__cause__ or error.__context__
+
+
+def _line(error):
+    """The line for an error that the user can mend; None for any other."""
+    if (line := shortage(error)) or isinstance(error, InputError):
+        return line or error
+    if isinstance(error, OSError):
+        name = f"{error.filename}: " if error.filename else ""
+        return f"{name}{error.strerror or error}; {REMEDIES.get(error.errno, 'correct this')} and run again"
+    reason = str(error).strip().split("\n")[0]
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"--compile: torch.compile failed ({reason}); leave it out"
+    if process_count() > 1 and re.search("Connection (closed|reset)|[Tt]imed out", str(error)):
+        return f"another process has ended; see its own message ({reason})"
+
+
 def cli(main):
-    """Run a script's `main`: an `InputError` becomes one line on stderr and exit status 2, without a traceback."""
+    """Run a script's `main`: an error that the user can mend, such as an `InputError`, becomes one line on stderr and
+    exit status 2, without a traceback."""
     program = Path(sys.argv[0]).name
+    FLAGS.clear()
     sys.stdout.reconfigure(errors="replace")  # print ? for characters that the terminal cannot show
     signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C: half-written files are removed
     try:
@@ -32,16 +82,12 @@ def cli(main):
     except BrokenPipeError:  # `| head` has seen enough; what Python writes when it ends goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except InputError as error:
-        sys.exit(_one_line_exit(program, error))
-    except RuntimeError as error:
-        reason = str(error).strip().split("\n")[0]
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            sys.exit(_one_line_exit(program, f"--compile: torch.compile failed ({reason}); leave it out"))
-        if process_count() == 1 or not re.search("Connection (closed|reset)|[Tt]imed out", str(error)):
+    except Exception as error:
+        if not (line := _line(error)):
             raise
-        lost = f"another process has ended; see its own message ({reason})"
-        sys.exit(_one_line_exit(f"{program}: process {process_index()}", lost))
+        program += f": process {process_index()}" if process_count() > 1 else ""
+        sys.unraisablehook = lambda _: None  # what is half made complains when it is taken down
+        sys.exit(_one_line_exit(program, line))
     except (KeyboardInterrupt, Stopped) as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         print(f"\n{program}: stopped by {number.name}{stop}", file=sys.stderr)
@@ -54,17 +100,35 @@ def cli(main):
             child.kill()
 
 
-def leave_signals_to_the_main_process(_=None):
+def begin_loading(_=None):
     """For a loading process. Ctrl-C in a terminal and the SIGTERM of many queues reach all processes, but the main one
-    still has a step to finish. `cli` ends the loading processes. They also end by themselves once it is gone."""
+    still has a step to finish. `cli` ends the loading processes. They also end by themselves once it is gone.
+
+    One that cannot send a batch, as something has run out, ends without a word: the main process, which would wait for
+    the batch for ever, gives the line.
+    """
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (it stays open)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(1))
 
 
 def end_with_the_main_process():
     """For a process of a pool: Ctrl-C goes to all processes, but the main one ends the others, by SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def map_processes(function, items, workers):
+    """`map` by so many processes (threads would wait for each other), or with 0 by this one."""
+    if not workers:
+        yield from map(function, items)
+        return
+    pool = ProcessPoolExecutor(workers, initializer=end_with_the_main_process)
+    try:
+        yield from pool.map(function, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class Stopped(BaseException):
@@ -101,6 +165,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
+        FLAGS.update(self._option_string_actions)
         return super().parse_known_args([self._underscored(str(arg)) for arg in args], namespace)
 
     @staticmethod
@@ -111,7 +176,9 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message):
         remedy = "--help lists the flags"
         if unknown := re.match(r"unrecognized arguments: (\S+)", message):
-            if not unknown[1].startswith("-"):
+            if unknown[1].title() in ("True", "False"):
+                remedy = "a flag without a value is switched on by its name alone"
+            elif not unknown[1].startswith("-"):
                 remedy = "a pattern such as *_best.t must match one file"
             elif similar := difflib.get_close_matches(unknown[1].split("=")[0], self._option_string_actions, 1, 0.75):
                 remedy = f"did you mean {similar[0]}?"
@@ -221,4 +288,5 @@ def full_precision(tensor):
 
 def progress(iterable=None, **kwargs):
     """A tqdm bar; quiet where nobody watches (stderr is not a terminal), and on all processes but the first."""
+    warnings.simplefilter("ignore", TqdmMonitorWarning)  # a bar does without its thread
     return tqdm(iterable, dynamic_ncols=True, disable=True if process_index() else None, **kwargs)

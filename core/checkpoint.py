@@ -1,5 +1,6 @@
 """Checkpoint files: their fields, written whole, read without executing anything."""
 
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal, TypedDict, get_type_hints
@@ -14,6 +15,7 @@ from core.meter import EpochSums
 from utils import InputError, process_index
 
 VERSION = 2
+WRAPPERS = ("state_dict", "model_state_dict", "model")  # where other projects put the weights in a file
 # Of a tensor of weights; others, such as quantised or sparse ones, are no weights of a network here.
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64}
 
@@ -128,10 +130,11 @@ def load_training_state(path):
 
 def load_weights(path):
     """Read a dict of tensors and plain values, such as a state dict, as `load_checkpoint` does; of a file that has its
-    weights under "state_dict", as other projects write them, only these."""
+    weights under "state_dict" or "model", as other projects write them, only these."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; pass the path of an existing one")
+    path.open("rb").close()  # what the system has against it is not a matter of its content
     try:
         with torch.serialization.safe_globals(_NUMPY_PICKLES):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -142,7 +145,7 @@ def load_weights(path):
         ) from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a dict of weights; pass a saved state dict")
-    return content["state_dict"] if isinstance(content.get("state_dict"), dict) else content
+    return next((content[name] for name in WRAPPERS if isinstance(content.get(name), dict)), content)
 
 
 def find_checkpoint(resume, model_path):
@@ -153,8 +156,8 @@ def find_checkpoint(resume, model_path):
 
 
 def check_state(state, path):
-    """A state dict, names to tensors -> the same, without the prefix of a wrapped model (DataParallel). Raises
-    InputError, naming `path`, for anything else."""
+    """A state dict, names to tensors -> the same, without the prefixes of a wrapped model (DataParallel, torch.compile,
+    Lightning). Raises InputError, naming `path`, for anything else."""
     if not (isinstance(state, dict) and state):
         raise InputError(f"{path}: holds no weights; pass a saved state dict or checkpoint")
     for name, value in state.items():
@@ -165,4 +168,4 @@ def check_state(state, path):
             raise InputError(
                 f"{path}: {name!r:.120} holds {', '.join(map(str, kinds))} values; save it as a dense float32 tensor"
             )
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    return {re.sub(r"^((module|_orig_mod|model)\.)+", "", name): value for name, value in state.items()}

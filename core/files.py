@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import socket
+import stat
 import tempfile
 from pathlib import Path
 
@@ -22,7 +23,9 @@ def atomic(path):
     """
     path = Path(path)
     check_output(path)
-    prefix = f".{path.name}.{socket.gethostname()}."
+    # File systems allow 255 bytes; host, process and a random part come after the name.
+    name = path.name if len(os.fsencode(path.name)) < 150 else hashlib.sha256(os.fsencode(path.name)).hexdigest()
+    prefix = f".{name}.{socket.gethostname()}."
     for other in path.parent.glob(f"{glob.escape(prefix)}*"):
         if not _is_alive(other.name.removeprefix(prefix).split(".")[0]):
             other.unlink(missing_ok=True)
@@ -73,8 +76,9 @@ def writing(path):
 def check_output(path):
     """Make the folder of `path`, and raise InputError if no file can be written there: before the work, not after."""
     check_folder(path)
-    if Path(path).is_dir():
-        raise InputError(f"{path}: is a folder; name a file")
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISDIR(os.stat(path).st_mode):  # not `is_dir`, to which a name that is too long is just not there
+            raise InputError(f"{path}: is a folder; name a file")
 
 
 def check_folder(path):

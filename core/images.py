@@ -1,15 +1,13 @@
 """Image files: read, resize, and write many of them into one array file."""
 
 import os
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from core.files import regular
-from utils import InputError, cores, end_with_the_main_process, progress
+from utils import InputError, cores, map_processes, progress, shortage
 
 # What cameras and data sets produce. Pillow detects a format by a file's content and passes some formats, such as
 # PostScript, to other programs.
@@ -34,6 +32,8 @@ def read_image(path, size):
     except FileNotFoundError as error:
         raise missing_image(path) from error
     except Exception as error:  # the readers raise anything when a file is damaged
+        if shortage(error):  # the file may be good
+            raise
         raise InputError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
 
 
@@ -68,7 +68,7 @@ def write_images(paths, size, out, desc, workers=None):
     """Decode images into one array file uint8 [N, H, W, 3] -> {index: InputError} of the unreadable ones.
 
     Unreadable images stay black. The file is a memory map, so memory stays at a few images a process. Not atomic: `out`
-    is a temporary of `files.atomic`. workers: processes (threads would wait for each other), by default one a core.
+    is a temporary of `files.atomic`. workers: processes, by default one a core.
     """
     offset = np.lib.format.open_memmap(out, "w+", np.uint8, (len(paths), *size, 3)).offset
     with open(out, "r+b") as file:  # reserves the space: a map that meets a full disk kills the process
@@ -79,16 +79,10 @@ def write_images(paths, size, out, desc, workers=None):
             file.writelines(bytes(size[0] * size[1] * 3) for _ in paths)
     chunks = [(start, paths[start : start + CHUNK]) for start in range(0, len(paths), CHUNK)]
     unreadable = {}
-    pool = ProcessPoolExecutor(workers or cores(), initializer=end_with_the_main_process)
-    try:
-        with progress(total=len(paths), desc=desc, unit="img") as bar:
-            for count, errors in pool.map(partial(_write_chunk, out, size), chunks):
-                unreadable |= errors
-                bar.update(count)
-    except BrokenProcessPool as error:
-        raise InputError(f"{desc}: a decoding process was killed; free some memory and run again") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with progress(total=len(paths), desc=desc, unit="img") as bar:
+        for count, errors in map_processes(partial(_write_chunk, out, size), chunks, workers or cores()):
+            unreadable |= errors
+            bar.update(count)
     return unreadable
 
 

@@ -70,6 +70,7 @@ def exit_status(script, arguments):
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "unraisablehook", sys.unraisablehook)
             patch.setattr(sys, "argv", [Path(script.__file__).name, *map(str, arguments)])
             utils.cli(script.main)
     except SystemExit as stop:

@@ -409,6 +409,7 @@ def test_an_output_does_not_replace_a_checkpoint_found_in_model_path(flag, tmp_p
         (testa, ["--resume", "x.t", "--features", "./x.t"], ["x.t, ./x.t", "twice"]),
         (testa, ["--resume", "x.t", "--features", "o", "--json", "o"], ["x.t, o, o", "twice"]),
         (testa, ["--resume", "x.t", "--trial", "2"], ["--trial", "RegDB"]),
+        (testa, ["--resume", "x.t", "--tvsearch", "True"], ["arguments: True (a flag without a value"]),
         (train_ext_test0, ["--dataset", "llcm", "--mode", "indoor"], ["--mode indoor", "SYSU-MM01"]),
         (train_ext_test0, ["--trial", "2"], ["--trial 2", "RegDB"]),
         (train_ext_test0, ["--data_path", "nowhere"], ["nowhere: no such folder", "--data_path"]),

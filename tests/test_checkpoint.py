@@ -39,7 +39,10 @@ def test_fields_that_came_later_have_their_defaults_and_unknown_ones_are_not_rea
         ({"best": None}, "is not a complete ..._last.t: object missing required field best; resume from another"),
         ({"best": {"epoch": 1}}, "is not a complete ..._last.t: best has no Rank-1; resume from another"),
         ({"net": None}, "has no 'net', so it is no checkpoint; pass one to --resume"),
-        *[({"args": args}, "(key in )?args: expected .*; use another checkpoint") for args in ([1], {3: 4}, "flags")],
+        *[
+            ({"args": args}, "(a name in )?args: expected .*; use another checkpoint")
+            for args in ([1], {3: 4}, "flags")
+        ],
     ],
 )
 def test_what_cannot_be_resumed_is_named(change, words, tmp_path):
@@ -106,8 +109,9 @@ def test_a_pattern_finds_the_one_checkpoint_that_it_matches(tmp_path, monkeypatc
     assert find_checkpoint("x[1].t", "models") == Path("x[1].t")
 
 
-@pytest.mark.parametrize("wrap", [lambda net: net, lambda net: {"state_dict": net, "epoch": 3}])
-def test_weights_may_be_bare_or_under_state_dict(wrap, tmp_path):
-    torch.save(wrap({"w": torch.ones(2), "b": torch.zeros(1)}), tmp_path / "a.t")
+@pytest.mark.parametrize("place", [None, "state_dict", "model_state_dict", "model"])
+def test_weights_may_be_bare_or_where_other_projects_put_them(place, tmp_path):
+    weights = {"w": torch.ones(2), "b": torch.zeros(1)}
+    torch.save({place: weights, "epoch": 3} if place else weights, tmp_path / "a.t")
     loaded = load_checkpoint(tmp_path / "a.t")
     assert {name: value.tolist() for name, value in loaded["net"].items()} == {"w": [1, 1], "b": [0]}

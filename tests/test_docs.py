@@ -75,6 +75,8 @@ def test_a_command_parses(words):
         assert words[2] in ("pytest", "venv", "pip", "tensorboard.main", "ruff"), words
         return
     name, arguments = (words[2], words[3:]) if words[1] == "-m" else (words[1].removesuffix(".py"), words[2:])
+    if (REPO / name.replace(".", "/") / "__main__.py").is_file():
+        name += ".__main__"
     parser = importlib.import_module(name).get_args_parser()
     if "--" in arguments:  # tools.sweep: flags of training follow
         place = arguments.index("--")

@@ -3,6 +3,8 @@
 import contextlib
 import itertools
 import multiprocessing
+import random
+import re
 import sqlite3
 import sys
 from pathlib import Path
@@ -142,7 +144,10 @@ def test_damaged_vectors_in_a_file_are_named(tmp_path, wrong):
 
 @pytest.mark.parametrize(("old", "new"), [("/a", "/a/b"), ("/a/b", "/a"), ("/a", "/a"), ("/a/b", "/a/c")])
 def test_a_folder_moves_into_itself_and_out_of_itself(index, old, new):
-    entries = [Entry(f"/{name}", "0 0", "visible", None, None, "2026") for name in ("a/x", "a/b/x", "a/b/b/x", "a/y")]
+    entries = [
+        Entry(f"/{name}", "0 0", "visible", None, None, "2026-11-20 10:00:00")
+        for name in ("a/x", "a/b/x", "a/b/b/x", "a/y")
+    ]
     version, vectors = index.begin("net.t", "a" * 64, "FC", DIM), unit(4)
     index.add(version, entries, vectors)
     moved = [entry.path.startswith(f"{old}/") and old != new for entry in entries]
@@ -343,6 +348,24 @@ def test_a_pattern_reads_a_path(path, expected):
     assert read_labels("cam{camera}/{person}/{time:%Y%m%d_%H%M%S}_{n}.jpg", None)(path) == expected
 
 
+def test_a_pattern_reads_as_a_lazy_regular_expression_but_never_for_long():
+    rng, found = random.Random(0), 0
+    for _ in range(400):
+        names = rng.sample(["camera", "person", "a", "b", "c"], rng.randint(1, 4))
+        parts = [(rng.choice(["", "_", "c", "/", "ab"]), name) for name in names]
+        expression = "".join(f"{text}(?P<{name}>[^/]+?)" for text, name in parts) + "_"
+        read = read_labels("".join(f"{text}{{{name}}}" for text, name in parts) + "_", None)
+        for _ in range(5):
+            path = "".join(rng.choice("abc_/x") for _ in range(rng.randint(1, 9))) + "_"
+            match = re.fullmatch(expression, path)
+            wanted = {name: match[name] for name in ("camera", "person") if name in names} if match else None
+            assert read(path) == wanted
+            found += bool(wanted)
+    assert found > 20
+    # Tried one after the other, the ends of five fields are billions.
+    assert read_labels("{a}_{b}_{c}_{d}_{e}_{person}.png", None)("_" * 250) is None
+
+
 def test_labels_of_a_table(tmp_path):
     table = tmp_path / "labels.csv"
     table.write_text("path,camera,time\na.jpg,3,2026-11-20T14:00\nb.jpg,,\n")
@@ -358,7 +381,8 @@ def test_labels_of_a_table(tmp_path):
             read_labels(None, table)
     with pytest.raises(InputError, match="none.csv: cannot be read"):
         read_labels(None, tmp_path / "none.csv")
-    for pattern in ("cam{camera", "{time}.jpg", "{camera}/{camera}.jpg", "{}.jpg", "{a b}.jpg"):
+    times = ("{time}", "{time:%H%M%z}", "{time:%s}", "{time:%H%H}")
+    for pattern in (*times, "cam{camera", "{camera}/{camera}.jpg", "{}.jpg", "{a b}.jpg"):
         with pytest.raises(InputError, match="--pattern .*; write it as"):
             read_labels(pattern, None)
 
@@ -366,6 +390,9 @@ def test_labels_of_a_table(tmp_path):
 def test_times_of_flags():
     assert parse_time("2026-11-20", "--to", end=True) == "2026-11-21 00:00:00"
     assert parse_time("2026-11-20T14:30", "--to", end=True) == "2026-11-20 14:30:00"
+    for zoned in ("2026-11-20T14:30Z", "2026-11-20T14:30+01:00"):
+        with pytest.raises(InputError, match="--from 2026-.*14:30.+: has a time zone; write what a clock"):
+            parse_time(zoned, "--from")
     with pytest.raises(InputError, match="--from noon: is not a time; write it as"):
         parse_time("noon", "--from")
     with pytest.raises(InputError, match="--to 9999-12-31: is not a time"):

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
@@ -362,6 +363,40 @@ def test_labels_stay_until_others_are_given(folder, checkpoint, tmp_path):
         times = {name: entry.time for name, entry in entries.items()}
         assert run_index(folder, index)["embedded"] == 0
     assert times == {Path(path).name: entry.time for path, (entry, _) in stored(index).items()}
+
+
+def test_times_stay_when_the_machine_changes_its_time_zone(pictures, checkpoint, tmp_path, monkeypatch):
+    """In what is stored and in what filters find. A name that says the file's own second is still a label."""
+    folder, index = tmp_path / "site", tmp_path / "index.db"
+    folder.mkdir()
+    written = {"20010909_024640.jpg": "2001-09-09 02:46:40", "20261120_140311.jpg": "2026-11-20 14:03:11"}
+    for name, picture in zip([*written, "plain.jpg"], pictures[0], strict=False):
+        shutil.copy(picture, folder / name)
+        os.utime(folder / name, (10**9, 10**9))  # 01:46:40 in UTC
+
+    def times(zone, *flags, query=("--from", "2001-09-09T02:46", "--to", "2001-09-09T02:47")):
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+        run_index(folder, index, *flags)
+        (result,) = run_query(index, pictures[1][:1], *query)
+        entries = {Path(path).name: entry.time for path, (entry, _) in stored(index).items()}
+        return entries, {Path(image["path"]).name: image["time"] for image in result["found"]}
+
+    try:
+        flags = ["--resume", checkpoint, "--modality", "visible", "--pattern", "{time:%Y%m%d_%H%M%S}.jpg"]
+        expected = written | {"plain.jpg": "2001-09-09 02:46:40+01:00"}
+        found = {name: expected[name] for name in ("20010909_024640.jpg", "plain.jpg")}
+        assert times("CET-1", *flags) == (expected, found)
+        assert times("NZST-12") == times("NZST-12", *flags[4:]) == (expected, found)
+        for name in expected:
+            os.utime(folder / name, (10**9 + 60, 10**9 + 60))
+        expected["plain.jpg"] = "2001-09-09 13:47:40+12:00"
+        found = {"plain.jpg": expected["plain.jpg"]}
+        later = ("--from", "2001-09-09T13:47:40", "--to", "2001-09-09T13:48")
+        assert times("NZST-12", query=later) == (expected, found)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def run_killed(argv, statement):

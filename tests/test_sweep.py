@@ -304,6 +304,8 @@ def test_other_flags_are_refused(calls, tmp_path):
         match=r"margin=1/seed_0: was run with --epochs 5, but this sweep uses --epochs 6; .* or remove this folder$",
     ):
         run(out, "--seeds", "0", common=("--epochs", "6"))
+    with pytest.raises(InputError, match=r"with --alpha 1 --epochs 5, but this sweep uses --alpha 2.0 --epochs 6; "):
+        run(out, "--seeds", "0", common=("--epochs", "6", "--alpha", "2"))
     with pytest.raises(
         InputError, match=r"with --all False, but this sweep uses --all True; .* or remove results.json to test again$"
     ):

@@ -14,7 +14,6 @@ Lengths are in body heights, angles in radians, tones and noise in 0..1.
 import colorsys
 import io
 import math
-import multiprocessing
 import operator
 import tempfile
 from collections.abc import Iterator
@@ -707,7 +706,7 @@ def get_args_parser() -> utils.ArgumentParser:
     text = "SYSU-MM01's rand_perm_cam.mat: use its ids and counts"
     parser.add_argument("--like", type=Path, metavar="FILE", help=text)
     parser.add_argument("--seed", type=utils.bounded(int, 0), default=0, help="the same seed gives the same bytes")
-    parser.add_argument("--workers", type=count, default=utils.cores(), help="drawing processes")
+    parser.add_argument("--workers", type=utils.bounded(int, 0), default=utils.cores(), help="drawing processes")
     parser.add_argument("--masks", action="store_true", help="also write where the person is in each image: masks/")
     parser.add_argument("--sheet", type=Path, help="also draw a dozen people on this .png file")
     return parser
@@ -750,9 +749,8 @@ def main(argv=None) -> dict:
     with place as beside:
         unfinished = Path(beside, out.name)  # takes its place when it is complete
         jobs = [(unfinished, layout, args.seed, args.masks, people[folder.identity], folder) for folder in folders]
-        with multiprocessing.Pool(args.workers, utils.end_with_the_main_process) as pool:
-            done = utils.progress(pool.imap_unordered(render_folder, jobs), total=len(jobs), unit="folder")
-            images = sum(done)
+        done = utils.map_processes(render_folder, jobs, args.workers)
+        images = sum(utils.progress(done, total=len(jobs), unit="folder"))
         lists[DEMO_FILE] = f"Drawn by demo_data.py, seed {args.seed}: no real people.\n".encode()
         for name, content in lists.items():
             (unfinished / name).parent.mkdir(exist_ok=True)

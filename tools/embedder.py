@@ -93,6 +93,8 @@ class Embedder:
 
         Raises InputError for a file that cannot be read.
         """
+        if isinstance(paths, str | os.PathLike) or not all(isinstance(path, str | os.PathLike) for path in paths):
+            raise InputError("Embedder: takes a list of image files; save crops to files, or run an .onnx file")
         features = np.empty((len(paths), self.dim), np.float32)
         for path in paths:
             if not os.path.isfile(path):

@@ -248,12 +248,13 @@ class SweepRun:
                 continue
             saved, flags = read()["flags"], vars(getattr(self, script))
             default = SCRIPTS[script].get_args_parser().get_default  # for flags that are newer than the run
-            for flag in sorted(set(flags) - MAY_CHANGE[script]):
-                if (before := saved.get(flag, default(flag))) != flags[flag]:
-                    raise InputError(
-                        f"{self.folder}: was run with --{flag} {before}, but this sweep uses --{flag} {flags[flag]}; "
-                        f"pass the same value, choose another --out, or remove {remedy}"
-                    )
+            saved = {flag: default(flag) for flag in flags} | saved
+            if other := [flag for flag in sorted(set(flags) - MAY_CHANGE[script]) if saved[flag] != flags[flag]]:
+                before, now = (" ".join(f"--{flag} {values[flag]}" for flag in other) for values in (saved, flags))
+                raise InputError(
+                    f"{self.folder}: was run with {before}, but this sweep uses {now}; pass the same values, choose "
+                    f"another --out, or remove {remedy}"
+                )
             tested = str(saved.get("resume"))
             if script == "test" and Path(tested).name != Path(self.test.resume).name:
                 raise InputError(f"{self.folder}: {tested} was tested; pass the same --checkpoint, or remove {remedy}")

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from core.files import atomic, writing
+from core.files import atomic, check_folder, writing
 from core.formats import Numbers, checked
 from methods import METHODS
 from utils import process_index
@@ -44,6 +44,7 @@ class RunLog:
         except ImportError:
             self.text("TensorBoard is not installed, so no scalars are written; to get them: pip install tensorboard")
             return
+        check_folder(Path(folder) / name / "events")  # the writer's thread would fail later, with a traceback
         # Purging makes TensorBoard forget the steps of an earlier run of this name.
         self.board = SummaryWriter(Path(folder) / name, purge_step=last + 1)
 

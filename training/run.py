@@ -6,6 +6,7 @@ import glob
 import inspect
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -150,7 +151,7 @@ class Run:
         else:
             self.log.text(
                 "warning: no epoch was tested successfully, so there is no best one; test the last: "
-                f"--resume {self.last_path}"
+                f"--resume {shlex.quote(str(self.last_path))}"
             )
         paths = {"best": self.best_path if tested else None, "last": self.last_path, "log": self.log_path}
         return {kind: path and str(path) for kind, path in paths.items()} | {"metrics": self.best}

@@ -96,6 +96,8 @@ def run_index(args):
         print(f"unreadable: {line}")
     for path in counts["unlabelled"]:
         print(f"without labels: {path}")
+    if counts["others"]:
+        print(f"left out, as no images by their names: {counts['others']}")
     print(
         f"{args.index}: {counts['images']} images. Embedded now: {counts['embedded']} ({counts['changed']} changed); "
         f"deleted: {counts['vanished']}; unreadable: {len(counts['unreadable'])}"

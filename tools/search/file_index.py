@@ -23,7 +23,8 @@ class FileIndex(Index):
         if Path(path).is_dir():
             raise InputError(f"{path}: is a folder; name a file, such as {os.path.join(path, 'index.db')}")
         if create:
-            check_output(path)
+            for file in (path, f"{path}-journal"):  # which SQLite writes beside it
+                check_output(file)
         elif not Path(path).is_file():
             raise InputError(f"{path}: no such index; make it with python -m tools.search index")
         with self._errors():

@@ -39,7 +39,8 @@ class Version(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """An image of an index. path: absolute; stamp: of the file when it was embedded."""
+    """An image of an index. path: absolute; stamp: of the file when it was embedded; time: on the clock of the place,
+    and if it is the file's, the offset from UTC after it, such as +01:00. Compared as text, that does not count."""
 
     path: Text
     stamp: str

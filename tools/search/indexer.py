@@ -3,7 +3,8 @@
 import contextlib
 import os
 import stat
-from datetime import datetime
+from collections import Counter
+from pathlib import Path
 
 from PIL import Image
 
@@ -12,18 +13,20 @@ from model import MODALITIES
 from tools.embedder import Embedder
 from tools.search.address import open_index
 from tools.search.index import REPLACED, Entry
-from tools.search.labels import read_labels, time_text
+from tools.search.labels import file_time, read_labels, wall_clock
 from utils import InputError
 
 
 def index_folder(args):
-    """Returns {"embedded", "changed", "vanished", "images": counts, "unreadable": lines, "unlabelled": paths}."""
+    """Returns {"embedded", "changed", "vanished", "images": counts, "unreadable": lines, "unlabelled": paths,
+    "others": what else there is, in words}."""
     folder = os.path.realpath(args.folder)
     if not os.path.isdir(folder):
         raise InputError(f"{args.folder}: no such folder; pass a folder of images")
-    files, unreadable, unchecked = list_images(folder)
+    files, unreadable, unchecked, others = list_images(folder)
     if not files:
-        raise InputError(f"{folder}: contains no image; pass a folder of images")
+        found = f" by its name (but {others}; convert these, or give them a suffix)" if others else ""
+        raise InputError(next(iter(unreadable), f"{folder}: contains no image{found}; pass a folder of images"))
     labels, unlabelled = label_files(args, files, folder)
     with contextlib.closing(open_index(args.index, create=True)) as index:
         if args.approximate and not index.approximates:
@@ -56,7 +59,7 @@ def index_folder(args):
         raise InputError(f"{args.index}: {REPLACED}; run again")
     changed = sum(entry.path in known for entry in new)
     counts = {"embedded": count, "changed": changed, "vanished": len(gone), "images": images}
-    return counts | {"unreadable": unreadable, "unlabelled": unlabelled}
+    return counts | {"unreadable": unreadable, "unlabelled": unlabelled, "others": others}
 
 
 def remove_folder(args):
@@ -78,7 +81,7 @@ def places(folder):
 def label_files(args, files, folder):
     """-> ({path: labels that --pattern or --csv gives}, paths to which it gives none)."""
     read = read_labels(args.pattern, args.csv)
-    labels = {path: read(os.path.relpath(path, folder)) for path in files}
+    labels = {path: read(Path(path).relative_to(folder).as_posix()) for path in files}
     unlabelled = [path for path, found in labels.items() if found is None]
     if len(unlabelled) == len(files):
         flag = f"--pattern {args.pattern}" if args.pattern else f"--csv {args.csv}"
@@ -131,10 +134,10 @@ def load_embedder(args, version, uri):
 
 def make_entry(path, stamp, modality, found, before):
     """The Entry of a file. found: its labels; before: as the index has it, or None."""
-    entry = Entry(path, stamp, modality, None, None, _file_time(stamp))
+    entry = Entry(path, stamp, modality, None, None, file_time(stamp))
     if before:
         entry = entry._replace(camera=before.camera, person=before.person)
-        if before.time != _file_time(before.stamp):  # it was labelled
+        if before.stamp == stamp or before.time == wall_clock(before.time):  # the same file, or a label
             entry = entry._replace(time=before.time)
     return entry._replace(**(found or {}))
 
@@ -168,21 +171,24 @@ def embed_rest(embedder, index, version, unreadable):
 
 def list_images(folder):
     """A folder's images at any depth -> ({path: stamp of size and time}, lines on what cannot be read, beginnings of
-    paths that could not be checked).
+    paths that could not be checked, the kinds of other files in words).
 
     Images are the files with a suffix of FORMATS. Hidden files and folders, and links to folders, are left out.
     """
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
-    files, unreadable, unchecked = {}, [], []
+    files, unreadable, unchecked, others = {}, [], [], Counter()
 
     def no_listing(error):
-        unreadable.append(f"{error.filename}: cannot be listed ({error.strerror})")
+        unreadable.append(f"{error.filename}: cannot be listed ({error.strerror}); correct its permissions")
         unchecked.append(os.path.join(error.filename, ""))
 
     for where, folders, names in os.walk(folder, onerror=no_listing):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            if name.startswith(".") or os.path.splitext(name)[1].lower() not in suffixes:
+            if name.startswith("."):
+                continue
+            if (suffix := os.path.splitext(name)[1].lower()) not in suffixes:
+                others[suffix or "no suffix"] += 1
                 continue
             path = os.path.join(where, name)
             try:
@@ -197,12 +203,8 @@ def list_images(folder):
             else:
                 if stat.S_ISREG(status.st_mode):  # reading a pipe would wait
                     files[path] = file_stamp(status)
-    return files, unreadable, tuple(unchecked)
+    return files, unreadable, tuple(unchecked), ", ".join(f"{kind} ({n})" for kind, n in others.most_common(9))
 
 
 def file_stamp(status):
     return f"{status.st_size} {status.st_mtime_ns}"
-
-
-def _file_time(stamp):
-    return time_text(datetime.fromtimestamp(int(stamp.split()[1]) / 1e9))

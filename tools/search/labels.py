@@ -1,6 +1,8 @@
 """Camera, person and time of an image: from its path by a pattern, from a CSV file, or its file's time."""
 
 import csv
+import itertools
+import posixpath
 import re
 import string
 from datetime import datetime, timedelta
@@ -20,23 +22,27 @@ def read_labels(pattern, table):
 
 
 def _pattern_labels(pattern):
-    expression, time_format = "", None
+    parts, time_format = [], None  # texts before fields, names of fields or None, expressions of fields
     try:
         for literal, name, spec, _ in string.Formatter().parse(pattern):
-            value = "[^/]+?"
+            value = "[^/]+"
+            if name is not None and not name.isidentifier() or name in NAMES and name in [part[1] for part in parts]:
+                raise ValueError(f"{{{name}}} is no name, or stands twice")
             if name == "time" and not spec:
                 raise ValueError("{time} needs a format, such as {time:%Y%m%d_%H%M%S}")
+            if name == "time" and "%z" in spec:
+                raise ValueError("times have no zone; put {zone} after {time}, in place of %z")
             if name == "time":
                 time_format = spec
+                datetime.strptime(datetime(2026, 11, 20).strftime(spec), spec)  # ValueError for what it cannot read
                 value = "".join(DIGITS.get(a, value) if a else re.escape(b) for a, b in re.findall("%(.)|(.)", spec))
-            expression += re.escape(literal) + (f"(?P<{name}>{value})" if name is not None else "")
-        expression = re.compile(expression)
+            parts.append((literal, name, re.compile(value)))
     except (ValueError, re.error) as error:
         raise InputError(f"--pattern {pattern}: {error}; write it as cam{{camera}}/{{n}}.jpg") from error
 
     def labels(path):
-        match = expression.fullmatch(path)
-        found = {name: value for name, value in match.groupdict().items() if name in NAMES} if match else None
+        values = _fields(parts, path)
+        found = {name: value for name, value in values.items() if name in NAMES} if values is not None else None
         if found and time_format:
             try:
                 found["time"] = time_text(datetime.strptime(found["time"], time_format))
@@ -47,10 +53,37 @@ def _pattern_labels(pattern):
     return labels
 
 
+def _fields(parts, path):
+    """The shortest values, from the left, with which a pattern is the whole path: {name: value}, or None.
+
+    Like a regular expression, but what has failed once is not tried again: its time would grow with every field."""
+    failed = set()
+
+    def rest(number, start):
+        if number == len(parts):
+            return {} if start == len(path) else None
+        literal, name, expression = parts[number]
+        begin = start + len(literal)
+        if (number, start) in failed or not path.startswith(literal, start):
+            return None
+        for end in [begin] if name is None else range(begin + 1, len(path) + 1):
+            if name is None or expression.fullmatch(path, begin, end):
+                if (values := rest(number + 1, end)) is not None:
+                    return values if name is None else {name: path[begin:end]} | values
+            elif path[end - 1] == "/":
+                break
+        failed.add((number, start))
+        return None
+
+    return rest(0, 0)
+
+
 def _table_labels(file):
     try:
         with open(file, newline="", encoding="utf-8-sig") as lines:
-            rows = csv.DictReader(lines, skipinitialspace=True)
+            first = lines.readline()
+            separator = max(",;\t", key=first.count)  # spreadsheets write what the language of the machine asks for
+            rows = csv.DictReader(itertools.chain([first], lines), delimiter=separator, skipinitialspace=True)
             columns = rows.fieldnames or ()
             if "path" not in columns or not {*NAMES} & {*columns}:
                 raise InputError(f"--csv {file}: its first line must name its columns: {COLUMNS}")
@@ -59,20 +92,36 @@ def _table_labels(file):
                 found = {name: row[name] for name in NAMES if row.get(name)}
                 if "time" in found:
                     found["time"] = parse_time(found["time"], f"--csv {file}, line {rows.line_num}: time")
-                labels[row["path"]] = found
+                path = posixpath.normpath((row["path"] or "").replace("\\", "/"))
+                if labels.setdefault(path, found) != found:
+                    raise InputError(f"--csv {file}, line {rows.line_num}: {path} has other labels above; keep one")
             return labels
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"--csv {file}: cannot be read ({error})") from error
+        raise InputError(f"--csv {file}: cannot be read ({error}); save it as CSV in UTF-8") from error
 
 
 def parse_time(text, place, end=False):
-    """An ISO 8601 time -> text as `Entry.time` has it. end: a date alone means the end of that day."""
+    """An ISO 8601 time without a zone -> text as `Entry.time` has it. end: a date alone means the end of that day."""
     try:
-        return time_text(datetime.fromisoformat(text) + timedelta(days=end and len(text) <= 10))
+        time = datetime.fromisoformat(text) + timedelta(days=end and len(text) <= 10)
     except (ValueError, OverflowError) as error:
         raise InputError(f"{place} {text}: is not a time; write it as 2026-11-20 or 2026-11-20T14:30") from error
+    if time.tzinfo:
+        raise InputError(f"{place} {text}: has a time zone; write what a clock on the spot shows, without a zone")
+    return time_text(time)
 
 
 def time_text(time):
-    """Local time without its zone, to the second."""
-    return (time.astimezone() if time.tzinfo else time).replace(tzinfo=None).isoformat(" ", "seconds")
+    """Text as `Entry.time` has it, to the second."""
+    return time.isoformat(" ", "seconds")
+
+
+def file_time(stamp):
+    """The time of a file in this machine's zone, with its offset from UTC, which tells it from a label. Once stored, it
+    stays, whatever zone the machine has later."""
+    return time_text(datetime.fromtimestamp(int(stamp.split()[1]) / 1e9).astimezone())
+
+
+def wall_clock(time):
+    """`Entry.time` without the offset."""
+    return time[: len("2026-11-20 14:03:11")]

@@ -20,16 +20,20 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, PlainTextResponse
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from drawing import figures
 from drawing.report import read_template
 from tools.search.finder import Finder, describe, printable
-from utils import InputError, Stopped
+from tools.search.labels import wall_clock
+from utils import InputError, Stopped, shortage
 
 TIMELINE = 100  # images on it
 UPLOADS, UPLOADED = 20, 64 * 2**20  # images of a query, and bytes of a request
+REQUEST_SECONDS = 120  # in which a request has to arrive, header and body
 FIELDS = ("images", "camera", "from", "before", "folder")  # and those of `Page.choices`
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+HEADERS |= {"Connection": "close"}  # `Connection` has a single request
 POLICY = (
     "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; img-src data: blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -58,8 +62,20 @@ def serve(args):
 
 
 def server(page):
-    flags = {"http": "h11", "ws": "none", "lifespan": "off", "log_level": "warning", "timeout_graceful_shutdown": 1}
-    return uvicorn.Server(uvicorn.Config(page, **flags))
+    flags = {"ws": "none", "lifespan": "off", "log_level": "warning", "timeout_graceful_shutdown": 1}
+    return uvicorn.Server(uvicorn.Config(page, http=Connection, **flags))
+
+
+class Connection(H11Protocol):
+    """A connection is closed if its request has not arrived in time: the server itself would wait for ever."""
+
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        self.loop.call_later(REQUEST_SECONDS, self._end_if_late)
+
+    def _end_if_late(self):
+        if self.cycle is None or self.cycle.more_body:
+            self.transport.abort()
 
 
 class Page:
@@ -135,7 +151,7 @@ class Page:
                 try:
                     result.set_result(self.search(form))
                 except Exception as error:
-                    result.set_exception(error)
+                    result.set_exception(InputError(line) if (line := shortage(error)) else error)
 
     def search(self, form):
         """The form of the page -> HTML. InputError for a field that is wrong."""
@@ -183,7 +199,7 @@ def picture(image):
 def timeline(found):
     """-> {"cameras": names, "ends": first and last time, "dots": [(image, place and shade from 0 to 1, number of its
     camera)], the best last}. Times are those of the index, whatever zone the browser has."""
-    times = [datetime.fromisoformat(image["time"]) for image in found]
+    times = [datetime.fromisoformat(wall_clock(image["time"])) for image in found]
     cameras = [image["camera"] or "unknown" for image in found]
     names = sorted(set(cameras))
     places, shades = scaled(times), scaled([image["similarity"] for image in found])

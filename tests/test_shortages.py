@@ -1,0 +1,215 @@
+"""Memory, shared memory, open files and processes that run out: one line with a remedy, never a wait for ever."""
+
+import errno
+import multiprocessing.synchronize
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+import data_loader
+import testa
+import train_ext_test0
+import utils
+from conftest import exit_status, search_flags, tiny_flags
+from core.files import atomic, check_output, writing
+from core.images import read_image
+from tools import demo_data
+from utils import InputError
+
+needs_fork = pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="needs fork")
+SHARED = "unable to allocate shared memory(shm) for file </torch_1>: Success (0)"
+
+
+def script(act, *flags):
+    """A program with some flags that does `act`."""
+
+    def main():
+        parser = utils.ArgumentParser(prog="script.py")
+        for flag in flags:
+            parser.add_argument(flag)
+        parser.parse_args([])
+        act()
+
+    return SimpleNamespace(main=main, __file__="script.py")
+
+
+def fails(error):
+    def act(*_, **__):
+        raise error
+
+    return act
+
+
+@pytest.mark.parametrize(
+    ("error", "flags", "words"),
+    [
+        (
+            OSError(errno.EMFILE, "Too many open files"),
+            ["--workers"],
+            "pass --workers 0, or raise the limit: ulimit -n",
+        ),
+        (RuntimeError(SHARED), ["--workers"], "pass --workers 0, or enlarge it: docker run --shm-size=8g"),
+        (RuntimeError(SHARED), [], "(shm) for file </torch_1>: Success (0)); enlarge it: docker run --shm-size=8g"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. "), ["--workers"], "/dev/shm"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), ["--workers"], "lower --workers, or"),
+        (RuntimeError("can't start new thread"), ["--workers"], "pass --workers 0, or raise the limit: ulimit -u"),
+        (BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)), [], "no more processes can be started"),
+        (MemoryError(), ["--test_batch", "--workers"], "the memory is full (MemoryError); lower --test_batch, --wor"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), ["--batch_size"], "lower --batch_size, or"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), ["--batch_size", "--workers"], "lower --batch_size, or"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "n"), [], "n: File name too long; choose a shorter name"),
+        (PermissionError(errno.EACCES, "Permission denied", "f"), [], "f: Permission denied; correct its permissions"),
+    ],
+)
+def test_one_line_with_what_helps(error, flags, words, capsys):
+    assert exit_status(script(fails(error), *flags), []) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert words in line
+
+
+def test_what_has_caused_an_error_decides_but_a_name_does_not(capsys):
+    def act():
+        try:
+            raise MemoryError
+        except MemoryError as error:
+            raise InputError("a.t: is damaged; train again") from error
+
+    assert exit_status(script(act), []) == 2
+    assert capsys.readouterr().err == "script.py: error: the memory is full (MemoryError); free some\n"
+    assert exit_status(script(fails(InputError("shared memory.jpg: remove it"))), []) == 2
+    assert capsys.readouterr().err == "script.py: error: shared memory.jpg: remove it\n"
+
+
+class Batches(torch.utils.data.Dataset):
+    """A batch that fails by `act` in the loading process."""
+
+    def __init__(self, act):
+        self.act = act
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, _):
+        return self.act()
+
+
+class Unsent:
+    def __reduce__(self):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+
+@needs_fork
+@pytest.mark.parametrize("act", [Unsent, lambda: os.kill(os.getpid(), signal.SIGKILL)], ids=["unsent", "killed"])
+def test_a_loading_process_that_cannot_go_on_is_no_wait_for_ever(act, capfd):
+    loader = torch.utils.data.DataLoader(Batches(act), batch_size=None, timeout=30, **data_loader.worker_options(1))
+    assert exit_status(script(lambda: next(iter(loader)), "--workers"), []) == 2
+    line = capfd.readouterr().err
+    assert line.count("\n") == 1
+    assert "a process was killed or could not go on" in line
+
+
+@needs_fork
+def test_training_without_room_in_shared_memory_is_one_line(tiny_tree, tmp_path, monkeypatch, capfd):
+    """The main process used to wait for ever. The loading process is forked, with the changed method."""
+    monkeypatch.setattr(torch.Tensor, "share_memory_", fails(RuntimeError(SHARED)))
+    argv = tiny_flags(tiny_tree, tmp_path, "--workers", "1", "--cache", "disk")
+    assert exit_status(train_ext_test0, argv) == 2
+    line = capfd.readouterr().err
+    assert line.count("\n") == 1
+    assert "pass --workers 0" in line
+    assert "docker run --shm-size" in line
+
+
+def test_semaphores_are_in_shared_memory(monkeypatch, tmp_path, capsys):
+    """So a full disk, which has the same error, is not what is full."""
+    full = SimpleNamespace(SemLock=fails(OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(multiprocessing.synchronize, "_multiprocessing", full)
+
+    def act():
+        with writing("a.npy"):
+            list(utils.map_processes(len, ["a"], 1))
+
+    assert exit_status(script(act), []) == 2
+    assert "/dev/shm is too small or missing" in capsys.readouterr().err
+    flags = ["--out", tmp_path / "demo", "--ids", "5", "--images", "1", "--layout", "regdb", "--workers"]
+    assert exit_status(demo_data, [*flags, "2"]) == 2
+    assert "pass --workers 0" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert exit_status(demo_data, [*flags, "0"]) == 0
+
+
+@needs_fork
+def test_a_killed_process_of_a_pool_is_one_line(capsys):
+    def act():
+        list(utils.map_processes(kill, [0], 1))
+
+    assert exit_status(script(act), []) == 2
+    assert "a process was killed or could not go on (BrokenProcessPool" in capsys.readouterr().err
+    assert list(utils.map_processes(lambda _: os.getpid(), [0], 0)) == [os.getpid()]
+
+
+def kill(_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_an_image_is_not_unreadable_because_something_has_run_out(sysu_tree, monkeypatch):
+    """Or it would be left out, or dropped from an index."""
+    path = next(sysu_tree.glob("cam1/*/*.jpg"))
+    monkeypatch.setattr(Image, "open", fails(OSError(errno.EMFILE, "Too many open files")))
+    with pytest.raises(OSError, match="Too many open files"):
+        read_image(path, (8, 4))
+
+
+def test_long_names_are_written_or_refused_before_the_work(tmp_path):
+    files = [tmp_path / f"{'ü' * 120}{end}.json" for end in "ab"]
+    with atomic(files[0]) as first, atomic(files[1]) as second:
+        first.write_text("0")
+        second.write_text("1")
+    assert [file.read_text() for file in files] == ["0", "1"]
+    assert sorted(tmp_path.iterdir()) == files
+    with pytest.raises(OSError, match="File name too long"):
+        check_output(tmp_path / ("n" * 300))
+
+
+def test_the_command_that_prepares_again_can_be_pasted(sysu_tree, tmp_path):
+    place = tmp_path / "my data; $x"
+    place.symlink_to(sysu_tree)
+    with pytest.raises(InputError) as caught:
+        data_loader.sysu_train(place, (7, 9))
+    words = shlex.split(str(caught.value).partition("; run: ")[2])
+    words = words or shlex.split(str(caught.value).rpartition("run: ")[2])
+    assert words == ["python", "pre_process_sysu.py", "--data_path", str(place), "--img_h", "7", "--img_w", "9"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+@pytest.mark.parametrize(
+    ("limit", "remedy"),
+    [
+        ("ulimit -n 16", "ulimit -n 4096"),
+        ("mount -t tmpfs -o size=64k tmpfs /dev/shm", "docker run --shm-size=8g"),
+        ("mount -t tmpfs -o size=4k tmpfs /dev/shm", "docker run --shm-size=8g"),
+    ],
+)
+def test_a_real_limit(limit, remedy, trained, sysu_tree):
+    unshare = ["unshare", "-m"] if "mount" in limit else []
+    if unshare and subprocess.run([*unshare, "sh", "-c", limit], capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    flags = search_flags(sysu_tree, trained[0]["last"], "--test_batch", 4)
+    program = shlex.join([sys.executable, str(Path(testa.__file__)), *flags, "--workers", "2"])
+    command = [*unshare, "bash", "-c", f"{limit}; exec {program}"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert (
+        f"pass --workers 0, or {'raise the limit' if 'ulimit' in remedy else 'enlarge it'}: {remedy}" in result.stderr
+    )
