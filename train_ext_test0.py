@@ -224,7 +224,8 @@ def train(args, run, data, test, device):
         sampler.set_epoch(epoch, meter.step)
         schedule = partial(set_rates, optimizer, args, epoch, sampler.steps)
         title = f"epoch {epoch}/{args.epochs - 1}"
-        engine.train_epoch(step, optimizer, loader, title, meter, run, schedule)
+        run_steps = epoch * sampler.steps, args.epochs * sampler.steps
+        engine.train_epoch(step, optimizer, loader, title, meter, run, schedule, run_steps)
         lr = schedule(sampler.steps - 1)
         entry, tested = {"epoch": epoch, "lr": lr, "select": args.select, **meter.summary()}, None
         if epoch % args.eval_every == 0 or epoch == args.epochs - 1:
@@ -283,8 +284,8 @@ def describe(args, data, search, steps, device):
         "val": f"trial {search.setting['trial']} of the VALIDATION ids, which are not trained on",
     }[args.select]
     return (
-        f"{data.num_classes} identities, {visible} visible and {infrared} infrared images, {steps} steps an epoch, "
-        f"on {device.type} x {process_count()} (PyTorch {torch.__version__})\n"
+        f"{data.num_classes} identities, {visible} visible and {infrared} infrared images, {args.epochs} epochs of "
+        f"{steps} steps, on {device.type} x {process_count()} (PyTorch {torch.__version__})\n"
         f"The best epoch is chosen by Rank-1 (FC), {search_title(search.setting)}, on {chosen_on}."
     )
 

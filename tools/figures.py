@@ -260,7 +260,7 @@ def draw_epoch(log, title, tested, test):
     if process_index() > 0:
         return
     entries, (search,), matches = read_json_lines(log.json_path), test.searches, tested.matches["FC"]
-    curves = epoch_curves({log.json_path.stem: entries}, ["total", "correct", "FC/Rank-1", "FC/mAP"])
+    curves = epoch_curves({log.json_path.stem: entries}, ["identity", "triplet", "FC/Rank-1", "FC/mAP"])
     chosen = choose_queries(matches, search, "random", EPOCH_QUERIES)
     ranked = rank_images(tested.features, test.paths, search, "FC", matches, chosen, EPOCH_IMAGES)
     ids = {"test": "test ids", "val": "VALIDATION ids"}[search.setting["split"]]
@@ -297,10 +297,17 @@ def result_curves(tables, curve, titled=True):
     return line_panels(panels, *labels)
 
 
-def line_panels(panels, x_label, y_label=""):
+def unit(value):
+    """The unit of a value of a log, as the label of an axis."""
+    units = {"lr": "rate", "seconds": "s", "images_per_second": "images/s", "correct": "share", "accuracy": "share"}
+    units |= {"beyond_clamp": "share", "at_ln2": "share", "distance_within": "distance", "distance_across": "distance"}
+    return "%" if "/" in value else units.get(value, "loss")
+
+
+def line_panels(panels, x_label, y_label=None):
     """panels {title: {label: (x values, y values, and the lower and upper values of a band, if any)}} -> Figure.
 
-    A label looks the same in all panels."""
+    y_label: of all panels, or None for the unit of the value that each is titled by. A label looks the same in all."""
     names = list(dict.fromkeys(label for lines in panels.values() for label in lines))
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
@@ -315,7 +322,7 @@ def line_panels(panels, x_label, y_label=""):
             panel.plot(x, y, label=label, marker="o" if len(x) < 3 else "." if len(x) < 30 else "", **style)
             if band:
                 panel.fill_between(x, *band, color=style["color"], alpha=0.15, linewidth=0)
-        panel.set(xlabel=x_label, ylabel=y_label)
+        panel.set(xlabel=x_label, ylabel=y_label or unit(title))
         panel.set_title(_wrapped(title, 3.4), fontsize=9)
         panel.set_ylim(bottom=min(0, panel.get_ylim()[0]))
         panel.xaxis.set_major_locator(FixedLocator(TICKS[x_label]) if x_label in TICKS else MaxNLocator(integer=True))
