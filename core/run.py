@@ -145,10 +145,8 @@ class Run:
         """Log the best epoch -> {"best", "last", "log": paths; "metrics": the best epoch's}."""
         tested = "epoch" in self.best
         if tested:
-            self.log.text(
-                f"best: epoch {self.best['epoch']}, Rank-1 {self.best['Rank-1']:.1f} % (queries with their person first), "
-                f"mAP {self.best['mAP']:.1f} %: {self.best_path}"
-            )
+            scores = f"Rank-1 {self.best['Rank-1']:.1f} % (queries whose person is first), mAP {self.best['mAP']:.1f} %"
+            self.log.text(f"best: epoch {self.best['epoch']}, {scores}: {self.best_path}")
         else:
             self.log.text(
                 "warning: no epoch was tested successfully, so there is no best one; test the last: "
