@@ -6,6 +6,7 @@ Network and options come from the checkpoint, of this repository or of the publi
 image and its mirror: POOL, before the batch-norm bottleneck, and FC, after it. The similarity is the cosine.
 """
 
+import importlib
 import importlib.util
 import os
 import platform
@@ -121,9 +122,9 @@ def write_report(args, table, search, features, paths, matches, origin):
 
     matches: as `engine.run_search` gives them.
     """
-    names = list(features["visible"])
-    figures, report = import_page_modules()
-    name = results.leading(names)
+    from tools import figures, report  # slow to import
+
+    name = results.leading(list(features["visible"]))
     matches = matches[name, "none"]
     hardest = results.choose_queries(matches, search, "worst", HARDEST)
     setting = f"{search_title(search.setting)}, trial {search.setting['trial']}, model {name[0]}, feature {name[1]}"
@@ -169,16 +170,7 @@ def check_flags(args):
     for output in filter(None, (args.features, args.json, page)):
         check_output(output)
     if args.report:
-        import_page_modules()
-
-
-def import_page_modules():
-    """The modules that draw and write the page. Raises InputError when a package that they need is not installed."""
-    try:
-        from tools import figures, report
-    except ImportError as error:
-        raise InputError(f"--report: {error.name} is not installed; run: pip install {error.name}") from error
-    return figures, report
+        importlib.import_module("tools.report")  # fails now rather than after the test
 
 
 def source_name(args):

@@ -6,6 +6,7 @@ The defaults are GFMNet's published recipe; deen, dns and gfm2 have their own. T
 on trial 0 of the TEST set, as published; --select val trains on fewer identities and chooses by the validation ids.
 """
 
+import importlib
 import math
 from functools import partial
 from inspect import signature
@@ -218,7 +219,8 @@ def train(args, run, data, test, device):
     run.log.text(describe(args, data, search, sampler.steps, device))
     if unused := unused_flags(args, run.recipe):
         run.log.text(f"note: --method {args.method} does not use {' '.join(unused)}")
-    figures = import_figures(run.log) if args.figures else None
+    if args.figures:
+        from tools import figures  # slow to import
     for epoch in range(run.first_epoch, args.epochs):
         meter = run.begin_epoch(epoch)
         sampler.set_epoch(epoch, meter.step)
@@ -234,7 +236,7 @@ def train(args, run, data, test, device):
             entry |= tested.metrics() if tested else {}
         log_epoch(run.log, title, entry, args, sampler.steps)
         run.end_epoch(entry)
-        if figures and tested:
+        if args.figures and tested:
             figures.draw_epoch(run.log, title, tested, test)
     return run.finish()
 
@@ -314,19 +316,11 @@ def test_epoch(net, eval_loaders, search, device, amp):
     return TestResult({feature: found for (feature, _), found in matches.items()}, features)
 
 
-def import_figures(log):
-    """The module that draws, or None and a line in the log where Matplotlib is not installed."""
-    try:
-        from tools import figures
-    except ImportError:
-        log.text("Matplotlib is not installed, so --figures draws nothing; to get figures: pip install matplotlib")
-        return None
-    return figures
-
-
 def check_flags(args):
     """Raise InputError for flags that do not go together."""
     check_options(args)
+    if args.figures:
+        importlib.import_module("tools.figures")  # fails now, before a run has begun
     low, high = args.erase_area
     if low > high:
         raise InputError(f"--erase_area {low} {high}: the first is larger than the second; exchange them")

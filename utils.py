@@ -34,6 +34,9 @@ def cli(main):
         sys.exit(1)
     except InputError as error:
         sys.exit(_one_line_exit(program, error))
+    except ModuleNotFoundError as error:  # of a package that few programs need, and `make demo` does not install
+        remedy = "python -m pip install -r tools/requirements.txt"
+        sys.exit(_one_line_exit(program, f"{error.name}: is not installed; run: {remedy}"))
     except RuntimeError as error:
         reason = str(error).strip().split("\n")[0]
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):

@@ -1,6 +1,7 @@
 """What a training does when it goes wrong, and how long it can go on."""
 
 import copy
+import io
 import math
 import os
 import re
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from tqdm import tqdm
 
 import train_ext_test0
 from ChannelAug import TrainAugmentation
@@ -118,6 +120,19 @@ def test_a_network_with_a_weight_that_is_not_finite_is_not_returned(broken):
 
     with pytest.raises(Diverged, match="is not finite from step 3 on"):
         engine.train_epoch(TrainStep(net, Blind(), augment, CPU), torch.optim.Adam(net.parameters()), batches(3))
+
+
+def test_the_bar_counts_the_steps_of_the_whole_run(monkeypatch):
+    """So that the time that remains is that of all epochs, also in an epoch that is resumed."""
+    bars = []
+    monkeypatch.setattr(
+        engine, "progress", lambda *args, **bar: bars.append(tqdm(*args, file=io.StringIO(), **bar)) or bars[-1]
+    )
+    net, criterion, meter = Net(), Criterion(), EpochMeter(CPU)
+    meter.step = 4
+    step, optimizer = TrainStep(net, criterion, plain, CPU), torch.optim.Adam(net.parameters(), lr=0)
+    engine.train_epoch(step, optimizer, batches(6), "epoch 2/4", meter, run_steps=(20, 50))
+    assert [(bar.initial, bar.n, bar.total) for bar in bars] == [(24, 30, 50)]
 
 
 def test_an_epoch_goes_on_from_any_checkpoint_of_its_meter():
