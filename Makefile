@@ -37,10 +37,11 @@ $(VENV)/.tests: $(VENV)/.installed tools/requirements.txt tests/requirements.txt
 
 # From scratch, in minutes: small images, three stages of the backbone (the fourth takes half the time), Adam, a short
 # schedule, no erasing.
-AMP ?= $(shell $(RUN) -c "import torch, utils; print('bf16' if utils.computes_bf16(torch.device('cpu')) else 'off')")
+BF16 = import torch, utils; print('bf16' if utils.computes_bf16(torch.device('cpu')) else 'off')
+AMP ?= $(eval AMP := $(shell $(RUN) -c "$(BF16)"))$(AMP)
 demo: $(VENV)/.installed
 	rm -rf $(DEMO) && mkdir $(DEMO)
-	$(RUN) -m tools.demo_data --out $(DEMO)/data --ids 400 --images 4 --test_ids 30 --masks --sheet $(DEMO)/people.png
+	$(RUN) -m tools.demo_data --out $(DEMO)/data --ids 400 --images 4 --test_ids 30 --sheet $(DEMO)/people.png
 	$(RUN) pre_process_sysu.py --data_path $(DEMO)/data --img_h 64 --img_w 32
 	$(RUN) train_ext_test0.py --method gfm2 --data_path $(DEMO)/data --gpu cpu --amp $(AMP) --arch resnet18 --stages 3 \
 	  --weights none --img_h 64 --img_w 32 --padding 4 --rande 0 --batch_size 16 --num_pos 2 --optim adam --lr 0.01 \
@@ -48,11 +49,7 @@ demo: $(VENV)/.installed
 	  --log_path $(DEMO)/log/
 	$(RUN) testa.py --data_path $(DEMO)/data --gpu cpu --amp $(AMP) --all --baselines --json $(DEMO)/results.json \
 	  --report $(DEMO) --resume $(DEMO)/save_model/sysu_*_best.t
-	@echo
-	@echo "Look at   $(DEMO)/report.html           these results, curves and the hardest queries, in a browser"
-	@echo "          $(DEMO)/people.png            people of the demo data"
-	@echo "          $(DEMO)/log/sysu_log/*/*.png  curves of the training, and rankings after each test"
-	@echo "          $(RUN) -m tensorboard.main --logdir $(DEMO)/log"
+	@echo "Look at $(DEMO)/report.html in a browser, $(DEMO)/people.png and the curves: $(DEMO)/log/sysu_log/*/*.png"
 
 test: $(VENV)/.tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile -m "not slow and not gpu"
