@@ -7,7 +7,6 @@ image and its mirror: POOL, before the batch-norm bottleneck, and FC, after it. 
 """
 
 import importlib
-import importlib.util
 import os
 import platform
 from pathlib import Path
@@ -215,11 +214,7 @@ def baselines(options, device, amp):
         lambda images, _: {"gradients": gradient_histograms(images)},
         engine.network_embedding(untrained, device, normalise, amp),
     )
-    embeddings = dict(zip(results.BASELINES, embeddings, strict=True))
-    if importlib.util.find_spec("skimage") is None:
-        print("HOG is left out: scikit-image is not installed; run: pip install scikit-image")
-        del embeddings["HOG"]
-    return embeddings
+    return dict(zip(results.BASELINES, embeddings, strict=True))
 
 
 def gray_pixels(images):

@@ -98,12 +98,13 @@ def print_results(results, full=False, files=()):
     beside = {}
     for row in results:
         if row["feature"] != "POOL" and all(row[key] == own[0][key] for key in PROTOCOL):
-            name = " ".join(text for text in (row["model"], row["reranking"]) if text not in (model, "none"))
-            beside[name] = row["mean"]["Rank-1"]
+            if row["reranking"] == "none" or row["model"] == model:
+                name = row["model"] if row["reranking"] == "none" else row["reranking"]
+                beside[name] = row["mean"]["Rank-1"]
     beside["chance"] = np.mean([trial["chance"] for trial in trials])
     queries = f"{trials[0]['evaluated']} {own[0]['direction'].split()[0]} queries"
     print(f"Rank-1 {mean['Rank-1']:.1f} %: so many of {queries} have an image of their person in first place.")
-    print("Beside it: " + ", ".join(f"{name} {value:.1f}" for name, value in beside.items() if name))
+    print("Beside it: " + ", ".join(f"{name} {value:.1f}" for name, value in beside.items() if name != model))
 
     shared, columns, rows = table_parts(results if full else own)
     columns = {i: name for i, name in enumerate(columns) if full or name not in ("model", "feature")}
@@ -120,7 +121,8 @@ def print_results(results, full=False, files=()):
         shared["checkpoint"] = ", ".join(dict.fromkeys(networks))
         shared["images"] = ", ".join(dict.fromkeys(row["images"] for row in results))
     else:
-        shared = {name: shared[name] for name in ("data", "trials", "chosen on") if name in shared}
+        always = ("similarity", "CMC counts", "not seen", "flip", "re-ranking")  # of a data set and a network
+        shared = {name: text for name, text in shared.items() if name not in always and text != "–"}
         files = ["--table full", *files]
     print("; ".join([f"{model} {feature}", *map(": ".join, shared.items()), *files]))
 

@@ -84,8 +84,8 @@ def test_the_screen_of_a_test_is_one_number_in_words_and_a_short_table(capsys):
         "±",
         "1.25",
     ]
-    assert lines[11].startswith("trained FC; data: data like SYSU-MM01; trials: 2; chosen on: test; ")
-    assert lines[11].endswith("; --table full; demo/results.json")
+    assert lines[11].startswith("trained FC; data: data like SYSU-MM01; direction: infrared to visible; trials: 2; ")
+    assert lines[11].endswith("; with a match: 180; gallery: 97; --table full; demo/results.json")
 
     print_results(rows, full=True)
     lines = capsys.readouterr().out.splitlines()
@@ -97,6 +97,7 @@ def test_the_screen_of_a_test_is_one_number_in_words_and_a_short_table(capsys):
     print_results(single)
     lines = capsys.readouterr().out.splitlines()
     assert [lines[1], lines[3].split()] == ["Beside it: chance 3.2", ["5.50", "44.44", "55.55"]]
+    assert "; mode: all; direction: infrared to visible; protocol: seeded; shots: 1; trials: trial 0; " in lines[4]
 
 
 def random_search(dataset, seed):

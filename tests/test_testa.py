@@ -188,13 +188,6 @@ def test_gradient_histograms_see_shape_not_tone():
     torch.testing.assert_close(stripes.norm(), torch.tensor(1.0))
 
 
-def test_without_scikit_image_the_other_baselines_remain(monkeypatch, capsys):
-    monkeypatch.setattr(testa.importlib.util, "find_spec", lambda name: None)
-    options = {"num_classes": 2, "arch": "resnet18"}
-    assert [*testa.baselines(options, torch.device("cpu"), "off")] == ["gray pixels", "colour histogram", "untrained"]
-    assert "pip install scikit-image" in capsys.readouterr().out
-
-
 @pytest.mark.slow
 def test_table_can_be_cut_off_and_needs_no_unicode(saved, sysu_tree, tmp_path):
     command = [sys.executable, REPO / "testa.py", *saved[2], "--data_path", sysu_tree]

@@ -54,6 +54,9 @@ SUFFIXES = (".png", ".svg", ".pdf")
 DPI = 150
 CROP = (256, 128)  # height, width of a drawn image
 TICKS = {"rank": [1, 5, 10, 15, 20], "recall, %": [0, 20, 40, 60, 80, 100]}
+UNITS = {"lr": "rate", "seconds": "s", "images_per_second": "images/s"}  # of a log's values that are no loss
+UNITS |= dict.fromkeys(("correct", "accuracy", "beyond_clamp", "at_ln2"), "share")
+UNITS |= dict.fromkeys(("distance_within", "distance_across"), "distance")
 EPOCH_QUERIES, EPOCH_IMAGES = 6, 10  # of the sheet of rankings that training draws
 
 
@@ -297,17 +300,10 @@ def result_curves(tables, curve, titled=True):
     return line_panels(panels, *labels)
 
 
-def unit(value):
-    """The unit of a value of a log, as the label of an axis."""
-    units = {"lr": "rate", "seconds": "s", "images_per_second": "images/s", "correct": "share", "accuracy": "share"}
-    units |= {"beyond_clamp": "share", "at_ln2": "share", "distance_within": "distance", "distance_across": "distance"}
-    return "%" if "/" in value else units.get(value, "loss")
-
-
 def line_panels(panels, x_label, y_label=None):
     """panels {title: {label: (x values, y values, and the lower and upper values of a band, if any)}} -> Figure.
 
-    y_label: of all panels, or None for the unit of the value that each is titled by. A label looks the same in all."""
+    y_label: of all panels, or None for the unit of what each is titled by. A label looks the same in all panels."""
     names = list(dict.fromkeys(label for lines in panels.values() for label in lines))
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
@@ -322,7 +318,7 @@ def line_panels(panels, x_label, y_label=None):
             panel.plot(x, y, label=label, marker="o" if len(x) < 3 else "." if len(x) < 30 else "", **style)
             if band:
                 panel.fill_between(x, *band, color=style["color"], alpha=0.15, linewidth=0)
-        panel.set(xlabel=x_label, ylabel=y_label or unit(title))
+        panel.set(xlabel=x_label, ylabel=y_label or UNITS.get(title, "%" if "/" in title else "loss"))
         panel.set_title(_wrapped(title, 3.4), fontsize=9)
         panel.set_ylim(bottom=min(0, panel.get_ylim()[0]))
         panel.xaxis.set_major_locator(FixedLocator(TICKS[x_label]) if x_label in TICKS else MaxNLocator(integer=True))
