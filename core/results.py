@@ -97,10 +97,9 @@ def print_results(results, full=False, files=()):
     mean, trials = own[0]["mean"], own[0]["per_trial"]
     beside = {}
     for row in results:
-        if row["feature"] != "POOL" and all(row[key] == own[0][key] for key in PROTOCOL):
-            if row["reranking"] == "none" or row["model"] == model:
-                name = row["model"] if row["reranking"] == "none" else row["reranking"]
-                beside[name] = row["mean"]["Rank-1"]
+        plain, of_setting = row["reranking"] == "none", all(row[key] == own[0][key] for key in PROTOCOL)
+        if of_setting and row["feature"] != "POOL" and (plain or row["model"] == model):
+            beside[row["model"] if plain else row["reranking"]] = row["mean"]["Rank-1"]
     beside["chance"] = np.mean([trial["chance"] for trial in trials])
     queries = f"{trials[0]['evaluated']} {own[0]['direction'].split()[0]} queries"
     print(f"Rank-1 {mean['Rank-1']:.1f} %: so many of {queries} have an image of their person in first place.")
