@@ -45,7 +45,7 @@ demo: $(VENV)/.installed
 	$(RUN) pre_process_sysu.py --data_path $(DEMO)/data --img_h 64 --img_w 32
 	$(RUN) train_ext_test0.py --method gfm2 --data_path $(DEMO)/data --gpu cpu --amp $(AMP) --arch resnet18 --stages 3 \
 	  --weights none --img_h 64 --img_w 32 --padding 4 --rande 0 --batch_size 16 --num_pos 2 --optim adam --lr 0.01 \
-	  --epochs 5 --schedule triangle --warmup 1 --figures --model_path $(DEMO)/save_model/ --log_path $(DEMO)/log/
+	  --epochs 6 --schedule triangle --warmup 1 --figures --model_path $(DEMO)/save_model/ --log_path $(DEMO)/log/
 	$(RUN) testa.py --data_path $(DEMO)/data --gpu cpu --amp $(AMP) --all --baselines --json $(DEMO)/results.json \
 	  --report $(DEMO) --resume $(DEMO)/save_model/sysu_*_best.t
 	@echo "Look at $(DEMO)/report.html in a browser, $(DEMO)/people.png and the curves: $(DEMO)/log/sysu_log/*/*.png"
