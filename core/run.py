@@ -79,8 +79,8 @@ class Run:
             self._load()
         self.log = RunLog(self.log_path.parent, self.name, self.first_epoch - 1 if self.resumed else None)
         self._stack.callback(self.log.close)
-        own = [flag for flag in self.recipe if flag not in ("method", "dataset")]  # which the name has
-        changed = _as_flags(vars(self.args), [flag for flag in own if getattr(self.args, flag) != self.recipe[flag]])
+        values = {flag: value for flag, value in vars(self.args).items() if flag not in ("method", "dataset")}
+        changed = _as_flags(values, [flag for flag in values if values[flag] != self.recipe.get(flag, values[flag])])
         self.log.text(f"{self.name}: the method's recipe{changed and f', but {changed}'}")
         self.log.text(json.dumps(vars(self.args)), shown=False)
         if self.args.resume:
