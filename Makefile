@@ -1,12 +1,17 @@
-# make demo: set up, draw demo data, prepare, train, test.   make test: set up, run the fast tests.   make test-all: every
-# test.   make lint.   The virtual environment is made once, and again when a list of requirements changes.
+# make demo: set up, draw demo data, prepare, train, test.   make test: set up what tests need on top, run the fast ones.
+# make test-all: every test.   make lint.   The virtual environment is made once, and again when a list of requirements
+# changes.
 # PYTHON=python3.12 picks the interpreter that it is made with, DEMO=folder another output. VENV=folder takes another
 # environment, which keeps its packages but gets our versions of those in the lists.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 DEMO ?= demo
-LISTS = requirements.txt tools/requirements.txt tests/requirements.txt .ci/requirements.lock
+LOCK = .ci/requirements.lock
+PIP = $(RUN) -m pip install --quiet --disable-pip-version-check -c $(LOCK)
+# PyTorch's builds for the CPU, of a tenth of the size, which few package indexes have.
+CPU_BUILD = $(shell sed -n 's/^torch\(vision\)\?==.*/&+cpu/p' $(LOCK))
+CPU_INDEX = PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 # What is wrong with PYTHON, if anything: said in one line, before anything is made.
 PROBLEM = $(shell \
   if ! $(PYTHON) -c "" 2>/dev/null; then echo "$(PYTHON) does not run here"; \
@@ -19,37 +24,39 @@ CHECK = $(if $(PROBLEM),$(error $(PROBLEM); name another one: make PYTHON=python
 .PHONY: demo test test-all lint clean
 .DELETE_ON_ERROR:
 
-$(VENV)/.installed: $(LISTS)
+$(VENV)/.installed: requirements.txt tools/demo_requirements.txt $(LOCK)
 	$(CHECK)$(PYTHON) -m venv $(if $(filter .venv,$(VENV)),--clear) $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt -c .ci/requirements.lock
+	@command -v nvidia-smi >/dev/null || $(PIP) $(CPU_BUILD) 2>/dev/null || \
+	  echo "Without an NVIDIA driver, a small PyTorch is enough, but pip's index has none: make $(MAKECMDGOALS) $(CPU_INDEX)"
+	$(PIP) -r tools/demo_requirements.txt
 	touch $@
 
-# From scratch, in minutes: small images, three stages of the backbone (the fourth takes half the time), Adam, a short
-# schedule, no erasing.
-AMP ?= $(shell $(RUN) -c "import torch, utils; print('bf16' if utils.computes_bf16(torch.device('cpu')) else 'off')")
+$(VENV)/.tests: $(VENV)/.installed tools/requirements.txt tests/requirements.txt
+	$(PIP) -r tests/requirements.txt
+	touch $@
+
+# From scratch, in minutes: small images, three stages of the backbone (the fourth takes half the time), Adam, a rate that
+# falls from the first epoch on, no erasing.
+BF16 = import torch, utils; print('bf16' if utils.computes_bf16(torch.device('cpu')) else 'off')
+AMP ?= $(eval AMP := $(shell $(RUN) -c "$(BF16)"))$(AMP)
 demo: $(VENV)/.installed
 	rm -rf $(DEMO) && mkdir $(DEMO)
-	$(RUN) -m tools.demo_data --out $(DEMO)/data --ids 400 --images 4 --test_ids 30 --masks --sheet $(DEMO)/people.png
+	$(RUN) -m tools.demo_data --out $(DEMO)/data --ids 400 --images 4 --test_ids 30 --sheet $(DEMO)/people.png
 	$(RUN) pre_process_sysu.py --data_path $(DEMO)/data --img_h 64 --img_w 32
 	$(RUN) train_ext_test0.py --method gfm2 --data_path $(DEMO)/data --gpu cpu --amp $(AMP) --arch resnet18 --stages 3 \
 	  --weights none --img_h 64 --img_w 32 --padding 4 --rande 0 --batch_size 16 --num_pos 2 --optim adam --lr 0.01 \
-	  --epochs 8 --warmup 0 --milestones 6 --eval_every 2 --figures --model_path $(DEMO)/save_model/ \
-	  --log_path $(DEMO)/log/
+	  --epochs 6 --schedule triangle --warmup 1 --figures --model_path $(DEMO)/save_model/ --log_path $(DEMO)/log/
 	$(RUN) testa.py --data_path $(DEMO)/data --gpu cpu --amp $(AMP) --all --baselines --json $(DEMO)/results.json \
 	  --report $(DEMO) --resume $(DEMO)/save_model/sysu_*_best.t
-	@echo
-	@echo "Look at   $(DEMO)/report.html           these results, curves and the hardest queries, in a browser"
-	@echo "          $(DEMO)/people.png            people of the demo data"
-	@echo "          $(DEMO)/log/sysu_log/*/*.png  curves of the training, and rankings after each test"
-	@echo "          $(RUN) -m tensorboard.main --logdir $(DEMO)/log"
+	@echo "Look at $(DEMO)/report.html in a browser, $(DEMO)/people.png and the curves: $(DEMO)/log/sysu_log/*/*.png"
 
-test: $(VENV)/.installed
+test: $(VENV)/.tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile -m "not slow and not gpu"
 
-test-all: $(VENV)/.installed
+test-all: $(VENV)/.tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.tests
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 

@@ -6,7 +6,7 @@ Network and options come from the checkpoint, of this repository or of the publi
 image and its mirror: POOL, before the batch-norm bottleneck, and FC, after it. The similarity is the cosine.
 """
 
-import importlib.util
+import importlib
 import os
 import platform
 from pathlib import Path
@@ -27,7 +27,6 @@ from utils import ArgumentParser, InputError, cli, progress, select_device
 
 PAGE = "report.html"
 HARDEST, NEAREST = 40, 10  # queries, and gallery images of each, on the page
-BASELINES = ("gray pixels", "colour histogram", "HOG", "untrained")
 
 
 def get_args_parser():
@@ -43,6 +42,7 @@ def get_args_parser():
     text = "add rows with re-ranked distances"
     flag("--rerank", nargs="+", choices=("k_reciprocal", "random_walk"), default=[], help=text)
     flag("--baselines", action="store_true", help="add gray pixels, colours, gradients, the untrained net")
+    flag("--table", choices=("short", "full"), default="short", help="print the network's FC alone, or all rows")
     flag("--json", metavar="FILE", help="write all results to this file")
     flag("--report", metavar="DIR", help=f"write a page of the results, {PAGE}, to this folder")
     return parser
@@ -66,7 +66,7 @@ def main(argv=None):
                     "feature": feature,
                     "flip_averaging": feature in origin["flipped"] if origin.get("flipped") is not None else None,
                     "reranking": reranking,
-                    "selection": None if model in BASELINES else origin.get("selection") or "unknown",
+                    "selection": None if model in results.BASELINES else origin.get("selection") or "unknown",
                     "images": origin.get("data_path") or "unknown",
                     "demo": origin.get("demo"),
                     "checkpoint": origin.get("checkpoint") or str(path),
@@ -77,7 +77,8 @@ def main(argv=None):
     table = results.summarise(rows)
     if args.json:
         save_json({"flags": vars(args), "torch": torch.__version__, "results": table}, args.json)
-    results.print_results(table, by_trial=not args.all)
+    files = [args.json, args.report and os.path.join(args.report, PAGE)]
+    results.print_results(table, args.table == "full", filter(None, files))
     if args.report:
         write_report(args, table, *first)
     return table
@@ -120,9 +121,12 @@ def write_report(args, table, search, features, paths, matches, origin):
 
     matches: as `engine.run_search` gives them.
     """
-    names = list(features["visible"])
-    figures, report = import_page_modules()
-    name = next((name for name in names if name[1] == "FC" and name[0] not in BASELINES), names[-1])
+    from drawing import (
+        figures,
+        report,  # slow to import
+    )
+
+    name = results.leading(list(features["visible"]))
     matches = matches[name, "none"]
     hardest = results.choose_queries(matches, search, "worst", HARDEST)
     setting = f"{search_title(search.setting)}, trial {search.setting['trial']}, model {name[0]}, feature {name[1]}"
@@ -134,9 +138,9 @@ def write_report(args, table, search, features, paths, matches, origin):
         if len(pictures) == 2 and len(np.unique(search.gallery.ids)) > 1:
             pairs = {"": results.pair_distances(features, search, name)}
             pictures[f"Distances of queries to gallery images: {setting}"] = figures.distance_histograms(pairs)
-    modules, path = (torch, torchvision, np, PIL), os.path.join(args.report, PAGE)
+    modules = (torch, torchvision, np, PIL)
     report.write_page(
-        path,
+        os.path.join(args.report, PAGE),
         f"Test results: {DATASETS[args.dataset].title(origin.get('demo'), len(search.query.rows))}",
         table,
         results.rank_images(features, paths, search, name, matches, hardest, NEAREST),
@@ -148,7 +152,6 @@ def write_report(args, table, search, features, paths, matches, origin):
             "Versions": {"Python": platform.python_version(), **{m.__name__: m.__version__ for m in modules}},
         },
     )
-    print(f"\n{path}: the page of these results")
 
 
 def check_flags(args):
@@ -169,16 +172,7 @@ def check_flags(args):
     for output in filter(None, (args.features, args.json, page)):
         check_output(output)
     if args.report:
-        import_page_modules()
-
-
-def import_page_modules():
-    """The modules that draw and write the page. Raises InputError when a package that they need is not installed."""
-    try:
-        from drawing import figures, report
-    except ImportError as error:
-        raise InputError(f"--report: {error.name} is not installed; run: pip install {error.name}") from error
-    return figures, report
+        importlib.import_module("drawing.report")  # fails now rather than after the test
 
 
 def source_name(args):
@@ -223,11 +217,7 @@ def baselines(options, device, amp):
         lambda images, _: {"gradients": gradient_histograms(images)},
         engine.network_embedding(untrained, device, normalise, amp),
     )
-    embeddings = dict(zip(BASELINES, embeddings, strict=True))
-    if importlib.util.find_spec("skimage") is None:
-        print("HOG is left out: scikit-image is not installed; run: pip install scikit-image")
-        del embeddings["HOG"]
-    return embeddings
+    return dict(zip(results.BASELINES, embeddings, strict=True))
 
 
 def gray_pixels(images):

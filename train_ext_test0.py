@@ -6,6 +6,7 @@ The defaults are GFMNet's published recipe; deen, dns and gfm2 have their own. T
 on trial 0 of the TEST set, as published; --select val trains on fewer identities and chooses by the validation ids.
 """
 
+import importlib
 import math
 from functools import partial
 from inspect import signature
@@ -220,13 +221,15 @@ def train(args, run, data, test, device):
     run.log.text(describe(args, data, search, sampler.steps, device))
     if unused := unused_flags(args, run.recipe):
         run.log.text(f"note: --method {args.method} does not use {' '.join(unused)}")
-    figures = import_figures(run.log) if args.figures else None
+    if args.figures:
+        from drawing import figures  # slow to import
     for epoch in range(run.first_epoch, args.epochs):
         meter = run.begin_epoch(epoch)
         sampler.set_epoch(epoch, meter.step)
         schedule = partial(set_rates, optimizer, args, epoch, sampler.steps)
         title = f"epoch {epoch}/{args.epochs - 1}"
-        train_epoch(step, optimizer, loader, title, meter, run, schedule)
+        run_steps = epoch * sampler.steps, args.epochs * sampler.steps
+        train_epoch(step, optimizer, loader, title, meter, run, schedule, run_steps)
         lr = schedule(sampler.steps - 1)
         entry, tested = {"epoch": epoch, "lr": lr, "select": args.select, **meter.summary()}, None
         if epoch % args.eval_every == 0 or epoch == args.epochs - 1:
@@ -235,7 +238,7 @@ def train(args, run, data, test, device):
             entry |= tested.metrics() if tested else {}
         log_epoch(run.log, title, entry, args, sampler.steps)
         run.end_epoch(entry)
-        if figures and tested:
+        if args.figures and tested:
             figures.draw_epoch(run.log, title, tested, test)
     return run.finish()
 
@@ -285,8 +288,8 @@ def describe(args, data, search, steps, device):
         "val": f"trial {search.setting['trial']} of the VALIDATION ids, which are not trained on",
     }[args.select]
     return (
-        f"{data.num_classes} identities, {visible} visible and {infrared} infrared images, {steps} steps an epoch, "
-        f"on {device.type} x {process_count()} (PyTorch {torch.__version__})\n"
+        f"{data.num_classes} identities, {visible} visible and {infrared} infrared images, {args.epochs} epochs of "
+        f"{steps} steps, on {device.type} x {process_count()} (PyTorch {torch.__version__})\n"
         f"The best epoch is chosen by Rank-1 (FC), {search_title(search.setting)}, on {chosen_on}."
     )
 
@@ -315,19 +318,11 @@ def test_epoch(net, eval_loaders, search, device, amp):
     return TestResult({feature: found for (feature, _), found in matches.items()}, features)
 
 
-def import_figures(log):
-    """The module that draws, or None and a line in the log where Matplotlib is not installed."""
-    try:
-        from drawing import figures
-    except ImportError:
-        log.text("Matplotlib is not installed, so --figures draws nothing; to get figures: pip install matplotlib")
-        return None
-    return figures
-
-
 def check_flags(args):
     """Raise InputError for flags that do not go together."""
     check_options(args)
+    if args.figures:
+        importlib.import_module("drawing.figures")  # fails now, before a run has begun
     low, high = args.erase_area
     if low > high:
         raise InputError(f"--erase_area {low} {high}: the first is larger than the second; exchange them")

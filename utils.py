@@ -62,6 +62,8 @@ def _line(error):
     if isinstance(error, OSError):
         name = f"{error.filename}: " if error.filename else ""
         return f"{name}{error.strerror or error}; {REMEDIES.get(error.errno, 'correct this')} and run again"
+    if isinstance(error, ModuleNotFoundError):  # of a package that few programs need, and `make demo` does not install
+        return f"{error.name}: is not installed; run: python -m pip install -r tools/requirements.txt"
     reason = str(error).strip().split("\n")[0]
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"--compile: torch.compile failed ({reason}); leave it out"

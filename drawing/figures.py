@@ -54,6 +54,9 @@ SUFFIXES = (".png", ".svg", ".pdf")
 DPI = 150
 CROP = (256, 128)  # height, width of a drawn image
 TICKS = {"rank": [1, 5, 10, 15, 20], "recall, %": [0, 20, 40, 60, 80, 100]}
+UNITS = {"lr": "rate", "seconds": "s", "images_per_second": "images/s"}  # of a log's values that are no loss
+UNITS |= dict.fromkeys(("correct", "accuracy", "beyond_clamp", "at_ln2"), "share")
+UNITS |= dict.fromkeys(("distance_within", "distance_across"), "distance")
 EPOCH_QUERIES, EPOCH_IMAGES = 6, 10  # of the sheet of rankings that training draws
 
 
@@ -230,9 +233,9 @@ def overlap(a, b):
     """Overlap of two samples, from 0 (a threshold separates them) to 1 (alike): the error rates of both samples at the
     best threshold, added. This is 1 minus the Kolmogorov-Smirnov distance and, if the densities cross once, the area
     under both."""
-    from scipy.stats import ks_2samp  # slow to import
-
-    return 1 - ks_2samp(a, b, method="asymp").statistic
+    values = np.concatenate([a, b])
+    below, below_other = (np.searchsorted(np.sort(x), values, side="right") / len(x) for x in (a, b))
+    return 1 - np.abs(below - below_other).max()
 
 
 def epoch_curves(runs, values):
@@ -260,7 +263,7 @@ def draw_epoch(log, title, tested, test):
     if process_index() > 0:
         return
     entries, (search,), matches = read_json_lines(log.json_path), test.searches, tested.matches["FC"]
-    curves = epoch_curves({log.json_path.stem: entries}, ["total", "correct", "FC/Rank-1", "FC/mAP"])
+    curves = epoch_curves({log.json_path.stem: entries}, ["identity", "triplet", "FC/Rank-1", "FC/mAP"])
     chosen = choose_queries(matches, search, "random", EPOCH_QUERIES)
     ranked = rank_images(tested.features, test.paths, search, "FC", matches, chosen, EPOCH_IMAGES)
     ids = {"test": "test ids", "val": "VALIDATION ids"}[search.setting["split"]]
@@ -297,10 +300,10 @@ def result_curves(tables, curve, titled=True):
     return line_panels(panels, *labels)
 
 
-def line_panels(panels, x_label, y_label=""):
+def line_panels(panels, x_label, y_label=None):
     """panels {title: {label: (x values, y values, and the lower and upper values of a band, if any)}} -> Figure.
 
-    A label looks the same in all panels."""
+    y_label: of all panels, or None for the unit of what each is titled by. A label looks the same in all panels."""
     names = list(dict.fromkeys(label for lines in panels.values() for label in lines))
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
@@ -315,7 +318,7 @@ def line_panels(panels, x_label, y_label=""):
             panel.plot(x, y, label=label, marker="o" if len(x) < 3 else "." if len(x) < 30 else "", **style)
             if band:
                 panel.fill_between(x, *band, color=style["color"], alpha=0.15, linewidth=0)
-        panel.set(xlabel=x_label, ylabel=y_label)
+        panel.set(xlabel=x_label, ylabel=y_label or UNITS.get(title, "%" if "/" in title else "loss"))
         panel.set_title(_wrapped(title, 3.4), fontsize=9)
         panel.set_ylim(bottom=min(0, panel.get_ylim()[0]))
         panel.xaxis.set_major_locator(FixedLocator(TICKS[x_label]) if x_label in TICKS else MaxNLocator(integer=True))

@@ -12,12 +12,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from core.files import atomic
-from datasets import DATASETS
 from drawing import figures
-from testing.results import FLIPS
+from testing.results import table_parts
 from utils import progress
 
-PROTOCOL = ("dataset", "mode", "direction", "protocol", "shots")
 # Black, white and blue of a figure become colours of the page, which suit light and dark.
 COLOURS = {"#000000": "currentColor", "#ffffff": "var(--page)", "#0072b2": "var(--correct)"}
 
@@ -62,56 +60,6 @@ def read_template(name):
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), **options)
     environment.filters |= {"digest": digest, "tail": lambda file: Path(*Path(file).parts[-3:])}
     return environment.get_template(name)
-
-
-def table_parts(results):
-    """-> (labels that all rows share {column: text}, the other columns, rows of the table).
-
-    A row is {"labels": texts of its columns, "metrics": [(mean, deviation or None, whether no other is better)]}.
-    """
-    labels = [row_labels(row) for row in results]
-    shared = {
-        name: value
-        for name, value in labels[0].items()
-        if name not in ("model", "feature") and all(other[name] == value for other in labels)
-    }
-    columns = [name for name in labels[0] if name not in shared]
-    rows = []
-    for row, texts in zip(results, labels, strict=True):
-        rivals = [other for other in results if other is not row and all(other[key] == row[key] for key in PROTOCOL)]
-        metrics = [
-            (mean, row["std"] and row["std"][name], is_best(mean, [other["mean"][name] for other in rivals]))
-            for name, mean in row["mean"].items()
-        ]
-        rows.append({"labels": [texts[name] for name in columns], "metrics": metrics})
-    return shared, columns, rows
-
-
-def is_best(value, others):
-    """Whether there are others and none is better, to the two decimals of the table."""
-    return bool(others) and round(value, 2) >= round(max(others), 2)
-
-
-def row_labels(row):
-    """What the numbers of a row mean, in the words of `testa.py`: {column: text}."""
-    count, trials = row["per_trial"][0], row["trials"]
-    values = {
-        "data": DATASETS[row["dataset"]].title(row["demo"], count["queries"]),
-        **{name: row[name] for name in ("mode", "direction", "protocol", "shots")},
-        "trials": f"trial {trials[0]}" if len(trials) == 1 else len(trials),
-        "similarity": row["similarity"],
-        "CMC counts": row["cmc_counts"],
-        "not seen": row["unseen"],
-        "model": row["model"],
-        "feature": row["feature"],
-        "flip": FLIPS[row["flip_averaging"]],
-        "re-ranking": row["reranking"],
-        "chosen on": row["selection"],
-        "queries": count["queries"],
-        "with a match": count["evaluated"],
-        "gallery": count["gallery"],
-    }
-    return {name: "–" if value is None else str(value) for name, value in values.items()}
 
 
 def inline_svg(figure, caption, prefix):

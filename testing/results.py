@@ -3,7 +3,6 @@
 `scores` is the one place that lists the metrics: log, tables, JSON and page take their columns from it.
 """
 
-from itertools import groupby
 from typing import Annotated, Literal, TypedDict
 
 import numpy as np
@@ -16,7 +15,9 @@ from utils import InputError
 
 CMC_RANKS = (1, 5, 10, 20)  # k of the Rank-k in the tables
 # What differs between the trials of a row of results.
-OF_A_TRIAL = ("trial", "checkpoint", "network", "queries", "evaluated", "gallery", "metrics")
+OF_A_TRIAL = ("trial", "checkpoint", "network", "queries", "evaluated", "gallery", "chance", "metrics")
+PROTOCOL = ("dataset", "mode", "direction", "protocol", "shots")
+BASELINES = ("gray pixels", "colour histogram", "HOG", "untrained")  # the models that `testa.py --baselines` adds
 FLIPS = {True: "yes", False: "no", None: "unknown"}
 
 
@@ -78,15 +79,19 @@ def scores(matches):
 def result_row(search, matches, **labels):
     """The result of one search: its setting, labels, numbers of images, metrics and curves, as plain values.
 
-    curves, in percent: "cmc" at the ranks 1 .. 20, and "precision" at a recall of 0, 10 .. 100 %.
+    chance: Rank-1 of a random order, in percent. curves, in percent: "cmc" at the ranks 1 .. 20, and "precision" at a
+    recall of 0, 10 .. 100 %.
     """
+    queries = matches.rows.cpu().numpy()
+    seen, same = search.sees(queries).numpy(), search.query.ids[queries, None] == search.gallery.ids
     curves = {"cmc": matches.cmc(), "precision": matches.precision_at_recall()}
     return {
         **search.setting,
         **labels,
         "queries": len(search.query.rows),
         "gallery": len(search.gallery.rows),
-        "evaluated": len(matches.rows),
+        "evaluated": len(queries),
+        "chance": 100 * float(((seen & same).sum(axis=1) / seen.sum(axis=1)).mean()),
         "metrics": scores(matches),
         "curves": {name: (100 * values).tolist() for name, values in curves.items()},
     }
@@ -132,47 +137,96 @@ def result_title(row):
     return f"{name}, {search_title(row)}, {trials}"
 
 
-def print_results(results, by_trial):
-    """Print a table of means and standard deviations, below a line for each protocol; by_trial: first each trial."""
-    for row in results if by_trial else ():
-        if row["selection"]:  # the baselines have none
-            print(f"\n{_sized_title(row)}")
-            labels = f"flip {FLIPS[row['flip_averaging']]}, re-ranking {row['reranking']}, chosen on {row['selection']}"
-            print(f"{row['model']}, {row['feature']}, {labels}:")
-            for trial in row["per_trial"]:
-                print(f"trial {trial['trial']:>2}" + "".join(f"  {k} {v:6.2f}" for k, v in trial["metrics"].items()))
-
-    def origin(name):
-        return ", ".join(dict.fromkeys(str(trial[name]) for row in results for trial in row["per_trial"]))
-
-    print(f"\nImages: {', '.join(dict.fromkeys(row['images'] for row in results))}")
-    print(f"Checkpoint: {origin('checkpoint')} ({origin('network')})")
-    print("Mean ± standard deviation over the trials, in %, by cosine similarity.")
-    print("flip: features of image and mirror, averaged; chosen on: the ids that chose the epoch (none: a fixed one).")
-    head = ["model", "feature", "flip", "re-ranking", "chosen on"]
-    cells = [
-        [row["model"], row["feature"], FLIPS[row["flip_averaging"]], row["reranking"], row["selection"] or "-"]
-        for row in results
-    ]
-    widths = [max(map(len, column)) + 2 for column in zip(head, *cells, strict=True)]
-    lines = ["  " + "".join(map(str.ljust, labels, widths)) for labels in (head, *cells)]
-    print(lines[0] + "".join(f"{metric:>14}" for metric in results[0]["mean"]))
-    for title, rows in groupby(zip(results, lines[1:], strict=True), lambda row: _sized_title(row[0])):
-        print(title)
-        for row, labels in rows:
-            print(labels + "".join(_cell(row, metric) for metric in row["mean"]))
+def leading(models):
+    """Of [(model, feature), ...], the one that a test is about: the network's FC, if there is one."""
+    return next((name for name in models if name[1] == "FC" and name[0] not in BASELINES), models[-1])
 
 
-def _sized_title(row):
-    count = row["per_trial"][0]
-    matched = f" ({count['evaluated']} with a match)" if count["evaluated"] < count["queries"] else ""
-    return f"{result_title(row)}: {count['queries']} queries{matched}, gallery of {count['gallery']}"
+def print_results(results, full=False, files=()):
+    """Print Rank-1 in words, beside that of other models and of chance, and a table: of the leading model in each
+    protocol, or, if full, of every row and metric. files: that have the rest."""
+    model, feature = leading([(row["model"], row["feature"]) for row in results])
+    own = [row for row in results if (row["model"], row["feature"], row["reranking"]) == (model, feature, "none")]
+    mean, trials = own[0]["mean"], own[0]["per_trial"]
+    beside = {}
+    for row in results:
+        plain, of_setting = row["reranking"] == "none", all(row[key] == own[0][key] for key in PROTOCOL)
+        if of_setting and row["feature"] != "POOL" and (plain or row["model"] == model):
+            beside[row["model"] if plain else row["reranking"]] = row["mean"]["Rank-1"]
+    beside["chance"] = np.mean([trial["chance"] for trial in trials])
+    queries = f"{trials[0]['evaluated']} {own[0]['direction'].split()[0]} queries"
+    print(f"Rank-1 {mean['Rank-1']:.1f} %: so many of {queries} have an image of their person in first place.")
+    print("Beside it: " + ", ".join(f"{name} {value:.1f}" for name, value in beside.items() if name != model))
+
+    shared, columns, rows = table_parts(results if full else own)
+    columns = {i: name for i, name in enumerate(columns) if full or name not in ("model", "feature")}
+    metrics = {i: name for i, name in enumerate(mean) if full or name in ("Rank-1", "mAP", "mINP")}
+    table = [[*columns.values(), *(f"{name:>7}" for name in metrics.values())]]
+    for row in rows:
+        numbers = [f"{value:7.2f}" + ("" if std is None else f" ± {std:.2f}") for value, std, _ in row["metrics"]]
+        table.append([row["labels"][i] for i in columns] + [numbers[i] for i in metrics])
+    widths = [max(map(len, column)) + 2 for column in zip(*table, strict=True)]
+    for line in table:
+        print("".join(map(str.ljust, line, widths)).rstrip())
+    if full:
+        networks = (f"{trial['checkpoint']} ({trial['network']})" for row in results for trial in row["per_trial"])
+        shared["checkpoint"] = ", ".join(dict.fromkeys(networks))
+        shared["images"] = ", ".join(dict.fromkeys(row["images"] for row in results))
+    else:
+        always = ("similarity", "CMC counts", "not seen", "flip", "re-ranking")  # of a data set and a network
+        shared = {name: text for name, text in shared.items() if name not in always and text != "–"}
+        files = ["--table full", *files]
+    print("; ".join([f"{model} {feature}", *map(": ".join, shared.items()), *files]))
 
 
-def _cell(row, metric):
-    """One number of the table; a single trial has no deviation."""
-    deviation = f" ±{row['std'][metric]:5.2f}" if row["std"] else 7 * " "
-    return f"{row['mean'][metric]:7.2f}{deviation}"
+def table_parts(results):
+    """-> (labels that all rows share {column: text}, the other columns, rows of the table).
+
+    A row is {"labels": texts of its columns, "metrics": [(mean, deviation or None, whether no other is better)]}.
+    """
+    labels = [row_labels(row) for row in results]
+    shared = {
+        name: value
+        for name, value in labels[0].items()
+        if name not in ("model", "feature") and all(other[name] == value for other in labels)
+    }
+    columns = [name for name in labels[0] if name not in shared]
+    rows = []
+    for row, texts in zip(results, labels, strict=True):
+        rivals = [other for other in results if other is not row and all(other[key] == row[key] for key in PROTOCOL)]
+        metrics = [
+            (mean, row["std"] and row["std"][name], is_best(mean, [other["mean"][name] for other in rivals]))
+            for name, mean in row["mean"].items()
+        ]
+        rows.append({"labels": [texts[name] for name in columns], "metrics": metrics})
+    return shared, columns, rows
+
+
+def is_best(value, others):
+    """Whether there are others and none is better, to the two decimals of the table."""
+    return bool(others) and round(value, 2) >= round(max(others), 2)
+
+
+def row_labels(row):
+    """What the numbers of a row mean, in the words of `testa.py`: {column: text}."""
+    count, trials = row["per_trial"][0], row["trials"]
+    values = {
+        "data": DATASETS[row["dataset"]].title(row["demo"], count["queries"]),
+        **{name: row[name] for name in ("mode", "direction", "protocol", "shots")},
+        "trials": f"trial {trials[0]}" if len(trials) == 1 else len(trials),
+        "similarity": row["similarity"],
+        "CMC counts": row["cmc_counts"],
+        "not seen": row["unseen"],
+        "model": row["model"],
+        "feature": row["feature"],
+        "flip": FLIPS[row["flip_averaging"]],
+        "re-ranking": row["reranking"],
+        "chosen on": row["selection"],
+        "queries": count["queries"],
+        "with a match": count["evaluated"],
+        "gallery": count["gallery"],
+    }
+    return {name: "–" if value is None else str(value) for name, value in values.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------ images

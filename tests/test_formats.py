@@ -200,7 +200,7 @@ def tiny_run(folder, optim, resume=None, save=False):
     args.resume = resume
     net = Tiny()
     optimizer = build_optimizer(net, optim, 0.1)
-    with Run("run", args, {"lr": 0.1}) as run:
+    with Run("run", args, {"lr": 0.1, "weights": "imagenet"}) as run:
         run.start(net, optimizer, CPU, (5, 6), 9)
         meter = run.begin_epoch(run.first_epoch)
         net.classifier(net.bottleneck(torch.rand(4, 2))).sum().backward()

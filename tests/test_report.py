@@ -14,6 +14,7 @@ from PIL import Image
 
 from conftest import result_row
 from drawing import figures, report
+from testing.results import is_best
 from utils import InputError
 
 METRICS = ("Rank-1", "Rank-5", "Rank-10", "Rank-20", "mAP", "mINP")
@@ -212,9 +213,9 @@ def test_the_best_of_each_protocol_is_marked(path):
 
 
 def test_equal_to_two_decimals_is_equally_good():
-    assert report.is_best(50.001, [50.004, 20.0])
-    assert not report.is_best(50.001, [50.01])
-    assert not report.is_best(50.0, [])
+    assert is_best(50.001, [50.004, 20.0])
+    assert not is_best(50.001, [50.01])
+    assert not is_best(50.0, [])
 
 
 def test_a_single_row_without_figures_and_images(tmp_path):

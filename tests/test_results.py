@@ -1,5 +1,7 @@
 """Rows of results, their table, and the images behind them."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from conftest import result_row
 from datasets import DATASETS, Images, Search
 from eval_metrics import SYSU_RULES, match_ranks
 from test_datasets import HIDDEN
-from testing import engine
+from testing import engine, results
 from testing.results import choose_queries, pair_distances, print_results, rank_images, scores, summarise
 from utils import InputError
 
@@ -29,9 +31,9 @@ def test_metrics_are_percents():
     )
 
 
-def test_trials_of_a_setting_become_one_row_with_all_metrics(capsys):
+def test_trials_of_a_setting_become_one_row_with_all_metrics():
     """Columns follow from the metrics of the rows, whatever these are."""
-    labels = result_row(checkpoint="net.t", network="adp", queries=9, evaluated=8, gallery=4)
+    labels = result_row(checkpoint="net.t", network="adp", queries=9, evaluated=8, gallery=4, chance=25.0)
     del labels["trials"], labels["per_trial"]  # these are rows of single searches
     rows = [
         labels | {"feature": feature, "trial": trial, "metrics": {"new": value}, "curves": {"cmc": [value, 100.0]}}
@@ -44,16 +46,58 @@ def test_trials_of_a_setting_become_one_row_with_all_metrics(capsys):
     assert [trial["metrics"] for trial in table[1]["per_trial"]] == [{"new": 20}, {"new": 40}]
     assert summarise(rows[:1])[0]["std"] is None
 
-    print_results(table, by_trial=True)
-    lines = capsys.readouterr().out.splitlines()
-    title = "data like SYSU-MM01, all-search, infrared to visible, seeded protocol, 1-shot, 2 trials"
-    assert f"{title}: 9 queries (8 with a match), gallery of 4" in lines
-    assert [line.split() for line in lines if line.startswith("trial ")] == 2 * [
-        ["trial", "0", "new", "20.00"],
-        ["trial", "1", "new", "40.00"],
+
+MODELS = (("gray pixels", "pixels", "none", 5.5), ("untrained", "POOL", "none", 6.5), ("untrained", "FC", "none", 7.5))
+MODELS += (("trained", "POOL", "none", 80), ("trained", "FC", "none", 78.26), ("trained", "FC", "random_walk", 78.5))
+
+
+def test_the_screen_of_a_test_is_one_number_in_words_and_a_short_table(capsys):
+    """Of eight protocols, in twelve lines; the full table has every row and metric."""
+    trial = {"queries": 188, "evaluated": 180, "gallery": 97, "chance": 3.25, "checkpoint": "net.t", "network": "adp"}
+    rows = [
+        result_row(mode=mode, protocol=protocol, shots=shots, model=model, feature=feature, reranking=reranking)
+        | {"selection": "test" if model == "trained" else None, "trials": [0, 1], "per_trial": [trial, trial]}
+        | {"mean": {"Rank-1": first + number, "Rank-5": 99.0, "mAP": 44.44, "mINP": 55.55}}
+        | {"std": dict.fromkeys(("Rank-1", "Rank-5", "mAP", "mINP"), 1.25)}
+        for number, (protocol, mode, shots) in enumerate(product(("seeded", "official"), ("all", "indoor"), (1, 10)))
+        for model, feature, reranking, first in MODELS
     ]
-    assert lines[-4].split()[-1] == "new"
-    assert lines[-1].split() == ["trained", "FC", "yes", "none", "test", "30.00", "±10.00"]
+    print_results(rows, files=["demo/results.json"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 12
+    assert lines[:2] == [
+        "Rank-1 78.3 %: so many of 180 infrared queries have an image of their person in first place.",
+        "Beside it: gray pixels 5.5, untrained 7.5, random_walk 78.5, chance 3.2",
+    ]
+    assert lines[2].split() == ["mode", "protocol", "shots", "Rank-1", "mAP", "mINP"]
+    assert lines[10].split() == [
+        "indoor",
+        "official",
+        "10",
+        "85.26",
+        "±",
+        "1.25",
+        "44.44",
+        "±",
+        "1.25",
+        "55.55",
+        "±",
+        "1.25",
+    ]
+    assert lines[11].startswith("trained FC; data: data like SYSU-MM01; direction: infrared to visible; trials: 2; ")
+    assert lines[11].endswith("; with a match: 180; gallery: 97; --table full; demo/results.json")
+
+    print_results(rows, full=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 1 + len(rows) + 1
+    assert lines[2].split()[-4:] == ["Rank-1", "Rank-5", "mAP", "mINP"]
+    assert lines[-1].endswith("with a match: 180; gallery: 97; checkpoint: net.t (adp); images: /data")
+
+    single = [row | {"trials": [0], "per_trial": [trial], "std": None} for row in rows[:1]]  # of a baseline alone
+    print_results(single)
+    lines = capsys.readouterr().out.splitlines()
+    assert [lines[1], lines[3].split()] == ["Beside it: chance 3.2", ["5.50", "44.44", "55.55"]]
+    assert "; mode: all; direction: infrared to visible; protocol: seeded; shots: 1; trials: trial 0; " in lines[4]
 
 
 def random_search(dataset, seed):
@@ -114,6 +158,8 @@ def test_rankings_and_distances_against_plain_loops(dataset):
         drawn = choose_queries(matches, search, "random", 4)
         assert drawn == choose_queries(matches, search, "random", 4)
         assert len({*drawn}) == len(drawn) == min(4, len(expected))
+        luck = [np.mean([image[2] == row[1] for image in row[4]]) for row in expected.values()]
+        assert results.result_row(search, matches)["chance"] == pytest.approx(100 * np.mean(luck))
         for actual, plain in zip(pair_distances(features, search, "FC"), (same, other), strict=True):
             np.testing.assert_allclose(actual, plain, atol=1e-6)
 

@@ -75,13 +75,18 @@ def test_run_writes_what_it_promises(trained):
         ),
     ],
 )
-def test_every_method_trains_and_its_checkpoint_tests(tiny_tree, tmp_path, more):
+def test_every_method_trains_and_its_checkpoint_tests(tiny_tree, tmp_path, more, capsys):
     result = train_ext_test0.main(tiny_flags(tiny_tree, tmp_path, "--epochs", "1", *more))
     (entry,) = log_entries(result["log"])
     assert math.isfinite(entry["total"])
     assert (entry["local"] > 0) == ("adp" in more)
-    note = "note: --method agw does not use --square" in Path(result["log"]).with_suffix(".txt").read_text()
-    assert note == ("agw" in more)
+    text, printed = Path(result["log"]).with_suffix(".txt").read_text(), capsys.readouterr().out.splitlines()
+    assert ("note: --method agw does not use --square" in text) == ("agw" in more)
+    # The screen has the flags that differ from the method's recipe, the log all of them.
+    assert re.match(rf"{Path(result['log']).stem}: the method's recipe, but --", printed[0])
+    assert ("--square 1" in printed[0], "--margin 0.1" in printed[0]) == ("--square" in more, "--margin" in more)
+    assert ('"margin": ' in text, '"margin": ' in "".join(printed)) == (True, False)
+    assert printed[-1].endswith(f": {result['best']}")
     rows = testa.main(search_flags(tiny_tree, result["last"]))
     assert len(rows) == 2
 
@@ -404,17 +409,21 @@ class Finder:
 
 BLOCKED = set(sys.argv[1].split())
 sys.meta_path = [Finder(finder) for finder in sys.meta_path]
-import pre_process_sysu, testa, train_ext_test0
+import pre_process_sysu, testa, train_ext_test0, utils
 tree, out, size = sys.argv[2], sys.argv[3], ["--img_h", "48", "--img_w", "16"]
 pre_process_sysu.main(["--data_path", tree, *size])
 common = ["--data_path", tree, "--gpu", "cpu", "--workers", "0"]
-run = ["--model_path", out, "--log_path", out, "--arch", "resnet18", "--weights", "none", "--epochs", "1", "--figures"]
-run = train_ext_test0.main([*common, *size, *run, "--lr", "0.001"])
+run = ["--model_path", out, "--log_path", out, "--arch", "resnet18", "--weights", "none", "--epochs", "1"]
+flags = [*common, *size, *run, "--lr", "0.001"]
+run = train_ext_test0.main(flags)
 testa.main([*common, "--resume", run["last"]])
-try:
-    testa.main([*common, "--resume", run["last"], "--report", out])
-except ValueError as error:
-    print(error)
+test = [*common, "--resume", run["last"], "--report", out]
+for script, more in ((train_ext_test0, [*flags, "--figures"]), (testa, test)):
+    try:
+        sys.argv[1:] = more
+        utils.cli(script.main)
+    except SystemExit as stop:
+        print(stop)
 assert not BLOCKED & set(sys.modules)
 """
 
@@ -450,6 +459,7 @@ def test_prepare_train_and_test_need_few_packages(sysu_tree, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "TensorBoard is not installed, so no scalars are written" in result.stdout
-    assert "Matplotlib is not installed, so --figures draws nothing" in result.stdout
-    assert "all-search, infrared to visible" in result.stdout
-    assert "--report: matplotlib is not installed; run: pip install matplotlib" in result.stdout
+    assert result.stdout.count("\nRank-1 ") == 1
+    remedy = "matplotlib: is not installed; run: python -m pip install -r tools/requirements.txt"
+    assert [line.split("error: ")[1] for line in result.stderr.splitlines()] == 2 * [remedy]
+    assert result.stdout.splitlines()[-2:] == ["2", "2"]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from tqdm import tqdm
 
 import train_ext_test0
 from ChannelAug import TrainAugmentation
@@ -119,6 +120,17 @@ def test_a_network_with_a_weight_that_is_not_finite_is_not_returned(broken):
 
     with pytest.raises(Diverged, match="is not finite from step 3 on"):
         train_epoch(TrainStep(net, Blind(), augment, CPU), torch.optim.Adam(net.parameters()), batches(3))
+
+
+def test_the_bar_counts_the_steps_of_the_whole_run(monkeypatch):
+    """Also in an epoch that is resumed."""
+    bars, step = [], TrainStep(Net(), Criterion(), plain, CPU)
+    monkeypatch.setattr(
+        engine, "progress", lambda loader, **bar: bars.append(tqdm(loader, disable=True, **bar)) or bars[0]
+    )
+    meter = EpochMeter.from_checkpoint({"step": 4}, CPU)
+    train_epoch(step, torch.optim.Adam(step.net.parameters()), batches(6), meter=meter, run_steps=(20, 50))
+    assert (bars[0].n, bars[0].total) == (24, 50)
 
 
 def test_an_epoch_goes_on_from_any_checkpoint_of_its_meter():

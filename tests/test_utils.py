@@ -24,6 +24,13 @@ def parser():
     return p
 
 
+def test_a_package_that_is_not_installed_is_one_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(utils.sys.modules, "drawing.report", None)
+    assert exit_status(testa, ["--resume", "net.t", "--report", tmp_path]) == 2
+    error = "drawing.report: is not installed; run: python -m pip install -r tools/requirements.txt\n"
+    assert capsys.readouterr().err == f"testa.py: error: {error}"
+
+
 @pytest.mark.parametrize("flag", [["--batch_size", "4"], ["--batch-size", "4"], ["--batch-size=4"]])
 def test_both_spellings(flag):
     assert parser().parse_args(flag).batch_size == 4

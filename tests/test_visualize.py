@@ -42,9 +42,9 @@ def test_curves_show_the_logs(logs):
     runs = {file.stem: visualize.read_log(file) for file in logs}
     figure = figures.epoch_curves(runs, ["total", "FC/Rank-1"])
     total, rank = figure.axes
-    assert [(panel.get_title(), panel.get_xlabel()) for panel in figure.axes] == [
-        ("total", "epoch"),
-        ("FC/Rank-1", "epoch"),
+    assert [(panel.get_title(), panel.get_xlabel(), panel.get_ylabel()) for panel in figure.axes] == [
+        ("total", "epoch", "loss"),
+        ("FC/Rank-1", "epoch", "%"),
     ]
     assert [line.get_xydata().tolist() for line in total.lines] == [[[0, 3], [1, 2], [2, 1]], [[0, 2], [1, 1], [2, 0]]]
     assert [line.get_xydata().tolist() for line in rank.lines] == [[[0, 0], [2, 20]]]

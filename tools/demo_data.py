@@ -332,10 +332,9 @@ def face(along: np.ndarray, turn: np.ndarray) -> np.ndarray:
 
 
 # pattern -> function of `along` (body heights from the garment's top), `turn` about the body (0 in front) and `wave`
-# (radians of the pattern's period along the garment); positive where the second tone shows
+# (radians of the pattern's period along the garment); positive where the second tone shows. Others, such as "plain" and
+# "raglan" (whose sleeves are solid), have one tone
 PATTERNS = {
-    "plain": lambda along, turn, wave: -1 + 0 * turn,
-    "raglan": lambda along, turn, wave: -1 + 0 * turn,  # its sleeves are solid
     "solid": lambda along, turn, wave: 1 + 0 * turn,
     "yoke": lambda along, turn, wave: 12 * (0.09 - along),
     "hoops": lambda along, turn, wave: np.sin(wave),
@@ -365,9 +364,9 @@ def project(points: np.ndarray, shot: Shot) -> np.ndarray:
     return np.stack([shot.x + shot.scale * right, shot.y - shot.scale * up, near], axis=1)
 
 
-def paint(canvas: np.ndarray, part: Part, tones: np.ndarray, pitch: float, shot: Shot) -> None:
-    """Draw one part, of two tones [2, C], onto the canvas [H, W, C]."""
-    start, end = project(np.stack([part.start, part.end]), shot)[:, :2]
+def paint(canvas: np.ndarray, part: Part, ends: np.ndarray, tones: np.ndarray, pitch: float, shot: Shot) -> None:
+    """Draw one part, of two tones [2, C], onto the canvas [H, W, C]. ends: of its segment, in pixels, [2, 2]."""
+    start, end = ends
     length = math.hypot(*(end - start))
     down = (end - start) / length if length > 0.5 else np.array([0.0, 1.0])  # seen from its end, or a ball
     fraction, offset, width, depth = part.profile.T
@@ -388,13 +387,15 @@ def paint(canvas: np.ndarray, part: Part, tones: np.ndarray, pitch: float, shot:
     half = np.interp(along, stations, halves, left=0, right=0).astype(np.float32)
     cover = np.clip(half - np.abs(across) + 0.5, 0, 1) * (half > 0)
     bulge = np.clip(across / np.maximum(half, 0.5), -1, 1)
-    turn = np.arcsin(bulge) - shot.yaw
-    turn -= 2 * math.pi * np.round(turn / (2 * math.pi))
-
+    tone = tones[0]
+    if pattern := PATTERNS.get(part.pattern):
+        turn = np.arcsin(bulge) - shot.yaw
+        turn -= 2 * math.pi * np.round(turn / (2 * math.pi))
+        along = along / shot.scale + part.along
+        weight = np.clip(4 * pattern(along, turn, 2 * math.pi / pitch * along) + 0.5, 0, 1)
+        tone = tone + weight[..., None] * (tones[1] - tone)
     lit = np.sqrt(1 - bulge * bulge) * math.cos(shot.light) + bulge * math.sin(shot.light)
-    along = along / shot.scale + part.along
-    weight = np.clip(4 * PATTERNS[part.pattern](along, turn, 2 * math.pi / pitch * along) + 0.5, 0, 1)
-    painted = (tones[0] + weight[..., None] * (tones[1] - tones[0])) * (0.62 + 0.38 * np.maximum(lit, 0))[..., None]
+    painted = tone * (0.62 + 0.38 * np.maximum(lit, 0))[..., None]
     window += cover[..., None] * (painted - window)
 
 
@@ -419,8 +420,11 @@ def draw_person(canvas: np.ndarray, person: Person, spectrum: str, shot: Shot) -
     """Paint a person onto the canvas [H, W, C], far parts first."""
     parts = [*lower_body(person, shot), *upper_body(person, shot), *head(person)]
     nearness = project(np.array([(part.start + part.end) / 2 for part in parts]), shot)[:, 2]
+    ends = project(np.array([point for part in parts for point in (part.start, part.end)]), shot)
+    ends = ends[:, :2].reshape(-1, 2, 2)
     for index in np.argsort(nearness + [part.lift for part in parts], kind="stable"):
-        paint(canvas, parts[index], person.tones[spectrum][parts[index].material], person.traits["pitch"], shot)
+        part = parts[index]
+        paint(canvas, part, ends[index], person.tones[spectrum][part.material], person.traits["pitch"], shot)
 
 
 def draw_scene(rng: np.random.Generator, outdoor: bool) -> Image.Image:

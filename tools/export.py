@@ -18,10 +18,6 @@ import os
 import warnings
 from pathlib import Path
 
-import onnx
-import onnxruntime
-import safetensors
-import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -142,6 +138,8 @@ class Embedding(nn.Module):
 
 def to_onnx(embedding, images, about):
     """-> bytes of an ONNX file. images: a batch of more than one, otherwise the exporter fixes its size."""
+    import onnx  # this and others only where they are needed, as not everybody has them
+
     # PyTorch 2.6 warns of what it guesses about the batch; `agreement` checks two sizes of it.
     logging.getLogger("torch.fx.experimental.symbolic_shapes").setLevel(logging.ERROR)
     program = torch.onnx.export(
@@ -165,17 +163,23 @@ def to_onnx(embedding, images, about):
 
 
 def load_onnx(path):
+    import onnxruntime
+
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["features"], {"images": images.numpy()})[0])
 
 
 def to_safetensors(embedding, _, about):
     """-> bytes of a safetensors file. Its weights also load into the GFMNet of `options`, with strict=False."""
-    return safetensors.torch.save(embedding.net.state_dict(), {"gfmnet": about})
+    from safetensors.torch import save
+
+    return save(embedding.net.state_dict(), {"gfmnet": about})
 
 
 def load_embedding(path):
     """A safetensors file of this program -> its `Embedding`. Raises InputError for any other file."""
+    import safetensors
+
     try:
         with safetensors.safe_open(path, "pt") as file:
             about = checked(json.loads(file.metadata()["gfmnet"]), ExportedFile, path, "export it again")

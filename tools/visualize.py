@@ -56,7 +56,7 @@ def get_args_parser():
     curves.set_defaults(draw=draw_curves)
     curves.add_argument("logs", nargs="+", metavar="FILE", help="{name}.jsonl of runs, or .json of testa.py")
     curves.add_argument("--out", required=True, metavar="FILE", help="figure to write: .png, .svg or .pdf")
-    curves.add_argument("--values", nargs="+", help="values of the logs (default: total correct FC/Rank-1)")
+    curves.add_argument("--values", nargs="+", help="values of the logs (default: identity triplet FC/Rank-1)")
     curves.add_argument("--labels", nargs="+", help="names of the runs (default: those of their files)")
     return parser
 
@@ -256,7 +256,7 @@ def draw_curves(args):
     if ".json" in kinds:
         raise InputError(f"{' '.join(args.logs)}: pass logs (.jsonl) or results of testa.py (.json), not both")
     runs = dict(zip(labels, map(read_log, args.logs), strict=True))
-    return figures.epoch_curves(runs, args.values or ["total", "correct", "FC/Rank-1"])
+    return figures.epoch_curves(runs, args.values or ["identity", "triplet", "FC/Rank-1"])
 
 
 def read_log(path):

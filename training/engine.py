@@ -6,12 +6,13 @@ from utils import progress
 LOG_STEPS = 10  # steps between two readings of losses and health: each waits for the device
 
 
-def train_epoch(step, optimizer, loader, desc="train", meter=None, saver=None, schedule=None):
+def train_epoch(step, optimizer, loader, desc="train", meter=None, saver=None, schedule=None, run_steps=(0, None)):
     """One pass over `loader`, or the rest of it -> `EpochMeter` of the whole epoch.
 
     step: a `step.TrainStep`, whose criterion.health(output, labels) -> a named tuple of scalars. meter: of the steps
     before `loader`'s first batch. saver: after each step, saver.due() says whether to call saver.save(meter).
-    schedule(step) sets the learning rates before each step, counted from 0 in the epoch.
+    schedule(step) sets the learning rates before each step, counted from 0 in the epoch. run_steps: of the whole run,
+    those before the epoch and all, for the bar.
 
     Raises Diverged when a loss or gradient is not finite. That is read every few steps, as it waits for the device, so
     that some more steps may follow; but a network with a weight that is not finite is never saved or returned.
@@ -20,7 +21,8 @@ def train_epoch(step, optimizer, loader, desc="train", meter=None, saver=None, s
     net.train()
     meter = meter or EpochMeter(device)
     meter.start_clock()
-    with progress(loader, desc=desc, unit="step", leave=False) as bar:
+    before, total = run_steps
+    with progress(loader, desc=desc, unit="step", leave=False, initial=before + meter.step, total=total) as bar:
         for batch in bar:
             if schedule is not None:
                 schedule(meter.step)

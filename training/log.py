@@ -48,10 +48,11 @@ class RunLog:
         # Purging makes TensorBoard forget the steps of an earlier run of this name.
         self.board = SummaryWriter(Path(folder) / name, purge_step=last + 1)
 
-    def text(self, line):
+    def text(self, line, shown=True):
         if self.writes:
-            tqdm.write(line)  # above a running progress bar instead of through it
-            sys.stdout.flush()  # into a file or a pipe as soon as onto a terminal
+            if shown:
+                tqdm.write(line)  # above a running progress bar instead of through it
+                sys.stdout.flush()  # into a file or a pipe as soon as onto a terminal
             self._append(self.text_path, line)
 
     def epoch(self, entry):

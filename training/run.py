@@ -81,7 +81,10 @@ class Run:
             self._load()
         self.log = RunLog(self.log_path.parent, self.name, self.first_epoch - 1 if self.resumed else None)
         self._stack.callback(self.log.close)
-        self.log.text(f"{self.name}\n{json.dumps(vars(self.args))}")
+        values = {flag: value for flag, value in vars(self.args).items() if flag not in ("method", "dataset")}
+        changed = _as_flags(values, [flag for flag in values if values[flag] != self.recipe.get(flag, values[flag])])
+        self.log.text(f"{self.name}: the method's recipe{changed and f', but {changed}'}")
+        self.log.text(json.dumps(vars(self.args)), shown=False)
         if self.args.resume:
             self.log.text(self._resumed_from())
         if self.resumed:
@@ -144,10 +147,8 @@ class Run:
         """Log the best epoch -> {"best", "last", "log": paths; "metrics": the best epoch's}."""
         tested = "epoch" in self.best
         if tested:
-            self.log.text(
-                f"best: epoch {self.best['epoch']}, Rank-1 {self.best['Rank-1']:.2f}, mAP {self.best['mAP']:.2f}, "
-                f"{self.best_path}"
-            )
+            scores = f"Rank-1 {self.best['Rank-1']:.1f} % (queries whose person is first), mAP {self.best['mAP']:.1f} %"
+            self.log.text(f"best: epoch {self.best['epoch']}, {scores}: {self.best_path}")
         else:
             self.log.text(
                 "warning: no epoch was tested successfully, so there is no best one; test the last: "
@@ -262,9 +263,7 @@ class Run:
         path, flags = self.resumed, self.recipe | checkpoint.args
         self.args.weights = flags["weights"]  # what the run started from; not read again
         if other := [flag for flag in sorted(self.recipe) if flags[flag] != getattr(self.args, flag)]:
-            saved, used = (
-                " ".join(f"--{flag} {values[flag]}" for flag in other) for values in (flags, vars(self.args))
-            )
+            saved, used = (_as_flags(values, other) for values in (flags, vars(self.args)))
             raise InputError(
                 f"{path}: was saved with {saved}, but this run uses {used}; pass the same values to resume"
             )
@@ -289,6 +288,11 @@ class Run:
             return f"resumed {self.resumed}: finished: all {self.args.epochs} epochs"
         begun = f", after step {self._begun[0].step} of {self.steps}" if self._begun else ""
         return f"resumed {self.resumed}: epoch {self.first_epoch}{begun}"
+
+
+def _as_flags(values, flags):
+    words = (values[flag] if isinstance(values[flag], list) else [values[flag]] for flag in flags)
+    return " ".join(f"--{flag} {' '.join(map(str, word))}" for flag, word in zip(flags, words, strict=True))
 
 
 class SaveTimer:

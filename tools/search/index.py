@@ -97,7 +97,7 @@ class Index:
         except self.driver.IntegrityError as error:
             raise InputError(f"{self.uri}: {REPLACED}; run again") from error
         except (self.driver.Error, ValueError) as error:  # ValueError: vectors of another size
-            reason = str(error).strip().partition("\n")[0]
+            reason = "".join(c if c.isprintable() else "?" for c in str(error).strip().partition("\n")[0])
             raise InputError(f"{self.uri}: cannot be used as an index ({reason}); {self._remedy(error)}") from error
 
     def _checked(self, rows, kind):
