@@ -14,6 +14,7 @@ import torchvision
 from tqdm import tqdm
 
 import train_ext_test0
+import training.engine
 from ChannelAug import TrainAugmentation
 from conftest import SIZE, flags, log_entries, parse
 from core.meter import Diverged, EpochMeter, EpochSums
@@ -126,7 +127,7 @@ def test_the_bar_counts_the_steps_of_the_whole_run(monkeypatch):
     """Also in an epoch that is resumed."""
     bars, step = [], TrainStep(Net(), Criterion(), plain, CPU)
     monkeypatch.setattr(
-        engine, "progress", lambda loader, **bar: bars.append(tqdm(loader, disable=True, **bar)) or bars[0]
+        training.engine, "progress", lambda loader, **bar: bars.append(tqdm(loader, disable=True, **bar)) or bars[0]
     )
     meter = EpochMeter.from_checkpoint({"step": 4}, CPU)
     train_epoch(step, torch.optim.Adam(step.net.parameters()), batches(6), meter=meter, run_steps=(20, 50))
