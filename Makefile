@@ -1,7 +1,7 @@
 # make demo: set up, draw demo data, prepare, train, test.   make test: set up, run the fast tests.   make test-all: every
-# test.   make lint.   The virtual environment is made once, and again when a list of requirements changes.
-# PYTHON=python3.12 picks the interpreter that it is made with, DEMO=folder another output. VENV=folder takes another
-# environment, which keeps its packages but gets our versions of those in the lists.
+# test.   make mutants: test the tests.   make lint.   The virtual environment is made once, and again when a list of
+# requirements changes. PYTHON=python3.12 picks the interpreter that it is made with, DEMO=folder another output.
+# VENV=folder takes another environment, which keeps its packages but gets our versions of those in the lists.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
@@ -16,7 +16,7 @@ PROBLEM = $(shell \
     echo "$(PYTHON) cannot make virtual environments (on Debian: apt-get install python3-venv)"; fi)
 CHECK = $(if $(PROBLEM),$(error $(PROBLEM); name another one: make PYTHON=python3.12 $(MAKECMDGOALS)))
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all mutants lint clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: $(LISTS)
@@ -48,6 +48,16 @@ test: $(VENV)/.installed
 
 test-all: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile
+
+# Of these files, those that differ from SINCE are mutated, for MINUTES.
+MUTATED = $(addprefix core/,engine.py step.py run.py optim.py meter.py distributed.py evaluation.py results.py) \
+  data_loader.py loss.py model.py eval_metrics.py ChannelAug.py \
+  $(addprefix tools/,figures.py sweep_tables.py index.py finder.py)
+SINCE ?= HEAD~10
+MINUTES ?= 10
+mutants: $(VENV)/.installed
+	OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(RUN) tests/mutants.py mutants.jsonl $(MINUTES) \
+	  $(shell git diff --name-only $(SINCE) -- $(MUTATED))
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .

@@ -95,6 +95,15 @@ def test_a_gathered_row_has_the_sum_of_its_gradients(monkeypatch):
     torch.testing.assert_close(own.grad, slopes.sum(dim=0)[3:])
 
 
+def test_sums_and_minima_are_over_all_processes(monkeypatch):
+    own, other = torch.tensor([1.0, 5.0]), torch.tensor([3.0, 2.0])
+    reduce = {dist.ReduceOp.SUM: torch.add, dist.ReduceOp.MIN: torch.minimum}
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", lambda x, op=dist.ReduceOp.SUM: x.copy_(reduce[op](x, other)))
+    assert distributed.sum_over_processes(own.clone()).tolist() == [4, 7]
+    assert distributed.min_over_processes(own.clone()).tolist() == [1, 2]
+
+
 def test_identities_of_a_batch_are_shared_without_repetition(monkeypatch):
     data = toy_data()
     whole = list(IdentitySampler(data, 4, 2, seed=0))

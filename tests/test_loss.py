@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import loss
+from model import GFMNet
 from tests.oracles import (
     naive_distances,
     naive_hard_triplet,
@@ -166,6 +167,10 @@ def test_hard_triplet_matches_loop(margin, distance):
     )
 
 
+def test_an_anchor_whose_nearest_negative_is_as_far_as_its_farthest_positive_is_correct():
+    assert loss.HardTripletLoss()(torch.ones(4, 3), torch.tensor([0, 0, 1, 1]))[1] == 4
+
+
 # ---- the published collapse
 
 
@@ -232,6 +237,25 @@ def test_extreme_batches_stay_finite(any_loss, distance):
     value, _, gradient = value_and_gradient(any_loss, features, labels)
     assert math.isfinite(value)
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("method", loss.METHODS)
+def test_a_method_s_losses_are_computed_in_float32_under_autocast(method):
+    torch.manual_seed(0)
+    net = GFMNet(4, "resnet18", **loss.METHODS[method].network)
+    output, labels = net(torch.rand(4, 3, 48, 32), torch.rand(4, 3, 48, 32)), torch.arange(2).repeat(4)
+    expected = loss.MethodLoss(method)(output, labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(loss.MethodLoss(method)(output, labels), expected, rtol=0, atol=0)
+
+
+def test_bad_choices_are_refused(monkeypatch):
+    for triplet in (loss.WeightedTripletLoss, loss.SquaredTripletLoss):
+        with pytest.raises(ValueError, match="weighting 'exactly': not one of published, exact, stable"):
+            triplet(weighting="exactly")
+    monkeypatch.setitem(loss.METHODS, "deen", loss.METHODS["deen"]._replace(augmentation="exchange"))
+    with pytest.raises(ValueError, match="method 'deen': terms need one visible view"):
+        loss.MethodLoss("deen")
 
 
 def test_no_device_sync(any_loss):
