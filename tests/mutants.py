@@ -83,10 +83,11 @@ def changes(node):
 
 
 def below(node):
-    """All nodes below this one, but those of messages, default values, decorators and UNSEEN arguments."""
+    """All nodes below this one, but docstrings, messages, default values, decorators and UNSEEN arguments."""
     for field, value in ast.iter_fields(node):
         for child in value if isinstance(value, list) else [value]:
             kept = isinstance(child, ast.AST) and not isinstance(child, ast.Raise | ast.JoinedStr | ast.arguments)
+            kept = kept and not (isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant))
             if kept and field not in ("decorator_list", "returns") and getattr(child, "arg", None) not in UNSEEN:
                 yield child
                 yield from below(child)
@@ -98,8 +99,6 @@ def mutants(file):
     for outer in tree.body:
         for function in outer.body if isinstance(outer, ast.ClassDef) else [outer]:
             if isinstance(function, ast.FunctionDef):
-                if ast.get_docstring(function):
-                    function.body[0] = ast.Pass(lineno=function.lineno, col_offset=0)
                 name = function.name if function is outer else f"{outer.name}.{function.name}"
                 yield from ((name, tree, node, *change) for node in below(function) for change in changes(node))
 
