@@ -19,8 +19,9 @@ from conftest import log_entries, parse, tiny_flags
 from core.files import atomic
 from core.log import RunLog
 from core.run import SaveTimer, run_lock
+from loss import Losses
 from model import GFMNet
-from utils import InputError, seed_everything
+from utils import InputError, Stopped, seed_everything
 
 # ---- lock
 
@@ -129,7 +130,7 @@ def test_log_without_tensorboard(tmp_path, monkeypatch, capsys):
 # ---- resuming
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def one_epoch(tiny_tree, tmp_path_factory):
     """A run of an epoch, never tested -> main's result."""
     return train_ext_test0.main(tiny_flags(tiny_tree, tmp_path_factory.mktemp("run"), "--epochs", "1"))
@@ -322,6 +323,46 @@ def test_a_resumed_run_neither_reports_nor_overwrites_what_another_kept(kind, be
     assert [*models.glob("*.t")] == [kept]
     shutil.rmtree(tmp_path / "b" / "log")
     assert story.kept(story.tell([*ranks, 5.0], resume=last, models=tmp_path / "c")["best"]) == (best, max(ranks))
+
+
+@pytest.mark.parametrize("stop", [(0, 1), (0, 4), (1, 3), (1, "test")])
+def test_a_run_that_a_signal_stops_goes_on_at_its_step(stop, tmp_path, monkeypatch, capsys):
+    """With the draws and the sums of an unbroken one."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+
+    def tell(folder, drawn, stop=None):
+        where = ["--model_path", str(folder / "models"), "--log_path", str(folder / "log"), "--epochs", "2"]
+        net, means = Story.Net(1, 1, bias=False), []
+        with core.run.Run("run", parse(*where, "--resume", "auto"), {"weights": "none"}) as run:
+            run.start(net, torch.optim.SGD(net.parameters()), torch.device("cpu"), (1, 1), 4)
+            for epoch in range(run.first_epoch, 2):
+                meter = run.begin_epoch(epoch)
+                while meter.step < 4:
+                    drawn.append(torch.rand(()))
+                    meter.add(Losses(*[drawn[-1]] * len(Losses._fields)), [torch.ones(1)])
+                    if stop == (epoch, meter.step):
+                        os.kill(os.getpid(), signal.SIGTERM)
+                    if run.due():
+                        run.save(meter)
+                with run.testing(meter):
+                    if stop == (epoch, "test"):
+                        os.kill(os.getpid(), signal.SIGTERM)
+                means.append(meter.means()["total"])
+                run.end_epoch({"epoch": epoch})
+        return means
+
+    whole, drawn = [], []
+    means = tell(tmp_path / "whole", whole)
+    epoch, step = stop[0], 4 if stop[1] == "test" else stop[1]
+    words = f" in epoch {epoch}, after step {step} of 4; .*run_last.t is saved: continue with --resume auto"
+    with pytest.raises(Stopped, match=words) as stopped:
+        tell(tmp_path / "broken", drawn, stop)
+    assert stopped.value.number == signal.SIGTERM
+    assert len(drawn) == 4 * epoch + step
+    capsys.readouterr()
+    assert tell(tmp_path / "broken", drawn) == means[epoch:]
+    assert drawn == whole
+    assert f"run_last.t: epoch {epoch}, after step {step} of 4" in capsys.readouterr().out
 
 
 def test_the_first_of_equal_epochs_is_the_best(tmp_path, monkeypatch):
