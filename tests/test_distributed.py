@@ -104,6 +104,24 @@ def test_sums_and_minima_are_over_all_processes(monkeypatch):
     assert distributed.min_over_processes(own.clone()).tolist() == [1, 2]
 
 
+class Part(list):
+    """A loader of some rows of five images; a process without any gets the first image."""
+
+    def __init__(self, *rows):
+        super().__init__(torch.eye(5)[[row]] for row in rows or [0])
+        self.rows, self.dataset = [*rows], range(5)
+
+
+def test_features_of_all_processes_stand_in_their_rows(monkeypatch):
+    parts = []
+    monkeypatch.setattr(engine, "process_count", lambda: 3)
+    monkeypatch.setattr(engine, "sum_over_processes", parts.append)
+    for loader in (Part(0, 3), Part(4, 1, 2), Part()):
+        features = engine.extract(lambda images, modality: {"FC": 2 * images}, loader, "visible", "")
+        assert features["FC"] is parts[-1]
+    assert torch.equal(sum(parts), 2 * torch.eye(5))
+
+
 def test_identities_of_a_batch_are_shared_without_repetition(monkeypatch):
     data = toy_data()
     whole = list(IdentitySampler(data, 4, 2, seed=0))
