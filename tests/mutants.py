@@ -4,14 +4,16 @@
 
 goes on from results.jsonl, stops after 10 minutes, and takes a random 40 % of the mutants of step.py. The tests run
 once, which notes the functions that each calls. Each mutant is then a fork of this process, in which one function has
-other code: it runs the tests that call the function, the fastest first, until one fails. Messages, default values and
-code outside functions are not changed. Survivors that tests/mutants.md explains are not printed.
+other code: it runs the tests that call the function, the fastest first, until one fails or they have taken SECONDS.
+Messages, default values and code outside functions are not changed. Survivors that tests/mutants.md explains are not
+printed.
 """
 
 import ast
 import collections
 import contextlib
 import gc
+import itertools
 import json
 import os
 import random
@@ -27,7 +29,7 @@ from pathlib import Path
 import pytest
 from _pytest.runner import runtestprotocol
 
-ROOT, JOBS = Path(__file__).parents[1], 2
+ROOT, JOBS, SECONDS = Path(__file__).parents[1], 2, 30
 TESTS = {
     "core/engine.py": "training distributed results eval_metrics",
     "core/step.py": "training",
@@ -183,6 +185,8 @@ class Driver:
             code, line, text = mutated(file, *mutant)
             place = str(ROOT / file), mutant[0]
             tests = sorted(self.calls[place], key=self.seconds.get)
+            sums = itertools.accumulate(map(self.seconds.get, tests))
+            tests = [test for test, seconds in zip(tests, sums, strict=True) if seconds < SECONDS] or tests[:1]
             status = self.attempt(tests, self.functions[place], code) if tests else "not called by a test"
             entry = {"file": file, "source": source(file), "number": number, "line": line, "text": text}
             with self.out.open("a") as out:

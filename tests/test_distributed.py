@@ -104,6 +104,20 @@ def test_sums_and_minima_are_over_all_processes(monkeypatch):
     assert distributed.min_over_processes(own.clone()).tolist() == [1, 2]
 
 
+def test_each_process_goes_on_with_its_own_draws(monkeypatch):
+    cpu, (first, second) = torch.device("cpu"), (torch.Generator().manual_seed(seed) for seed in (1, 2))
+    monkeypatch.setattr(distributed, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        dist, "all_gather_object", lambda all, own: all.__setitem__(slice(2), [own, [second.get_state()]])
+    )
+    torch.set_rng_state(first.get_state())
+    states = distributed.generator_states(cpu)
+    for index, generator in enumerate((first, second)):
+        monkeypatch.setattr(distributed, "process_index", lambda index=index: index)
+        distributed.set_generators(states, cpu)
+        assert torch.equal(torch.rand(3), torch.rand(3, generator=generator))
+
+
 class Part(list):
     """A loader of some rows of five images; a process without any gets the first image."""
 
@@ -114,7 +128,7 @@ class Part(list):
 
 def test_features_of_all_processes_stand_in_their_rows(monkeypatch):
     parts = []
-    monkeypatch.setattr(engine, "process_count", lambda: 3)
+    monkeypatch.setattr(engine, "process_count", lambda: 2)
     monkeypatch.setattr(engine, "sum_over_processes", parts.append)
     for loader in (Part(0, 3), Part(4, 1, 2), Part()):
         features = engine.extract(lambda images, modality: {"FC": 2 * images}, loader, "visible", "")
