@@ -3,8 +3,10 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -53,6 +55,31 @@ def test_without_locks_there_is_a_warning(tmp_path):
     warning, runs = result.stdout.splitlines()
     assert "run.lock: cannot be locked (No locks available); do not start a second run of this name" in warning
     assert runs == "runs"
+
+
+def test_a_name_is_locked_for_other_processes_while_the_block_runs(tmp_path):
+    def other():
+        """What another process is told."""
+        read, write = os.pipe()
+        if not os.fork():
+            try:
+                with run_lock(tmp_path / "run"):
+                    os._exit(0)
+            except InputError as error:
+                os.write(write, str(error).encode())
+            finally:
+                os._exit(1)
+        os.close(write)
+        os.wait()
+        with open(read) as pipe:
+            return pipe.read()
+
+    with run_lock(tmp_path / "run"):
+        who = rf"\(process {os.getpid()} on {socket.gethostname()}\)"
+        assert re.fullmatch(
+            rf".*run: another run of this name is writing now {who}; wait for it, or choose .*", other()
+        )
+    assert other() == ""
 
 
 # ---- when it saves and stops
@@ -335,6 +362,7 @@ def test_a_run_that_a_signal_stops_goes_on_at_its_step(stop, tmp_path, monkeypat
         net, means = Story.Net(1, 1, bias=False), []
         with core.run.Run("run", parse(*where, "--resume", "auto"), {"weights": "none"}) as run:
             run.start(net, torch.optim.SGD(net.parameters()), torch.device("cpu"), (1, 1), 4)
+            assert run.last_path.exists()  # before the first entry of the log
             for epoch in range(run.first_epoch, 2):
                 meter = run.begin_epoch(epoch)
                 while meter.step < 4:
@@ -349,6 +377,12 @@ def test_a_run_that_a_signal_stops_goes_on_at_its_step(stop, tmp_path, monkeypat
                         os.kill(os.getpid(), signal.SIGTERM)
                 means.append(meter.means()["total"])
                 run.end_epoch({"epoch": epoch})
+            files = {"best": None, "last": str(run.last_path), "log": str(run.log_path)}
+            assert run.finish() == files | {"metrics": {"Rank-1": -1.0}}
+        assert (
+            f"no epoch was tested successfully, so there is no best one; test the last: --resume {files['last']}"
+            in (capsys.readouterr().out)
+        )
         return means
 
     whole, drawn = [], []
@@ -359,10 +393,10 @@ def test_a_run_that_a_signal_stops_goes_on_at_its_step(stop, tmp_path, monkeypat
         tell(tmp_path / "broken", drawn, stop)
     assert stopped.value.number == signal.SIGTERM
     assert len(drawn) == 4 * epoch + step
-    capsys.readouterr()
     assert tell(tmp_path / "broken", drawn) == means[epoch:]
     assert drawn == whole
-    assert f"run_last.t: epoch {epoch}, after step {step} of 4" in capsys.readouterr().out
+    log = (tmp_path / "broken" / "log" / "sysu_log" / "run.txt").read_text()
+    assert f"run_last.t: epoch {epoch}, after step {step} of 4\n" in log
 
 
 def test_the_first_of_equal_epochs_is_the_best(tmp_path, monkeypatch):
