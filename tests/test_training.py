@@ -141,6 +141,19 @@ def test_an_epoch_goes_on_from_any_checkpoint_of_its_meter():
                 assert value == pytest.approx(whole[name]), name
 
 
+def test_an_epoch_is_a_plain_loop():
+    net, other = Net().eval(), Net()
+    optimizer, step = torch.optim.SGD(net.parameters(), lr=0), TrainStep(net, Criterion(), plain, CPU)
+    engine.train_epoch(
+        step, optimizer, batches(3), schedule=lambda step: optimizer.param_groups[0].update(lr=0.1 * (step + 1))
+    )
+    for number, (visible, infrared, _) in enumerate(batches(3), 1):
+        gradients = torch.autograd.grad(other(visible / 255, infrared / 255).mean(), other.parameters())
+        for parameter, gradient in zip(other.parameters(), gradients, strict=True):
+            parameter.data -= 0.1 * number * gradient
+    torch.testing.assert_close(net.state_dict(), other.state_dict())
+
+
 def test_saving_is_no_training_time(monkeypatch):
     now = iter(range(1000))
     monkeypatch.setattr(meter_module.time, "perf_counter", lambda: next(now))
