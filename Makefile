@@ -49,14 +49,14 @@ test: $(VENV)/.installed
 test-all: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile
 
-# Of these files, those that differ from SINCE are mutated, for MINUTES.
+# Of these files, those that differ from SINCE are mutated, for MINUTES. A second thread of OpenMP hangs in a fork.
 MUTATED = $(addprefix core/,engine.py step.py run.py optim.py meter.py distributed.py evaluation.py results.py) \
   data_loader.py loss.py model.py eval_metrics.py ChannelAug.py \
   $(addprefix tools/,figures.py sweep_tables.py index.py finder.py)
 SINCE ?= HEAD~10
 MINUTES ?= 10
 mutants: $(VENV)/.installed
-	OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(RUN) tests/mutants.py mutants.jsonl $(MINUTES) \
+	OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 CUDA_VISIBLE_DEVICES= $(RUN) tests/mutants.py mutants.jsonl $(MINUTES) \
 	  $(shell git diff --name-only $(SINCE) -- $(MUTATED))
 
 lint: $(VENV)/.installed
