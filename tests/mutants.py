@@ -243,4 +243,4 @@ def main(out, minutes, *files):
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]) if len(sys.argv) > 3 else "none of the files that are mutated differs")
+    sys.exit(main(*sys.argv[1:]) if len(sys.argv) > 3 else print("none of the files differs"))
