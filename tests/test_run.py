@@ -57,13 +57,13 @@ def test_without_locks_there_is_a_warning(tmp_path):
     assert runs == "runs"
 
 
-def test_a_name_is_locked_for_other_processes_while_the_block_runs(tmp_path):
-    def other():
-        """What another process is told."""
+def test_a_run_s_names_are_locked_for_other_processes(tmp_path, monkeypatch):
+    def other(path):
+        """What another process is told that locks the same."""
         read, write = os.pipe()
         if not os.fork():
             try:
-                with run_lock(tmp_path / "run"):
+                with run_lock(path):
                     os._exit(0)
             except InputError as error:
                 os.write(write, str(error).encode())
@@ -74,12 +74,16 @@ def test_a_name_is_locked_for_other_processes_while_the_block_runs(tmp_path):
         with open(read) as pipe:
             return pipe.read()
 
-    with run_lock(tmp_path / "run"):
+    run = core.run.Run("run", parse("--model_path", f"{tmp_path}/a", "--log_path", f"{tmp_path}/b"), {})
+    names = tmp_path / "a" / "run", tmp_path / "b" / "sysu_log" / "run"
+    with run:
         who = rf"\(process {os.getpid()} on {socket.gethostname()}\)"
-        assert re.fullmatch(
-            rf".*run: another run of this name is writing now {who}; wait for it, or choose .*", other()
-        )
-    assert other() == ""
+        for name in names:
+            assert re.match(f"{name}: another run of this name is writing now {who}; wait for it, or", other(name))
+    assert [other(name) for name in names] == ["", ""]
+    monkeypatch.setattr(core.run, "process_index", lambda: 1)  # the second process of a run leaves it to the first
+    with run_lock(tmp_path / "c" / "run"):
+        assert not list(tmp_path.glob("c/.*"))
 
 
 # ---- when it saves and stops
@@ -320,6 +324,7 @@ def test_whatever_write_a_kill_comes_in_the_report_is_that_of_the_files(tmp_path
                     story.tell(ranks_again, (second, after))
             result = story.tell(ranks_again)
             log = {entry["epoch"]: entry["FC/Rank-1"] for entry in log_entries(result["log"])}
+            assert [entry["epoch"] for entry in log_entries(result["log"])] == [0, 1, 2]
             best = max(log, key=lambda epoch: (log[epoch], -epoch))
             assert (result["metrics"]["epoch"], result["metrics"]["Rank-1"]) == (best, log[best])
             assert story.kept(result["best"]) == (best, log[best])
@@ -352,7 +357,7 @@ def test_a_resumed_run_neither_reports_nor_overwrites_what_another_kept(kind, be
     assert story.kept(story.tell([*ranks, 5.0], resume=last, models=tmp_path / "c")["best"]) == (best, max(ranks))
 
 
-@pytest.mark.parametrize("stop", [(0, 1), (0, 4), (1, 3), (1, "test")])
+@pytest.mark.parametrize("stop", [(0, 1), (0, 4), (1, 3), (0, "before"), (1, "test")])
 def test_a_run_that_a_signal_stops_goes_on_at_its_step(stop, tmp_path, monkeypatch, capsys):
     """With the draws and the sums of an unbroken one."""
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
@@ -372,6 +377,8 @@ def test_a_run_that_a_signal_stops_goes_on_at_its_step(stop, tmp_path, monkeypat
                         os.kill(os.getpid(), signal.SIGTERM)
                     if run.due():
                         run.save(meter)
+                if stop == (epoch, "before"):
+                    os.kill(os.getpid(), signal.SIGTERM)
                 with run.testing(meter):
                     if stop == (epoch, "test"):
                         os.kill(os.getpid(), signal.SIGTERM)
@@ -387,7 +394,7 @@ def test_a_run_that_a_signal_stops_goes_on_at_its_step(stop, tmp_path, monkeypat
 
     whole, drawn = [], []
     means = tell(tmp_path / "whole", whole)
-    epoch, step = stop[0], 4 if stop[1] == "test" else stop[1]
+    epoch, step = stop[0], stop[1] if isinstance(stop[1], int) else 4
     words = f" in epoch {epoch}, after step {step} of 4; .*run_last.t is saved: continue with --resume auto"
     with pytest.raises(Stopped, match=words) as stopped:
         tell(tmp_path / "broken", drawn, stop)
@@ -399,11 +406,12 @@ def test_a_run_that_a_signal_stops_goes_on_at_its_step(stop, tmp_path, monkeypat
     assert f"run_last.t: epoch {epoch}, after step {step} of 4\n" in log
 
 
-def test_the_first_of_equal_epochs_is_the_best(tmp_path, monkeypatch):
+def test_the_first_of_equal_epochs_is_the_best(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     story = Story(tmp_path)
     result = story.tell([20.0, 30.0, 30.0, 30.0], resume=None)
     assert (result["metrics"]["epoch"], story.kept(result["best"])) == (1, (1, 30.0))
+    assert f"best: epoch 1, Rank-1 30.00, mAP 1.00, {result['best']}\n" in capsys.readouterr().out
 
 
 def test_every_epoch_and_every_process_draws_anew(tmp_path, monkeypatch):
