@@ -245,6 +245,7 @@ def test_accuracy_is_the_share_of_images_whose_identity_has_the_largest_logit():
     logits = torch.eye(3)[[0, 2, 2, 1]] - 5.0
     output = Output(torch.randn(4, 8), logits, None)
     assert MethodLoss("base")(output, labels).accuracy == 0.5
+    assert MethodLoss("base")(output._replace(pooled=torch.ones(4, 8)), labels).correct == 1
     three_embeddings = Output(torch.randn(12, 8), torch.cat([logits, logits, torch.eye(3)[labels]]), None)
     assert MethodLoss("base")(three_embeddings, labels).accuracy == pytest.approx(8 / 12)
 
