@@ -171,6 +171,7 @@ def test_values_of_a_checkpoint_with_fewer_are_not_mixed_with_today_s():
     meter = EpochMeter.from_checkpoint(old, CPU)
     assert meter.means() == {"total": 2, "b": 3}  # all that it was, if no step follows
     before = EpochMeter.from_checkpoint({name: old[name] for name in ("names", "losses", "step", "images")}, CPU)
+    assert before.summary()["b"] == 3
     assert list(before.summary()) == ["total", "b", "seconds", "images_per_second"]  # before there was any health
     assert vars(EpochMeter.from_checkpoint({}, CPU)) == vars(EpochMeter(CPU))
     meter.read(Health(*torch.tensor([1.0, 2.0, 3.0, 4.0])))
