@@ -1,8 +1,15 @@
+<<<<<<< HEAD
 # make demo: set up, draw demo data, prepare, train, test.   make test: set up what tests need on top, run the fast ones.
 # make test-all: every test.   make lint.   The virtual environment is made once, and again when a list of requirements
 # changes.
 # PYTHON=python3.12 picks the interpreter that it is made with, DEMO=folder another output. VENV=folder takes another
 # environment, which keeps its packages but gets our versions of those in the lists.
+=======
+# make demo: set up, draw demo data, prepare, train, test.   make test: set up, run the fast tests.   make test-all: every
+# test.   make mutants: test the tests.   make lint.   The virtual environment is made once, and again when a list of
+# requirements changes. PYTHON=python3.12 picks the interpreter that it is made with, DEMO=folder another output.
+# VENV=folder takes another environment, which keeps its packages but gets our versions of those in the lists.
+>>>>>>> mutants
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
@@ -21,7 +28,7 @@ PROBLEM = $(shell \
     echo "$(PYTHON) cannot make virtual environments (on Debian: apt-get install python3-venv)"; fi)
 CHECK = $(if $(PROBLEM),$(error $(PROBLEM); name another one: make PYTHON=python3.12 $(MAKECMDGOALS)))
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all mutants lint clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: requirements.txt tools/demo_requirements.txt $(LOCK)
@@ -56,7 +63,21 @@ test: $(VENV)/.tests
 test-all: $(VENV)/.tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile
 
+<<<<<<< HEAD
 lint: $(VENV)/.tests
+=======
+# Of these files, those that differ from SINCE are mutated, for MINUTES. A second thread of OpenMP hangs in a fork.
+MUTATED = $(addprefix core/,engine.py step.py run.py optim.py meter.py distributed.py evaluation.py results.py) \
+  data_loader.py loss.py model.py eval_metrics.py ChannelAug.py \
+  $(addprefix tools/,figures.py sweep_tables.py index.py finder.py)
+SINCE ?= HEAD~10
+MINUTES ?= 10
+mutants: $(VENV)/.tests
+	OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 CUDA_VISIBLE_DEVICES= $(RUN) tests/mutants.py mutants.jsonl $(MINUTES) \
+	  $(shell git diff --name-only $(SINCE) -- $(MUTATED))
+
+lint: $(VENV)/.installed
+>>>>>>> mutants
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
