@@ -1,6 +1,6 @@
 # make demo: set up, draw demo data, prepare, train, test.   make test: set up what tests need on top, run the fast ones.
-# make test-all: every test.   make lint.   The virtual environment is made once, and again when a list of requirements
-# changes.
+# make test-all: every test.   make mutants: test the tests.   make lint.   The virtual environment is made once, and
+# again when a list of requirements changes.
 # PYTHON=python3.12 picks the interpreter that it is made with, DEMO=folder another output. VENV=folder takes another
 # environment, which keeps its packages but gets our versions of those in the lists.
 PYTHON ?= python3
@@ -21,7 +21,7 @@ PROBLEM = $(shell \
     echo "$(PYTHON) cannot make virtual environments (on Debian: apt-get install python3-venv)"; fi)
 CHECK = $(if $(PROBLEM),$(error $(PROBLEM); name another one: make PYTHON=python3.12 $(MAKECMDGOALS)))
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all mutants lint clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: requirements.txt tools/demo_requirements.txt $(LOCK)
@@ -55,6 +55,16 @@ test: $(VENV)/.tests
 
 test-all: $(VENV)/.tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile
+
+# Of these files, those that differ from SINCE are mutated, for MINUTES. A second thread of OpenMP hangs in a fork.
+MUTATED = $(addprefix core/,meter.py distributed.py) $(addprefix training/,engine.py step.py run.py optim.py) \
+  $(addprefix testing/,engine.py evaluation.py results.py) data_loader.py loss.py methods.py model.py eval_metrics.py \
+  ChannelAug.py drawing/figures.py tools/sweep_tables.py $(addprefix tools/search/,index.py file_index.py finder.py)
+SINCE ?= HEAD~10
+MINUTES ?= 10
+mutants: $(VENV)/.tests
+	OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 CUDA_VISIBLE_DEVICES= $(RUN) tests/mutants.py mutants.jsonl $(MINUTES) \
+	  $(shell git diff --name-only $(SINCE) -- $(MUTATED))
 
 lint: $(VENV)/.tests
 	$(RUN) -m ruff check .

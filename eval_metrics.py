@@ -175,11 +175,11 @@ class _Grouped:
 
     def __init__(self, g_pids):
         self.identities, self.group, self.size = torch.unique(g_pids, return_inverse=True, return_counts=True)
-        self.order = self.group.sort(stable=True).indices
+        self.order = self.group.argsort()
         self.start = self.size.cumsum(0) - self.size
 
     def matches(self, q_pids):
-        """Images of each query's identity, in gallery order, padded with -1: [B, M]."""
+        """Images of each query's identity, padded with -1: [B, M]."""
         group = torch.searchsorted(self.identities, q_pids).clamp_max(len(self.identities) - 1)
         size = self.size[group].masked_fill(self.identities[group] != q_pids, 0)
         number = torch.arange(int(size.max()), device=size.device)

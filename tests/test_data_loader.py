@@ -4,6 +4,7 @@ import os
 import pickle
 import shutil
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -230,6 +231,17 @@ def test_older_arrays_do_not_name_their_people_but_their_counts_must_agree(own_t
         (own_tree / f"cam{camera}").rename(own_tree / f"gone{camera}")
     if change == "exchanged with a test id":
         assert sysu_train(own_tree, SIZE).num_images == before.num_images
+    with pytest.raises(InputError, match="none: no such folder; pass the data set's folder"):
+        sysu_train(own_tree / "none", SIZE)
+
+
+def test_older_arrays_may_have_people_whose_folders_are_gone(own_tree):
+    (own_tree / "train_ids.npy").unlink()
+    before = sysu_train(own_tree, SIZE).num_images
+    last = max(data_manager.read_ids(own_tree, "train") + data_manager.read_ids(own_tree, "val"))
+    for folder in own_tree.glob(f"cam*/{last:04d}"):
+        shutil.rmtree(folder)
+    assert sysu_train(own_tree, SIZE).num_images == before
 
 
 @pytest.mark.parametrize("kind", ["rgb", "ir"])
@@ -283,6 +295,7 @@ def test_sampler_repeats_an_epoch_and_changes_with_epoch_and_seed():
         sampler.set_epoch(epoch)
         return [np.concatenate(batch).tolist() for batch in sampler]
 
+    assert np.concatenate(next(iter(IdentitySampler(toy_data(), 2, 2, 0)))).tolist() == draws(0, 0)[0]
     assert draws(0, 3) == draws(0, 3)
     assert draws(0, 3) != draws(0, 4)
     assert draws(0, 3) != draws(1, 3)
@@ -291,7 +304,7 @@ def test_sampler_repeats_an_epoch_and_changes_with_epoch_and_seed():
 def test_identities_seen_in_one_modality_only_are_not_drawn():
     data = toy_data(infrared_per_id=(3, 0, 6, 1))
     sampler = IdentitySampler(data, 3, 1, 0)
-    assert {label for visible, _ in sampler for label in data.visible_labels[visible]} <= {0, 2, 3}
+    assert {label for visible, _ in sampler for label in data.visible_labels[visible]} == {0, 2, 3}
     with pytest.raises(InputError, match="--batch_size 4: only 3"):
         IdentitySampler(data, 4, 1, 0)
 
@@ -305,6 +318,12 @@ def test_train_batches_carry_the_sampler_s_images_and_their_labels(workers, cach
         loader = data_loader.CachedBatches(data, sampler, "cpu")
     else:
         loader = train_loader(data, sampler, workers, cache=cache)
+        # In memory, not in a file; and the processes last: starting them takes seconds.
+        images = (loader.dataset.data.visible, loader.dataset.data.infrared)
+        assert [kept is own for kept, own in zip(images, (data.visible, data.infrared), strict=True)] == [
+            cache != "ram"
+        ] * 2
+        assert train_loader(data, sampler, 1).persistent_workers
     assert len(loader) == len(sampler)
     for epoch in range(2):
         sampler.set_epoch(epoch)
@@ -337,6 +356,36 @@ def test_images_are_kept_on_the_gpu_if_they_fit(monkeypatch, cache, free, kept):
             InputError, match="--cache gpu: .* GiB, more than half of the .* free on cuda; use --cache disk"
         ):
             make()
+
+
+def test_images_are_not_kept_on_the_gpu_of_a_training_on_the_cpu():
+    data = toy_data()
+    with pytest.raises(InputError, match="^--cache gpu: the training runs on the CPU; use --cache ram or disk"):
+        train_loader(data, IdentitySampler(data, 3, 2, 0), 0, cache="gpu")
+
+
+class Harmful:
+    """Pickled, it is a command to make a file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("kind", ["prepared", "cached"])
+def test_a_pickle_in_the_place_of_an_array_is_not_run(kind, own_tree, regdb_tree, tmp_path):
+    tree, read = own_tree, sysu_train
+    if kind == "cached":
+        tree, read = shutil.copytree(regdb_tree, tmp_path / "regdb"), partial(regdb_train, trial=1)
+        read(tree, SIZE)
+    for array in tree.rglob("*.npy"):
+        array.unlink()
+        array.write_bytes(pickle.dumps(Harmful(tmp_path / "made")))
+    with pytest.raises((InputError, ValueError)):
+        read(tree, SIZE)
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

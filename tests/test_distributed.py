@@ -28,6 +28,7 @@ from methods import METHODS, MethodLoss
 from model import GFMNet
 from test_data_loader import toy_data
 from test_training import Criterion, Net, batches, plain
+from testing import engine
 from training.engine import train_epoch
 from training.run import SaveTimer
 from training.step import TrainStep
@@ -94,6 +95,47 @@ def test_a_gathered_row_has_the_sum_of_its_gradients(monkeypatch):
     assert torch.equal(rows, torch.cat([other, own]))
     (rows * slopes[1]).sum().backward()
     torch.testing.assert_close(own.grad, slopes.sum(dim=0)[3:])
+
+
+def test_sums_and_minima_are_over_all_processes(monkeypatch):
+    own, other = torch.tensor([1.0, 5.0]), torch.tensor([3.0, 2.0])
+    reduce = {dist.ReduceOp.SUM: torch.add, dist.ReduceOp.MIN: torch.minimum}
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", lambda x, op=dist.ReduceOp.SUM: x.copy_(reduce[op](x, other)))
+    assert distributed.sum_over_processes(own.clone()).tolist() == [4, 7]
+    assert distributed.min_over_processes(own.clone()).tolist() == [1, 2]
+
+
+def test_each_process_goes_on_with_its_own_draws(monkeypatch):
+    cpu, (first, second) = torch.device("cpu"), (torch.Generator().manual_seed(seed) for seed in (1, 2))
+    monkeypatch.setattr(distributed, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        dist, "all_gather_object", lambda all, own: all.__setitem__(slice(2), [own, [second.get_state()]])
+    )
+    torch.set_rng_state(first.get_state())
+    states = distributed.generator_states(cpu)
+    for index, generator in enumerate((first, second)):
+        monkeypatch.setattr(distributed, "process_index", lambda index=index: index)
+        distributed.set_generators(states, cpu)
+        assert torch.equal(torch.rand(3), torch.rand(3, generator=generator))
+
+
+class Part(list):
+    """A loader of some rows of five images; a process without any gets the first image."""
+
+    def __init__(self, *rows):
+        super().__init__(torch.eye(5)[[row]] for row in rows or [0])
+        self.rows, self.dataset = [*rows], range(5)
+
+
+def test_features_of_all_processes_stand_in_their_rows(monkeypatch):
+    parts = []
+    monkeypatch.setattr(engine, "process_count", lambda: 2)
+    monkeypatch.setattr(engine, "sum_over_processes", parts.append)
+    for loader in (Part(0, 3), Part(4, 1, 2), Part()):
+        features = engine.extract(lambda images, modality: {"FC": 2 * images}, loader, "visible", "")
+        assert features["FC"] is parts[-1]
+    assert torch.equal(sum(parts), 2 * torch.eye(5))
 
 
 def test_identities_of_a_batch_are_shared_without_repetition(monkeypatch):

@@ -1,5 +1,7 @@
 """DNS against values of its published code, torchvision and plain loops; its recipe; its way through the programs."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -205,7 +207,7 @@ def test_defaults_are_the_published_recipe():
 
 
 def test_schedule_is_the_published_one():
-    """Epoch ends at 1e-4 of the rate, at the rate in epoch 16, at 0 in epoch 100; of 10 steps, nine count."""
+    """Epoch ends at 1e-4 of the rate, at the rate in epoch 16, at 0 in epoch 100; nine of 10 steps count, one of 2."""
     net, args = tiny(), parse("--method", "dns")
     optimizer = train_ext_test0.build_optimizer(net, "sgd", args.lr, METHODS["dns"].rates)
     assert [group["lr_scale"] for group in optimizer.param_groups] == [0.1, 0.2, 0.25, 1.0]
@@ -216,9 +218,10 @@ def test_schedule_is_the_published_one():
     assert {name.rsplit(".", 1)[0] for name in parts[3]} == {
         "bottleneck", "classifier", "domain.classifiers.visible", "domain.classifiers.infrared"
     }  # fmt: skip
-    for epoch, start, end in ((0, 2e-5, 0.2 / 16 + 2e-5 * 15 / 16), (16, 0.2, 0.2 * 83 / 84), (99, 0.2 / 84, 0)):
-        rates = [train_ext_test0.set_rates(optimizer, args, epoch, 10, step) for step in range(10)]
-        whole = np.linspace(start, end, 10)[:9]
+    ends = ((0, 2e-5, 0.2 / 16 + 2e-5 * 15 / 16), (16, 0.2, 0.2 * 83 / 84), (99, 0.2 / 84, 0))
+    for (epoch, start, end), steps in itertools.product(ends, (2, 10)):
+        rates = [train_ext_test0.set_rates(optimizer, args, epoch, steps, step) for step in range(steps)]
+        whole = np.linspace(start, end, steps)[:-1]
         assert rates == pytest.approx([whole[-1], *whole])
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(
             [rates[-1] * scale for scale in (0.1, 0.2, 0.25, 1.0)]

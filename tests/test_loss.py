@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
 
 import loss
+from model import GFMNet, Output
 from tests.oracles import (
     naive_distances,
     naive_hard_triplet,
     naive_triplet,
     plain_aligned_distance,
     plain_aligned_loss,
+    plain_loss,
     squared_anchor_loss,
 )
 
@@ -166,6 +169,10 @@ def test_hard_triplet_matches_loop(margin, distance):
     )
 
 
+def test_an_anchor_whose_nearest_negative_is_as_far_as_its_farthest_positive_is_correct():
+    assert loss.HardTripletLoss()(torch.ones(4, 3), torch.tensor([0, 0, 1, 1]))[1] == 4
+
+
 # ---- the published collapse
 
 
@@ -232,6 +239,27 @@ def test_extreme_batches_stay_finite(any_loss, distance):
     value, _, gradient = value_and_gradient(any_loss, features, labels)
     assert math.isfinite(value)
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("method", loss.METHODS)
+def test_a_method_s_losses_are_computed_in_float32_under_autocast(method):
+    torch.manual_seed(0)
+    net = GFMNet(4, "resnet18", **loss.METHODS[method].network)
+    output, labels = net(torch.rand(4, 3, 48, 32), torch.rand(4, 3, 48, 32)), torch.arange(2).repeat(4)
+    double = Output(*tree_map(lambda x: x.double() if torch.is_tensor(x) and x.is_floating_point() else x, output))
+    expected = loss.MethodLoss(method)(double, labels)
+    if method == "adp":
+        torch.testing.assert_close(tuple(expected), tuple(plain_loss(double, labels)), check_dtype=False)
+    for enabled in (True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            losses = loss.MethodLoss(method)(output, labels)
+        torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5, check_dtype=False)
+
+
+def test_bad_choices_are_refused():
+    for triplet in (loss.WeightedTripletLoss, loss.SquaredTripletLoss):
+        with pytest.raises(ValueError, match="weighting 'exactly': not one of published, exact, stable"):
+            triplet(weighting="exactly")
 
 
 def test_no_device_sync(any_loss):

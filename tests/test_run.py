@@ -3,8 +3,10 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,10 +19,11 @@ import train_ext_test0
 import training.run
 from conftest import log_entries, parse, tiny_flags
 from core.files import atomic
+from methods import Losses
 from model import GFMNet
 from training.log import RunLog
 from training.run import SaveTimer, run_lock
-from utils import InputError, seed_everything
+from utils import InputError, Stopped, seed_everything
 
 # ---- lock
 
@@ -52,6 +55,35 @@ def test_without_locks_there_is_a_warning(tmp_path):
     warning, runs = result.stdout.splitlines()
     assert "run.lock: cannot be locked (No locks available); do not start a second run of this name" in warning
     assert runs == "runs"
+
+
+def test_a_run_s_names_are_locked_for_other_processes(tmp_path, monkeypatch):
+    def other(path):
+        """What another process is told that locks the same."""
+        read, write = os.pipe()
+        if not os.fork():
+            try:
+                with run_lock(path):
+                    os._exit(0)
+            except InputError as error:
+                os.write(write, str(error).encode())
+            finally:
+                os._exit(1)
+        os.close(write)
+        os.wait()
+        with open(read) as pipe:
+            return pipe.read()
+
+    run = training.run.Run("run", parse("--model_path", f"{tmp_path}/a", "--log_path", f"{tmp_path}/b"), {})
+    names = tmp_path / "a" / "run", tmp_path / "b" / "sysu_log" / "run"
+    with run:
+        who = rf"\(process {os.getpid()} on {socket.gethostname()}\)"
+        for name in names:
+            assert re.match(f"{name}: another run of this name is writing now {who}; wait for it, or", other(name))
+    assert [other(name) for name in names] == ["", ""]
+    monkeypatch.setattr(training.run, "process_index", lambda: 1)  # the second process of a run leaves it to the first
+    with run_lock(tmp_path / "c" / "run"):
+        assert not list(tmp_path.glob("c/.*"))
 
 
 # ---- when it saves and stops
@@ -129,7 +161,7 @@ def test_log_without_tensorboard(tmp_path, monkeypatch, capsys):
 # ---- resuming
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def one_epoch(tiny_tree, tmp_path_factory):
     """A run of an epoch, never tested -> main's result."""
     return train_ext_test0.main(tiny_flags(tiny_tree, tmp_path_factory.mktemp("run"), "--epochs", "1"))
@@ -295,6 +327,7 @@ def test_whatever_write_a_kill_comes_in_the_report_is_that_of_the_files(tmp_path
                     story.tell(ranks_again, (second, after))
             result = story.tell(ranks_again)
             log = {entry["epoch"]: entry["FC/Rank-1"] for entry in log_entries(result["log"])}
+            assert [entry["epoch"] for entry in log_entries(result["log"])] == [0, 1, 2]
             best = max(log, key=lambda epoch: (log[epoch], -epoch))
             assert (result["metrics"]["epoch"], result["metrics"]["Rank-1"]) == (best, log[best])
             assert story.kept(result["best"]) == (best, log[best])
@@ -327,11 +360,61 @@ def test_a_resumed_run_neither_reports_nor_overwrites_what_another_kept(kind, be
     assert story.kept(story.tell([*ranks, 5.0], resume=last, models=tmp_path / "c")["best"]) == (best, max(ranks))
 
 
-def test_the_first_of_equal_epochs_is_the_best(tmp_path, monkeypatch):
+@pytest.mark.parametrize("stop", [(0, 1), (0, 4), (1, 3), (0, "before"), (1, "test")])
+def test_a_run_that_a_signal_stops_goes_on_at_its_step(stop, tmp_path, monkeypatch, capsys):
+    """With the draws and the sums of an unbroken one."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+
+    def tell(folder, drawn, stop=None):
+        where = ["--model_path", str(folder / "models"), "--log_path", str(folder / "log"), "--epochs", "2"]
+        net, means = Story.Net(1, 1, bias=False), []
+        with training.run.Run("run", parse(*where, "--resume", "auto"), {"weights": "none"}) as run:
+            run.start(net, torch.optim.SGD(net.parameters()), torch.device("cpu"), (1, 1), 4)
+            assert run.last_path.exists()  # before the first entry of the log
+            for epoch in range(run.first_epoch, 2):
+                meter = run.begin_epoch(epoch)
+                while meter.step < 4:
+                    drawn.append(torch.rand(()))
+                    meter.add(Losses(*[drawn[-1]] * len(Losses._fields)), [torch.ones(1)])
+                    if stop == (epoch, meter.step):
+                        os.kill(os.getpid(), signal.SIGTERM)
+                    if run.due():
+                        run.save(meter)
+                if stop == (epoch, "before"):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                with run.testing(meter):
+                    if stop == (epoch, "test"):
+                        os.kill(os.getpid(), signal.SIGTERM)
+                means.append(meter.means()["total"])
+                run.end_epoch({"epoch": epoch})
+            files = {"best": None, "last": str(run.last_path), "log": str(run.log_path)}
+            assert run.finish() == files | {"metrics": {"Rank-1": -1.0}}
+        assert (
+            f"no epoch was tested successfully, so there is no best one; test the last: --resume {files['last']}"
+            in (capsys.readouterr().out)
+        )
+        return means
+
+    whole, drawn = [], []
+    means = tell(tmp_path / "whole", whole)
+    epoch, step = stop[0], stop[1] if isinstance(stop[1], int) else 4
+    words = f" in epoch {epoch}, after step {step} of 4; .*run_last.t is saved: continue with --resume auto"
+    with pytest.raises(Stopped, match=words) as stopped:
+        tell(tmp_path / "broken", drawn, stop)
+    assert stopped.value.number == signal.SIGTERM
+    assert len(drawn) == 4 * epoch + step
+    assert tell(tmp_path / "broken", drawn) == means[epoch:]
+    assert drawn == whole
+    log = (tmp_path / "broken" / "log" / "sysu_log" / "run.txt").read_text()
+    assert f"run_last.t: epoch {epoch}, after step {step} of 4\n" in log
+
+
+def test_the_first_of_equal_epochs_is_the_best(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     story = Story(tmp_path)
     result = story.tell([20.0, 30.0, 30.0, 30.0], resume=None)
     assert (result["metrics"]["epoch"], story.kept(result["best"])) == (1, (1, 30.0))
+    assert f"best: epoch 1, Rank-1 30.00, mAP 1.00, {result['best']}\n" in capsys.readouterr().out
 
 
 def test_every_epoch_and_every_process_draws_anew(tmp_path, monkeypatch):

@@ -230,6 +230,26 @@ def test_head_learns_at_the_full_rate_and_the_rest_at_a_tenth(optim):
     assert all(group["weight_decay"] == 5e-4 for group in optimizer.param_groups)
 
 
+@pytest.mark.parametrize("optim", ["sgd", "adam"])
+def test_steps_are_those_of_the_formulas(optim):
+    """Nesterov's momentum, or Adam's (Kingma and Ba, 2015), with weight decay in the gradient."""
+    net = torch.nn.ModuleDict({name: torch.nn.Linear(3, 1, bias=False) for name in ("bottleneck", "classifier")})
+    optimizer = train_ext_test0.build_optimizer(net, optim, 0.1)
+    value, mean, square = torch.cat([p.detach() for p in net.parameters()]).double(), 0, 0
+    for step, gradient in enumerate(torch.randn(4, 2, 3), 1):
+        for parameter, row in zip(net.parameters(), gradient, strict=True):
+            parameter.grad = row[None].clone()
+        optimizer.step()
+        gradient = gradient.double() + 5e-4 * value
+        if optim == "sgd":
+            mean = 0.9 * mean + gradient
+            value = value - 0.1 * (gradient + 0.9 * mean)
+        else:
+            mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
+            value = value - 0.1 * mean / (1 - 0.9**step) / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
+        torch.testing.assert_close(torch.cat([*net.parameters()]).double(), value, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_epoch_chosen_by_the_validation_ids(tiny_tree, tmp_path):
     more = ["--select", "val", "--epochs", "2", "--eval_every", "1"]

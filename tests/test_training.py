@@ -17,6 +17,7 @@ import train_ext_test0
 import training.engine
 from ChannelAug import TrainAugmentation
 from conftest import SIZE, flags, log_entries, parse
+from core import meter as meter_module
 from core.meter import Diverged, EpochMeter, EpochSums
 from data_loader import CachedBatches, IdentitySampler, TrainData, sysu_train
 from loss import SquaredTripletLoss, _weighted_triplet
@@ -137,9 +138,10 @@ def test_the_bar_counts_the_steps_of_the_whole_run(monkeypatch):
 def test_an_epoch_goes_on_from_any_checkpoint_of_its_meter():
     loader, net, criterion, meter = batches(25), Net(), Criterion(), EpochMeter(CPU)
     optimizer, saver = torch.optim.Adam(net.parameters(), lr=0), Saver(meter, 3, 10, 17, 25)
-    train_epoch(TrainStep(net, criterion, plain, CPU), optimizer, loader, meter=meter, saver=saver)
+    step = TrainStep(net, criterion, plain, CPU)
+    whole = train_epoch(step, optimizer, loader, meter=meter, saver=saver).summary()
     assert criterion.read == [1, 10, 20]
-    whole = meter.summary()
+    assert whole["total"] == pytest.approx(31 / 3)  # of the readings, whose names are those of the losses here
     assert whole["images_per_second"] == pytest.approx(25 * 8 / meter.seconds, abs=0.06)
     for state in saver.saved:
         assert list(state) == list(EpochSums.__annotations__)
@@ -153,11 +155,39 @@ def test_an_epoch_goes_on_from_any_checkpoint_of_its_meter():
                 assert value == pytest.approx(whole[name]), name
 
 
+def test_an_epoch_is_a_plain_loop():
+    net, other = Net().eval(), Net()
+    optimizer, step = torch.optim.SGD(net.parameters(), lr=0), TrainStep(net, Criterion(), plain, CPU)
+    train_epoch(
+        step, optimizer, batches(3), schedule=lambda step: optimizer.param_groups[0].update(lr=0.1 * (step + 1))
+    )
+    for number, (visible, infrared, _) in enumerate(batches(3), 1):
+        gradients = torch.autograd.grad(other(visible / 255, infrared / 255).mean(), other.parameters())
+        for parameter, gradient in zip(other.parameters(), gradients, strict=True):
+            parameter.data -= 0.1 * number * gradient
+    torch.testing.assert_close(net.state_dict(), other.state_dict())
+
+
+def test_saving_is_no_training_time(monkeypatch):
+    now = iter(range(1000))
+    monkeypatch.setattr(meter_module.time, "perf_counter", lambda: next(now))
+    meter, net = EpochMeter(CPU), Net()
+    saver = Saver(meter, 2, 3)
+    monkeypatch.setattr(saver, "save", lambda meter: [next(now) for _ in range(50)])
+    optimizer, step = torch.optim.Adam(net.parameters()), TrainStep(net, Criterion(), plain, CPU)
+    train_epoch(step, optimizer, batches(4), meter=meter, saver=saver)
+    assert meter.seconds == 3  # of the clock that ticks each time it is read: from the start to a save, to the next ...
+
+
 def test_values_of_a_checkpoint_with_fewer_are_not_mixed_with_today_s():
     old = {"health_names": ["a"], "health": torch.tensor([5.0]), "readings": 2, "step": 3}
     old |= {"names": ["total", "b"], "losses": torch.tensor([6.0, 9.0]), "seconds": 1.0, "images": 8}
     meter = EpochMeter.from_checkpoint(old, CPU)
     assert meter.means() == {"total": 2, "b": 3}  # all that it was, if no step follows
+    before = EpochMeter.from_checkpoint({name: old[name] for name in ("names", "losses", "step", "images")}, CPU)
+    assert before.summary()["b"] == 3
+    assert list(before.summary()) == ["total", "b", "seconds", "images_per_second"]  # before there was any health
+    assert vars(EpochMeter.from_checkpoint({}, CPU)) == vars(EpochMeter(CPU))
     meter.read(Health(*torch.tensor([1.0, 2.0, 3.0, 4.0])))
     assert (meter.health_names, meter.readings, meter.health.tolist()) == ([*Health._fields], 1, [1.0, 2.0, 3.0, 4.0])
     for value in (1.0, 3.0):
@@ -230,6 +260,7 @@ def test_accuracy_is_the_share_of_images_whose_identity_has_the_largest_logit():
     logits = torch.eye(3)[[0, 2, 2, 1]] - 5.0
     output = Output(torch.randn(4, 8), logits, None)
     assert MethodLoss("base")(output, labels).accuracy == 0.5
+    assert MethodLoss("base")(output._replace(pooled=torch.ones(4, 8)), labels).correct == 1
     three_embeddings = Output(torch.randn(12, 8), torch.cat([logits, logits, torch.eye(3)[labels]]), None)
     assert MethodLoss("base")(three_embeddings, labels).accuracy == pytest.approx(8 / 12)
 
