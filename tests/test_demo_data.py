@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from scipy import ndimage
 from scipy.io import loadmat, savemat
 
 import testa
@@ -348,35 +347,6 @@ def test_naive_matching_stays_low(tmp_path):
         likeness = features[0] @ features[1].T
         likeness[(q_cams[:, None] == 3) & (g_cams == 2)] = -np.inf
         assert 0 < (g_ids[likeness.argmax(axis=1)] == q_ids).mean() < 0.15
-
-
-@pytest.mark.parametrize(("layout", "camera"), [("sysu", 1), ("sysu", 6), ("regdb", 2)])
-def test_mask_is_where_the_person_is(layout, camera):
-    """The same moment of a person with other tones differs inside the mask only, but for the blur at its edge."""
-    person, place = demo_data.draw_people([1], seed=0)[1], demo_data.make_camera(layout, camera, seed=0)
-    spectrum = demo_data.SPECTRA[layout][camera]
-    tones = {material: 1 - values for material, values in person.tones[spectrum].items()}
-    negative = person._replace(tones={spectrum: tones})
-    for seed in range(8):
-        (image, mask), (other, _) = (
-            demo_data.render(who, place, (96, 200), np.random.default_rng(seed)) for who in (person, negative)
-        )
-        differs = (np.asarray(image) != np.asarray(other)).any(axis=2)
-        assert 0.05 < mask.mean() < 0.5
-        assert differs[mask].mean() > 0.95
-        assert not differs[~ndimage.binary_dilation(mask, iterations=4)].any()
-
-
-def test_masks_are_written_beside_the_images(tmp_path):
-    tree, plain = make(tmp_path / "masked", "--masks", ids=8, images=1), make(tmp_path / "plain", ids=8, images=1)
-    images = sorted(tree.glob("cam*/*/*.jpg"))
-    assert [path.read_bytes() for path in images] == [path.read_bytes() for path in sorted(plain.glob("cam*/*/*.jpg"))]
-    masks = [demo_data.mask_file(tree, str(path.relative_to(tree))) for path in images]
-    assert sorted(masks) == sorted(tree.glob("masks/*/*/*.png"))
-    assert not (plain / "masks").exists()
-    for path, mask in zip(images, masks, strict=True):
-        with Image.open(path) as image, Image.open(mask) as picture:
-            assert (image.size, picture.mode) == (picture.size, "1")
 
 
 @pytest.mark.slow

@@ -493,11 +493,8 @@ def occlude(canvas: np.ndarray, rng: np.random.Generator) -> None:
         block[:] = tone * np.linspace(1.1, 0.8, len(block))[:, None, None]
 
 
-def render(person: Person, camera: Camera, size: tuple, rng: np.random.Generator) -> tuple:
-    """One RGB image of `size` (width, height): scene, person, sometimes an obstacle, then light, blur and noise.
-
-    Returns it and its mask [H, W]: where the person is seen.
-    """
+def render(person: Person, camera: Camera, size: tuple, rng: np.random.Generator) -> Image.Image:
+    """One RGB image of `size` (width, height): scene, person, sometimes an obstacle, then light, blur and noise."""
     width, height = size
     scene, span = camera.scene, rng.uniform(0.63, 0.99) * camera.scene.height
     left = rng.uniform(0, scene.width - span * width / height)
@@ -509,20 +506,16 @@ def render(person: Person, camera: Camera, size: tuple, rng: np.random.Generator
         y, x = np.ogrid[:height, :width]
         away = ((x - shot.x) / (0.14 * shot.scale)) ** 2 + ((y - shot.y) / (0.03 * shot.scale)) ** 2
         canvas *= (1 - 0.5 * np.exp(-away)).astype(np.float32)[..., None]
-    background = canvas.copy()
     draw_person(canvas, person, camera.spectrum, shot)
-    mask = (canvas != background).any(axis=2)
     if rng.uniform() < 0.12:
-        unoccluded = canvas.copy()
         occlude(canvas, rng)
-        mask &= (canvas == unoccluded).all(axis=2)
 
     ramp = 1 + np.linspace(-1, 1, width, dtype=np.float32)[:, None] * rng.uniform(-0.4, 0.4)
     canvas *= ramp * camera.cast * math.exp(rng.normal(0, 0.12))
     image = Image.fromarray((np.clip(canvas, 0, 1) * 255).astype(np.uint8).squeeze())
     image = np.asarray(image.filter(ImageFilter.GaussianBlur(height / 1000 * camera.blur * rng.uniform(0.3, 1.3))))
     noise = 255 * camera.noise * rng.standard_normal(image.shape, np.float32)
-    return Image.fromarray(np.clip(image + noise, 0, 255).astype(np.uint8)).convert("RGB"), mask
+    return Image.fromarray(np.clip(image + noise, 0, 255).astype(np.uint8)).convert("RGB")
 
 
 # ------------------------------------------------------------------------------------------------------------- layouts
@@ -644,26 +637,15 @@ def plan_llcm(ids: int, images: int, rng: np.random.Generator) -> tuple:
 
 def render_folder(job: tuple) -> int:
     """Write the images of one folder. Each has its own generator: bytes do not depend on processes or their order."""
-    tree, layout, seed, masks, person, folder = job
+    tree, layout, seed, person, folder = job
     camera = make_camera(layout, folder.camera, seed)
     (tree / folder.names).parent.mkdir(parents=True)
     for number in range(1, folder.images + 1):
         rng = np.random.default_rng((seed, 3, folder.identity, folder.camera, number))
         width = int(rng.integers(80, 141))
         size = (width, int(rng.uniform(2.1, 2.6) * width)) if layout != "regdb" else (64, 128)
-        image, mask = render(person, camera, size, rng)
-        name = folder.names.format(number)
-        image.save(tree / name, quality=85)
-        if masks:
-            file = mask_file(tree, name)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(mask).save(file)
+        render(person, camera, size, rng).save(tree / folder.names.format(number), quality=85)
     return folder.images
-
-
-def mask_file(tree: Path, name: str) -> Path:
-    """The mask of an image: a black and white picture, white where the person is seen."""
-    return tree / "masks" / Path(name).with_suffix(".png")
 
 
 def draw_sheet(tree: Path, layout: str, folders: list) -> Image.Image:
@@ -711,7 +693,6 @@ def get_args_parser() -> utils.ArgumentParser:
     parser.add_argument("--like", type=Path, metavar="FILE", help=text)
     parser.add_argument("--seed", type=utils.bounded(int, 0), default=0, help="the same seed gives the same bytes")
     parser.add_argument("--workers", type=utils.bounded(int, 0), default=utils.cores(), help="drawing processes")
-    parser.add_argument("--masks", action="store_true", help="also write where the person is in each image: masks/")
     parser.add_argument("--sheet", type=Path, help="also draw a dozen people on this .png file")
     return parser
 
@@ -752,7 +733,7 @@ def main(argv=None) -> dict:
         raise utils.InputError(f"--out {args.out}: {reason}; choose a folder that can be created") from error
     with place as beside:
         unfinished = Path(beside, out.name)  # takes its place when it is complete
-        jobs = [(unfinished, layout, args.seed, args.masks, people[folder.identity], folder) for folder in folders]
+        jobs = [(unfinished, layout, args.seed, people[folder.identity], folder) for folder in folders]
         done = utils.map_processes(render_folder, jobs, args.workers)
         images = sum(utils.progress(done, total=len(jobs), unit="folder"))
         lists[DEMO_FILE] = f"Drawn by demo_data.py, seed {args.seed}: no real people.\n".encode()
