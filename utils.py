@@ -1,6 +1,7 @@
 """What every script shares: errors, command line, device, processes, seed, precision and progress bars."""
 
 import argparse
+import contextlib
 import difflib
 import errno
 import math
@@ -121,14 +122,16 @@ def end_with_the_main_process():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+@contextlib.contextmanager
 def map_processes(function, items, workers):
-    """`map` by so many processes (threads would wait for each other), or with 0 by this one."""
+    """A block with `map` by so many processes (threads would wait for each other), or with 0 by this one. They have
+    ended when the block has."""
     if not workers:
-        yield from map(function, items)
+        yield map(function, items)
         return
     pool = ProcessPoolExecutor(workers, initializer=end_with_the_main_process)
     try:
-        yield from pool.map(function, items)
+        yield pool.map(function, items)
     finally:
         pool.shutdown(cancel_futures=True)
 

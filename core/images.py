@@ -79,8 +79,9 @@ def write_images(paths, size, out, desc, workers=None):
             file.writelines(bytes(size[0] * size[1] * 3) for _ in paths)
     chunks = [(start, paths[start : start + CHUNK]) for start in range(0, len(paths), CHUNK)]
     unreadable = {}
-    with progress(total=len(paths), desc=desc, unit="img") as bar:
-        for count, errors in map_processes(partial(_write_chunk, out, size), chunks, workers or cores()):
+    decoded = map_processes(partial(_write_chunk, out, size), chunks, workers or cores())
+    with progress(total=len(paths), desc=desc, unit="img") as bar, decoded as done:
+        for count, errors in done:
             unreadable |= errors
             bar.update(count)
     return unreadable

@@ -734,8 +734,8 @@ def main(argv=None) -> dict:
     with place as beside:
         unfinished = Path(beside, out.name)  # takes its place when it is complete
         jobs = [(unfinished, layout, args.seed, people[folder.identity], folder) for folder in folders]
-        done = utils.map_processes(render_folder, jobs, args.workers)
-        images = sum(utils.progress(done, total=len(jobs), unit="folder"))
+        with utils.map_processes(render_folder, jobs, args.workers) as done:
+            images = sum(utils.progress(done, total=len(jobs), unit="folder"))
         lists[DEMO_FILE] = f"Drawn by demo_data.py, seed {args.seed}: no real people.\n".encode()
         for name, content in lists.items():
             (unfinished / name).parent.mkdir(exist_ok=True)
