@@ -129,6 +129,11 @@ def test_training_without_room_in_shared_memory_is_one_line(tiny_tree, tmp_path,
     assert "docker run --shm-size" in line
 
 
+def mapped(*arguments):
+    with utils.map_processes(*arguments) as done:
+        return list(done)
+
+
 def test_semaphores_are_in_shared_memory(monkeypatch, tmp_path, capsys):
     """So a full disk, which has the same error, is not what is full."""
     full = SimpleNamespace(SemLock=fails(OSError(errno.ENOSPC, "No space left on device")))
@@ -136,7 +141,7 @@ def test_semaphores_are_in_shared_memory(monkeypatch, tmp_path, capsys):
 
     def act():
         with writing("a.npy"):
-            list(utils.map_processes(len, ["a"], 1))
+            mapped(len, ["a"], 1)
 
     assert exit_status(script(act), []) == 2
     assert "/dev/shm is too small or missing" in capsys.readouterr().err
@@ -150,11 +155,11 @@ def test_semaphores_are_in_shared_memory(monkeypatch, tmp_path, capsys):
 @needs_fork
 def test_a_killed_process_of_a_pool_is_one_line(capsys):
     def act():
-        list(utils.map_processes(kill, [0], 1))
+        mapped(kill, [0], 1)
 
     assert exit_status(script(act), []) == 2
     assert "a process was killed or could not go on (BrokenProcessPool" in capsys.readouterr().err
-    assert list(utils.map_processes(lambda _: os.getpid(), [0], 0)) == [os.getpid()]
+    assert mapped(lambda _: os.getpid(), [0], 0) == [os.getpid()]
 
 
 def kill(_):
