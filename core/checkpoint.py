@@ -123,8 +123,8 @@ def load_training_state(path):
             "in an epoch; train anew"
         )
     checkpoint = checked(content, Checkpoint, f"{path}: is not a complete ..._last.t", "resume from another")
-    if "Rank-1" not in checkpoint.best:
-        raise InputError(f"{path}: is not a complete ..._last.t: best has no Rank-1; resume from another")
+    if not checkpoint.best.keys() >= ({"Rank-1", "mAP"} if "epoch" in checkpoint.best else {"Rank-1"}):
+        raise InputError(f"{path}: is not a complete ..._last.t: best has no Rank-1 or mAP; resume from another")
     return checkpoint
 
 

@@ -33,7 +33,7 @@ def write_page(path, title, results, rankings, rankings_title, plots, settings):
     bar = progress(files, desc="embedding images", unit="img", leave=False)
     trials = [trial for row in results for trial in row["per_trial"]]
     common, columns, rows = table_parts(results)
-    page = read_template("report.html.j2").render(
+    page = read_template(Path(__file__).with_name("report.html.j2")).render(
         title=title,
         origin={
             "Images": dict.fromkeys(row["images"] for row in results),
@@ -54,12 +54,12 @@ def write_page(path, title, results, rankings, rankings_title, plots, settings):
         temporary.write_text(page, encoding="utf-8", errors="replace")  # a file name may not be Unicode
 
 
-def read_template(name):
-    """A Jinja template of this folder, which escapes what is put into it."""
+def read_template(path):
+    """A Jinja template, which escapes what is put into it."""
     options = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), **options)
+    environment = Environment(loader=FileSystemLoader(path.parent), **options)
     environment.filters |= {"digest": digest, "tail": lambda file: Path(*Path(file).parts[-3:])}
-    return environment.get_template(name)
+    return environment.get_template(path.name)
 
 
 def inline_svg(figure, caption, prefix):

@@ -3,7 +3,7 @@
 `scores` is the one place that lists the metrics: log, tables, JSON and page take their columns from it.
 """
 
-from typing import Annotated, Literal, TypedDict
+from typing import Annotated, Literal, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -29,8 +29,12 @@ class TrialResult(TypedDict):
     gallery: Count
 
 
+Curve = Annotated[list[Number], Meta(min_length=1, max_length=1000)]
+
+
 class Curves(TypedDict):
-    cmc: Annotated[list[Number], Meta(min_length=1, max_length=1000)]
+    cmc: Curve
+    precision: NotRequired[Curve]
 
 
 class Summary(TypedDict):

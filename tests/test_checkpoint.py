@@ -37,7 +37,7 @@ def test_fields_that_came_later_have_their_defaults_and_unknown_ones_are_not_rea
         *[({"version": version}, "an earlier version of this code .*; train anew") for version in (None, 1)],
         ({"optimizer": None}, "holds no training state; resume from a ..._last.t"),
         ({"best": None}, "is not a complete ..._last.t: object missing required field best; resume from another"),
-        ({"best": {"epoch": 1}}, "is not a complete ..._last.t: best has no Rank-1; resume from another"),
+        ({"best": {"epoch": 1}}, "is not a complete ..._last.t: best has no Rank-1 or mAP; resume from another"),
         ({"net": None}, "has no 'net', so it is no checkpoint; pass one to --resume"),
         *[
             ({"args": args}, "(a name in )?args: expected .*; use another checkpoint")

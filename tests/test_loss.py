@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 import loss
+from methods import METHODS, MethodLoss
 from model import GFMNet, Output
 from tests.oracles import (
     naive_distances,
@@ -241,18 +242,18 @@ def test_extreme_batches_stay_finite(any_loss, distance):
     assert gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("method", loss.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_method_s_losses_are_computed_in_float32_under_autocast(method):
     torch.manual_seed(0)
-    net = GFMNet(4, "resnet18", **loss.METHODS[method].network)
+    net = GFMNet(4, "resnet18", **METHODS[method].network)
     output, labels = net(torch.rand(4, 3, 48, 32), torch.rand(4, 3, 48, 32)), torch.arange(2).repeat(4)
     double = Output(*tree_map(lambda x: x.double() if torch.is_tensor(x) and x.is_floating_point() else x, output))
-    expected = loss.MethodLoss(method)(double, labels)
+    expected = MethodLoss(method)(double, labels)
     if method == "adp":
         torch.testing.assert_close(tuple(expected), tuple(plain_loss(double, labels)), check_dtype=False)
     for enabled in (True, False):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            losses = loss.MethodLoss(method)(output, labels)
+            losses = MethodLoss(method)(output, labels)
         torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5, check_dtype=False)
 
 

@@ -414,7 +414,10 @@ def test_the_first_of_equal_epochs_is_the_best(tmp_path, monkeypatch, capsys):
     story = Story(tmp_path)
     result = story.tell([20.0, 30.0, 30.0, 30.0], resume=None)
     assert (result["metrics"]["epoch"], story.kept(result["best"])) == (1, (1, 30.0))
-    assert f"best: epoch 1, Rank-1 30.00, mAP 1.00, {result['best']}\n" in capsys.readouterr().out
+    assert (
+        f"best: epoch 1, Rank-1 30.0 % (queries whose person is first), mAP 1.0 %: {result['best']}\n"
+        in capsys.readouterr().out
+    )
 
 
 def test_every_epoch_and_every_process_draws_anew(tmp_path, monkeypatch):

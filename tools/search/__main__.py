@@ -6,7 +6,7 @@
 
 Features are those of testa.py: image and mirror averaged, FC or POOL. As a library:
 
-    from tools.search import Embedder
+    from tools.embedder import Embedder
 
     embedder = Embedder("save_model/..._best.t", gpu="cpu")  # or an .onnx of tools.export
     features = embedder(["a.jpg", "b.jpg"], "infrared")  # float32 [2, C], of unit length

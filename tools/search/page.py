@@ -85,7 +85,7 @@ class Page:
     def __init__(self, finder, uploads, port):
         self.finder, self.uploads, self.searches = finder, uploads, queue.SimpleQueue()
         self.token, self.cookie = secrets.token_urlsafe(), f"token_{port}"  # browsers send it to all ports
-        self.template = read_template("page.html.j2")
+        self.template = read_template(Path(__file__).with_name("page.html.j2"))
         counts, cameras = finder.counts("modality"), [*filter(None, finder.counts("camera"))]
         modalities = finder.embedder.modalities
         # By default the other modality than the index's, if there is a choice.
