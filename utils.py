@@ -45,14 +45,16 @@ REMEDIES = {errno.ENAMETOOLONG: "choose a shorter name", errno.EACCES: "correct 
 def shortage(error):
     """The line on what has run out, if an error or one that has led to it says so; else None."""
     while error:
-        text = f"{type(error).__name__}: {error}"
+        text = f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
         files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
         if isinstance(error, OSError) and any(file.endswith("synchronize.py") for file in files):
             text += " (a semaphore in shared memory)"
-        for signs, problem, (verb, *flags), remedy in SHORTAGES if not isinstance(error, InputError) else ():
-            if match := re.search(f".*({signs}).*", text):
+        # Others, such as a ValueError, say what the user wrote.
+        known = isinstance(error, OSError | RuntimeError | MemoryError)
+        for signs, problem, (verb, *flags), remedy in SHORTAGES if known else ():
+            if line := next((line for line in text.splitlines() if re.search(signs, line)), None):
                 own = ", ".join(flag for flag in flags if flag.split()[0] in FLAGS)
-                return f"{problem} ({match[0].strip(': '):.160}); {f'{verb} {own}, or ' if own else ''}{remedy}"
+                return f"{problem} ({line.strip(': '):.160}); {f'{verb} {own}, or ' if own else ''}{remedy}"
         error = error.__cause__ or error.__context__
 
 

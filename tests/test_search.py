@@ -578,7 +578,7 @@ def test_an_image_that_went_is_named_when_it_is_drawn(made, pictures, tmp_path):
 
 def test_the_documented_example(checkpoint, pictures, tmp_path, monkeypatch):
     """The example of the module's docstring, with the checkpoint replaced."""
-    example = textwrap.dedent(search.__doc__[search.__doc__.index("    from tools.search import") :])
+    example = textwrap.dedent(search.__doc__[search.__doc__.index("    from tools.embedder import") :])
     monkeypatch.chdir(tmp_path)
     for name, path in zip(("a.jpg", "b.jpg"), pictures[1], strict=False):
         shutil.copy(path, name)

@@ -329,7 +329,7 @@ def test_no_request_names_a_file(running, site, opened, tmp_path):
         assert len(text) <= 500
         assert "the secret" not in text
     others = [name for name in opened if not name.startswith((str(running.uploads), str(site.index)))]
-    assert others == []
+    assert [name for name in others if not name.endswith(".pyc")] == []  # Python's own modules
     assert opened  # uploads
     assert [*running.uploads.iterdir()] == []
 

@@ -218,3 +218,12 @@ def test_a_real_limit(limit, remedy, trained, sysu_tree):
     assert (
         f"pass --workers 0, or {'raise the limit' if 'ulimit' in remedy else 'enlarge it'}: {remedy}" in result.stderr
     )
+
+
+def test_what_the_user_wrote_is_no_shortage():
+    """Nor does a long text take long: a search from each of its characters would take minutes."""
+    error = InputError("--from: is no time")
+    error.__cause__ = ValueError(f"Invalid time: new thread {'a' * 10**6}")
+    assert utils.shortage(error) is None
+    assert utils.shortage(OSError(errno.ENOENT, "No such file", "Too many open files.jpg")) is None
+    assert "the memory is full" in utils.shortage(RuntimeError(f"{'a' * 10**6}\nbad alloc"))
