@@ -193,7 +193,10 @@ def _cached_images(data_path, name, paths, size):
                 other.unlink()
     while not file.exists():  # the other processes wait here: in a barrier, their patience would end after some minutes
         time.sleep(0.5)
-    return _load_prepared(file, "remove it, and run again", images=True)
+    array = _load_prepared(file, "remove it, and run again", images=True)
+    if array.shape != (len(paths), *size, 3):
+        raise InputError(f"{file}: has images {array.shape}, not {(len(paths), *size, 3)}; remove it, and run again")
+    return array
 
 
 class IdentitySampler(Sampler):

@@ -7,6 +7,7 @@ names the file.
 import os
 import random
 import re
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 from scipy.io import loadmat
 
 from core.files import regular
-from utils import InputError
+from utils import InputError, map_processes
 
 SYSU_VISIBLE = {"all": (1, 2, 4, 5), "indoor": (1, 2)}  # --mode -> gallery cameras
 SYSU_INFRARED = (3, 6)
@@ -76,15 +77,21 @@ def read_permutations(data_path):
     return load_permutations(path)
 
 
+def _read_cells(path):
+    return loadmat(path)["rand_perm_cam"]
+
+
 def load_permutations(path):
     """`rand_perm_cam.mat` -> {(camera, id): int64 [trials, images], each row a permutation of 1 .. images}.
 
     The file holds a cell for each camera, and in it a cell for each id, empty where the camera does not see the person.
     """
     try:
+        with map_processes(_read_cells, [path], 1) as read:  # a damaged file can end the process of scipy's reader
+            cells = next(read)
         rows = {
             (camera, identity): draws.astype(np.int64)
-            for camera, people in enumerate(loadmat(path)["rand_perm_cam"].ravel(), 1)
+            for camera, people in enumerate(cells.ravel(), 1)
             for identity, draws in enumerate(people.ravel(), 1)
             if draws.size
         }
@@ -212,7 +219,7 @@ def read_ids(data_path, split, folder="exp"):
         raise InputError(f"{path}: {problem}; write numbers, separated by commas")
     ids = [int(field) for field in fields]
     if len(set(ids)) < len(ids):
-        double = next(identity for identity in ids if ids.count(identity) > 1)
+        double = next(identity for identity, count in Counter(ids).items() if count > 1)
         raise InputError(f"{path}: lists id {double} twice; remove one")
     return ids
 
@@ -239,14 +246,14 @@ def read_list(data_path, name):
     for number, line in enumerate(_read(data_path, listing).split("\n"), 1):
         if not line.strip():
             continue
-        match = re.fullmatch(rf"(\S.*?)\s+({NUMBER})", line.strip())
-        if not match or not match[1].isprintable():
-            raise InputError(f"{listing}, line {number}: {line!r} is not 'path label'; correct it")
-        file = match[1].replace("\\", "/")
+        *file, label = line.strip().rsplit(maxsplit=1)
+        if not (file and file[0].isprintable() and re.fullmatch(NUMBER, label)):
+            raise InputError(f"{listing}, line {number}: {line[:200]!r} is not 'path label'; correct it")
+        file = file[0].rstrip().replace("\\", "/")
         outside = Path(file).is_absolute() or ".." in Path(file).parts
         if outside or not os.path.realpath(Path(data_path) / file).startswith(root + os.sep):
             raise InputError(f"{listing}, line {number}: {file} is outside {data_path}; move it there")
-        rows.append((str(Path(data_path) / file), int(match[2])))
+        rows.append((str(Path(data_path) / file), int(label)))
     if not rows:
         raise InputError(f"{listing}: lists no images; write lines 'path label'")
     paths, ids = zip(*rows, strict=True)

@@ -355,12 +355,12 @@ def load_network(checkpoint, path):
                 "AGW, CAJ, DEEN, DNS or GFMNet; train with train_ext_test0.py"
             )
         with torch.device("meta"):  # options may ask for more than the memory has
-            net = GFMNet(**options)
+            net = GFMNet(**options, weights=None)  # TypeError for options that name a file of their own
         # Nothing uses how many batches a batch norm has seen, and old versions of PyTorch did not count them.
         counts = {name: value for name, value in net.state_dict().items() if name.endswith("num_batches_tracked")}
         state = {name: torch.zeros_like(count, device="cpu") for name, count in counts.items()} | state
         _check_fit(state, net, known_as)
-        net = GFMNet(**options)
+        net = GFMNet(**options, weights=None)
     except (TypeError, RuntimeError) as error:
         raise InputError(f"{path}: its options are not those of this GFMNet ({error!s:.120}); train again") from error
     except InputError as error:

@@ -44,13 +44,15 @@ REMEDIES = {errno.ENAMETOOLONG: "choose a shorter name", errno.EACCES: "correct 
 
 def shortage(error):
     """The line on what has run out, if an error or one that has led to it says so; else None."""
+    wrapped = isinstance(error, InputError)  # of a lock that another process holds, for one
     while error:
         text = f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
         files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
         if isinstance(error, OSError) and any(file.endswith("synchronize.py") for file in files):
             text += " (a semaphore in shared memory)"
         # Others, such as a ValueError, say what the user wrote.
-        known = isinstance(error, OSError | RuntimeError | MemoryError)
+        known = isinstance(error, OSError | RuntimeError | MemoryError) and not type(error).__module__.startswith("PIL")
+        known &= not (wrapped and isinstance(error, BlockingIOError))
         for signs, problem, (verb, *flags), remedy in SHORTAGES if known else ():
             if line := next((line for line in text.splitlines() if re.search(signs, line)), None):
                 own = ", ".join(flag for flag in flags if flag.split()[0] in FLAGS)

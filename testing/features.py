@@ -74,7 +74,7 @@ def load_features(path):
             )
         values = values.astype(np.float32)
         lengths = np.linalg.norm(values, axis=1)
-        usable = np.isfinite(lengths) & (lengths > 0)
+        usable = np.isfinite(lengths) & (lengths > 1e-6)  # below, float32 loses the direction
         if not usable.all():
             raise InputError(f"{path}: row {usable.argmin()} of {name} is zero or not finite; embed that image again")
         stored[modality][tuple(labels)] = torch.from_numpy(values)

@@ -286,6 +286,11 @@ CASES = {
         lambda: good_checkpoint(options={"num_classes": 10, "depth": 18}),
         "its options are not those of this GFMNet",
     ),
+    "checkpoint whose options name a file": resumed(
+        "test",
+        lambda: good_checkpoint(options=GFMNet(10, "resnet18").options | {"weights": "good.t"}),
+        "its options are not those of this GFMNet",
+    ),
     "checkpoint of NaNs": resumed(
         "test",
         lambda: good_checkpoint(net=weights_with(lambda s: s["classifier.weight"].fill_(np.nan))),

@@ -2,10 +2,12 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import random
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -342,3 +344,16 @@ def test_llcm_lists_against_a_plain_loop(llcm, modality, folder):
         paths, ids, cameras = data_manager.draw_gallery(folders, trial)
         assert relative(paths, llcm) == expected
         assert list(zip(ids, cameras, strict=True)) == sorted(names)
+
+
+def end_this_process(_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="needs fork")
+def test_permutations_that_end_the_process_of_their_reader_are_one_line(tmp_path, monkeypatch):
+    """One flipped byte in a .mat is enough."""
+    (tmp_path / "rand_perm_cam.mat").write_bytes(b"x")
+    monkeypatch.setattr(data_manager, "_read_cells", end_this_process)
+    with pytest.raises(InputError, match=r"is not a rand_perm_cam.mat \(BrokenProcessPool\); download it again"):
+        data_manager.load_permutations(tmp_path / "rand_perm_cam.mat")

@@ -40,6 +40,7 @@ WRONG_TENSORS = [
     torch.zeros(2, dtype=torch.float8_e4m3fn),
     torch.zeros(2, dtype=torch.complex64),
     torch.zeros(1).expand(10**12),
+    torch.zeros(1).expand(3),  # of which PyTorch would write three values into the place of one
     torch.full((3,), torch.nan),
     {1: torch.zeros(1)},
 ]

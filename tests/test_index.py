@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import multiprocessing
+import os
 import random
 import re
 import sqlite3
@@ -257,7 +258,7 @@ def test_a_graph_that_gives_up_is_no_end_of_a_list_and_goes_with_its_version(dat
     monkeypatch.setattr(server_index, "EXACT", 0)
     with contextlib.closing(open_index(database, create=True)) as index:
         version, (query,) = index.begin("net.t", "a" * 64, "FC", DIM), unit(1, seed=9)
-        entries = [Entry(f"/{i}.jpg", "0 0", "visible", str(i % 50), None, "2026") for i in range(3000)]
+        entries = [Entry(f"/{i}.jpg", "0 0", "visible", str(i % 50), None, "2026-11-20 10:00:00") for i in range(3000)]
         vectors = np.where(np.arange(3000)[:, None] % 50 == 7, -query, query) + 0.1 * unit(3000)
         index.add(version, entries, vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
         exact = index.search(version, query[None], 60, Filter(cameras=("7",)))
@@ -379,6 +380,11 @@ def test_labels_of_a_table(tmp_path):
         table.write_text(text)
         with pytest.raises(InputError, match=words):
             read_labels(None, table)
+    os.mkfifo(tmp_path / "pipe.csv")
+    with pytest.raises(InputError, match="pipe.csv: cannot be read"):
+        read_labels(None, tmp_path / "pipe.csv")
+    with pytest.raises(InputError, match="more than 100 fields"):
+        read_labels("{a}/" * 101, None)
     with pytest.raises(InputError, match="none.csv: cannot be read"):
         read_labels(None, tmp_path / "none.csv")
     times = ("{time}", "{time:%H%M%z}", "{time:%s}", "{time:%H%H}")

@@ -163,7 +163,7 @@ def test_testa_takes_agw_and_refuses_it_damaged(agw, tmp_path):
         subprocess.run([*command, tmp_path / name], capture_output=True, text=True) for name in ("agw.t", "damaged.t")
     )
     assert (good.returncode, good.stderr) == (0, "")
-    assert f"Checkpoint: {tmp_path}/agw.t (agw or caj, resnet50, 288x144, epoch 30)" in good.stdout
+    assert f"{tmp_path}/agw.t (agw or caj, resnet50, 288x144, epoch 30)" in good.stdout
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr.startswith(f"testa.py: error: {tmp_path}/damaged.t: does not fit its resnet50: 'NL_2.0.")
     assert bad.stderr.count("\n") == 1

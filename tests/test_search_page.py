@@ -365,9 +365,24 @@ def test_an_error_names_the_upload_in_one_line(running, site):
     body = multipart([*FORM.items(), ("camera", "+2AA-")], [("images", "a", b"a")], kind)
     status, text, _ = ask(running, "POST", "/search", *body)
     assert (status, text[:10]) == (400, "camera ?: ")
+    kind = "multipart/form-data; boundary=xyz; charset=undefined"
+    assert ask(running, "POST", "/search", *multipart(FORM.items(), [("images", "a", b"a")], kind))[0] == 400
     for text in ("a\nb", "a" * 10**5):
         status, answer = ask_search(running, site.queries[:1], [("from", text)])
         assert (status, answer[:6], "\n" in answer, len(answer) <= 500) == (400, "from a", False, True)
+
+
+def test_idle_connections_leave_room_for_others(running, monkeypatch):
+    monkeypatch.setattr(search_page, "CONNECTIONS", 3)
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(socket.create_connection(("127.0.0.1", running.port), 20)) for _ in range(9)]
+        closed = 0
+        for one in idle[-5:]:
+            with contextlib.suppress(ConnectionResetError):
+                assert one.recv(1) == b""
+            closed += 1
+        assert closed == 5
+    assert ask(running, "GET", "/")[0] == 200
 
 
 def test_requests_are_limited(running, site):

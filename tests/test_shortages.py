@@ -227,3 +227,5 @@ def test_what_the_user_wrote_is_no_shortage():
     assert utils.shortage(error) is None
     assert utils.shortage(OSError(errno.ENOENT, "No such file", "Too many open files.jpg")) is None
     assert "the memory is full" in utils.shortage(RuntimeError(f"{'a' * 10**6}\nbad alloc"))
+    error.__cause__ = BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")  # of a lock
+    assert utils.shortage(error) is None

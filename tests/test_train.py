@@ -471,7 +471,7 @@ def names_of_other_packages(*needed):
 @pytest.mark.slow
 def test_prepare_train_and_test_need_few_packages(sysu_tree, tmp_path):
     """No TensorBoard, no Matplotlib, nothing that only the tools need."""
-    others = names_of_other_packages("torch", "torchvision", "numpy", "pillow", "scipy", "tqdm")
+    others = names_of_other_packages("torch", "torchvision", "numpy", "pillow", "scipy", "tqdm", "msgspec")
     assert {"matplotlib", "tensorboard"} <= others
     assert not {"torch", "PIL", "numpy"} & others
     tree = shutil.copytree(sysu_tree, tmp_path / "tree")

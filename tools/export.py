@@ -184,7 +184,7 @@ def load_embedding(path):
         with safetensors.safe_open(path, "pt") as file:
             about = checked(json.loads(file.metadata()["gfmnet"]), ExportedFile, path, "export it again")
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        embedding = Embedding(GFMNet(**about["options"]), about)
+        embedding = Embedding(GFMNet(**about["options"], weights=None), about)
         embedding.net.load_state_dict(state)
     except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path}: not a safetensors file of tools.export ({error}); export it again") from error

@@ -32,8 +32,9 @@ def load_moments(optimizer, saved):
     wanted = {"step", "exp_avg", "exp_avg_sq"} if adam else {"momentum_buffer"}
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():
-            if value.shape != (() if name == "step" else parameter.shape):
+            if value.shape != (() if name == "step" else parameter.shape) or value.layout != torch.strided:
                 raise ValueError(f"{name} has the shape {list(value.shape)}")
+            moments[name] = value.clone()  # so that all its values have places of their own
         if moments.keys() != wanted:
             raise ValueError(f"moments {', '.join(moments)}")
 

@@ -214,7 +214,10 @@ class Run:
             if checkpoint.within:
                 generators = checkpoint.within["generators"]
                 set_generators(generators, self.device)  # now, as they may not be what they should
-                self._begun = EpochMeter.from_checkpoint(checkpoint.sums, self.device), generators
+                meter = EpochMeter.from_checkpoint(checkpoint.sums, self.device)
+                if not (meter.names and 0 < meter.summed <= meter.step <= self.steps):
+                    raise ValueError(f"sums over {meter.summed} of {meter.step} steps")
+                self._begun = meter, generators
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise InputError(
                 f"{path}: is not a complete ..._last.t ({type(error).__name__}); resume from another"
@@ -292,7 +295,7 @@ class Run:
 
 def _as_flags(values, flags):
     words = (values[flag] if isinstance(values[flag], list) else [values[flag]] for flag in flags)
-    return " ".join(f"--{flag} {' '.join(map(str, word))}" for flag, word in zip(flags, words, strict=True))
+    return " ".join(f"--{flag} {' '.join(map(str, word)):.200}" for flag, word in zip(flags, words, strict=True))
 
 
 class SaveTimer:

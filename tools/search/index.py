@@ -25,6 +25,7 @@ CREATE TABLE images (id {serial}, version INT NOT NULL REFERENCES versions ON DE
 CREATE INDEX images_by_place ON images (version, camera, time);
 """
 REPLACED = "another checkpoint has replaced this version"
+TIME = "^[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01]) ([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]([+-][0-9:]{5})?$"
 BLOCK = 8192  # vectors read or compared at a time
 
 
@@ -42,12 +43,12 @@ class Entry(NamedTuple):
     """An image of an index. path: absolute; stamp: of the file when it was embedded; time: on the clock of the place,
     and if it is the file's, the offset from UTC after it, such as +01:00. Compared as text, that does not count."""
 
-    path: Text
+    path: Annotated[str, Meta(pattern=r"^[^\0]+$", max_length=10_000)]
     stamp: str
     modality: Literal[MODALITIES]
     camera: str | None
     person: str | None
-    time: Annotated[str, Meta(pattern=r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d([+-]\d\d:\d\d)?$")]
+    time: Annotated[str, Meta(pattern=TIME)]
 
 
 class Filter(NamedTuple):

@@ -7,6 +7,7 @@ import re
 import string
 from datetime import datetime, timedelta
 
+from core.files import regular
 from utils import InputError
 
 NAMES = ("camera", "person", "time")
@@ -37,6 +38,8 @@ def _pattern_labels(pattern):
                 datetime.strptime(datetime(2026, 11, 20).strftime(spec), spec)  # ValueError for what it cannot read
                 value = "".join(DIGITS.get(a, value) if a else re.escape(b) for a, b in re.findall("%(.)|(.)", spec))
             parts.append((literal, name, re.compile(value)))
+        if len(parts) > 100:
+            raise ValueError("has more than 100 fields")
     except (ValueError, re.error) as error:
         raise InputError(f"--pattern {pattern}: {error}; write it as cam{{camera}}/{{n}}.jpg") from error
 
@@ -80,7 +83,7 @@ def _fields(parts, path):
 
 def _table_labels(file):
     try:
-        with open(file, newline="", encoding="utf-8-sig") as lines:
+        with open(regular(file), newline="", encoding="utf-8-sig") as lines:
             first = lines.readline()
             separator = max(",;\t", key=first.count)  # spreadsheets write what the language of the machine asks for
             rows = csv.DictReader(itertools.chain([first], lines), delimiter=separator, skipinitialspace=True)

@@ -30,6 +30,7 @@ from utils import InputError, Stopped, shortage
 
 TIMELINE = 100  # images on it
 UPLOADS, UPLOADED = 20, 64 * 2**20  # images of a query, and bytes of a request
+CONNECTIONS = 200
 REQUEST_SECONDS = 120  # in which a request has to arrive, header and body
 FIELDS = ("images", "camera", "from", "before", "folder")  # and those of `Page.choices`
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
@@ -71,6 +72,8 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport):
         super().connection_made(transport)
+        if len(self.connections) > CONNECTIONS:  # more would leave no open files to the page
+            transport.abort()
         self.loop.call_later(REQUEST_SECONDS, self._end_if_late)
 
     def _end_if_late(self):
@@ -105,7 +108,7 @@ class Page:
             response = await self._answer(Request(scope, receive), nonce)
         except ClientDisconnect:
             return
-        except (HTTPException, MultiPartException, InputError, asyncio.CancelledError) as error:
+        except (HTTPException, MultiPartException, ValueError, asyncio.CancelledError) as error:
             status = {asyncio.CancelledError: 503}.get(type(error), getattr(error, "status_code", 400))
             line = getattr(error, "detail", str(error) or "the server has been stopped")
             response = PlainTextResponse(" ".join(printable(line).split())[:500], status)
