@@ -158,7 +158,8 @@ def test_testa_takes_agw_and_refuses_it_damaged(agw, tmp_path):
     demo_data.main(["--out", str(tree), "--layout", "sysu", "--ids", "6", "--images", "1"])
     torch.save(checkpoint(agw, "module."), tmp_path / "agw.t")
     torch.save(checkpoint(without(agw, "NL_2.")), tmp_path / "damaged.t")
-    command = [sys.executable, testa.__file__, "--data_path", tree, "--gpu", "cpu", "--mode", "indoor", "--resume"]
+    command = [sys.executable, testa.__file__, "--data_path", tree, "--gpu", "cpu", "--mode", "indoor"]
+    command += ["--table", "full", "--resume"]
     good, bad = (
         subprocess.run([*command, tmp_path / name], capture_output=True, text=True) for name in ("agw.t", "damaged.t")
     )
