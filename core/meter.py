@@ -54,6 +54,8 @@ class EpochMeter:
         meter.summed = state["step"]
         for name, value in state.items():
             setattr(meter, name, value.to(device) if isinstance(value, torch.Tensor) else value)
+        if meter.readings and not meter.health_names:
+            raise ValueError(f"{meter.readings} readings of nothing")
         sums = {"losses": (meter.names, meter.losses), "health": (meter.health_names, meter.health)}
         sums["first_bad"] = (), meter.first_bad
         for part, (names, values) in sums.items():

@@ -295,7 +295,8 @@ class Run:
 
 def _as_flags(values, flags):
     words = (values[flag] if isinstance(values[flag], list) else [values[flag]] for flag in flags)
-    return " ".join(f"--{flag} {' '.join(map(str, word)):.200}" for flag, word in zip(flags, words, strict=True))
+    text = " ".join(f"--{flag} {' '.join(map(str, word)):.200}" for flag, word in zip(flags, words, strict=True))
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 class SaveTimer:
