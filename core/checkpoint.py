@@ -42,7 +42,8 @@ class Checkpoint:
 
     version: Count = 1
     net: Tensors  # GFMNet's state dict
-    options: dict[str, bool | Count | Annotated[str, Meta(max_length=100)]]  # GFMNet(**options) is the network
+    # GFMNet(**options) is the network.
+    options: dict[str, bool | Count | Annotated[str, Meta(pattern=r"^[\w.-]{1,100}$")]]
     image_size: ImageSize
     args: Flags  # of the training; a flag that is missing had its default
     epoch: Annotated[int, Meta(ge=-1, le=10**6)]  # the last finished one, from 0; -1 before the first
