@@ -121,10 +121,7 @@ def write_report(args, table, search, features, paths, matches, origin):
 
     matches: as `engine.run_search` gives them.
     """
-    from drawing import (
-        figures,
-        report,  # slow to import
-    )
+    from drawing import figures, report  # only here: they are slow to import
 
     name = results.leading(list(features["visible"]))
     matches = matches[name, "none"]

@@ -27,6 +27,11 @@ class InputError(ValueError):
     """Something the user gave is wrong. The message is one line: the file or flag, the value, the remedy."""
 
 
+def one_line(text):
+    """A text with ? for line breaks and other characters that are not printable."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 FLAGS = set()  # of this program, for remedies
 NO_WORKERS = ("pass", "--workers 0")
 SMALLER = ("lower", "--batch_size", "--test_batch", "--batch", "--workers")
@@ -79,7 +84,8 @@ def _line(error):
 def cli(main):
     """Run a script's `main`: an error that the user can mend, such as an `InputError`, becomes one line on stderr and
     exit status 2, without a traceback."""
-    program = Path(sys.argv[0]).name
+    path = Path(sys.argv[0])
+    program = f"{path.parent.name}.py" if path.name == "__main__.py" else path.name  # python -m FOLDER
     FLAGS.clear()
     sys.stdout.reconfigure(errors="replace")  # print ? for characters that the terminal cannot show
     signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C: half-written files are removed

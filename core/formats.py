@@ -10,7 +10,7 @@ import torch
 from msgspec import Meta
 
 from core.files import regular
-from utils import InputError
+from utils import InputError, one_line
 
 Count = Annotated[int, Meta(ge=0, le=10**12)]
 Number = Annotated[float, Meta(ge=-1e30, le=1e30)]  # finite
@@ -45,7 +45,7 @@ def read_json(path, kind, remedy):
 
 def _reason(error):
     """msgspec's message, "Expected `int`, got `str` - at `$.best.epoch`", as "best.epoch: expected int, got str"."""
-    text = "".join(c if c.isprintable() else "?" for c in str(error).replace("`", ""))
+    text = one_line(str(error).replace("`", ""))
     message, _, place = text.partition(" - at ")
     place = place.replace("key in $", "a name in $").replace("$.", "").replace("$", "the file")
     return f"{place}{': ' * bool(place)}{message[:1].lower()}{message[1:]}"[:200]

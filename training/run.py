@@ -22,7 +22,7 @@ from core.files import atomic, check_folder
 from core.meter import Diverged, EpochMeter
 from training.log import RunLog, read_json_lines
 from training.optim import load_moments
-from utils import InputError, Stopped, process_count, process_index, seed_everything
+from utils import InputError, Stopped, one_line, process_count, process_index, seed_everything
 
 try:
     import fcntl
@@ -296,7 +296,7 @@ class Run:
 def _as_flags(values, flags):
     words = (values[flag] if isinstance(values[flag], list) else [values[flag]] for flag in flags)
     text = " ".join(f"--{flag} {' '.join(map(str, word)):.200}" for flag, word in zip(flags, words, strict=True))
-    return "".join(c if c.isprintable() else "?" for c in text)
+    return one_line(text)
 
 
 class SaveTimer:

@@ -14,7 +14,7 @@ from msgspec import Meta
 
 from core.formats import Count, Text, checked
 from model import FEATURES, MODALITIES
-from utils import InputError
+from utils import InputError, one_line
 
 TABLES = """
 CREATE TABLE versions (version {serial}, checkpoint TEXT NOT NULL, sha256 TEXT NOT NULL, feature TEXT NOT NULL,
@@ -98,7 +98,7 @@ class Index:
         except self.driver.IntegrityError as error:
             raise InputError(f"{self.uri}: {REPLACED}; run again") from error
         except (self.driver.Error, ValueError) as error:  # ValueError: vectors of another size
-            reason = "".join(c if c.isprintable() else "?" for c in str(error).strip().partition("\n")[0])
+            reason = one_line(str(error).strip().partition("\n")[0])
             raise InputError(f"{self.uri}: cannot be used as an index ({reason}); {self._remedy(error)}") from error
 
     def _checked(self, rows, kind):
