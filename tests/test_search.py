@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import textwrap
 import time
@@ -642,3 +643,10 @@ def test_a_port_that_is_taken_is_named(made):
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=rf"--port {port}: cannot be used"):
             search.main(["serve", "--index", str(made[1]), "--port", str(port), "--gpu", "cpu"])
+
+
+def test_errors_name_the_program_and_not_its_file(tmp_path):
+    flags = ["query", "a.jpg", "--modality", "infrared", "--index", tmp_path / "none.db"]
+    command = [sys.executable, "-m", "tools.search", *flags]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stderr.partition(": ")[0]) == (2, "search.py")
