@@ -130,6 +130,12 @@ def test_regdb_is_decoded_once_and_again_when_a_file_changes(regdb_tree, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(data_loader, "write_images", lambda *_, **__: pytest.fail("decoded again"))
         regdb_train(tree, (32, 16), 3)
+    (kept,) = (tree / "cache").glob("train_thermal_3_*")
+    whole = np.load(kept)
+    for other in (whole[1:], whole[:, 1:]):
+        np.save(kept, other)
+        with pytest.raises(InputError, match=rf"{kept.name}: has images .*; remove it, and run again"):
+            regdb_train(tree, (32, 16), 3)
     Image.new("RGB", (64, 128), "red").save(paths[4])
     changed = regdb_train(tree, (32, 16), 3)
     assert changed.infrared[4, 0, 0].tolist() == [255, 0, 0]

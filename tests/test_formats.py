@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import sqlite3
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -370,7 +371,11 @@ def use_index(path):
             index.counts(version["version"], "camera")
             for found in index.search(version["version"], np.eye(2, 4, dtype=np.float32), 2):
                 index.vectors([image["id"] for image in found])
-                assert all(image["modality"] in ("visible", "infrared") and image["path"] for image in found)
+                for image in found:
+                    assert image["modality"] in ("visible", "infrared")
+                    assert image["path"]
+                    assert "\0" not in image["path"]
+                    datetime.fromisoformat(image["time"])
     finally:
         index.close()
 
@@ -388,6 +393,8 @@ def test_rows_and_bytes_of_an_index(tmp_path, examples):
         "",
         "x",
         "2026",
+        "2026-13-45 99:99:99",
+        "/a\0b.jpg",
         "\0",
         -5,
         3,

@@ -220,6 +220,13 @@ def test_a_real_limit(limit, remedy, trained, sysu_tree):
     )
 
 
+def test_a_path_of_an_image_is_no_shortage(tmp_path):
+    path = tmp_path / "Bus error.jpg"
+    path.write_bytes(b"no image")
+    with pytest.raises(InputError, match="Bus error.jpg: cannot be read as an image"):
+        read_image(path, (8, 8))
+
+
 def test_what_the_user_wrote_is_no_shortage():
     """Nor does a long text take long: a search from each of its characters would take minutes."""
     error = InputError("--from: is no time")
