@@ -30,8 +30,10 @@ def checked(value, kind, place, remedy):
     """
     try:
         return msgspec.convert(value, kind)
-    except Exception as error:  # a tensor where a dict belongs raises what the tensor raises
+    except msgspec.ValidationError as error:
         raise InputError(f"{place}: {_reason(error)}; {remedy}") from error
+    except Exception as error:  # it asks a tensor for fields, which raises anything
+        raise InputError(f"{place}: a tensor stands where fields belong; {remedy}") from error
 
 
 def read_json(path, kind, remedy):

@@ -74,7 +74,10 @@ WRONG_ORIGINS += [{"selektion": "val"}]
         (r"origin: expected object, got array", lambda _: origin([1, 2])),
         (r"no infrared features of cam.*jpg \(1 of", lambda a: {n: a[n][1:] for n in ("infrared/paths", INFRARED)}),
         ("row 3 of .* is zero or not finite", lambda a: {VISIBLE: np.insert(a[VISIBLE][1:], 3, np.inf, axis=0)}),
-        ("row 3 of .* is zero or not finite", lambda a: {VISIBLE: np.insert(a[VISIBLE][1:], 3, 1e-15, axis=0)}),
+        (
+            "row 3 of .* is zero or not finite",
+            lambda a: {VISIBLE: np.insert(a[VISIBLE][1:].astype(np.float32), 3, 1e-15, axis=0)},
+        ),
         ("save the same for both", lambda _: {VISIBLE: None}),
         ("no array of texts visible/paths", lambda _: {PATHS: None}),
         ("no array of texts visible/paths", lambda _: {PATHS: np.array([b"\xff"])}),
