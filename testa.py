@@ -78,7 +78,7 @@ def main(argv=None):
     if args.json:
         save_json({"flags": vars(args), "torch": torch.__version__, "results": table}, args.json)
     files = [args.json, args.report and os.path.join(args.report, PAGE)]
-    results.print_results(table, args.table == "full", filter(None, files))
+    results.print_results(table, args.table == "full", [*filter(None, files)])
     if args.report:
         write_report(args, table, *first)
     return table

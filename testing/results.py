@@ -159,7 +159,7 @@ def print_results(results, full=False, files=()):
             beside[row["model"] if plain else row["reranking"]] = row["mean"]["Rank-1"]
     beside["chance"] = np.mean([trial["chance"] for trial in trials])
     queries = f"{trials[0]['evaluated']} {own[0]['direction'].split()[0]} queries"
-    print(f"Rank-1 {mean['Rank-1']:.1f} %: so many of {queries} have an image of their person in first place.")
+    print(f"{mean['Rank-1']:.1f} % of {queries} have an image of their person in first place (Rank-1).")
     print("Beside it: " + ", ".join(f"{name} {value:.1f}" for name, value in beside.items() if name != model))
 
     shared, columns, rows = table_parts(results if full else own)
@@ -180,7 +180,8 @@ def print_results(results, full=False, files=()):
         always = ("similarity", "CMC counts", "not seen", "flip", "re-ranking")  # of a data set and a network
         shared = {name: text for name, text in shared.items() if name not in always and text != "–"}
         files = ["--table full", *files]
-    print("; ".join([f"{model} {feature}", *map(": ".join, shared.items()), *files]))
+    of = "; ".join([f"{model} {feature}", *map(": ".join, shared.items())])
+    print(of + (f". {'Also' if full else 'All rows'}: {', '.join(files)}" if files else ""))
 
 
 def table_parts(results):

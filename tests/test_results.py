@@ -66,7 +66,7 @@ def test_the_screen_of_a_test_is_one_number_in_words_and_a_short_table(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 12
     assert lines[:2] == [
-        "Rank-1 78.3 %: so many of 180 infrared queries have an image of their person in first place.",
+        "78.3 % of 180 infrared queries have an image of their person in first place (Rank-1).",
         "Beside it: gray pixels 5.5, untrained 7.5, random_walk 78.5, chance 3.2",
     ]
     assert lines[2].split() == ["mode", "protocol", "shots", "Rank-1", "mAP", "mINP"]
@@ -85,7 +85,7 @@ def test_the_screen_of_a_test_is_one_number_in_words_and_a_short_table(capsys):
         "1.25",
     ]
     assert lines[11].startswith("trained FC; data: data like SYSU-MM01; direction: infrared to visible; trials: 2; ")
-    assert lines[11].endswith("; with a match: 180; gallery: 97; --table full; demo/results.json")
+    assert lines[11].endswith("; with a match: 180; gallery: 97. All rows: --table full, demo/results.json")
 
     print_results(rows, full=True)
     lines = capsys.readouterr().out.splitlines()

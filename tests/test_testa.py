@@ -105,7 +105,7 @@ def test_queries_without_a_match_are_not_counted(saved, sysu_tree, tmp_path, cap
     (row, _) = testa.main([*saved[2], "--data_path", str(tree), "--mode", "indoor"])
     answered = len(ids) - (ids == ids[0]).sum()
     assert {(trial["queries"], trial["evaluated"]) for trial in row["per_trial"]} == {(len(ids), answered)}
-    assert f"so many of {answered} infrared queries" in capsys.readouterr().out
+    assert f"% of {answered} infrared queries have" in capsys.readouterr().out
 
 
 def test_what_is_missing_is_named(saved, sysu_tree, tmp_path, capsys):
