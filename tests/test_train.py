@@ -479,7 +479,7 @@ def test_prepare_train_and_test_need_few_packages(sysu_tree, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "TensorBoard is not installed, so no scalars are written" in result.stdout
-    assert result.stdout.count("\nRank-1 ") == 1
+    assert result.stdout.count("in first place (Rank-1)") == 1
     remedy = "matplotlib: is not installed; run: python -m pip install -r tools/requirements.txt"
     assert [line.split("error: ")[1] for line in result.stderr.splitlines()] == 2 * [remedy]
     assert result.stdout.splitlines()[-2:] == ["2", "2"]
