@@ -217,7 +217,7 @@ def train(args, run, data, test, device):
     step = build_step(args, net, device)
     optimizer = build_optimizer(net, args.optim, args.lr, METHODS[args.method].rates)
 
-    run.start(net, optimizer, device, data.num_images, sampler.steps)
+    run.start(net, optimizer, device, data, sampler.steps)
     run.log.text(describe(args, data, search, sampler.steps, device))
     if unused := unused_flags(args, run.recipe):
         run.log.text(f"note: --method {args.method} does not use {' '.join(unused)}")

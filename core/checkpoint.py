@@ -1,6 +1,7 @@
 """Checkpoint files: their fields, written whole, read without executing anything."""
 
 import re
+import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal, TypedDict, get_type_hints
@@ -51,6 +52,7 @@ class Checkpoint:
     # The epoch was chosen on "test" or "val" ids; "none": it was not; None: unknown.
     selection: Literal["test", "val", "none"] | None = None
     num_images: list[Count] | None = None  # visible, infrared images that it was trained on; None: unknown
+    data_digest: int | None = None  # `TrainData.digest` of these images; None: unknown
     processes: Count = 1  # that trained it, each with a share of the batch
     # Of ..._last.t only:
     optimizer: OptimizerState | None = None
@@ -137,12 +139,16 @@ def load_weights(path):
         raise InputError(f"{path}: no such file; pass the path of an existing one")
     path.open("rb").close()  # what the system has against it is not a matter of its content
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():  # torch.load does not look at the checksums
+                    raise ValueError(f"{damaged} has changed")
         with torch.serialization.safe_globals(_NUMPY_PICKLES):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the reader raises anything when a file is damaged
         raise InputError(
-            f"{path}: cannot be loaded safely ({type(error).__name__}): it is cut off, is not a checkpoint, or holds "
-            "more than tensors and plain values; use an earlier one, or train again"
+            f"{path}: cannot be loaded safely ({type(error).__name__}): it is cut off or damaged, is not a "
+            "checkpoint, or holds more than tensors and plain values; use an earlier one, or train again"
         ) from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a dict of weights; pass a saved state dict")

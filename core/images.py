@@ -13,6 +13,8 @@ from utils import InputError, cores, map_processes, progress, shortage
 # PostScript, to other programs.
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "GIF", "JPEG2000")
 SPAN = 64  # of 256 gray levels, that an image of 16 bits must use
+MAX_PIXELS = 2**26  # of an image file, 8192 x 8192: some formats take minutes to decode more
+Image.MAX_IMAGE_PIXELS = None  # of Pillow, which warns first and refuses later
 CHUNK = 32  # images that a process decodes at a time
 
 
@@ -24,6 +26,8 @@ def read_image(path, size):
     """
     try:
         with Image.open(regular(path), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than 2^26")
             deep = image.mode.startswith("I") or ";16" in str(image.tile[:1])
             image = _rgb(ImageOps.exif_transpose(image))
             if deep:

@@ -1,7 +1,8 @@
 """Features of test images in one .npz file, from this repository or another project.
 
 Arrays, for the modalities "visible" and "infrared": `{modality}/paths` [N], str, relative to the data set's folder, and
-`{modality}/{model}/{feature}` [N, C]. `origin`, JSON, says where they come from. No pickles.
+`{modality}/{model}/{feature}` [N, C]. Optional: `{modality}/bytes` [N], the sizes of these files, by which other images
+are noticed; `origin`, JSON, which says where the features come from. No pickles.
 """
 
 import json
@@ -39,13 +40,15 @@ def save_features(path, features, paths, data_path, origin):
     arrays = {"origin": np.array(json.dumps(origin))}
     for modality, named in features.items():
         arrays[f"{modality}/paths"] = np.array(_relative(paths[modality], data_path))
+        arrays[f"{modality}/bytes"] = np.array([os.path.getsize(path) for path in paths[modality]])
         arrays |= {f"{modality}/{'/'.join(name)}": values.cpu().numpy() for name, values in named.items()}
     with atomic(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
 
 
 def load_features(path):
-    """-> ({modality: {"row": {path: row}, (model, feature): float32 [N, C]}}, the fields of its `Origin`).
+    """-> ({modality: {"row": {path: row}, "bytes": [N], (model, feature): float32 [N, C]}}, the fields of its
+    `Origin`). "bytes" is there if the file has it.
 
     Nothing in the file is executed. Raises InputError for any other file.
     """
@@ -62,6 +65,11 @@ def load_features(path):
     origin = checked(origin, Origin, f"{path}: origin", "see a file of --features")
 
     stored = {modality: {"row": _rows(path, modality, arrays)} for modality in ("visible", "infrared")}
+    for modality, named in stored.items():
+        if (sizes := arrays.pop(f"{modality}/bytes", None)) is not None:
+            if sizes.dtype.kind not in "iu" or sizes.shape != (len(named["row"]),):
+                raise InputError(f"{path}: {modality}/bytes is not an integer for each image; leave it out")
+            named["bytes"] = sizes
     for name, values in arrays.items():
         modality, *labels = name.split("/")
         if modality not in stored or len(labels) != 2 or not all(label and label.isprintable() for label in labels):
@@ -79,7 +87,7 @@ def load_features(path):
             raise InputError(f"{path}: row {usable.argmin()} of {name} is zero or not finite; embed that image again")
         stored[modality][tuple(labels)] = torch.from_numpy(values)
     widths = [
-        {"/".join(name): values.shape[1] for name, values in named.items() if name != "row"}
+        {"/".join(name): values.shape[1] for name, values in named.items() if isinstance(name, tuple)}
         for named in stored.values()
     ]
     if not widths[0] or widths[0] != widths[1]:
@@ -111,9 +119,14 @@ def select_features(path, stored, paths, data_path, device):
                 f"{path}: has no {modality} features of {missing[0]} ({len(missing)} of {len(files)} images are "
                 f"missing; it has {next(iter(row))}); save features of all images of {data_path} in these searches"
             )
-        rows = torch.tensor([row[file] for file in relative])
+        rows = [row[file] for file in relative]
+        if "bytes" in stored[modality]:
+            for file, size in zip(files, stored[modality]["bytes"][rows].tolist(), strict=True):
+                if os.path.exists(file) and os.path.getsize(file) not in (size, 0):  # empty: in the place of an image
+                    raise InputError(f"{path}: was made from another {file}; pass the --data_path it was made from")
+        named = stored[modality].items()
         features[modality] = {
-            name: F.normalize(values[rows]).to(device) for name, values in stored[modality].items() if name != "row"
+            name: F.normalize(values[rows]).to(device) for name, values in named if isinstance(name, tuple)
         }
     return features
 

@@ -11,6 +11,7 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ import pre_process_sysu
 import train_ext_test0
 import utils
 from core.checkpoint import save_checkpoint
+from data_loader import TrainData
 from model import GFMNet
 from tools import demo_data
 
@@ -51,6 +53,11 @@ def search_flags(tree, checkpoint, *more):
 def parse(*argv):
     """The flags of a training, with the defaults of its method and data set."""
     return train_ext_test0.get_args_parser().parse_args(argv)
+
+
+def train_data(*counts):
+    """`TrainData` with so many visible and infrared images, of one person."""
+    return TrainData(*(zeros for n in counts for zeros in (np.zeros((n, 2, 1, 3), np.uint8), np.zeros(n, np.int64))))
 
 
 def result_row(**more):

@@ -67,6 +67,12 @@ def cut(name, size):
     write(name, Path(name).read_bytes()[:size])
 
 
+def flip(name, position):
+    content = bytearray(Path(name).read_bytes())
+    content[position] ^= 1
+    write(name, bytes(content))
+
+
 def array(number):
     return sysu_train_files("sysu")[number]
 
@@ -95,6 +101,12 @@ def png(width, height, bits, colour, content):
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(content)) + chunk(b"IEND", b"")
+
+
+def large_image(width, height):
+    with io.BytesIO() as file:
+        Image.new("1", (width, height)).save(file, "TIFF", compression="group4")
+        return file.getvalue()
 
 
 def bomb():
@@ -152,7 +164,8 @@ CASES = {
         "prepare", lambda: cut(jpeg(), 300), "cam1/", "remove it, or continue without it: --skip_bad"
     ),
     "pipe as image": case("prepare", lambda: pipe(jpeg()), "cam1/", "is no regular file", "--skip_bad"),
-    "decompression bomb": case("prepare", lambda: write(jpeg(), bomb()), "cam1/", "decompression bomb"),
+    "too many pixels": case("prepare", lambda: write(jpeg(), large_image(8193, 8192)), "8193 x 8192 pixels are more"),
+    "decompression bomb": case("prepare", lambda: write(jpeg(), bomb()), "cam1/", "50000 x 50000 pixels are more"),
     "image of floats": case("prepare", lambda: write(jpeg(), float_image()), "cam1/", "floating-point"),
     "bad query image": case("test", lambda: cut(query(), 200), "sysu/cam", "remove it"),
     "bad listed image": case("regdb", lambda: cut(sorted(Path("regdb").rglob("*.bmp"))[0], 50), "regdb/", "remove it"),
@@ -264,9 +277,13 @@ CASES = {
     "resume on other images": resumed(
         "train", lambda: resumable(10) | {"num_images": [9, 9]}, "was trained on [9, 9] images, not [62, 32]"
     ),
+    "resume on as many other images": resumed(
+        "train", lambda: resumable(10) | {"num_images": [62, 32], "data_digest": 1}, "was trained on other images"
+    ),
     "resume another number of classes": resumed("train", lambda: resumable(9), "has num_classes 9, not 10"),
     # checkpoints
     "cut checkpoint": case("test", lambda: cut("good.t", 9999), "good.t"),
+    "one bit of the weights": case("test", lambda: flip("good.t", 200_000), "loaded safely (ValueError)", "or damaged"),
     "pipe as checkpoint": case("test", lambda: pipe("good.t"), "good.t: no such file"),
     "pipe as permutations": case(
         "test", lambda: pipe(PERMUTATIONS), "rand_perm_cam.mat: no such file", flags="--protocol official"

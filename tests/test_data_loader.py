@@ -241,6 +241,21 @@ def test_older_arrays_do_not_name_their_people_but_their_counts_must_agree(own_t
         sysu_train(own_tree / "none", SIZE)
 
 
+def test_other_images_or_labels_have_another_digest():
+    """Wherever they differ among labels, and among few images; of many images some are compared."""
+    rng = np.random.default_rng(0)
+    data = TrainData(*(x for n in (40, 90) for x in (rng.integers(0, 256, (n, 4, 2, 3), np.uint8), np.arange(n) // 9)))
+    found = {data.digest}
+    for field, index in ((0, 0), (0, 21), (0, 39), (2, 0), (2, 89), (1, 7), (1, 39), (3, 50)):
+        other = TrainData(*(array.copy() for array in data))
+        other[field][index] += 1
+        found.add(other.digest)
+    found.add(TrainData(*data[2:], *data[:2]).digest)
+    assert len(found) == 10
+    reordered = np.asfortranarray(data.visible), data.visible_labels.astype(np.int32), *data[2:]
+    assert TrainData(*reordered).digest == data.digest
+
+
 def test_older_arrays_may_have_people_whose_folders_are_gone(own_tree):
     (own_tree / "train_ids.npy").unlink()
     before = sysu_train(own_tree, SIZE).num_images

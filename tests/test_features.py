@@ -2,12 +2,14 @@
 
 import contextlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import testa
+from conftest import save_network
 from data_manager import process_gallery_sysu, process_query_sysu, read_ids, sysu_images
 from eval_metrics import eval_sysu
 from testing.features import load_features
@@ -58,6 +60,21 @@ def test_features_of_another_project(arrays, sysu_tree, tmp_path):
     assert (row["flip_averaging"], row["selection"], row["images"]) == (True, "val", "unknown")
 
 
+def test_features_belong_to_their_images(sysu_tree, tmp_path):
+    tree, features = shutil.copytree(sysu_tree, tmp_path / "tree"), tmp_path / "f.npz"
+    checkpoint = save_network(tmp_path / "c.t", seed=0)
+    command = ["--data_path", str(tree), "--gpu", "cpu", "--workers", "0"]
+    rows = testa.main([*command, "--resume", checkpoint, "--features", str(features)])
+    moved = tree.rename(tmp_path / "moved")
+    again = ["--data_path", str(moved), "--gpu", "cpu", "--from_features", str(features)]
+    assert [row["mean"] for row in testa.main(again)] == [row["mean"] for row in rows]
+    image = sorted(moved.glob("cam3/00*/*.jpg"))
+    image = next(file for file in image if int(file.parent.name) in read_ids(moved, "test"))
+    image.write_bytes(image.read_bytes() + b"\0")
+    with pytest.raises(InputError, match=f"f.npz: was made from another {image}; pass the --data_path"):
+        testa.main(again)
+
+
 PATHS, VISIBLE, INFRARED = "visible/paths", "visible/mine/embedding", "infrared/mine/embedding"
 WRONG_ORIGINS = [{"flipped": "FC"}, {"selection": 3}, {"trial": "1"}, {"dataset": "market"}, {"data_path": []}]
 WRONG_ORIGINS += [{"selektion": "val"}]
@@ -86,6 +103,8 @@ WRONG_ORIGINS += [{"selektion": "val"}]
         (r"not numbers \[", lambda a: {VISIBLE: a[VISIBLE][:-1]}),
         (r"not numbers \[", lambda a: {VISIBLE: a[VISIBLE].astype(complex)}),
         (r"not numbers \[", lambda _: {VISIBLE: np.ones(4)}),
+        ("visible/bytes is not an integer for each image", lambda a: {"visible/bytes": np.ones(len(a[PATHS]))}),
+        ("visible/bytes is not an integer for each image", lambda _: {"visible/bytes": np.array([1, 2])}),
     ],
 )
 def test_damaged_features_are_named(words, damage, arrays, sysu_tree, tmp_path):

@@ -16,7 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conftest import parse, result_row
+from conftest import parse, result_row, train_data
 from core.checkpoint import load_checkpoint
 from core.formats import Flags, Numbers, checked
 from data_loader import sysu_train
@@ -150,6 +150,7 @@ def checkpoint():
     content |= {"epoch": 3, "best": {"epoch": 2, "Rank-1": 50.0, "mAP": 40.0}, "selection": "test", "processes": 1}
     return content | {
         "num_images": [5, 6],
+        "data_digest": train_data(5, 6).digest,
         "optimizer": {"state": {}},
         "sums": {"step": 2},
         "within": {"generators": []},
@@ -232,7 +233,7 @@ def tiny_run(folder, optim, resume=None, save=False):
     net = Tiny()
     optimizer = build_optimizer(net, optim, 0.1)
     with Run("run", args, {"lr": 0.1, "weights": "imagenet"}) as run:
-        run.start(net, optimizer, CPU, (5, 6), 9)
+        run.start(net, optimizer, CPU, train_data(5, 6), 9)
         meter = run.begin_epoch(run.first_epoch)
         net.classifier(net.bottleneck(torch.rand(4, 2))).sum().backward()
         optimizer.step()
@@ -377,13 +378,16 @@ def test_sweeps(name, examples, tmp_path, monkeypatch, capsys):
 
 @MANY
 def test_features(tmp_path, examples):
-    path, images = tmp_path / "f.npz", {"visible": ["d/a.jpg", "d/b.jpg"], "infrared": ["d/c.jpg"]}
+    path, names = tmp_path / "f.npz", {"visible": ["a.jpg", "b.jpg"], "infrared": ["c.jpg"]}
+    images = {modality: [tmp_path / name for name in files] for modality, files in names.items()}
+    for image in images["visible"] + images["infrared"]:
+        image.write_bytes(b"image")
     values = {m: {("net", "FC"): torch.ones(len(files), 3)} for m, files in images.items()}
-    save_features(path, values, images, "d", {"dataset": "sysu", "flags": {"lr": 0.1}})
+    save_features(path, values, images, tmp_path, {"dataset": "sysu", "flags": {"lr": 0.1}})
     whole = dict(np.load(path))
 
     def use():
-        select_features(path, load_features(path)[0], images, "d", CPU)
+        select_features(path, load_features(path)[0], images, tmp_path, CPU)
 
     use()
     others = [

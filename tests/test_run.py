@@ -17,7 +17,7 @@ import torch
 
 import train_ext_test0
 import training.run
-from conftest import log_entries, parse, tiny_flags
+from conftest import log_entries, parse, tiny_flags, train_data
 from core.files import atomic
 from methods import Losses
 from model import GFMNet
@@ -291,7 +291,7 @@ class Story:
             training.run.Run("run", args, {"weights": "none", "seed": 0}) as run,
         ):
             patch.setattr(os, "replace", write)
-            run.start(net, torch.optim.SGD(net.parameters()), torch.device("cpu"), (1, 1), 1)
+            run.start(net, torch.optim.SGD(net.parameters()), torch.device("cpu"), train_data(1, 1), 1)
             for epoch in range(run.first_epoch, len(ranks)):
                 run.begin_epoch(epoch)
                 weight = len(self.trained) + 1.0
@@ -369,7 +369,7 @@ def test_a_run_that_a_signal_stops_goes_on_at_its_step(stop, tmp_path, monkeypat
         where = ["--model_path", str(folder / "models"), "--log_path", str(folder / "log"), "--epochs", "2"]
         net, means = Story.Net(1, 1, bias=False), []
         with training.run.Run("run", parse(*where, "--resume", "auto"), {"weights": "none"}) as run:
-            run.start(net, torch.optim.SGD(net.parameters()), torch.device("cpu"), (1, 1), 4)
+            run.start(net, torch.optim.SGD(net.parameters()), torch.device("cpu"), train_data(1, 1), 4)
             assert run.last_path.exists()  # before the first entry of the log
             for epoch in range(run.first_epoch, 2):
                 meter = run.begin_epoch(epoch)

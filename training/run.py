@@ -69,13 +69,13 @@ class Run:
         if kind is Diverged:
             raise InputError(f"{error}: start a new run ({self.last_path} holds the state before it)") from error
 
-    def start(self, net, optimizer, device, num_images, steps):
+    def start(self, net, optimizer, device, data, steps):
         """Load the checkpoint to resume into net and optimizer, or save a first one; begin the log.
 
-        num_images: visible, infrared images to train on. steps: of an epoch.
+        data: `TrainData`. steps: of an epoch.
         """
         self.net, self.optimizer, self.device = net, optimizer, device
-        self.num_images, self.steps = [*num_images], steps
+        self.num_images, self.data_digest, self.steps = [*data.num_images], data.digest, steps
         self.timer = self._stack.enter_context(SaveTimer(self.args.save_minutes, device))
         if self.resumed:
             self._load()
@@ -178,6 +178,7 @@ class Run:
             best=self.best,
             selection=selection,
             num_images=self.num_images,
+            data_digest=self.data_digest,
             processes=process_count(),
             **training,
         )
@@ -283,6 +284,8 @@ class Run:
             raise InputError(
                 f"{path}: was trained on {checkpoint.num_images} images, not {self.num_images}; prepare the same ones"
             )
+        if (checkpoint.data_digest or self.data_digest) != self.data_digest:
+            raise InputError(f"{path}: was trained on other images; prepare those, or start a new run")
 
     def _resumed_from(self):
         if not self.resumed:
