@@ -69,6 +69,7 @@ mutants: $(VENV)/.tests
 lint: $(VENV)/.tests
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 clean:
 	rm -rf $(VENV) $(DEMO)

@@ -27,12 +27,13 @@ LLCM_CAMERAS = range(1, 10)
 LLCM_NAMES = {"visible": "vis", "infrared": "nir"}  # in the names of its lists and folders
 NUMBER = "[0-9]{1,9}"  # an id or label
 DEMO_FILE = "demo.txt"  # marks a folder of demo data
+Images = tuple[list[str], np.ndarray, np.ndarray]  # their paths, ids and cameras
 
 
 # --------------------------------------------------------------------------------------------------------- SYSU-MM01
 
 
-def process_query_sysu(data_path, mode="all", split="test"):
+def process_query_sysu(data_path: Path | str, mode: str = "all", split: str = "test") -> Images:
     """SYSU-MM01's queries: every infrared image of a split's ids, by id, then camera, then file name.
 
     Both modes have the same queries; they differ in the gallery.
@@ -41,7 +42,14 @@ def process_query_sysu(data_path, mode="all", split="test"):
     return sysu_images(data_path, read_ids(data_path, split), SYSU_INFRARED)
 
 
-def process_gallery_sysu(data_path, mode="all", trial=0, protocol="seeded", shots=1, split="test"):
+def process_gallery_sysu(
+    data_path: Path | str,
+    mode: str = "all",
+    trial: int = 0,
+    protocol: str = "seeded",
+    shots: int = 1,
+    split: str = "test",
+) -> Images:
     """SYSU-MM01's gallery of one trial, 0 to 9: `shots` visible images of each id of the split from each camera.
 
     seeded (de facto): one generator of Python's `random`, seeded with the trial, goes through the sorted ids and the
@@ -112,7 +120,8 @@ def list_folders(root, identities, cameras):
     A folder's name is the id, with any number of leading zeros. There may be none, but one that is there and cannot be
     listed is an InputError, as are two of one id.
     """
-    people, others = {}, []
+    people: dict[tuple[int, int], str] = {}
+    others = []
     for camera in cameras:
         place = os.path.join(Path(root), f"cam{camera}")
         for name in _listing(place) if os.path.lexists(place) else []:
@@ -180,7 +189,7 @@ def _check_mode(mode):
 # ------------------------------------------------------------------------------------------------------------- RegDB
 
 
-def process_test_regdb(data_path, trial=1, modal="visible"):
+def process_test_regdb(data_path: Path | str, trial: int = 1, modal: str = "visible") -> Images:
     """RegDB's test images of one modality, "visible" or "thermal", in one trial, 1 to 10, in the order of the list.
 
     RegDB has one camera of each kind: visible 1, thermal 2.

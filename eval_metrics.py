@@ -8,7 +8,7 @@ Only the ranks of the correct matches count, so images are not carried through a
 numbers, and a match ranks where its distance stands among them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,12 +25,16 @@ class CosineDistances:
     They are computed on access, row by row: for the measures below, a distance matrix that takes no memory.
     """
 
-    def __init__(self, query, gallery):
+    def __init__(self, query: torch.Tensor, gallery: torch.Tensor) -> None:
         self.query, self.gallery = query, gallery
         self.shape, self.device = (len(query), len(gallery)), query.device
 
     def __getitem__(self, rows):
         return -self.query[rows] @ self.gallery.T
+
+
+Distances = np.ndarray | torch.Tensor | CosineDistances
+Labels = np.ndarray | torch.Tensor | Sequence[int]
 
 
 class Rules(NamedTuple):
@@ -54,7 +58,9 @@ SYSU_RULES = Rules(
 REGDB_RULES = Rules(not_seen=None, unseen=None, counts_identities=False)
 
 
-def eval_sysu(distmat, q_pids, g_pids, q_camids, g_camids, max_rank=20):
+def eval_sysu(
+    distmat: Distances, q_pids: Labels, g_pids: Labels, q_camids: Labels, g_camids: Labels, max_rank: int = 20
+) -> tuple[np.ndarray, float, float]:
     """SYSU-MM01's measure -> (cmc [max_rank], mAP, mINP), a float64 NumPy array and two floats, all from 0 to 1.
 
     distmat [Q, G]: finite distances, smaller is nearer: NumPy, torch or `CosineDistances`. They are ranked on their
@@ -68,7 +74,9 @@ def eval_sysu(distmat, q_pids, g_pids, q_camids, g_camids, max_rank=20):
     return match_ranks(SYSU_RULES, distmat, q_pids, g_pids, q_camids, g_camids).means(max_rank)
 
 
-def eval_regdb(distmat, q_pids, g_pids, max_rank=20):
+def eval_regdb(
+    distmat: Distances, q_pids: Labels, g_pids: Labels, max_rank: int = 20
+) -> tuple[np.ndarray, float, float]:
     """RegDB's measure; as `eval_sysu`, but every query sees the whole gallery, and the CMC counts images."""
     return match_ranks(REGDB_RULES, distmat, q_pids, g_pids).means(max_rank)
 
@@ -109,7 +117,7 @@ class MatchRanks(NamedTuple):
         needed = (levels * self._matches()[:, None] - 1e-9).ceil().long().clamp_min(1)
         return best.gather(1, needed - 1).mean(dim=0)
 
-    def means(self, max_rank):
+    def means(self, max_rank: int) -> tuple[np.ndarray, float, float]:
         """(cmc [max_rank], mAP, mINP), as `eval_sysu` returns them."""
         cmc = self.cmc(max_rank).cpu().numpy()
         return cmc, self.average_precision().mean().item(), self.inverse_negative_penalty().mean().item()
@@ -123,7 +131,14 @@ class MatchRanks(NamedTuple):
         return torch.where(self.positions > 0, number / self.positions.clamp_min(1).double(), 0)
 
 
-def match_ranks(rules, distmat, q_pids, g_pids, q_camids=None, g_camids=None):
+def match_ranks(
+    rules: Rules,
+    distmat: Distances,
+    q_pids: Labels,
+    g_pids: Labels,
+    q_camids: Labels | None = None,
+    g_camids: Labels | None = None,
+) -> MatchRanks:
     """Rank each query's matches by `Rules` -> `MatchRanks`.
 
     Arguments and errors are those of `eval_sysu`. Cameras are needed where the rules hide something.

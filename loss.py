@@ -8,6 +8,7 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 
 from parts.distances import euclidean, same_identity
 
@@ -63,11 +64,11 @@ class HardTripletLoss(nn.Module):
     farthest positive and the nearest negative; correct: how many anchors have d- >= d+ (a tensor: no device sync).
     """
 
-    def __init__(self, margin=0.3):
+    def __init__(self, margin: float = 0.3) -> None:
         super().__init__()
         self.margin = margin
 
-    def forward(self, features, labels):
+    def forward(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         distance = euclidean(features, features)
         same = same_identity(labels)
         positive = distance.masked_fill(~same, -math.inf).amax(dim=1)
@@ -82,12 +83,12 @@ class WeightedTripletLoss(nn.Module):
     are softmax-weighted means (see `weighted_mean`).
     """
 
-    def __init__(self, weighting="published"):
+    def __init__(self, weighting: str = "published") -> None:
         super().__init__()
         _check_weighting(weighting)
         self.weighting = weighting
 
-    def forward(self, features, labels):
+    def forward(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         positive, negative = _weighted_triplet(features, labels, 1.0, self.weighting)
         return F.softplus(positive - negative).mean(), (negative >= positive).sum()
 
@@ -103,12 +104,12 @@ class SquaredTripletLoss(nn.Module):
     free of scale and adds delta to the squared difference: delta = 0 has a gradient.
     """
 
-    def __init__(self, alpha=1.0, gamma=1.0, square=1, weighting="published"):
+    def __init__(self, alpha: float = 1.0, gamma: float = 1.0, square: int = 1, weighting: str = "published") -> None:
         super().__init__()
         _check_weighting(weighting)
         self.alpha, self.gamma, self.square, self.weighting = alpha, gamma, square, weighting
 
-    def forward(self, features, labels):
+    def forward(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         positive, negative = _weighted_triplet(features, labels, self.alpha, self.weighting)
         delta = positive - negative
         exponent = self._signed_square(delta) if self.square else self.gamma * delta
@@ -194,11 +195,11 @@ class AlignedLocalLoss(nn.Module):
     `features` (the anchor is one of its positives).
     """
 
-    def __init__(self, margin=0.3):
+    def __init__(self, margin: float = 0.3) -> None:
         super().__init__()
         self.margin = margin
 
-    def forward(self, features, labels, local):
+    def forward(self, features: Tensor, labels: Tensor, local: Tensor) -> Tensor:
         with torch.no_grad():
             distance = euclidean(features, features)
             same = same_identity(labels)

@@ -17,6 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from torch import Tensor
 
 from ChannelAug import without_colour
 from core.checkpoint import check_state, load_weights
@@ -137,19 +138,19 @@ class GFMNet(nn.Module):
 
     def __init__(
         self,
-        num_classes,
-        arch="resnet50",
-        share_net=2,
-        attention=True,
-        non_local=True,
-        pool="gem",
-        local=True,
-        expansion=False,
-        shift=False,
-        gray=False,
-        stages=4,
-        weights=None,
-    ):
+        num_classes: int,
+        arch: str = "resnet50",
+        share_net: int = 2,
+        attention: bool = True,
+        non_local: bool = True,
+        pool: str = "gem",
+        local: bool = True,
+        expansion: bool = False,
+        shift: bool = False,
+        gray: bool = False,
+        stages: int = 4,
+        weights: Path | str | None = None,
+    ) -> None:
         super().__init__()
         if stages not in (3, 4):
             raise InputError(f"stages {stages}: how many of the backbone's four stages are used, 3 or 4")
@@ -203,7 +204,7 @@ class GFMNet(nn.Module):
         self.local = LocalBranch(width) if local else None
         self.domain = DomainBranch(width, num_classes) if shift else None
 
-    def forward(self, visible, infrared):
+    def forward(self, visible: Tensor, infrared: Tensor) -> Output:
         """visible [A, 3, H, W], infrared [B, 3, H, W], normalised -> Output of A + B rows, the visible first."""
         x = self._features(torch.cat([self._own_parts(visible, "visible"), self._own_parts(infrared, "infrared")]))
         with torch.autocast(x.device.type, enabled=False):  # in float32 from here: the losses live on it
@@ -215,7 +216,7 @@ class GFMNet(nn.Module):
                 domain = self.domain(maps.mean(dim=(2, 3)), normed, len(visible))
         return Output(pooled, logits, None if self.local is None else self.local(x), domain)
 
-    def embed(self, images, modality):
+    def embed(self, images: Tensor, modality: str) -> tuple[Tensor, Tensor]:
         """images [B, 3, H, W], normalised, of one modality, "visible" or "infrared" -> (pooled, normed).
 
         Both [B, C] and L2-normalised: before ("POOL" in the tables) and after ("FC") the batch-norm bottleneck.
@@ -226,7 +227,7 @@ class GFMNet(nn.Module):
         pooled, normed = self.vectors(images, modality)
         return F.normalize(pooled), F.normalize(normed)
 
-    def vectors(self, images, modality):
+    def vectors(self, images: Tensor, modality: str) -> tuple[Tensor, Tensor]:
         """What `embed` gives, before it is normalised. With expansion, the lengths by which the embeddings are divided
         count as constants."""
         if modality not in MODALITIES:

@@ -4,7 +4,7 @@ import re
 import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal, TypedDict, get_type_hints
+from typing import Annotated, Any, Literal, TypedDict, get_type_hints
 
 import numpy as np
 import torch
@@ -67,7 +67,7 @@ class Checkpoint:
 
 
 # Any of the fields: published checkpoints have few of them.
-SomeFields = TypedDict("SomeFields", get_type_hints(Checkpoint, include_extras=True), total=False)
+SomeFields = TypedDict("SomeFields", get_type_hints(Checkpoint, include_extras=True), total=False)  # type: ignore[misc]
 
 
 def save_checkpoint(content, path):
@@ -80,7 +80,7 @@ def save_checkpoint(content, path):
 
 
 # Published checkpoints hold their metrics as NumPy scalars and arrays, pickled by NumPy 1: exactly these names load.
-_NUMPY_PICKLES = [
+_NUMPY_PICKLES: list[Any] = [
     np.ndarray,
     np.dtype,
     *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"},

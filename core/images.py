@@ -82,7 +82,7 @@ def write_images(paths, size, out, desc, workers=None):
             file.seek(offset)
             file.writelines(bytes(size[0] * size[1] * 3) for _ in paths)
     chunks = [(start, paths[start : start + CHUNK]) for start in range(0, len(paths), CHUNK)]
-    unreadable = {}
+    unreadable: dict[int, InputError] = {}
     decoded = map_processes(partial(_write_chunk, out, size), chunks, workers or cores())
     with progress(total=len(paths), desc=desc, unit="img") as bar, decoded as done:
         for count, errors in done:

@@ -57,7 +57,7 @@ class EpochMeter:
         if meter.readings and not meter.health_names:
             raise ValueError(f"{meter.readings} readings of nothing")
         sums = {"losses": (meter.names, meter.losses), "health": (meter.health_names, meter.health)}
-        sums["first_bad"] = (), meter.first_bad
+        sums["first_bad"] = [], meter.first_bad
         for part, (names, values) in sums.items():
             if values.shape != ((len(names),) if names else ()) or values.dtype != torch.float32:
                 raise ValueError(f"{part}: {values.dtype} {list(values.shape)}")

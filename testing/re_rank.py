@@ -3,15 +3,19 @@
 A re-ranked result has used the whole test set at once; it stands beside the plain one, never in its place.
 """
 
+from typing import TypeVar
+
 import numpy as np
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 
+Array = TypeVar("Array", np.ndarray, torch.Tensor)
+
 BLOCK = 2**22  # distances, or pairs of neighbours, that are worked on at a time: bounds the memory
 
 
-def k_reciprocal(query, gallery, k1=20, k2=6, lambda_value=0.3):
+def k_reciprocal(query: Array, gallery: Array, k1: int = 20, k2: int = 6, lambda_value: float = 0.3) -> Array:
     """k-reciprocal encoding -> distances, float32 [Q, G], NumPy or torch as `query` is.
 
     query [Q, C], gallery [G, C]: features, NumPy or torch. Source: Zhong et al., "Re-ranking Person Re-identification
@@ -67,7 +71,7 @@ def k_reciprocal(query, gallery, k1=20, k2=6, lambda_value=0.3):
     return result.to(features.device) if torch.is_tensor(query) else result.numpy()
 
 
-def random_walk(query, gallery, alpha=0.95):
+def random_walk(query: Array, gallery: Array, alpha: float = 0.95) -> Array:
     """Random walk over the gallery -> distances (negative similarities), float32 [Q, G], NumPy or torch as `query` is.
 
     query [Q, C], gallery [G, C]: features, NumPy or torch. The similarities s of a query to the gallery spread to
@@ -76,10 +80,10 @@ def random_walk(query, gallery, alpha=0.95):
     the published GFMNet code, the zero diagonal goes INTO the softmax, so an image keeps some weight of its own.
     """
     is_tensor = torch.is_tensor(query)
-    query, gallery = (F.normalize(torch.as_tensor(x).float()) for x in (query, gallery))
-    walk = (gallery @ gallery.T).fill_diagonal_(0).softmax(dim=1)
-    system = torch.eye(len(gallery), device=gallery.device) - alpha * walk
-    similarity = (1 - alpha) * torch.linalg.solve(system, gallery @ query.T).T
+    queries, images = (F.normalize(torch.as_tensor(x).float()) for x in (query, gallery))
+    walk = (images @ images.T).fill_diagonal_(0).softmax(dim=1)
+    system = torch.eye(len(images), device=images.device) - alpha * walk
+    similarity = (1 - alpha) * torch.linalg.solve(system, images @ queries.T).T
     return -similarity if is_tensor else -similarity.numpy()
 
 
