@@ -47,8 +47,8 @@ def _squared(alpha, gamma, square, weighting, **_):
 
 class Batch(NamedTuple):
     """What the terms of a method see. embeddings [N, E, 2, C], identities [N]: of N pairs of a visible (0) and an
-    infrared (1) image of all processes, E embeddings each; domain (of `model.Output`), labels: of the images of this
-    process."""
+    infrared (1) image of all processes, E embeddings each, those of a visible image in its first view; domain (of
+    `model.Output`), labels: of the images of this process."""
 
     embeddings: torch.Tensor
     identities: torch.Tensor
@@ -134,10 +134,10 @@ class MethodLoss(nn.Module):
 
     Cross-entropy of the logits + the triplet loss of the pooled features + 0.5 x the local loss, if there is one, +
     the method's weighted terms. The images of an expanded network have several rows each, all of which count. Terms
-    need as many visible as infrared images, of the same identities in the same order. Everything is computed in
-    float32, whatever precision the network ran in. Of several processes, each computes the triplet and local losses and
-    the terms of the whole batch and the cross-entropy of its own rows. `DistributedDataParallel` takes the mean of
-    their gradients, which is then the gradient of the whole batch.
+    need visible views and infrared images of the same identities in the same order. Everything is computed in float32,
+    whatever precision the network ran in. Of several processes, each computes the triplet and local losses and the
+    terms of the whole batch and the cross-entropy of its own rows. `DistributedDataParallel` takes the mean of their
+    gradients, which is then the gradient of the whole batch.
     """
 
     LOCAL_WEIGHT = 0.5
@@ -148,8 +148,6 @@ class MethodLoss(nn.Module):
         spec = METHODS[method]
         self.triplet, self.terms = spec.triplet(**flags), spec.terms
         self.local = spec.local(**flags) if spec.local else None
-        if self.terms and "exchange" in (spec.augmentation, *spec.augmentations.values()):
-            raise ValueError(f"method {method!r}: terms need one visible view, but its augmentation gives two")
         self.losses = namedtuple("Losses", [*Losses._fields, *self.terms])
 
     def forward(self, output, labels):
@@ -169,10 +167,11 @@ class MethodLoss(nn.Module):
     def _weighted_terms(self, output, labels):
         if not self.terms:
             return []
-        pairs, embeddings = len(labels) // 2, full_precision(output.pooled)
+        pairs, embeddings = len(labels) - output.visible, full_precision(output.pooled)
         if output.domain is not None:
             embeddings = torch.cat([embeddings, full_precision(output.domain.shifted)])
-        embeddings = embeddings.unflatten(0, (-1, 2, pairs)).movedim(2, 0)
+        views = len(labels) // pairs
+        embeddings = embeddings.unflatten(0, (-1, views, pairs))[:, :: views - 1].movedim(2, 0)  # the first, the last
         batch = Batch(gather(embeddings), gather(labels[:pairs]), output.domain, labels)
         return [weight * term(batch) for weight, term in self.terms.values()]
 

@@ -40,13 +40,14 @@ class Output(NamedTuple):
     """pooled [A+B, C], logits [A+B, K], local [A+B, 128, P] or None: the visible images' rows first.
 
     With expansion there are 3 (A+B) rows: those of the embeddings, then of the first, then of the second expansion.
-    domain: with shift, what `DomainBranch` gives.
+    domain: with shift, what `DomainBranch` gives. visible: A.
     """
 
     pooled: torch.Tensor
     logits: torch.Tensor
     local: torch.Tensor | None
     domain: Domain | None = None
+    visible: int = 0
 
 
 class Attention(nn.Module):
@@ -214,7 +215,7 @@ class GFMNet(nn.Module):
             logits, domain = self.classifier(normed), None
             if self.domain is not None:
                 domain = self.domain(maps.mean(dim=(2, 3)), normed, len(visible))
-        return Output(pooled, logits, None if self.local is None else self.local(x), domain)
+        return Output(pooled, logits, None if self.local is None else self.local(x), domain, len(visible))
 
     def embed(self, images: Tensor, modality: str) -> tuple[Tensor, Tensor]:
         """images [B, 3, H, W], normalised, of one modality, "visible" or "infrared" -> (pooled, normed).

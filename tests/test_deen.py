@@ -202,7 +202,7 @@ def test_the_whole_loss_is_the_sum_of_its_parts():
     torch.manual_seed(3)
     labels = torch.arange(3).repeat_interleave(2)
     pooled, logits = torch.randn(36, 8, dtype=torch.float64), torch.randn(36, 5, dtype=torch.float64)
-    losses = MethodLoss("deen", margin=0.5)(model.Output(pooled, logits, None), labels.repeat(2))
+    losses = MethodLoss("deen", margin=0.5)(model.Output(pooled, logits, None, visible=len(labels)), labels.repeat(2))
     rows = labels.repeat(6)
     distance = naive_distances(pooled)
     hinges = [

@@ -245,12 +245,6 @@ def test_a_rate_of_a_part_that_is_not_there_is_refused():
         train_ext_test0.build_optimizer(tiny(share_net=4), "sgd", 0.1, METHODS["dns"].rates)
 
 
-def test_terms_are_refused_where_visible_images_have_two_views(monkeypatch):
-    monkeypatch.setitem(METHODS, "dns", METHODS["dns"]._replace(augmentation="exchange"))
-    with pytest.raises(ValueError, match="'dns': terms need one visible view"):
-        MethodLoss("dns")
-
-
 def test_training_testing_and_export(tiny_tree, tmp_path):
     result = train_ext_test0.main(dns_flags(tiny_tree, tmp_path, "--epochs", "1"))
     file = checks.run_is_tested_and_exported(result, tiny_tree, TINY, ("alignment", "distillation"), tmp_path)

@@ -15,14 +15,14 @@ from tqdm import tqdm
 
 import train_ext_test0
 import training.engine
-from ChannelAug import TrainAugmentation
+from ChannelAug import AUGMENTATIONS, TrainAugmentation
 from conftest import SIZE, flags, log_entries, parse
 from core import meter as meter_module
 from core.meter import Diverged, EpochMeter, EpochSums
 from data_loader import CachedBatches, IdentitySampler, TrainData, sysu_train
 from loss import SquaredTripletLoss, _weighted_triplet
-from methods import Health, Losses, MethodLoss
-from model import Output
+from methods import METHODS, Health, Losses, MethodLoss
+from model import GFMNet, Output
 from training.engine import train_epoch
 from training.log import RunLog, log_epoch, warnings
 from training.step import TrainStep
@@ -263,6 +263,27 @@ def test_accuracy_is_the_share_of_images_whose_identity_has_the_largest_logit():
     assert MethodLoss("base")(output._replace(pooled=torch.ones(4, 8)), labels).correct == 1
     three_embeddings = Output(torch.randn(12, 8), torch.cat([logits, logits, torch.eye(3)[labels]]), None)
     assert MethodLoss("base")(three_embeddings, labels).accuracy == pytest.approx(8 / 12)
+
+
+@pytest.mark.parametrize("method", ["base", "adp", "gfm2", "deen"])
+def test_a_further_term_of_any_method_sees_pairs_of_the_plain_view_and_infrared(method, monkeypatch):
+    """Whatever the number of views and of embeddings; its weighted value is part of the total."""
+    seen = []
+    term = lambda batch: seen.append(batch) or batch.embeddings.sum()  # noqa: E731
+    spec = METHODS[method]
+    monkeypatch.setitem(METHODS, "more", spec._replace(terms=spec.terms | {"sum": (0.25, term)}))
+    labels = torch.tensor([0, 0, 1, 1])
+    images = torch.randint(256, (2, 4, 3, 64, 16), dtype=torch.uint8)
+    net = GFMNet(2, "resnet18", share_net=1, **spec.network)
+    visible, infrared, all_labels = AUGMENTATIONS[spec.augmentation](rande=0)(*images, labels)
+    output = net(visible, infrared)
+    with_term, without = MethodLoss("more")(output, all_labels), MethodLoss(method)(output, all_labels)
+    rows = output.pooled.view(-1, len(all_labels), output.pooled.shape[1])  # of each embedding, of all views
+    expected = torch.stack([rows[:, :4], rows[:, -4:]]).permute(2, 1, 0, 3)
+    torch.testing.assert_close(seen[0].embeddings, expected, rtol=0, atol=0)
+    assert seen[0].identities.tolist() == labels.tolist()
+    assert with_term.sum.item() == pytest.approx(0.25 * expected.sum().item(), rel=1e-5)
+    assert with_term.total.item() == pytest.approx(without.total.item() + with_term.sum.item(), rel=1e-5)
 
 
 STUCK = {"at_ln2": 0.6}
