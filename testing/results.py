@@ -13,7 +13,8 @@ from core.formats import Count, Flags, Number, Text, read_json
 from datasets import DATASETS, search_title
 from utils import InputError
 
-CMC_RANKS = (1, 5, 10, 20)  # k of the Rank-k in the tables
+CMC_RANKS = (1, 5, 10, 20)  # k of the Rank-k in the full table
+METRICS = ("Rank-1", "mAP", "mINP")  # of `scores`, what the short table, the training's log line and sweeps show
 # What differs between the trials of a row of results.
 OF_A_TRIAL = ("trial", "checkpoint", "network", "queries", "evaluated", "gallery", "chance", "metrics")
 PROTOCOL = ("dataset", "mode", "direction", "protocol", "shots")
@@ -69,8 +70,8 @@ def read_results(path):
     """A JSON file of testa.py -> `Results`. Raises InputError for any other file."""
     content = read_json(path, Results, "make it with testa.py --json")
     for row in content["results"]:
-        if not {"Rank-1", "mAP", "mINP"} <= row["mean"].keys() == (row["std"] or row["mean"]).keys():
-            raise InputError(f"{path}: a row has no Rank-1, mAP and mINP; make it with testa.py --json")
+        if not {*METRICS} <= row["mean"].keys() == (row["std"] or row["mean"]).keys():
+            raise InputError(f"{path}: a row has no {', '.join(METRICS)}; make it with testa.py --json")
     return content
 
 
@@ -164,7 +165,7 @@ def print_results(results, full=False, files=()):
 
     shared, columns, rows = table_parts(results if full else own)
     columns = {i: name for i, name in enumerate(columns) if full or name not in ("model", "feature")}
-    metrics = {i: name for i, name in enumerate(mean) if full or name in ("Rank-1", "mAP", "mINP")}
+    metrics = {i: name for i, name in enumerate(mean) if full or name in METRICS}
     table = [[*columns.values(), *(f"{name:>7}" for name in metrics.values())]]
     for row in rows:
         numbers = [f"{value:7.2f}" + ("" if std is None else f" ± {std:.2f}") for value, std, _ in row["metrics"]]

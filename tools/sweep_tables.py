@@ -9,14 +9,13 @@ import numpy as np
 from core.files import atomic, save_json
 from drawing import figures
 from methods import Health, Losses
-from testing.results import read_results, result_title
+from testing.results import METRICS, read_results, result_title
 from utils import InputError
 
 NOTE = (
     "Mean ± standard deviation over the seeds (in brackets: over the trials of a seed), in %. Below: the difference to "
     "the first row, paired by seed, with its 95 % interval (Student's t)."
 )
-METRICS = ("Rank-1", "mAP", "mINP")
 LOGGED = (*Losses._fields, *Health._fields, "lr")
 LOGGED += tuple(f"{feature}/{metric}" for feature in ("FC", "POOL") for metric in METRICS)
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from core.files import atomic, check_folder, writing
 from core.formats import Numbers, checked
 from methods import METHODS
+from testing.results import METRICS
 from utils import process_index
 
 # Signs that a run does not train: from public logs on real images, see docs/training.md.
@@ -101,7 +102,7 @@ def log_epoch(log, title, entry, args, steps):
     names = ("total", "identity", "triplet", "local", "correct", "accuracy", *METHODS[args.method].terms)
     line = f"{title}  lr {entry['lr']:.4g}" + "".join(f"  {name} {entry[name]:.3f}" for name in names if name in entry)
     if "FC/Rank-1" in entry:
-        line += "".join(f"  {metric} {entry[f'FC/{metric}']:.2f}" for metric in ("Rank-1", "mAP", "mINP"))
+        line += "".join(f"  {metric} {entry[f'FC/{metric}']:.2f}" for metric in METRICS)
     log.text(f"{line}  {entry['images_per_second']:.0f} img/s")
     before = dict(*read_json_lines(log.json_path)[-1:])
     for warning in warnings(entry, before, args, steps):
