@@ -160,98 +160,86 @@ def random_curve(images, probability=0.7, pieces=4):
     return torch.where(chosen, curved, images)
 
 
-class TrainAugmentation:
-    """GFMNet's recipe of `--augc`, `--rande`, `--padding`, `--erase_area`: uint8 batches -> the network's float32
-    inputs, and labels.
-
-    __call__(visible [A, 3, H, W], infrared [A, 3, H, W], labels [A]) -> (visible [2A, 3, H, W], infrared [A, 3, H, W],
-    labels [3A]): the plain visible views, second views of the same images, which are channel-exchanged with `augc`,
-    and the infrared views. Image i of either modality shows identity labels[i].
-    rande: probability of random erasing. padding: see `random_crop`. area: see `random_erasing`. All views are cropped,
-    mirrored and erased independently. As published, the plain views are erased before they are normalised, the others
-    after it.
-    """
-
-    def __init__(self, augc=1, rande=0.5, padding=PADDING, area=ERASE_AREA):
-        self.augc, self.rande, self.padding, self.area = augc, rande, padding, area
-
-    def __call__(self, visible, infrared, labels):
-        views = normalise(random_flip(random_crop(torch.cat([visible, visible, infrared]), self.padding)))
-        count = len(visible)
-        fill = _constant(ERASE_FILL, views.device).repeat(len(views), 1, 1, 1)
-        fill[:count] = normalise(fill[:count] * 255)  # the same as to erase the plain views before they are normalised
-        views = random_erasing(views, self.rande, fill, self.area)
-        if self.augc:  # in place: joined anew, the views would lose their memory order
-            views[count : 2 * count] = channel_exchange(views[count : 2 * count])
-            views[2 * count :] = channel_or_gray(views[2 * count :])
-        return views[: 2 * count], views[2 * count :], labels.repeat(3)
+# ----------------------------------------------------------------------------------------- from batches to views
+# A step is a function of the images of a batch, float32 [N, 3, H, W] from 0 to 255 or normalised: first the visible
+# views, then the infrared images. It also gets the `TrainAugmentation`, whose flags it obeys, and how many infrared
+# images there are.
 
 
-class GrayAugmentation(TrainAugmentation):
-    """DEEN's recipe (Zhang and Wang, CVPR 2023), of the same flags: as `TrainAugmentation`, but with one visible view,
-    and labels [2A].
+def colour(function, part="all"):
+    """A step that `--augc 0` leaves out: other colours in "all" images, in the "visible" views, in the "second" of
+    them, or in the "infrared" images."""
 
-    With `augc`, half of the images of both modalities are made gray. They are erased after they are normalised, with
-    ImageNet's mean as it stands, as published.
-    """
+    def step(images, flags, count):
+        if not flags.augc:
+            return images
+        if part == "all":
+            return function(images)
+        rows = {"visible": slice(-count), "second": slice(count, -count), "infrared": slice(-count, None)}[part]
+        images[rows] = function(images[rows])  # in place: joined anew, the views would lose their memory order
+        return images
 
-    def __call__(self, visible, infrared, labels):
-        views = random_flip(random_crop(torch.cat([visible, infrared]), self.padding))
-        views = normalise(random_gray(views) if self.augc else views)
-        views = random_erasing(views, self.rande, _constant(MEAN, views.device), self.area)
-        return *views.split(len(visible)), labels.repeat(2)
-
-
-class ShiftAugmentation(TrainAugmentation):
-    """DNS's recipe (Jiang et al., ECCV 2024), of the same flags: one visible view, and labels [2A].
-
-    With `augc`, see `random_exchange` for the visible images, with `gray` or without, and `random_hue` for the infrared
-    ones, with `hue`. early: images are erased before they are normalised, as torchvision does it; late: after it, with
-    `area`; both with the probability `rande`.
-    """
-
-    EARLY = {"area": (0.02, 0.33), "aspect": (0.3, 3.3), "tries": 10, "logarithmic": True}
-
-    def __init__(self, augc=1, rande=0.5, padding=PADDING, area=ERASE_AREA, hue=True, early=True, late=True, gray=True):
-        super().__init__(augc, rande, padding, area)
-        self.hue, self.early, self.late, self.gray = hue, early, late, gray
-
-    def __call__(self, visible, infrared, labels):
-        views = random_flip(random_crop(torch.cat([visible, infrared]), self.padding)).float()
-        count = len(visible)
-        if self.augc and self.hue:
-            views[count:] = random_hue(views[count:])
-        if self.early:
-            views = random_erasing(views, self.rande, 255 * _constant(ERASE_FILL, views.device), **self.EARLY)
-        views = normalise(views)
-        if self.late:
-            views = random_erasing(views, self.rande, area=self.area)
-        if self.augc:
-            views[:count] = random_exchange(views[:count], gray=self.gray)
-        return views[:count], views[count:], labels.repeat(2)
+    return step
 
 
-class CurveAugmentation(TrainAugmentation):
-    """The recipe of gfm2, of the same flags: one visible view, and labels [2A].
+def erase(fill, area=None, **rectangles):
+    """A step: `random_erasing` with the probability of `--rande`, of a share `area` of an image (`--erase_area`)."""
 
-    With `augc`, the channels of the visible images are mixed, and the brightness of images of both modalities is
-    changed by random curves, so that only shape and texture tell people apart. Images are erased after it.
-    """
+    def step(images, flags, _):
+        return random_erasing(images, flags.rande, _constant(fill, images.device), area or flags.area, **rectangles)
 
-    def __call__(self, visible, infrared, labels):
-        views, count = random_flip(random_crop(torch.cat([visible, infrared]), self.padding)).float(), len(visible)
-        if self.augc:
-            views[:count] = random_mix(views[:count])
-            views = random_curve(views)
-        views = random_erasing(normalise(views), self.rande, area=self.area)
-        return *views.split(count), labels.repeat(2)
+    return step
 
 
+def erase_as_published(images, flags, count):
+    """Of normalised images. The plain views get the fill that they would have if they were normalised after it."""
+    fill = _constant(ERASE_FILL, images.device).repeat(len(images), 1, 1, 1)
+    fill[:count] = normalise(fill[:count] * 255)
+    return random_erasing(images, flags.rande, fill, flags.area)
+
+
+def to_input(images, *_):
+    return normalise(images)
+
+
+_EARLY = erase([255 * value for value in ERASE_FILL], (0.02, 0.33), aspect=(0.3, 3.3), tries=10, logarithmic=True)
+_LATE = erase(ERASE_FILL)
+_EXCHANGE = colour(partial(random_exchange, gray=False), "visible")
+# name: (views of each visible image, steps after `random_crop` and `random_flip`)
 AUGMENTATIONS = {
-    "curve": CurveAugmentation,
-    "exchange": TrainAugmentation,
-    "gray": GrayAugmentation,
-    "shift": ShiftAugmentation,
-    "shift_regdb": partial(ShiftAugmentation, hue=False, late=False, gray=False),
-    "shift_llcm": partial(ShiftAugmentation, early=False, gray=False),
+    # Of AGW, CAJ and GFMNet: a plain view, and a second one with exchanged channels.
+    "exchange": (
+        2,
+        [to_input, erase_as_published, colour(channel_exchange, "second"), colour(channel_or_gray, "infrared")],
+    ),
+    # DEEN (Zhang and Wang, CVPR 2023). As in its code, ImageNet's mean fills images that are normalised already.
+    "gray": (1, [colour(random_gray), to_input, erase(MEAN)]),
+    # DNS (Jiang et al., ECCV 2024). The first erasing is torchvision's.
+    "shift": (1, [colour(random_hue, "infrared"), _EARLY, to_input, _LATE, colour(random_exchange, "visible")]),
+    "shift_regdb": (1, [_EARLY, to_input, _EXCHANGE]),
+    "shift_llcm": (1, [colour(random_hue, "infrared"), to_input, _LATE, _EXCHANGE]),
+    # gfm2: only shape and texture tell people apart.
+    "curve": (1, [colour(random_mix, "visible"), colour(random_curve), to_input, _LATE]),
 }
+
+
+class TrainAugmentation:
+    """One of AUGMENTATIONS with the flags `--augc`, `--rande`, `--padding`, `--erase_area`: uint8 batches -> the
+    network's float32 inputs, and labels.
+
+    __call__(visible [A, 3, H, W], infrared [A, 3, H, W], labels [A]) -> (visible [V A, 3, H, W], infrared [A, 3, H, W],
+    labels [(V + 1) A]): V views of the visible images, one after the other, and the infrared images. Image i of either
+    modality shows identity labels[i].
+    augc: 0 leaves the colours alone. rande: probability of random erasing. padding: see `random_crop`. area: see
+    `random_erasing`. All views are cropped, mirrored and erased independently.
+    """
+
+    def __init__(self, augc=1, rande=0.5, padding=PADDING, area=ERASE_AREA, name="exchange"):
+        self.augc, self.rande, self.padding, self.area = augc, rande, padding, area
+        self.views, self.steps = AUGMENTATIONS[name]
+
+    def __call__(self, visible, infrared, labels):
+        images = random_flip(random_crop(torch.cat([visible] * self.views + [infrared]), self.padding)).float()
+        for step in self.steps:
+            images = step(images, self, len(infrared))
+        return images[: -len(infrared)], images[-len(infrared) :], labels.repeat(self.views + 1)

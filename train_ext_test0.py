@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from ChannelAug import AUGMENTATIONS, ERASE_AREA, PADDING, normalise
+from ChannelAug import ERASE_AREA, PADDING, TrainAugmentation, normalise
 from core.distributed import broadcast_buffers, leave_processes, start_processes
 from data_loader import CACHES, IdentitySampler, eval_loader, train_loader
 from datasets import DATASETS, check_options, option_values, search_title
@@ -262,8 +262,8 @@ def build_step(args, net, device):
     """A step of training by the flags; each of several processes computes its share of it."""
     method = METHODS[args.method]
     criterion = MethodLoss(args.method, args.margin, args.alpha, args.gamma, args.square, args.weighting)
-    augmentation = AUGMENTATIONS[method.augmentations.get(args.dataset, method.augmentation)]
-    augment = augmentation(args.augc, args.rande, args.padding, args.erase_area)
+    augmentation = method.augmentations.get(args.dataset, method.augmentation)
+    augment = TrainAugmentation(args.augc, args.rande, args.padding, args.erase_area, augmentation)
     if process_count() > 1:
         # The main process's running statistics are shared where they are needed: in `test_epoch`.
         net = DistributedDataParallel(net, [device] if device.type == "cuda" else None, broadcast_buffers=False)

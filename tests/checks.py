@@ -10,7 +10,7 @@ import torch
 
 import published_state
 import testa
-from ChannelAug import AUGMENTATIONS
+from ChannelAug import TrainAugmentation
 from conftest import log_entries, parse, search_flags
 from methods import METHODS
 from parts import published
@@ -84,7 +84,7 @@ def views_are_distributed_as_published(method, dataset, golden, moments, count):
     infrared."""
     args = parse("--method", method, "--dataset", dataset)
     augmentation = METHODS[method].augmentations.get(dataset, METHODS[method].augmentation)
-    augment = AUGMENTATIONS[augmentation](args.augc, args.rande, args.padding, args.erase_area)
+    augment = TrainAugmentation(args.augc, args.rande, args.padding, args.erase_area, augmentation)
     torch.manual_seed(0)
     image = torch.from_numpy(golden["augmentation/image"]).permute(2, 0, 1).expand(count, -1, -1, -1)
     *views, labels = augment(image, image, torch.zeros(count))

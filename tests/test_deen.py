@@ -12,7 +12,7 @@ import checks
 import model
 import published_state
 import train_ext_test0
-from ChannelAug import MEAN, GrayAugmentation, normalise, random_gray
+from ChannelAug import MEAN, TrainAugmentation, normalise, random_gray
 from checks import published_weights
 from conftest import SIZE, flags, parse, search_flags
 from loss import HardTripletLoss
@@ -241,12 +241,12 @@ def test_gray_is_one_rounded_value_in_half_of_the_images():
 def test_one_view_of_each_image_erased_with_the_mean():
     visible, infrared = torch.randint(256, (2, 6, 3, 32, 16), dtype=torch.uint8)
     labels = torch.arange(6)
-    first, second, all_labels = GrayAugmentation(augc=0, rande=0, padding=0)(visible, infrared, labels)
+    first, second, all_labels = TrainAugmentation(augc=0, rande=0, padding=0, name="gray")(visible, infrared, labels)
     assert all_labels.tolist() == [*range(6)] * 2
     for views, images in ((first, visible), (second, infrared)):
         for view, image in zip(views, normalise(images), strict=True):
             assert torch.equal(view, image) or torch.equal(view, image.flip(2))
-    views, _, _ = GrayAugmentation(augc=0, rande=1, area=(0.3, 0.3))(visible, infrared, labels)
+    views, _, _ = TrainAugmentation(augc=0, rande=1, area=(0.3, 0.3), name="gray")(visible, infrared, labels)
     erased = (views == torch.tensor(MEAN).view(3, 1, 1)).all(dim=1)
     assert ((erased.flatten(1).float().mean(dim=1) - 0.3).abs() < 0.05).all()
 

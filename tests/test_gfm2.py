@@ -6,7 +6,7 @@ import torch
 
 import checks
 import train_ext_test0
-from ChannelAug import CurveAugmentation, luminance, normalise, random_curve, random_mix, without_colour
+from ChannelAug import TrainAugmentation, luminance, normalise, random_curve, random_mix, without_colour
 from conftest import TINY, tiny_flags
 from methods import METHODS, method_name
 from model import GFMNet
@@ -71,11 +71,11 @@ def test_curve_leaves_images_alone_with_the_rest_of_the_probability():
 def test_views():
     visible, infrared = (torch.randint(256, (5, 3, 16, 8), dtype=torch.uint8) for _ in range(2))
     labels = torch.arange(5)
-    first, second, both = CurveAugmentation(1, 0, padding=0)(visible, infrared, labels)
+    first, second, both = TrainAugmentation(1, 0, padding=0, name="curve")(visible, infrared, labels)
     assert first.shape == second.shape == visible.shape
     assert torch.equal(both, labels.repeat(2))
     torch.testing.assert_close(without_colour(first), first, rtol=0, atol=5e-4)  # the mixture is gray
-    plain, _, _ = CurveAugmentation(0, 0, padding=0)(visible, infrared, labels)
+    plain, _, _ = TrainAugmentation(0, 0, padding=0, name="curve")(visible, infrared, labels)
     for view, image in zip(plain, normalise(visible), strict=True):
         assert any(torch.allclose(view, side, atol=1e-5) for side in (image, image.flip(2)))
 

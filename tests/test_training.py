@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import train_ext_test0
 import training.engine
-from ChannelAug import AUGMENTATIONS, TrainAugmentation
+from ChannelAug import TrainAugmentation
 from conftest import SIZE, flags, log_entries, parse
 from core import meter as meter_module
 from core.meter import Diverged, EpochMeter, EpochSums
@@ -275,7 +275,7 @@ def test_a_further_term_of_any_method_sees_pairs_of_the_plain_view_and_infrared(
     labels = torch.tensor([0, 0, 1, 1])
     images = torch.randint(256, (2, 4, 3, 64, 16), dtype=torch.uint8)
     net = GFMNet(2, "resnet18", share_net=1, **spec.network)
-    visible, infrared, all_labels = AUGMENTATIONS[spec.augmentation](rande=0)(*images, labels)
+    visible, infrared, all_labels = TrainAugmentation(rande=0, name=spec.augmentation)(*images, labels)
     output = net(visible, infrared)
     with_term, without = MethodLoss("more")(output, all_labels), MethodLoss(method)(output, all_labels)
     rows = output.pooled.view(-1, len(all_labels), output.pooled.shape[1])  # of each embedding, of all views
