@@ -1,0 +1,71 @@
+"""The examples of docs/extending.md do what the page says, without any other change."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+import ChannelAug
+import model
+from methods import METHODS, MethodLoss
+
+PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
+
+
+def example(words, module):
+    """The names that the block of code with these words defines at the end of a module."""
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if words in block]
+    namespace = dict(vars(module))
+    exec(block, namespace)
+    return namespace
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "function"), [("regnet_y_400mf", "regnet"), ("vit_b_16", "vit")])
+def test_backbone(arch, function, monkeypatch, tmp_path):
+    monkeypatch.setitem(model.ARCHS, arch, example(f"def {function}(", model)[function])
+    weights = torchvision.models.get_model(arch).state_dict()
+    torch.save(weights, tmp_path / "w.pt")
+    net = model.GFMNet(5, arch, weights=tmp_path / "w.pt")
+    assert (
+        len({value.data_ptr() for value in net.state_dict().values()} & {v.data_ptr() for v in weights.values()}) == 0
+    )
+    output = net(torch.randn(2, 3, 96, 48), torch.randn(1, 3, 96, 48))
+    assert output.pooled.shape == (3, net.feature_widths["POOL"])
+    assert output.local.shape == (3, 128, 2)  # 6 rows: a sixteenth of the height
+    model.GFMNet(**net.options).load_state_dict(net.state_dict())
+
+
+@pytest.mark.slow
+def test_the_transformer_computes_what_torchvision_s_does():
+    """All but the class token, which no other token sees here."""
+    network = torchvision.models.vit_b_16().eval()
+    backbone = example("def vit(", model)["vit"](network)
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        tokens = network._process_input(images) + network.encoder.pos_embedding[:, 1:]
+        expected = network.encoder.ln(network.encoder.layers(tokens))
+        maps = backbone.stem["patches"](images)
+        for stage in backbone.stages:
+            for block in stage:
+                maps = block(maps)
+    torch.testing.assert_close(maps.flatten(2).mT, expected)
+
+
+def test_augmentation_and_method(monkeypatch):
+    monkeypatch.setitem(
+        ChannelAug.AUGMENTATIONS, "gamma", example("random_gamma", ChannelAug)["AUGMENTATIONS"]["gamma"]
+    )
+    monkeypatch.setitem(METHODS, "adp_gamma", METHODS["adp"]._replace(augmentation="gamma"))
+    images = torch.full((2, 4, 3, 48, 16), 64, dtype=torch.uint8)
+    augment = ChannelAug.TrainAugmentation(rande=0, padding=0, name=METHODS["adp_gamma"].augmentation)
+    visible, infrared, labels = augment(*images, torch.tensor([0, 0, 1, 1]))
+    low, high = (ChannelAug.normalise(torch.full((1, 3, 1, 1), value)) for value in (255 * 0.25**2, 255 * 0.25**0.5))
+    for views in (visible, infrared):
+        assert ((low - 0.05 < views) & (views < high + 0.05)).all()
+    net = model.GFMNet(2, "resnet18", **METHODS["adp_gamma"].network)
+    losses = MethodLoss("adp_gamma")(net(visible, infrared), labels)
+    assert len(visible) == 8
+    assert losses.total.isfinite()
