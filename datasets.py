@@ -28,11 +28,13 @@ class DataSet:
     """The spec of a data set. For "a modality", write "visible" or "infrared".
 
     name: for people. path: default of --data_path. directions: "query to gallery", the default first; --tvsearch picks
-    the second. queries: how many the whole test set has, in each direction; tables call other data "data like ...".
+    the second. published: how many ids and images the data set has, by the names of `training_counts` and
+    `search_counts`; tables call a test with another number of queries "data like ...".
     rules: what a query does not see, and what the CMC counts. options: flags that not every data set has -> their
     values, the default first. Of these, mode, protocol and shots choose searches; select: "val" needs validation ids;
     trial: a network is trained for each, so that a test has only that one. trials: what a test goes through.
 
+    training(data_path, trial, if the data set has trials) -> {modality: (paths, ids)} of the training images.
     train(data_path, size, **options) -> `data_loader.TrainData`, of images of size = (height, width); the options are
     `trial` and `select`, as far as the data set has them.
     searches(data_path, directions, trials, **options) -> `Searches`; the options are `mode`, `protocol` and `shots`, a
@@ -42,11 +44,12 @@ class DataSet:
     name: str
     path: str
     directions: tuple
-    queries: tuple
     rules: Rules
+    training: Callable
     train: Callable
     searches: Callable
     trials: range = TRIALS
+    published: dict = field(default_factory=dict)
     options: dict = field(default_factory=dict)
 
     def own(self, **flags):
@@ -55,7 +58,8 @@ class DataSet:
 
     def title(self, demo, queries):
         """The name in tables and figures: the data set's own only for as many queries as it has."""
-        like = "demo data like " if demo else "" if queries in self.queries else "data like "
+        published = [count for name, count in self.published.items() if name.startswith("queries ")]
+        like = "demo data like " if demo else "" if queries in published else "data like "
         return like + self.name
 
 
@@ -76,6 +80,36 @@ def check_options(args):
             )
     if getattr(args, "tvsearch", False) and len(dataset.directions) < 2:
         raise InputError(f"--tvsearch: {dataset.name} is searched from {dataset.directions[0]} only; leave it out")
+
+
+def training_counts(ids, visible, infrared):
+    """Numbers of what is trained on, by name."""
+    return {
+        "training ids": ids,
+        "visible training images": visible,
+        "infrared training images": infrared,
+        "training images": visible + infrared,
+    }
+
+
+def search_counts(test):
+    """Numbers of queries and gallery images of `Searches`, by name."""
+    counts = {}
+    for search in test.searches:
+        setting = search.setting
+        counts[f"queries {setting['direction']}"] = len(search.query.ids)
+        if setting["mode"]:
+            gallery = f"gallery images in {setting['mode']}-search, {setting['shots']}-shot"
+            counts[gallery] = len(search.gallery.ids)
+    return counts
+
+
+def difference(dataset, counts):
+    """The first of some counts that is not as published, in words, or None."""
+    published = DATASETS[dataset].published
+    for name, count in counts.items():
+        if count != published.get(name, count):
+            return f"{count:,} {name}, not {published[name]:,} as published"
 
 
 def fingerprint(dataset, data_path):
@@ -222,6 +256,23 @@ def sysu_searches(
     return test
 
 
+def sysu_training(data_path):
+    splits = data_manager.read_splits(data_path)
+    cameras = {"visible": data_manager.SYSU_VISIBLE["all"], "infrared": data_manager.SYSU_INFRARED}
+    identities = splits["train"] | splits["val"]
+    return {kind: data_manager.sysu_images(data_path, identities, own)[:2] for kind, own in cameras.items()}
+
+
+def regdb_training(data_path, trial=1):
+    names = {"visible": f"train_visible_{trial}", "infrared": f"train_thermal_{trial}"}
+    return {modality: data_manager.read_list(data_path, name) for modality, name in names.items()}
+
+
+def llcm_training(data_path):
+    names = data_manager.LLCM_NAMES.items()
+    return {modality: data_manager.read_list(data_path, f"train_{name}") for modality, name in names}
+
+
 def regdb_train(data_path, size, trial=1):
     """RegDB's training images of one trial, decoded once and kept in `{data_path}/cache/`."""
     test = [data_manager.process_test_regdb(data_path, trial, modal)[0] for modal in data_manager.REGDB_CAMERAS]
@@ -275,10 +326,14 @@ DATASETS = {
         name="SYSU-MM01",
         path="../data/SYSU-MM01/",
         directions=("infrared to visible",),
-        queries=(3803,),
         rules=SYSU_RULES,
+        training=sysu_training,
         train=sysu_train,
         searches=sysu_searches,
+        published=training_counts(395, 22258, 11909)
+        | {"queries infrared to visible": 3803}
+        | {"gallery images in all-search, 1-shot": 301, "gallery images in all-search, 10-shot": 3010}
+        | {"gallery images in indoor-search, 1-shot": 112, "gallery images in indoor-search, 10-shot": 1120},
         options={
             "mode": tuple(data_manager.SYSU_VISIBLE),
             "protocol": data_manager.SYSU_PROTOCOLS,
@@ -290,20 +345,25 @@ DATASETS = {
         name="RegDB",
         path="../data/RegDB/",
         directions=("visible to thermal", "thermal to visible"),
-        queries=(2060,),
         rules=REGDB_RULES,
+        training=regdb_training,
         train=regdb_train,
         searches=regdb_searches,
         trials=range(1, 11),
+        published=training_counts(206, 2060, 2060)
+        | {"queries visible to thermal": 2060, "queries thermal to visible": 2060},
         options={"trial": range(1, 11)},
     ),
     "llcm": DataSet(
         name="LLCM",
         path="../data/LLCM/",
         directions=("visible to infrared", "infrared to visible"),
-        queries=(8680, 7166),
         rules=LLCM_RULES,
+        training=llcm_training,
         train=llcm_train,
         searches=llcm_searches,
+        # Its paper counts 46,767 images, 15,846 of them for the test, but names no number of each modality.
+        published={"training ids": 713, "training images": 30921}
+        | {"queries visible to infrared": 8680, "queries infrared to visible": 7166},
     ),
 }

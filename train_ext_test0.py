@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ChannelAug import ERASE_AREA, PADDING, TrainAugmentation, normalise
 from core.distributed import broadcast_buffers, leave_processes, start_processes
 from data_loader import CACHES, IdentitySampler, eval_loader, train_loader
-from datasets import DATASETS, check_options, option_values, search_title
+from data_manager import is_demo
+from datasets import DATASETS, check_options, difference, option_values, search_counts, search_title, training_counts
 from loss import WEIGHTINGS
 from methods import METHODS, MethodLoss
 from model import ARCHS, GFMNet
@@ -218,7 +219,7 @@ def train(args, run, data, test, device):
     optimizer = build_optimizer(net, args.optim, args.lr, METHODS[args.method].rates)
 
     run.start(net, optimizer, device, data, sampler.steps)
-    run.log.text(describe(args, data, search, sampler.steps, device))
+    run.log.text(describe(args, data, test, sampler.steps, device))
     if unused := unused_flags(args, run.recipe):
         run.log.text(f"note: --method {args.method} does not use {' '.join(unused)}")
     if args.figures:
@@ -280,9 +281,13 @@ def unused_flags(args, recipe):
     return [f"--{flag}" for flag in sorted(flags) if getattr(args, flag) != recipe[flag]]
 
 
-def describe(args, data, search, steps, device):
+def describe(args, data, test, steps, device):
     """Lines of the log: what is trained on, and what chooses the best epoch."""
     visible, infrared = data.num_images
+    (search,) = test.searches
+    counts = training_counts(data.num_classes, visible, infrared) | search_counts(test)
+    known = "without the validation ids" if args.select == "val" else difference(args.dataset, counts)
+    demo = "demo data, " if is_demo(args.data_path or DATASETS[args.dataset].path) else ""
     chosen_on = {
         "test": f"trial {search.setting['trial']} of the TEST set, as published: an optimistic choice",
         "val": f"trial {search.setting['trial']} of the VALIDATION ids, which are not trained on",
@@ -290,6 +295,7 @@ def describe(args, data, search, steps, device):
     return (
         f"{data.num_classes} identities, {visible} visible and {infrared} infrared images, {args.epochs} epochs of "
         f"{steps} steps, on {device.type} x {process_count()} (PyTorch {torch.__version__})\n"
+        f"data: {demo}{known or 'complete as published'}\n"
         f"The best epoch is chosen by Rank-1 (FC), {search_title(search.setting)}, on {chosen_on}."
     )
 

@@ -210,7 +210,9 @@ class Driver:
     def attempt(self, tests, functions, code):
         """Run tests in a fork in which functions have other code -> the one that failed, or None."""
         folder = self.out.with_suffix(f".{os.getpid()}").absolute()
+        running = folder.with_name(f"{folder.name}.test")  # beside the folder, which tests may remove
         folder.mkdir()
+        running.write_text("0")
         if not (pid := os.fork()):
             os.setsid()
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -219,7 +221,7 @@ class Driver:
                 for function in functions:
                     function.__code__ = code
                 for number, (test, following) in enumerate(zip(tests, [*tests[1:], self.outside], strict=True)):
-                    (folder / "number").write_text(str(number))
+                    running.write_text(str(number))
                     signal.alarm(20 + int(10 * self.seconds[test]))  # some mutants hang
                     if any(report.failed for report in runtestprotocol(test, log=False, nextitem=following)):
                         os._exit(1)
@@ -229,7 +231,8 @@ class Driver:
         _, status = os.waitpid(pid, 0)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)  # processes that it has started
-        failed = tests[int((folder / "number").read_text())] if status else None
+        failed = tests[int(running.read_text())] if status else None
+        running.unlink()
         shutil.rmtree(folder, ignore_errors=True)
         return failed
 

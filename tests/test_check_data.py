@@ -1,0 +1,198 @@
+"""`tools.check_data`: data sets as drawn pass, and each kind of damage is said in its line."""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+import pre_process_sysu
+import train_ext_test0
+from conftest import SIZE, exit_status, parse
+from data_manager import DEMO_FILE, list_folders, read_splits
+from datasets import DATASETS, difference, search_counts, training_counts
+from tools import check_data
+from utils import InputError
+
+OFF = ["--gpu", "cpu", "--workers", "0"]
+
+
+def check(tree, dataset="sysu", *more):
+    """{check: (state, text)}, and what the InputError says, if there is one."""
+    file = tree.parent / "lines.json"
+    problem = ""
+    try:
+        check_data.main(["--dataset", dataset, "--data_path", str(tree), "--json", str(file), *OFF, *more])
+    except InputError as error:
+        problem = str(error)
+    return {line["check"]: (line["state"], line["text"]) for line in json.loads(file.read_text())}, problem
+
+
+@pytest.fixture
+def own_tree(sysu_tree, tmp_path):
+    return shutil.copytree(sysu_tree, tmp_path / "own")
+
+
+def images_of(tree, split, modality):
+    """Sorted images of one of the splits."""
+    cameras = {"visible": (1, 2, 4, 5), "infrared": (3, 6)}[modality]
+    return [image for *_, files in list_folders(tree, read_splits(tree)[split], cameras).values() for image in files]
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_drawn_data_passes(dataset, request, tmp_path):
+    tree = shutil.copytree(request.getfixturevalue(f"{dataset}_tree"), tmp_path / "own")
+    lines, problem = check(tree, dataset)
+    assert not problem
+    assert {state for state, _ in lines.values()} == {"ok", "note"}
+    assert lines["counts"][0] == "note"
+    spec = DATASETS[dataset]
+    trials = [{"trial": trial} for trial in spec.options.get("trial", ())] or [{}]
+    images = {path for own in trials for paths, _ in spec.training(tree, **own).values() for path in paths}
+    images |= {path for paths in spec.searches(tree, trials=spec.trials).paths.values() for path in paths}
+    assert lines["images"] == ("ok", f"{len(images):,}, all can be read")
+    (tree / DEMO_FILE).unlink()
+    lines, problem = check(tree, dataset)
+    assert lines["counts"][0] == "WRONG"
+    assert "as published; see docs/data.md" in lines["counts"][1]
+    assert problem.startswith(f"{tree}: counts")
+
+
+@pytest.mark.parametrize(
+    "name", ["training ids", "queries infrared to visible", "gallery images in all-search, 1-shot"]
+)
+def test_the_first_difference_from_the_published_numbers(name):
+    published = DATASETS["sysu"].published
+    assert difference("sysu", published) is None
+    count = f"{published[name]:,}"
+    assert difference("sysu", published | {name: 7}) == f"7 {name}, not {count} as published"
+    assert difference("sysu", {"something else": 3}) is None
+
+
+def test_counts_are_those_of_the_folders(sysu_tree):
+    test = DATASETS["sysu"].searches(sysu_tree, shots=(1, 10))
+    queries = len(images_of(sysu_tree, "test", "infrared"))
+    folders = list_folders(sysu_tree, read_splits(sysu_tree)["test"], (1, 2, 4, 5)).values()
+    assert search_counts(test) == {
+        "queries infrared to visible": queries,
+        "gallery images in all-search, 1-shot": sum(bool(files) for *_, files in folders),
+        "gallery images in all-search, 10-shot": sum(min(10, len(files)) for *_, files in folders),
+    }
+    training = DATASETS["sysu"].training(sysu_tree)
+    for modality, (paths, ids) in training.items():
+        expected = images_of(sysu_tree, "train", modality) + images_of(sysu_tree, "val", modality)
+        assert sorted(map(str, paths)) == sorted(map(str, expected))
+        assert [int(path.split("/")[-2]) for path in map(str, paths)] == ids.tolist()
+    assert training_counts(3, 4, 5)["training images"] == 9
+
+
+def cut(tree):
+    image = images_of(tree, "test", "infrared")[-1]
+    with open(image, "r+b") as file:
+        file.truncate(100)
+    return "images", [str(image), "1 cannot be read"]
+
+
+def one_image_of_two_people(tree):
+    one, *_, other = images_of(tree, "train", "visible")
+    shutil.copyfile(one, other)
+    return "images", ["1 files of two people are the same", str(one), str(other)]
+
+
+def a_missing_image(tree):
+    os.remove(images_of(tree, "train", "infrared")[0])
+    return "folders", ["images, exp/rand_perm_cam.mat counts", "copy it again"]
+
+
+def later_images(tree):
+    image = images_of(tree, "train", "visible")[3]
+    os.utime(image, (2**32, 2**32))
+    return "prepared arrays", [f"is older than {image}", "run: python pre_process_sysu.py"]
+
+
+def other_people(tree):
+    """A val id becomes a test id, and the reverse."""
+    ids = [(tree / "exp" / f"{split}_id.txt") for split in ("val", "test")]
+    val, test = (file.read_text().strip().split(",") for file in ids)
+    for file, people in zip(ids, ([test[0], *val[1:]], [val[0], *test[1:]]), strict=True):
+        file.write_text(",".join(people))
+
+
+@pytest.mark.parametrize("damage", [cut, one_image_of_two_people, a_missing_image, later_images])
+def test_damage_is_one_wrong_line(damage, own_tree):
+    size = ["--img_h", str(SIZE[0]), "--img_w", str(SIZE[1])]
+    pre_process_sysu.main(["--data_path", str(own_tree), *size])
+    assert not check(own_tree)[1]
+    name, words = damage(own_tree)
+    lines, problem = check(own_tree)
+    assert lines[name][0] == "WRONG"
+    assert all(word in lines[name][1] for word in words), lines[name]
+    assert name in problem
+    other_people(own_tree)
+    assert "is a test id now, but was prepared for training; run: python pre_process_sysu.py" in check(own_tree)[1]
+
+
+def test_the_same_image_in_training_and_test(llcm_tree, tmp_path):
+    tree = shutil.copytree(llcm_tree, tmp_path / "own")
+    training = DATASETS["llcm"].training(tree)["visible"][0]
+    target = next(iter(tree.glob("test_vis/cam*/*")))
+    person = target.with_name(os.path.basename(os.path.dirname(training[0])))
+    assert not person.exists()
+    for folder in tree.glob(f"test_*/cam*/{target.name}"):
+        folder.rename(folder.with_name(person.name))  # a number of training
+    ids = (tree / "idx" / "test_id.txt").read_text().strip().split(",")
+    ids = [str(int(person.name)) if int(one) == int(target.name) else one for one in ids]
+    (tree / "idx" / "test_id.txt").write_text(",".join(ids))
+    assert not check(tree, "llcm")[1]
+    shutil.copyfile(training[0], next(iter(person.iterdir())))
+    lines, _ = check(tree, "llcm")
+    assert "1 files of training and test are the same" in lines["images"][1]
+
+
+def test_published_ids_are_known(own_tree, monkeypatch):
+    (own_tree / DEMO_FILE).unlink()
+    assert check(own_tree)[0]["ids"][0] == "WRONG"
+    splits = {split: sorted(ids) for split, ids in read_splits(own_tree).items()}
+    digest = hashlib.sha256(json.dumps(splits).encode()).hexdigest()
+    monkeypatch.setattr(check_data, "SYSU_IDS", digest)
+    state, text = check(own_tree)[0]["ids"]
+    assert (state, "is not the published file" in text) == ("WRONG", True)
+    (own_tree / "exp" / "rand_perm_cam.mat").unlink()
+    lines, _ = check(own_tree)
+    assert lines["ids"][0] == lines["folders"][0] == "note"
+
+
+def test_weights_and_disk(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    assert check_data.check_weights("resnet18").startswith("note: the first training downloads https://")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "resnet18-f37072fd.pth").touch()
+    assert check_data.check_weights("resnet18") == "of resnet18, are here"
+    usage = shutil._ntuple_diskusage(10, 9, 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(InputError, match="not/there: 0.0 GiB are free"):
+        check_data.check_disk(tmp_path / "not" / "there")
+
+
+def test_lists_that_cannot_be_read_end_it_in_one_line(own_tree, capsys):
+    (own_tree / "exp" / "val_id.txt").write_text("1,x")
+    status = exit_status(check_data, ["--data_path", str(own_tree), *OFF])
+    assert status == 2
+    assert "val_id.txt: 'x' is not an id" in capsys.readouterr().err
+
+
+def test_training_says_what_differs(own_tree, monkeypatch):
+    args = parse("--data_path", str(own_tree), "--img_h", str(SIZE[0]), "--img_w", str(SIZE[1]))
+    data, test = train_ext_test0.load_data(args)
+    say = lambda **flags: train_ext_test0.describe(  # noqa: E731
+        argparse.Namespace(**vars(args) | flags), data, test, 9, torch.device("cpu")
+    ).split("\n")[1]
+    assert say() == f"data: demo data, {data.num_classes} training ids, not 395 as published"
+    (own_tree / DEMO_FILE).unlink()
+    assert say(select="val") == "data: without the validation ids"
+    counts = training_counts(data.num_classes, *data.num_images) | search_counts(test)
+    monkeypatch.setattr(train_ext_test0, "difference", lambda dataset, found: found != counts or None)
+    assert say() == "data: complete as published"

@@ -1,0 +1,213 @@
+"""Check a data set, and the machine, before a long training.
+
+    python -m tools.check_data --dataset sysu --data_path ../data/SYSU-MM01/ --gpu 0
+
+One line for each check: "ok", "note", or "WRONG" with what to do. It reads every image, and changes nothing.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections import Counter, defaultdict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+
+import data_manager
+from core.files import check_output, file_sha256, save_json
+from core.images import read_image
+from data_loader import check_prepared, sysu_train_files
+from datasets import DATASETS, difference, search_counts, training_counts
+from model import ARCHS
+from utils import ArgumentParser, InputError, bounded, cli, computes_bf16, cores, map_processes, progress, select_device
+
+# Of SYSU-MM01's ids, as its authors publish them (train_id.mat, test_id.mat; val: all others with images of both
+# modalities), and of their file of permutations: github.com/wuancong/SYSU-MM01.
+SYSU_IDS = "d906b78d2b201ce9a950c3602992c9243dfe5f702c548ae58e03eae9da65e018"
+SYSU_PERMUTATIONS = "90402382dd587e05b615dcee35637fee9ad61e56e26ac86988a00a43997ac0a7"
+DISK = 5 * 2**30  # bytes that checkpoints and logs of a run may take
+SHOWN = 5  # findings of a kind
+
+
+def get_args_parser():
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", choices=DATASETS, default="sysu", help="data set")
+    parser.add_argument("--data_path", help="folder of the data set (default: by --dataset)")
+    parser.add_argument("--arch", choices=ARCHS, default="resnet50", help="backbone of the training")
+    parser.add_argument("--model_path", default="save_model/", help="folder of the checkpoints to come")
+    parser.add_argument("--gpu", default="0", help="number of the GPU, or cpu")
+    parser.add_argument("--workers", type=bounded(int, 0), default=cores(), help="reading processes")
+    parser.add_argument("--json", metavar="FILE", help="write the lines to this file, too")
+    return parser
+
+
+def main(argv=None):
+    """Returns the lines, a list of {"check", "state": "ok", "note" or "WRONG", "text"}. Raises InputError if anything
+    is wrong, after the last line."""
+    args = get_args_parser().parse_args(argv)
+    path, lines = args.data_path or DATASETS[args.dataset].path, []
+    if args.json:
+        check_output(args.json)
+    listed = read_lists(args.dataset, path)  # an InputError ends all: without lists there is nothing to check
+    checks = [("counts", partial(check_counts, args.dataset, path, listed))]
+    if args.dataset == "sysu":
+        checks += [("ids", partial(check_ids, path)), ("folders", partial(check_folders, path))]
+        checks += [("prepared arrays", partial(check_arrays, path, listed))]
+    checks += [("images", partial(check_images, listed, args.workers)), ("device", partial(check_gpu, args.gpu))]
+    checks += [("disk", partial(check_disk, args.model_path)), ("weights", partial(check_weights, args.arch))]
+    for name, check in checks:
+        try:
+            state, text = "ok", check()
+            if text.startswith("note: "):
+                state, text = "note", text.removeprefix("note: ")
+        except InputError as error:
+            state, text = "WRONG", str(error)
+        lines.append({"check": name, "state": state, "text": text})
+        print(f"{state:6}{name}: {text}", flush=True)
+    if args.json:
+        save_json(lines, args.json)
+    if wrong := [line["check"] for line in lines if line["state"] == "WRONG"]:
+        raise InputError(f"{path}: {', '.join(wrong)}: see the lines above")
+    return lines
+
+
+def read_lists(dataset, path):
+    """{trial: (training images {modality: (paths, ids)}, `Searches` of every protocol)}; without trials, of None."""
+    spec = DATASETS[dataset]
+    options = {name: spec.options[name] for name in ("mode", "protocol", "shots") if name in spec.options}
+    found = {}
+    for trial in spec.options.get("trial", (None,)):
+        own = {} if trial is None else {"trial": trial}
+        test = spec.searches(path, spec.directions, spec.trials if trial is None else [trial], **options)
+        for search in test.searches:
+            search.check_matches()
+        found[trial] = spec.training(path, **own), test
+    return found
+
+
+def check_counts(dataset, path, listed):
+    for trial, (training, test) in listed.items():
+        numbers = [len(paths) for paths, _ in training.values()]
+        ids = len(np.unique(np.concatenate([ids for _, ids in training.values()])))
+        if found := difference(dataset, training_counts(ids, *numbers) | search_counts(test)):
+            found = found if trial is None else f"trial {trial}: {found}"
+            if data_manager.is_demo(path):
+                return f"note: demo data: {found}"
+            raise InputError(f"{found}; see docs/data.md, and copy what is missing")
+    cameras = Counter(re.search(r"cam\d+|$", image)[0] for paths, _ in training.values() for image in paths)
+    by_camera = ", ".join(f"{name} {count:,}" for name, count in sorted(cameras.items()) if name)
+    drawn = " (demo data)" if data_manager.is_demo(path) else ""
+    return f"as published{drawn}" + (f"; training images: {by_camera}" if by_camera else "")
+
+
+def check_ids(path):
+    splits = {split: sorted(ids) for split, ids in data_manager.read_splits(path).items()}
+    file = data_manager.permutations_file(path)
+    if hashlib.sha256(json.dumps(splits).encode()).hexdigest() != SYSU_IDS:
+        if data_manager.is_demo(path):
+            return "note: demo data has its own"
+        raise InputError(f"{path}: exp/*_id.txt list other ids than the published ones; copy exp/ again")
+    if not file.is_file():
+        return f"note: as published, but no {file}, so no official protocol; {data_manager.PERMUTATIONS_SOURCE}"
+    if file_sha256(file) != SYSU_PERMUTATIONS:
+        raise InputError(f"{file}: is not the published file; {data_manager.PERMUTATIONS_SOURCE}")
+    return "as published, and so are the permutations of the official protocol"
+
+
+def check_folders(path):
+    """Each folder has as many images as the official protocol permutes."""
+    if not data_manager.permutations_file(path).is_file():
+        return "note: not compared, as there is no exp/rand_perm_cam.mat"
+    rows = data_manager.read_permutations(path)
+    identities = set().union(*data_manager.read_splits(path).values())
+    folders = data_manager.list_folders(path, identities, range(1, 7))
+    counts = {(camera, identity): len(files) for identity, camera, files in folders.values()}
+    wanted = {key: draws.shape[1] for key, draws in rows.items() if key[1] in identities}
+    if other := sorted(key for key in counts.keys() | wanted.keys() if counts.get(key, 0) != wanted.get(key, 0)):
+        (camera, identity), more = other[0], f" ({len(other)} such folders)" if len(other) > 1 else ""
+        found, listed = counts.get(other[0], 0), wanted.get(other[0], 0)
+        folder = f"{path}/cam{camera}/{identity:04d}"
+        raise InputError(f"{folder}: has {found} images, exp/rand_perm_cam.mat counts {listed}{more}; copy it again")
+    return f"{len(counts):,}, each with as many images as exp/rand_perm_cam.mat counts"
+
+
+def check_arrays(path, listed):
+    *files, _ = sysu_train_files(path)
+    remedy = f"run: python pre_process_sysu.py --data_path {path}"
+    if not all(file.exists() for file in files):
+        return f"note: none yet; {remedy}"
+    check_prepared(path)
+    prepared = min(file.stat().st_mtime for file in files)
+    ((training, _),) = listed.values()
+    for image in (image for paths, _ in training.values() for image in paths):
+        if Path(image).stat().st_mtime > prepared:
+            raise InputError(f"{files[0]}: is older than {image}; {remedy}")
+    return "of these ids, and newer than the images"
+
+
+def check_images(listed, workers):
+    """All can be read; no two people have the same one, nor have training and test."""
+    parts = defaultdict(set)  # image -> "training", "test"; in RegDB, another trial may use it for the other
+    for training, test in listed.values():
+        for image in (image for paths, _ in training.values() for image in paths):
+            parts[image].add("training")
+        for image in (image for paths in test.paths.values() for image in paths):
+            parts[image].add("test")
+    same, unreadable = defaultdict(list), []
+    with map_processes(read_and_hash, sorted(parts), workers) as done:
+        for image, digest, error in progress(done, total=len(parts), desc="images", unit="img"):
+            unreadable += [error] if error else []
+            same[digest].append(image)
+    if unreadable:
+        raise InputError(f"{len(unreadable)} cannot be read: {'; '.join(unreadable[:SHOWN])}")
+    double = [images for images in same.values() if len(images) > 1]
+    people = [images for images in double if len({Path(image).parent.name for image in images}) > 1]
+    split = [images for images in double if len({part for image in images for part in parts[image]}) > 1]
+    for groups, problem in ((people, "two people"), (split if len(listed) == 1 else [], "training and test")):
+        if groups:
+            pairs = "; ".join(" = ".join(images[:2]) for images in groups[:SHOWN])
+            raise InputError(f"{len(groups)} files of {problem} are the same: {pairs}; keep the right one")
+    return f"{len(parts):,}, all can be read" + (f"; {len(double)} are there twice, of one person" if double else "")
+
+
+def read_and_hash(image):
+    """-> (image, digest of the file, or None, what is wrong with it, or None)"""
+    try:
+        read_image(image, (8, 4))
+        return image, file_sha256(image), None
+    except InputError as error:
+        return image, None, str(error)
+
+
+def check_gpu(gpu):
+    device = select_device(gpu)
+    if device.type == "cpu":
+        return "note: a training on the CPU is for small images and few people"
+    properties = torch.cuda.get_device_properties(device)
+    bf16 = "computes in bfloat16" if computes_bf16(device) else "does not compute in bfloat16: leave out --amp bf16"
+    return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {bf16}"
+
+
+def check_disk(model_path):
+    folder = Path(model_path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < DISK:
+        raise InputError(f"{model_path}: {free / 2**30:.1f} GiB are free; a run may take {DISK / 2**30:.0f}: make room")
+    return f"{free / 2**30:.0f} GiB are free for {model_path}"
+
+
+def check_weights(arch):
+    source = torchvision.models.get_model_weights(arch).IMAGENET1K_V1.url
+    if Path(torch.hub.get_dir(), "checkpoints", Path(source).name).is_file():
+        return f"of {arch}, are here"
+    return f"note: the first training downloads {source}; without internet, pass the file: --weights FILE"
+
+
+if __name__ == "__main__":
+    cli(main)
