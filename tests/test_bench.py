@@ -21,9 +21,9 @@ from model import GFMNet
 from test_eval_metrics import REGDB_KEYS, assert_metrics_close, random_problem
 from testing import engine
 from testing.results import scores
-from tests.oracles import lean_metrics, plain_test
 from tools import bench, sweep
 from tools.benchmarks import gpu, measuring, step
+from tools.benchmarks.plain import lean_metrics, plain_test
 from utils import InputError
 
 SIZED = ["--gpu", "cpu", "--img_h", str(SIZE[0]), "--img_w", str(SIZE[1])]

@@ -3,7 +3,7 @@
     python -m tools.bench metrics        (--help lists what can be measured)
 
 Each comparison warms up, alternates between code and reference, repeats, and reports medians. The references are in
-tests/oracles.py.
+tools/benchmarks/plain.py.
 """
 
 import platform

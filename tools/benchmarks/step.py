@@ -15,8 +15,8 @@ import train_ext_test0
 from data_loader import CachedBatches, IdentitySampler, TrainData, train_loader
 from loss import AlignedLocalLoss
 from model import GFMNet
-from tests.oracles import PlainPairs, plain_aligned_loss, plain_loss, plain_step
 from tools.benchmarks.measuring import PeakMemory, alternate, compare, compared, print_head
+from tools.benchmarks.plain import PlainPairs, plain_aligned_loss, plain_loss, plain_step
 from training.engine import train_epoch
 from training.optim import build_optimizer
 from training.step import TrainStep

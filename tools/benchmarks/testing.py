@@ -13,8 +13,8 @@ from eval_metrics import CosineDistances, eval_regdb, eval_sysu
 from model import GFMNet
 from testing import engine, evaluation, re_rank
 from testing.results import scores
-from tests.oracles import lean_metrics, plain_extract, plain_k_reciprocal, plain_metrics, plain_test
 from tools.benchmarks.measuring import PeakMemory, compare, gib_text, print_head
+from tools.benchmarks.plain import lean_metrics, plain_extract, plain_k_reciprocal, plain_metrics, plain_test
 from utils import seed_everything
 
 PROBLEMS = ((3803, 301, 96, eval_sysu), (2060, 2060, 206, eval_regdb), (3803, 3010, 96, eval_sysu))
