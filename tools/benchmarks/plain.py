@@ -127,13 +127,8 @@ class PlainPairs(Dataset):
 
     def __init__(self, data, sampler, size):
         self.data, self.pairs = data, np.concatenate([np.stack(batch, axis=1) for batch in sampler])
-        geometry = [
-            transforms.ToPILImage(),
-            transforms.Pad(10),
-            transforms.RandomCrop(size),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-        ]
+        geometry = [transforms.ToPILImage(), transforms.Pad(10), transforms.RandomCrop(size)]
+        geometry += [transforms.RandomHorizontalFlip(), transforms.ToTensor()]
         normalise = transforms.Normalize(MEAN, STD)
         erase = transforms.RandomErasing(0.5, (0.02, 0.4), (0.3, 10 / 3), ERASE_FILL)
         self.augment_plain = transforms.Compose([*geometry, erase, normalise])
