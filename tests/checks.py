@@ -15,8 +15,8 @@ from conftest import log_entries, parse, search_flags
 from methods import METHODS
 from parts import published
 from testing import evaluation
-from tests.oracles import plain_features
 from tools import export
+from tools.benchmarks.plain import plain_features
 from training.optim import build_optimizer
 from utils import InputError
 

@@ -11,7 +11,8 @@ import eval_metrics
 from datasets import DATASETS
 from eval_metrics import CosineDistances, eval_regdb, eval_sysu, match_ranks
 from test_datasets import HIDDEN
-from tests.oracles import plain_match_ranks, plain_metrics
+from tests.oracles import plain_match_ranks
+from tools.benchmarks.plain import plain_metrics
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "metrics.npz")
 GOLDEN_CASES = sorted({key.split("/")[0] for key in GOLDEN.files})

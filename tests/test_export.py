@@ -23,8 +23,9 @@ from core.images import read_image
 from data_manager import process_query_sysu
 from methods import METHODS
 from model import GFMNet
-from tests.oracles import plain_embedding, plain_features, plain_network
+from tests.oracles import plain_embedding, plain_network
 from tools import export
+from tools.benchmarks.plain import plain_features
 from utils import InputError
 
 REPO = Path(export.__file__).parent.parent

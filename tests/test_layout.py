@@ -1,4 +1,5 @@
-"""The floors of docs/extending.md: a file imports from its own floor, without circles, and from lower ones only."""
+"""The floors of docs/extending.md: a file imports from its own floor, without circles, and from lower ones only; none
+imports from the tests."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -20,6 +21,7 @@ def test_imports_point_downward():
     files = {str(file.relative_to(ROOT))[:-3].replace("/", "."): file for file in ROOT.glob("*.py")}
     for folder in ("core", "parts", "testing", "training", "drawing", "tools"):
         files |= {str(file.relative_to(ROOT))[:-3].replace("/", "."): file for file in (ROOT / folder).rglob("*.py")}
+    tests = {"tests", *(file.stem for file in (ROOT / "tests").rglob("*.py"))}  # pytest finds them by either name
     imports = {}
     for module, file in files.items():
         names = set()
@@ -28,6 +30,7 @@ def test_imports_point_downward():
                 names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
             elif isinstance(node, ast.Import):
                 names |= {alias.name for alias in node.names}
+        assert not [name for name in names if name.split(".")[0] in tests], module
         imports[module] = names & files.keys()
         assert not [name for name in imports[module] if floor(name) > floor(module)], module
     assert len(list(TopologicalSorter(imports).static_order())) == len(files) > 50  # CycleError for a circle

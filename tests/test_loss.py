@@ -14,15 +14,8 @@ from torch.utils._pytree import tree_map
 import loss
 from methods import METHODS, MethodLoss
 from model import GFMNet, Output
-from tests.oracles import (
-    naive_distances,
-    naive_hard_triplet,
-    naive_triplet,
-    plain_aligned_distance,
-    plain_aligned_loss,
-    plain_loss,
-    squared_anchor_loss,
-)
+from tests.oracles import naive_distances, naive_hard_triplet, naive_triplet, squared_anchor_loss
+from tools.benchmarks.plain import plain_aligned_distance, plain_aligned_loss, plain_loss
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "losses.npz")
 GOLDEN_CASES = sorted({key.split("/")[0] for key in GOLDEN.files})

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from testing import re_rank
-from tests.oracles import plain_k_reciprocal
+from tools.benchmarks.plain import plain_k_reciprocal
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "rerank.npz")
 CASES = sorted({key.split("/")[0] for key in GOLDEN.files})
