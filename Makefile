@@ -70,6 +70,7 @@ lint: $(VENV)/.tests
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(RUN) -m tools.records --check
 
 clean:
 	rm -rf $(VENV) $(DEMO)
