@@ -1,6 +1,9 @@
 """The examples of docs/extending.md do what the page says, without any other change."""
 
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,10 +11,12 @@ import torch
 import torchvision
 
 import ChannelAug
+import datasets
 import model
 from methods import METHODS, MethodLoss
 
-PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "extending.md").read_text()
 
 
 def example(words, module):
@@ -52,6 +57,51 @@ def test_the_transformer_computes_what_torchvision_s_does():
             for block in stage:
                 maps = block(maps)
     torch.testing.assert_close(maps.flatten(2).mT, expected)
+
+
+# Before anything else is imported, as flags and formats take the names of data sets from the table.
+MINE = """
+import contextlib, sys
+import datasets
+file, tree, out = sys.argv[1:]
+exec(open(file).read(), vars(datasets))
+import testa, train_ext_test0, utils
+from tools import check_data
+known = ["--dataset", "mine", "--data_path", tree, "--gpu", "cpu", "--workers", "0"]
+small = ["--arch", "resnet18", "--weights", "none", "--img_h", "48", "--img_w", "16", "--epochs", "1", "--lr", "0.001"]
+folders = ["--model_path", out, "--log_path", out]
+result = train_ext_test0.main([*known, *small, *folders])
+for more in ([], ["--tvsearch"]):
+    row, *_ = testa.main([*known, "--resume", result["last"], *more])
+    print("", row["direction"] + " " + row["protocol"], sep="\\n")
+with contextlib.suppress(utils.InputError):
+    check_data.main(known)
+"""
+
+
+@pytest.mark.slow
+def test_data_set(llcm_tree, tmp_path):
+    """Images of another layout in lists of the page's: trained, tested in both directions, and checked."""
+    tree, lists = shutil.copytree(llcm_tree, tmp_path / "own"), {}
+    (tree / "demo.txt").unlink()
+    test = datasets.DATASETS["llcm"].searches(tree, trials=[0])
+    for name, (paths, ids) in datasets.DATASETS["llcm"].training(tree).items():
+        lists[f"train_{name}"] = zip(paths, ids, strict=True)
+    for images in test.searches[0].query, test.searches[0].gallery:
+        paths = [test.paths[images.modality][row] for row in images.rows]
+        lists[f"test_{images.modality}"] = zip(paths, images.ids, strict=True)
+    for name, rows in lists.items():
+        lines = [f"{Path(path).relative_to(tree)} {label}" for path, label in rows]
+        (tree / "idx" / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    (functions, entry) = re.findall(r"```python\n( *\"mine\": .*?|def mine_.*?)```", PAGE, re.DOTALL)
+    (tmp_path / "mine.py").write_text(f"{functions}\nDATASETS |= {{{entry}}}\n")
+    out = subprocess.run(
+        [sys.executable, "-c", MINE, tmp_path / "mine.py", tree, tmp_path], capture_output=True, text=True, cwd=ROOT
+    )
+    assert out.returncode == 0, out.stderr
+    assert "training ids, not 300 as published" in out.stdout
+    assert out.stdout.count("\ninfrared to visible fixed\n") == out.stdout.count("\nvisible to infrared fixed\n") == 1
+    assert "WRONG counts" in out.stdout
 
 
 def test_augmentation_and_method(monkeypatch):
