@@ -39,6 +39,8 @@ def get_args_parser():
     evaluation.add_flags(parser)
     flag = parser.add_argument
     flag("--all", action="store_true", help="every protocol and direction of the data set, in one table")
+    text = "the network was trained on another data set; RegDB: all ten trials are tested"
+    flag("--cross_data", action="store_true", help=text)
     text = "add rows with re-ranked distances"
     flag("--rerank", nargs="+", choices=("k_reciprocal", "random_walk"), default=[], help=text)
     flag("--baselines", action="store_true", help="add gray pixels, colours, gradients, the untrained net")
@@ -57,12 +59,13 @@ def main(argv=None):
     rows, first = [], None
     for path, trial in sources(args):
         test, features, origin = embed_test(args, path, trial, data_path, device)
+        trained_on = f" on {DATASETS[origin['dataset']].name}" if args.cross_data and origin.get("dataset") else ""
         for search in progress(test.searches, desc="searching", unit="search", leave=False):
             matches = engine.run_search(features, search, args.rerank)
             first = first or (search, features, test.paths, matches, origin)
             for ((model, feature), reranking), ranks_of_matches in matches.items():
                 labels = {
-                    "model": model,
+                    "model": model + trained_on * (model == "trained"),
                     "feature": feature,
                     "flip_averaging": feature in origin["flipped"] if origin.get("flipped") is not None else None,
                     "reranking": reranking,
@@ -93,7 +96,7 @@ def embed_test(args, path, trial, data_path, device):
         stored, origin = load_features(path)
     else:
         net, size, origin = evaluation.open_checkpoint(path, data_path)
-    origin["trial"] = trial = evaluation.tested_trial(path, origin, args.dataset, trial)
+    origin["trial"] = trial = evaluation.tested_trial(path, origin, args.dataset, trial, args.cross_data)
     test = evaluation.find_searches(args, data_path, trial, everything=args.all)
     if args.from_features:
         return test, select_features(path, stored, test.paths, data_path, device), origin

@@ -76,15 +76,22 @@ def checkpoint_origin(path, checkpoint, net, size, data_path):
     return msgspec.structs.asdict(checked(origin, Origin, f"{path}: args", "use another checkpoint, or train again"))
 
 
-def tested_trial(path, origin, dataset, trial):
+def tested_trial(path, origin, dataset, trial, cross_data):
     """The trial to test on, that of the checkpoint or features; None where a network is trained for all trials.
 
-    origin: {"dataset", "trial"}, as far as they are known. trial: of --trial. Raises InputError for features of another
-    data set; of another trial, whose network was trained on people that this one tests; and of an unknown trial, which
-    published checkpoints do not record.
+    origin: {"dataset", "trial"}, as far as they are known. trial: of --trial. cross_data: the network is of another
+    data set and knows nobody of this one: all trials are tested. Raises InputError for features of another data set, or
+    with cross_data of this one; of another trial, whose network was trained on people that this one tests; and of an
+    unknown trial, which published checkpoints do not record.
     """
-    if (origin.get("dataset") or dataset) != dataset:
-        raise InputError(f"{path}: was trained on {origin['dataset']}; test it with --dataset {origin['dataset']}")
+    own = origin.get("dataset")
+    if cross_data:
+        if own == dataset:
+            raise InputError(f"{path}: was trained on {own} itself; leave out --cross_data")
+        return trial
+    if own not in (None, dataset):
+        remedy = f"test it with --dataset {own}, or with testa.py --cross_data as one that knows nobody here"
+        raise InputError(f"{path}: was trained on {own}; {remedy}")
     if "trial" not in DATASETS[dataset].options:
         return None
     own = origin.get("trial") or trial

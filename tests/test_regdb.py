@@ -86,3 +86,27 @@ def test_ten_trials_in_one_table(regdb_tree, tmp_path):
     (tmp_path / "net_trial_3.t").unlink()
     with pytest.raises(InputError, match=r"trial_3\.t: no such file; of the 10, only trials 1, 2, 4, .* exist"):
         search_regdb(regdb_tree, networks)
+
+
+def test_a_network_of_another_data_set_is_tested_on_all_trials(regdb_tree, tmp_path, capsys):
+    """As one without a data set is on each, and the table says what it was trained on."""
+    own, foreign = (save_network(tmp_path / f"{name}.t", 0, dataset=name) for name in (None, "sysu"))
+    (row,) = [row for row in search_regdb(regdb_tree, foreign, "--cross_data") if row["feature"] == "FC"]
+    assert (row["model"], row["trials"]) == ("trained on SYSU-MM01", [*range(1, 11)])
+    assert "trained on SYSU-MM01 FC; " in capsys.readouterr().out
+    for trial in (1, 7):
+        (alone,) = [r for r in search_regdb(regdb_tree, own, "--trial", str(trial)) if r["feature"] == "FC"]
+        assert (alone["model"], alone["mean"]) == ("trained", row["per_trial"][trial - 1]["metrics"])
+    saved = str(tmp_path / "f.npz")
+    search_regdb(regdb_tree, foreign, "--cross_data", "--features", saved)
+    files = ["--dataset", "regdb", "--data_path", str(regdb_tree), "--gpu", "cpu", "--from_features", saved]
+    again = testa.main([*files, "--cross_data"])
+    assert {r["model"] for r in again} == {"trained on SYSU-MM01"}
+    assert [r["mean"] for r in again if r["feature"] == "FC"] == [row["mean"]]
+    with pytest.raises(
+        InputError, match="was trained on sysu; test it with --dataset sysu, or with testa.py --cross_data"
+    ):
+        search_regdb(regdb_tree, foreign)
+    itself = save_network(tmp_path / "itself.t", 0, dataset="regdb")
+    with pytest.raises(InputError, match="was trained on regdb itself; leave out --cross_data"):
+        search_regdb(regdb_tree, itself, "--cross_data")

@@ -109,7 +109,7 @@ def embed_test(args, resume):
     device, data_path = select_device(args.gpu, args.amp), evaluation.data_folder(args)
     path = find_checkpoint(resume, args.model_path)
     net, size, origin = evaluation.open_checkpoint(path, data_path)
-    trial = evaluation.tested_trial(path, origin, args.dataset, args.trial)
+    trial = evaluation.tested_trial(path, origin, args.dataset, args.trial, cross_data=False)
     test = evaluation.find_searches(args, data_path, trial, [args.gallery or 0])
     net.to(device, memory_format=torch.channels_last)
     embed = engine.network_embedding(net, device, normalise, args.amp)
