@@ -362,8 +362,8 @@ DATASETS = {
         training=llcm_training,
         train=llcm_train,
         searches=llcm_searches,
-        # Its paper counts 46,767 images, 15,846 of them for the test, but names no number of each modality.
-        published={"training ids": 713, "training images": 30921}
+        # Its paper counts 46,767 images, 15,846 of them for the test; L2RW (CVPR 2025) counts each modality.
+        published=training_counts(713, 16946, 13975)
         | {"queries visible to infrared": 8680, "queries infrared to visible": 7166},
     ),
 }
