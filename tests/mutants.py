@@ -46,7 +46,7 @@ TESTS = {
     "model.py": "model gfm2 deen dns published",
     "eval_metrics.py": "eval_metrics results",
     "ChannelAug.py": "augmentation gfm2 deen dns",
-    "drawing/figures.py": "visualize report sweep",
+    "drawing/figures.py": "figures visualize report sweep",
     "tools/sweep_tables.py": "sweep",
     "tools/search/index.py": "index search",
     "tools/search/file_index.py": "index search",
@@ -55,6 +55,10 @@ TESTS = {
 EXPLAINED = ROOT / "tests" / "mutants.md"
 # Arguments that say where tensors are, what has one length anyway, and how progress is shown: not changed.
 UNSEEN = ("device", "non_blocking", "strict", "desc", "unit", "leave")
+# How a figure looks. What it shows, and that nothing hides it, is tested.
+UNSEEN += ("fontsize", "figsize", "layout", "labelpad", "linespacing", "linewidth", "markersize", "s", "alpha")
+UNSEEN += ("markeredgewidth", "frameon", "interpolation", "solid_capstyle", "quality", "optimize", "zorder", "mfc")
+UNSEEN += ("facecolors", "edgecolors", "loc", "ncols", "height_ratios")
 PAIRS = "Lt LtE, Gt GtE, Eq NotEq, In NotIn, Is IsNot, And Or, Add Sub, Mult Div, BitAnd BitOr"
 SWAPS = {getattr(ast, a): getattr(ast, b) for pair in PAIRS.split(", ") for a, b in (pair.split(), pair.split()[::-1])}
 SWAPS |= {ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult, ast.Pow: ast.Mult}
