@@ -38,7 +38,7 @@ TESTS = {
     "training/optim.py": "training train dns",
     "core/meter.py": "training distributed run",
     "core/distributed.py": "distributed run",
-    "testing/evaluation.py": "testa features published run",
+    "testing/evaluation.py": "testa features published run regdb",
     "testing/results.py": "results report testa",
     "data_loader.py": "data_loader datasets distributed regdb",
     "loss.py": "loss training gfm2 deen dns distributed",
@@ -53,8 +53,8 @@ TESTS = {
     "tools/search/finder.py": "search index",
 }
 EXPLAINED = ROOT / "tests" / "mutants.md"
-# Arguments that say where tensors are, what has one length anyway, and how progress is shown: not changed.
-UNSEEN = ("device", "non_blocking", "strict", "desc", "unit", "leave")
+# Arguments that say where tensors are, what has one length anyway, and what a screen shows: not changed.
+UNSEEN = ("device", "non_blocking", "strict", "desc", "unit", "leave", "help")
 # How a figure looks. What it shows, and that nothing hides it, is tested.
 UNSEEN += ("fontsize", "figsize", "layout", "labelpad", "linespacing", "linewidth", "markersize", "s", "alpha")
 UNSEEN += ("markeredgewidth", "frameon", "interpolation", "solid_capstyle", "quality", "optimize", "zorder", "mfc")

