@@ -58,7 +58,7 @@ UNSEEN = ("device", "non_blocking", "strict", "desc", "unit", "leave", "help")
 # How a figure looks. What it shows, and that nothing hides it, is tested.
 UNSEEN += ("fontsize", "figsize", "layout", "labelpad", "linespacing", "linewidth", "markersize", "s", "alpha")
 UNSEEN += ("markeredgewidth", "frameon", "interpolation", "solid_capstyle", "quality", "optimize", "zorder", "mfc")
-UNSEEN += ("facecolors", "edgecolors", "loc", "ncols", "height_ratios")
+UNSEEN += ("facecolors", "edgecolors", "loc", "ncols", "height_ratios", "grid", "tick_params", "set_visible")
 PAIRS = "Lt LtE, Gt GtE, Eq NotEq, In NotIn, Is IsNot, And Or, Add Sub, Mult Div, BitAnd BitOr"
 SWAPS = {getattr(ast, a): getattr(ast, b) for pair in PAIRS.split(", ") for a, b in (pair.split(), pair.split()[::-1])}
 SWAPS |= {ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult, ast.Pow: ast.Mult}
@@ -97,7 +97,10 @@ def below(node):
         for child in value if isinstance(value, list) else [value]:
             kept = isinstance(child, ast.AST) and not isinstance(child, ast.Raise | ast.JoinedStr | ast.arguments)
             kept = kept and not (isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant))
-            if kept and field not in ("decorator_list", "returns") and getattr(child, "arg", None) not in UNSEEN:
+            name = getattr(child, "arg", None) or getattr(
+                getattr(getattr(child, "value", None), "func", None), "attr", None
+            )
+            if kept and field not in ("decorator_list", "returns") and name not in UNSEEN:
                 yield child
                 yield from below(child)
 

@@ -72,7 +72,8 @@ def test_ranking_sheet(shown):
     plain = figures.ranking_sheet([[figures.Tile("image1", "query"), *[figures.Tile("image2", "1 of 2\n0.5")] * 2]])
     check_page(plain, "", "")
     assert not [spine for panel in plain.axes for spine in panel.spines.values() if spine.get_visible()]
-    assert figures.ranking_sheet([[figures.Tile("image1", "", "correct")]]).texts[1].get_text()
+    for frame in ("correct", "wrong"):
+        assert texts(figures.ranking_sheet([[figures.Tile("image1", "", frame)] * 9]).texts)[1] == legend
 
 
 def test_heat_sheet(shown):
@@ -122,6 +123,7 @@ def test_histograms_say_which_pairs_are_whose():
     pairs = {f"network {n}": (rng.normal(0.5, 0.1, 90), rng.normal(1 + n, 0.2, 400)) for n in (0, 1)}
     figure = figures.distance_histograms(pairs, LONG)
     check_page(figure, LONG)
+    assert figures.distance_histograms({"": pairs["network 0"]}).axes[0].get_title("left").startswith("overlap ")
     names, entries = ["same identity", "two identities"], figure.legends[0].get_patches()
     assert texts(figure.legends[0].get_texts()) == names
     for panel, (label, both) in zip(figure.axes, pairs.items(), strict=True):
@@ -147,7 +149,7 @@ def test_lines_of_panels():
     check_page(figure)
     assert texts(panel.title for panel in figure.axes) == ["total", "FC/mAP", "lr", "correct", LONG]
     assert [panel.get_ylabel() for panel in figure.axes] == ["loss", "%", "rate", "share", "loss"]
-    assert [panel.get_subplotspec().rowspan.start for panel in figure.axes] == [0, 0, 0, 0, 1]
+    assert figure.axes[0].get_subplotspec().get_gridspec().get_geometry() == (2, 4)
     assert texts(figure.legends[0].get_texts()) == [*lines]
     total, *others = figure.axes
     assert [line.get_marker() for line in total.lines] == ["o", "o", ".", ".", ""]  # also a single point is seen
