@@ -233,7 +233,7 @@ def overlap(a, b):
     best threshold, added. This is 1 minus the Kolmogorov-Smirnov distance and, if the densities cross once, the area
     under both."""
     values = np.concatenate([a, b])
-    below, below_other = (np.searchsorted(np.sort(x), values, side="right") / len(x) for x in (a, b))
+    below, below_other = (np.searchsorted(np.sort(x), values) / len(x) for x in (a, b))
     return 1 - np.abs(below - below_other).max()
 
 
