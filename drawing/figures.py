@@ -203,7 +203,6 @@ def feature_map(points, ids, modalities, title):
         panel.scatter([], [], marker=marker, facecolors="0.7", edgecolors="black", s=42, label=modality)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     panel.set(xticks=[], yticks=[])
-    panel.margins(0.07)
     panel.set_title(_wrapped(title, 8), fontsize=9, loc="left")
     return figure
 
@@ -211,7 +210,7 @@ def feature_map(points, ids, modalities, title):
 def distance_histograms(pairs, title=""):
     """pairs {label: (distances of the same identity, of two identities)} -> Figure with a panel and an overlap each."""
     figure = Figure(figsize=(4.6 * len(pairs), 3.2), layout="constrained")
-    panels = figure.subplots(1, len(pairs), squeeze=False, sharex=True)[0]
+    panels = figure.subplots(1, len(pairs), squeeze=False)[0]
     both = np.concatenate([values for pair in pairs.values() for values in pair])
     bins = np.linspace(both.min(), both.max(), 61)
     for panel, (label, (same, other)) in zip(panels, pairs.items(), strict=True):
@@ -234,7 +233,7 @@ def overlap(a, b):
     best threshold, added. This is 1 minus the Kolmogorov-Smirnov distance and, if the densities cross once, the area
     under both."""
     values = np.concatenate([a, b])
-    below, below_other = (np.searchsorted(np.sort(x), values, side="right") / len(x) for x in (a, b))
+    below, below_other = (np.searchsorted(np.sort(x), values) / len(x) for x in (a, b))
     return 1 - np.abs(below - below_other).max()
 
 

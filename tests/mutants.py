@@ -38,7 +38,7 @@ TESTS = {
     "training/optim.py": "training train dns",
     "core/meter.py": "training distributed run",
     "core/distributed.py": "distributed run",
-    "testing/evaluation.py": "testa features published run",
+    "testing/evaluation.py": "testa features published run regdb",
     "testing/results.py": "results report testa",
     "data_loader.py": "data_loader datasets distributed regdb",
     "loss.py": "loss training gfm2 deen dns distributed",
@@ -46,7 +46,7 @@ TESTS = {
     "model.py": "model gfm2 deen dns published",
     "eval_metrics.py": "eval_metrics results",
     "ChannelAug.py": "augmentation gfm2 deen dns",
-    "drawing/figures.py": "visualize report sweep",
+    "drawing/figures.py": "figures visualize report sweep",
     "tools/sweep_tables.py": "sweep",
     "tools/search/index.py": "index search",
     "tools/search/file_index.py": "index search",
@@ -54,8 +54,12 @@ TESTS = {
 }
 EXPORTS = "tests/test_augmentation.py::test_normalise_is_the_same_after_an_export"
 EXPLAINED = ROOT / "tests" / "mutants.md"
-# Arguments that say where tensors are, what has one length anyway, and how progress is shown: not changed.
-UNSEEN = ("device", "non_blocking", "strict", "desc", "unit", "leave")
+# Arguments that say where tensors are, what has one length anyway, and what a screen shows: not changed.
+UNSEEN = ("device", "non_blocking", "strict", "desc", "unit", "leave", "help")
+# How a figure looks. What it shows, and that nothing hides it, is tested.
+UNSEEN += ("fontsize", "figsize", "layout", "labelpad", "linespacing", "linewidth", "markersize", "s", "alpha")
+UNSEEN += ("markeredgewidth", "frameon", "interpolation", "solid_capstyle", "quality", "optimize", "zorder", "mfc")
+UNSEEN += ("facecolors", "edgecolors", "loc", "ncols", "height_ratios", "grid", "tick_params", "set_visible")
 PAIRS = "Lt LtE, Gt GtE, Eq NotEq, In NotIn, Is IsNot, And Or, Add Sub, Mult Div, BitAnd BitOr"
 SWAPS = {getattr(ast, a): getattr(ast, b) for pair in PAIRS.split(", ") for a, b in (pair.split(), pair.split()[::-1])}
 SWAPS |= {ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult, ast.Pow: ast.Mult}
@@ -94,7 +98,10 @@ def below(node):
         for child in value if isinstance(value, list) else [value]:
             kept = isinstance(child, ast.AST) and not isinstance(child, ast.Raise | ast.JoinedStr | ast.arguments)
             kept = kept and not (isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant))
-            if kept and field not in ("decorator_list", "returns") and getattr(child, "arg", None) not in UNSEEN:
+            name = getattr(child, "arg", None) or getattr(
+                getattr(getattr(child, "value", None), "func", None), "attr", None
+            )
+            if kept and field not in ("decorator_list", "returns") and name not in UNSEEN:
                 yield child
                 yield from below(child)
 

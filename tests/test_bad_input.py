@@ -319,6 +319,11 @@ CASES = {
         "does not fit",
         "'local.conv.bias' is missing",
     ),
+    "checkpoint with another layer": resumed(
+        "test",
+        lambda: good_checkpoint(net=weights_with(lambda s: s.update(a=s["local.conv.bias"]))),
+        "does not fit its resnet18: 'a' is unknown;",
+    ),
     "checkpoint within an epoch, of which it lacks the sums": resumed(
         "test",
         lambda: good_checkpoint(epoch=1, within={"generators": []}),

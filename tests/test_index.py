@@ -163,6 +163,21 @@ def test_a_folder_moves_into_itself_and_out_of_itself(index, old, new):
         np.testing.assert_array_equal(stored[found[path]], vectors[i])
 
 
+def test_who_reads_does_not_wait_for_who_writes(tmp_path):
+    path = tmp_path / "index.db"
+    with (
+        contextlib.closing(open_index(str(path), create=True)) as index,
+        contextlib.closing(sqlite3.connect(path)) as other,
+    ):
+        version, entries = index.begin("net.t", "a" * 64, "FC", DIM), images(3)
+        index.add(version, entries, unit(3))
+        other.execute("BEGIN IMMEDIATE")
+        assert index.versions()[0]["version"] == version
+        assert index.counts(version, "modality") == {"visible": 2, "infrared": 1}
+        assert [*index.entries(version)] == [image.path for image in entries]
+        assert len(index.vectors([image["id"] for image in index.search(version, unit(1), 3)[0]])) == 3
+
+
 def test_pages_show_equal_images_once(index):
     """Copies of an image have the same similarity; pages are the beginnings of one order."""
     version, entries = index.begin("net.t", "a" * 64, "FC", DIM), images(90)

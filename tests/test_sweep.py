@@ -2,21 +2,20 @@
 
 import functools
 import json
-import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
-from scipy import stats
 
 import utils
-from conftest import SMALL
+from conftest import SMALL, result_row
 from drawing import figures
 from tools import sweep, sweep_tables
 from utils import InputError
@@ -195,83 +194,86 @@ def test_each_gpu_has_one_run_at_a_time(calls, tmp_path):
     assert set(used) == {"0", "3"}
 
 
-def test_table_of_what_is_there(calls, tmp_path, capsys):
-    """Against numbers worked out by hand: Rank-1 of the seeds is 10, 11, 14 and 20, 22, 28."""
-    out = tmp_path / "out"
-    table = run(out, "--seeds", "0", "1", "2")
-    capsys.readouterr()
-    (setting,) = json.loads((out / "table.json").read_text())["settings"]
-    assert table["settings"] == [setting]
-    first, second = setting["rows"]
-    rank = second["metrics"]["Rank-1"]
-    assert (rank["mean"], rank["count"], rank["trials_std"]) == (pytest.approx(70 / 3), 3, 2)
-    assert rank["std"] == pytest.approx(math.sqrt(52 / 3))  # (100 + 16 + 196) / 9 / 2
-    difference = second["differences"]["Rank-1"]  # of 10, 11, 14
-    assert (difference["mean"], difference["count"]) == (pytest.approx(35 / 3), 3)
-    assert difference["std"] == pytest.approx(math.sqrt(13 / 3))  # (25 + 4 + 49) / 9 / 2
-    half = 4.302653 * math.sqrt(13 / 9)  # Student's t for 2 degrees of freedom, from a table
-    assert difference["interval"] == pytest.approx([35 / 3 - half, 35 / 3 + half])
-    assert not first["differences"]
-    assert (second["seconds"]["mean"], second["seconds"]["std"]) == (6, 2)
+ODD = r"~\{^}&%$#"  # the name of a row
+SPECIAL = {ODD: r"\textasciitilde{}\textbackslash{}\{\textasciicircum{}\}\&\%\$\#"}  # in LaTeX
+SPECIAL |= {"; ": " & ", "_": r"\_", "±": r"$\pm$", "–": "--"}
 
-    assert sweep.main(["--out", out, "--table"]) == table
+
+@pytest.fixture
+def ended(monkeypatch):
+    """Runs of two seeds: of two rows, both have finished, and one was tested in two settings; of the third row, the
+    first seed has failed, of the fourth both."""
+    monkeypatch.setattr(sweep_tables, "read_results", lambda results: {"results": results.rows})
+    failure = SimpleNamespace(exists=lambda: True)  # of a finished run: at first
+
+    def run(row, seed, rank=None, log=(), *settings):
+        rows = [{"mean": {"Rank-1": rank, "mAP": rank / 2, "mINP": 1.0}, "std": None}, *settings] if rank else []
+        rows = [result_row(**row) for row in rows]
+        results = SimpleNamespace(exists=lambda: rank, rows=rows)
+        failed = {"failure": failure, "failed": lambda: {"line": "no memory"}}
+        return SimpleNamespace(row=row, seed=seed, results=results, log=lambda: log, **failed)
+
+    other = {"mean": {"Rank-1": 70.0, "mAP": 35.0, "mINP": 1.0}, "std": {"Rank-1": 2.0, "mAP": 0.5, "mINP": 0.0}}
+    other |= {"reranking": "random_walk", "selection": "none", "trials": [0, 1]}
+    log = [{"epoch": 1, "identity": 4.0, "seconds": 10}, {"epoch": 0, "identity": 6.0, "seconds": 0.25}, {"epoch": 2}]
+    runs = [run("a_b", 0, 50, log), run("c|d", 0, 52), run(ODD, 0), run("e", 0)]
+    runs += [run("a_b", 1, 60, [{"epoch": 0, "identity": 9.0, "seconds": 20}])]
+    runs += [run("c|d", 1, 63, [{"epoch": 0, "identity": 2.0, "seconds": 7}], other)]
+    return [*runs, run(ODD, 1, 58), run("e", 1)]
+
+
+def test_written_tables(ended, tmp_path, monkeypatch, capsys):
+    """Against tables worked out by hand. Of 50 and 60, the deviation is 10 / sqrt(2); of the differences 2 and 3 to it,
+    the interval is 2.5 ± 12.7062 / 2, by a table of Student's t. A row is paired with its own seed."""
+    head, none = "row; seeds; Rank-1; mAP; mINP; training, s", "e; 0 of 2, 2 failed; –; –; –; –"
+    first = [head, "a_b; 2 of 2; 55.00 ± 7.07; 27.50 ± 3.54; 1.00 ± 0.00; 15.1 ± 6.9"]
+    first += ["c|d; 2 of 2; 57.50 ± 7.78; 28.75 ± 3.89; 1.00 ± 0.00; 3.5 ± 4.9"]
+    first += ["  minus a_b; 2 pairs; +2.50 [-3.85, +8.85]; +1.25 [-1.93, +4.43]; +0.00 [+0.00, +0.00]; "]
+    first += [f"{ODD}; 1 of 2, 1 failed; 58.00; 29.00; 1.00; 0.0", "  minus a_b; 1 pair; -2.00; -1.00; +0.00; ", none]
+    second = [head, "c|d; 1 of 2; 70.00 (2.00); 35.00 (0.50); 1.00 (0.00); 7.0", none]
+    title = "SYSU-MM01, all-search, infrared to visible, seeded protocol, 1-shot, "
+    titles = [f"{title}trial 0; FC; epoch chosen on test ids"]
+    titles += [f"{title}2 trials; FC, re-ranked by random_walk; epoch fixed"]
+    failures = [f"{run}, seed {seed} failed: no memory" for run, seed in ((ODD, 0), ("e", 0), ("e", 1))]
+
+    drawn = {}
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.update({path.name: figure}))
+    plan = {"rows": [[row, []] for row in ("a_b", "c|d", ODD, "e")], "seeds": [0, 1]}
+    table = sweep_tables.tabulate(ended, plan)
+    sweep_tables.write(table, ended, ["identity", "triplet"], tmp_path)
+    screen, (markdown, latex) = [""], ([], [])
+    for title, rows in zip(titles, (first, second), strict=True):
+        screen += [title, *rows, ""]
+        lines = ["| " + row.replace("|", r"\|").replace("; ", " | ") + " |" for row in rows]
+        markdown += [f"**{title}**", "", lines[0], "| --- | ---: | ---: | ---: | ---: | ---: |", *lines[1:], ""]
+        lines = [re.sub("|".join(map(re.escape, SPECIAL)), lambda m: SPECIAL[m[0]], row) + r" \\" for row in rows]
+        latex += [f"% {title}", r"\begin{tabular}{lrrrrr}", r"\toprule", lines[0], r"\midrule", *lines[1:]]
+        latex += [r"\bottomrule", r"\end{tabular}", ""]
+    markdown += [sweep_tables.NOTE, *(f"- {line}" for line in failures), ""]
+    latex += [*(f"% {line}" for line in (sweep_tables.NOTE, *failures)), ""]
+    for name, lines in (("md", markdown), ("tex", latex)):
+        assert (tmp_path / f"table.{name}").read_text(encoding="utf-8").split("\n") == lines
     text = capsys.readouterr().out
-    assert "demo data like SYSU-MM01, all-search, infrared to visible, seeded protocol, 1-shot, 2 trials; FC" in text
-    assert "margin=2           3 of 3     23.33 ± 4.16 (2.00)" in text
-    assert "  minus margin=1  3 pairs  +11.67 [+6.50, +16.84]" in text
-    assert "| margin=2 | 3 of 3 | 23.33 ± 4.16 (2.00) |" in (out / "table.md").read_text()
-    assert r"margin=2 & 3 of 3 & 23.33 $\pm$ 4.16 (2.00) &" in (out / "table.tex").read_text()
-    for name in ("table.png", "curves.png"):
-        assert (out / name).read_bytes().startswith(b"\x89PNG")
-
-
-def test_pairs_agree_with_scipy():
-    values, others = np.random.default_rng(0).normal(70, 3, (2, 5))
-    seeds, first = (
-        {
-            str(s): {"mean": dict.fromkeys(sweep_tables.METRICS, v), "trials_std": None, "seconds": 1}
-            for s, v in enumerate(row)
-        }
-        for row in (values, others)
+    shown, _, rest = text.partition("\nMean ± standard")
+    lines = [re.sub("(?<=[^ ])  +", "; ", line) for line in shown.split("\n")]
+    assert lines == [row.removesuffix("; ") for row in screen]
+    assert (
+        "\na_b                    2 of 2          55.00 ± 7.07          27.50 ± 3.54           1.00 ± 0.00   " in text
     )
-    found = sweep_tables.summarise_row(seeds, first)["differences"]["mAP"]
-    assert found["interval"] == pytest.approx([*stats.ttest_rel(values, others).confidence_interval(0.95)])
-    del first["2"]
-    assert sweep_tables.summarise_row(seeds, first)["differences"]["mAP"]["count"] == 4
-    assert sweep_tables.spread([3.0]) == {"mean": 3, "std": None, "interval": None, "count": 1}
-
-
-def test_each_panel_draws_its_own_metric():
-    seeds = {str(s): {m: 10.0 * i + s for i, m in enumerate(sweep_tables.METRICS)} for s in range(3)}
-    rows = []
-    for name, scale in (("a", 1), ("b", 2)):
-        own = {
-            seed: {"mean": {m: scale * v for m, v in means.items()}, "trials_std": None, "seconds": 1}
-            for seed, means in seeds.items()
-        }
-        rows.append({"row": name, **sweep_tables.summarise_row(own, {})})
-    figure = figures.dot_panels([{"setting": "all", "rows": rows}], sweep_tables.METRICS)
-    assert [panel.get_title() for panel in figure.axes] == list(sweep_tables.METRICS)
-    for i, panel in enumerate(figure.axes):
-        assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["a", "b"]
-        for row, scale in enumerate((1, 2)):
-            dots = next(line for line in panel.lines if line.get_marker() == "o" and line.get_ydata()[0] == row)
-            stroke = next(line for line in panel.lines if line.get_marker() == "|" and line.get_ydata()[0] == row)
-            assert list(dots.get_xdata()) == [scale * (10 * i + s) for s in range(3)]
-            assert stroke.get_xdata()[0] == scale * (10 * i + 1)
-
-
-def test_curves_are_means_over_seeds(calls, tmp_path):
-    run(tmp_path / "out", "--seeds", "0", "2")
-    runs = runs_of("--vary", "margin=1,2", "--seeds", "0", "2", "--", "--gpu=cpu")
-    for one in runs:
-        one.folder = tmp_path / one.folder
-        one.train.log_path = one.folder / "log"
-    ((value, rows),) = sweep_tables.epoch_statistics(runs, ["identity", "triplet"]).items()
-    assert value == "identity"
-    epochs, mean, low, high = rows["margin=2"]
-    assert (epochs, [*mean]) == ([0, 1], [3, 2])
-    assert [*high - mean, *mean - low] == pytest.approx([math.sqrt(2)] * 4)
+    files = f"{tmp_path}/table.md, .tex, .json and .png"
+    end = "The folder of a failed run contains its full output; --retry continues it."
+    assert rest.split("\n")[2:] == [*failures, "", f"{files}; {tmp_path}/curves.png", end, ""]
+    assert json.loads((tmp_path / "table.json").read_text()) == table
+    assert [part.get_suptitle().replace("\n", " ") for part in drawn["table.png"].subfigs] == titles
+    (panel,) = drawn["curves.png"].axes
+    assert (panel.get_title(), panel.get_xlabel()) == ("identity", "epoch")
+    assert [line.get_xydata().tolist() for line in panel.lines] == [[[0, 7.5], [1, 4]], [[0, 2]]]
+    edges = [{*map(tuple, band.get_paths()[0].vertices.round(2).tolist())} for band in panel.collections]
+    assert edges == [{(0, 5.38), (0, 9.62), (1, 4)}, {(0, 2)}]  # 7.5 ± 1.5 sqrt(2); in epoch 1, there is one seed
+    title = drawn["curves.png"].get_suptitle()
+    assert title == "mean over the seeds ± their standard deviation; scores: of the first trial of the test"
+    sweep_tables.write(table | {"failed": []}, ended, ["local"], tmp_path)
+    assert capsys.readouterr().out.endswith(f"\n\n{files}\n")  # no log has this value
 
 
 @pytest.mark.slow
@@ -284,8 +286,6 @@ def test_failed_runs_are_told_and_others_go_on(calls, tmp_path, capsys):
     text = capsys.readouterr().out
     assert f"margin=6, seed 1 failed: {line}" in text
     assert "margin=7, seed 0 failed: exit status -9 without a message" in text
-    assert "0 of 2, 2 failed" in text
-    assert line in (out / "table.md").read_text()
 
     run(out, "--seeds", "0", "1", margins="1,6,7")
     assert len(calls()) == 8

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from argparse import ArgumentError, ArgumentParser
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ import testa
 from conftest import save_network, search_flags
 from data_manager import process_gallery_sysu, process_query_sysu
 from eval_metrics import eval_sysu
-from testing import re_rank
+from model import load_network
+from testing import evaluation, re_rank
 from testing.features import load_features
 from tests.oracles import plain_embedding
 
@@ -235,3 +237,33 @@ def test_every_row_of_ten_trials_is_on_the_page(regdb_tree, tmp_path):
     cmc = [figure for caption, figure in pictures.items() if caption.startswith("CMC")]
     labels = [[line.get_label() for line in figure.axes[0].lines] for figure in cmc]
     assert labels == [["trained, FC, chosen on test", "trained, FC, chosen on none"]] * 2  # of each direction
+
+
+def test_flags_of_a_test_and_their_values():
+    parser = ArgumentParser(exit_on_error=False)
+    evaluation.add_flags(parser)
+    assert vars(parser.parse_args([])) == {
+        **{"dataset": "sysu", "data_path": None, "model_path": "save_model/", "mode": "all", "protocol": "seeded"},
+        **{"shots": 1, "trial": None, "tvsearch": False, "test_batch": 64, "workers": 4, "amp": "off", "gpu": "0"},
+    }
+    right = "--mode indoor --protocol official --shots 10 --amp bf16 --amp off --trial 1 --trial 10 --test_batch 1"
+    parser.parse_args(f"{right} --test_batch 65536 --workers 0 --workers 1024".split())
+    wrong = "dataset=market mode=out protocol=own shots=2 trial=0 trial=11 test_batch=0 test_batch=65537 workers=-1"
+    for flag in f"{wrong} workers=1025 amp=fp16".split():
+        with pytest.raises(ArgumentError, match=flag.split("=")[0]):
+            parser.parse_args([f"--{flag}"])
+
+
+def test_a_table_says_what_its_network_is(tmp_path):
+    path, flags = save_network(tmp_path / "net.t", 0), {"dataset": "regdb", "trial": 3}
+    content = torch.load(path) | {"args": {}}
+    for more, words in (
+        ({}, "adp, resnet18, 96x48, epoch unknown"),
+        ({"args": {"method": "caj", "afam": 1, "local": 0}, "epoch": 3}, "caj without local, resnet18, 96x48, epoch 3"),
+        ({"args": flags | {"afam": 0, "local": 0}, "selection": "val", "epoch": 3, "sums": {"step": 7}}, ""),
+    ):
+        origin = evaluation.checkpoint_origin(path, content | more, *load_network(content, path), "data")
+        assert words in (origin["network"], "")
+        assert (origin["flags"], origin["checkpoint"]) == (more.get("args", {}), str(path))
+    assert origin["network"] == "adp without afam without local, resnet18, 96x48, epoch 4, 7 steps of it"
+    assert [origin[name] for name in ("dataset", "trial", "selection")] == ["regdb", 3, "val"]

@@ -153,7 +153,7 @@ def write(table, runs, values, out):
         title = "mean over the seeds ± their standard deviation; scores: of the first trial of the test"
         figure.suptitle(title, fontsize=9)
         figures.save(figure, out / "curves.png")
-    print(f"\n{out}/table.md, .tex, .json and .png; {out}/curves.png")
+    print(f"\n{out}/table.md, .tex, .json and .png" + (f"; {out}/curves.png" if panels else ""))
     if failures:
         print("The folder of a failed run contains its full output; --retry continues it.")
 
