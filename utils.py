@@ -134,12 +134,12 @@ def end_with_the_main_process():
 
 @contextlib.contextmanager
 def map_processes(function, items, workers):
-    """A block with `map` by so many processes (threads would wait for each other), or with 0 by this one. They have
-    ended when the block has."""
+    """A block with `map` by so many processes, at most one a core (threads would wait for each other), or with 0 by
+    this one. They have ended when the block has."""
     if not workers:
         yield map(function, items)
         return
-    pool = ProcessPoolExecutor(workers, initializer=end_with_the_main_process)
+    pool = ProcessPoolExecutor(min(workers, cores()), initializer=end_with_the_main_process)
     try:
         yield pool.map(function, items)
     finally:

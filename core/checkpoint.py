@@ -141,6 +141,9 @@ def load_weights(path):
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
+                # As torch.save writes it: nothing is packed, or there twice. Another one may unpack to any size.
+                if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                    raise ValueError("holds more than its size")
                 if damaged := archive.testzip():  # torch.load does not look at the checksums
                     raise ValueError(f"{damaged} has changed")
         with torch.serialization.safe_globals(_NUMPY_PICKLES):

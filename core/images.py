@@ -28,6 +28,8 @@ def read_image(path, size):
         with Image.open(regular(path), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than 2^26")
+            if image.tile and image.tile[0][0] == "ppm_plain":  # some take Pillow minutes
+                raise ValueError("its numbers are written as text; convert it to PNG")
             deep = image.mode.startswith("I") or ";16" in str(image.tile[:1])
             image = _rgb(ImageOps.exif_transpose(image))
             if deep:

@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -155,6 +156,16 @@ def nothing():
     pass
 
 
+def packed():
+    """A checkpoint with 10 MB of zeros in some kilobytes."""
+    torch.save(good_checkpoint(), "whole.t")
+    with zipfile.ZipFile("whole.t") as whole, zipfile.ZipFile("c.t", "w", zipfile.ZIP_DEFLATED) as archive:
+        for entry in whole.infolist():
+            archive.writestr(entry.filename, whole.read(entry))
+        archive.writestr("archive/more", bytes(10**7 + os.path.getsize("whole.t")))
+    os.remove("whole.t")
+
+
 IDX = "regdb/idx/train_visible_1.txt"
 EXP = "sysu/exp/train_id.txt"
 PERMUTATIONS = "sysu/exp/rand_perm_cam.mat"
@@ -164,6 +175,12 @@ CASES = {
         "prepare", lambda: cut(jpeg(), 300), "cam1/", "remove it, or continue without it: --skip_bad"
     ),
     "pipe as image": case("prepare", lambda: pipe(jpeg()), "cam1/", "is no regular file", "--skip_bad"),
+    "text as pixels": case(
+        "prepare", lambda: write(jpeg(), b"P3\n20 40\n255\n" + 9000 * b"#\n"), "numbers are written as text; convert it"
+    ),
+    "weights that unpack to more": case(
+        "test", packed, "c.t: cannot be loaded safely (ValueError)", flags="--resume c.t"
+    ),
     "too many pixels": case("prepare", lambda: write(jpeg(), large_image(8193, 8192)), "8193 x 8192 pixels are more"),
     "decompression bomb": case("prepare", lambda: write(jpeg(), bomb()), "cam1/", "50000 x 50000 pixels are more"),
     "image of floats": case("prepare", lambda: write(jpeg(), float_image()), "cam1/", "floating-point"),

@@ -121,7 +121,30 @@ def other_people(tree):
         file.write_text(",".join(people))
 
 
-@pytest.mark.parametrize("damage", [cut, one_image_of_two_people, a_missing_image, later_images])
+def an_array_less(tree):
+    (tree / "train_ir_resized_label.npy").unlink()
+    return "prepared arrays", ["train_ir_resized_label.npy: is missing, but others are there"]
+
+
+def an_image_more(tree):
+    """Older than the arrays, and without a file that counts the images of its folder."""
+    (tree / "exp" / "rand_perm_cam.mat").unlink()
+    image = images_of(tree, "train", "visible")[0]
+    shutil.copy2(image, os.path.join(os.path.dirname(image), "9999.jpg"))
+    return "prepared arrays", ["images are prepared, but", "run: python pre_process_sysu.py"]
+
+
+def a_link_to_nothing(tree):
+    image = images_of(tree, "train", "infrared")[0]
+    os.remove(image)
+    os.symlink("nothing.jpg", image)
+    return "images", ["1 cannot be read", str(image)]
+
+
+DAMAGE = [cut, one_image_of_two_people, a_missing_image, later_images, an_array_less, an_image_more, a_link_to_nothing]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_one_wrong_line(damage, own_tree):
     size = ["--img_h", str(SIZE[0]), "--img_w", str(SIZE[1])]
     pre_process_sysu.main(["--data_path", str(own_tree), *size])
@@ -131,8 +154,12 @@ def test_damage_is_one_wrong_line(damage, own_tree):
     assert lines[name][0] == "WRONG"
     assert all(word in lines[name][1] for word in words), lines[name]
     assert name in problem
+
+
+def test_people_of_the_test_in_prepared_arrays(own_tree):
     other_people(own_tree)
-    assert "is a test id now, but was prepared for training; run: python pre_process_sysu.py" in check(own_tree)[1]
+    with pytest.raises(InputError, match="is a test id now, but was prepared for training; run: python pre_process"):
+        check_data.main(["--data_path", str(own_tree), *OFF])
 
 
 def test_the_same_image_in_training_and_test(llcm_tree, tmp_path):
@@ -169,8 +196,14 @@ def test_weights_and_disk(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     assert check_data.check_weights("resnet18").startswith("note: the first training downloads https://")
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "resnet18-f37072fd.pth").touch()
+    (tmp_path / "checkpoints" / "resnet18-f37072fd.pth").write_bytes(b"junk")
+    with pytest.raises(InputError, match="resnet18-f37072fd.pth: is damaged; delete it"):
+        check_data.check_weights("resnet18")
+    monkeypatch.setattr(check_data, "file_sha256", lambda file: "f37072fd" + 56 * "0")
     assert check_data.check_weights("resnet18") == "of resnet18, are here"
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file: is a file; choose another --model_path"):
+        check_data.check_disk(tmp_path / "file" / "models")
     usage = shutil._ntuple_diskusage(10, 9, 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(InputError, match="not/there: 0.0 GiB are free"):
@@ -196,3 +229,26 @@ def test_training_says_what_differs(own_tree, monkeypatch):
     counts = training_counts(data.num_classes, *data.num_images) | search_counts(test)
     monkeypatch.setattr(train_ext_test0, "difference", lambda dataset, found: found != counts or None)
     assert say() == "data: complete as published"
+
+
+def test_one_person_has_one_name_with_any_number_of_zeros(own_tree):
+    image = images_of(own_tree, "train", "visible")[0]
+    folder = os.path.dirname(image)
+    camera, name = os.path.split(folder)
+    other = next(one for one in images_of(own_tree, "train", "visible") if f"/{name}/" in one and folder not in one)
+    shutil.copyfile(image, other)
+    os.rename(folder, os.path.join(camera, name.lstrip("0")))
+    state, text = check(own_tree)[0]["images"]
+    assert (state, "1 are there twice, of one person" in text) == ("ok", True)
+
+
+@pytest.mark.parametrize(("dataset", "name"), [("regdb", "train_visible_1"), ("llcm", "train_vis")])
+def test_lists_with_an_image_twice(dataset, name, request, tmp_path):
+    tree = shutil.copytree(request.getfixturevalue(f"{dataset}_tree"), tmp_path / "own")
+    file = tree / "idx" / f"{name}.txt"
+    whole = file.read_text()
+    file.write_text(whole + whole.splitlines()[0].rsplit(" ", 1)[0] + " 3\n")
+    assert "is listed 2 times for training; list it once" in check(tree, dataset)[0]["lists"][1]
+    test = DATASETS[dataset].searches(tree).paths["visible"][0]
+    file.write_text(f"{whole}{os.path.relpath(test, tree)} 3\n")
+    assert "is listed for training and for the test" in check(tree, dataset)[0]["lists"][1]

@@ -11,6 +11,7 @@ import pre_process_sysu
 import train_ext_test0
 from conftest import log_entries
 from tools import demo_data, pretrain
+from utils import InputError
 
 SIZE = ["--img_h", "48", "--img_w", "16"]
 CROP = ["--padding", "3"]
@@ -52,6 +53,13 @@ def others(tmp_path_factory):
 def start(tree, out, triplet, steps):
     flags = ["--data_path", str(tree), "--out", str(out), "--gpu", "cpu", "--triplet", str(triplet), *SIZE, *CROP]
     return pretrain.main([*flags, "--steps", str(steps)])
+
+
+def test_too_few_people_are_told_before_the_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "pretrain", lambda *_: pytest.fail("trains first"))
+    folder = people(tmp_path / "few", 3, 6)
+    with pytest.raises(InputError, match="--data_path .*few: has . people; draw at least 8"):
+        start(folder, tmp_path / "w.pt", 12, 1)
 
 
 @pytest.mark.parametrize("triplet", [34.5, 12])

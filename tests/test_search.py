@@ -1,6 +1,7 @@
 """Searching one's own images: indexing folders, queries, the library, and ONNX files."""
 
 import contextlib
+import datetime
 import itertools
 import json
 import multiprocessing
@@ -16,7 +17,9 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -29,7 +32,7 @@ from testing.re_rank import k_reciprocal
 from tests.oracles import plain_embedding
 from tools import embedder, export
 from tools.search import __main__ as search
-from tools.search import finder, indexer
+from tools.search import finder, indexer, labels
 from tools.search import page as search_page
 from tools.search.address import open_index
 from tools.search.file_index import FileIndex
@@ -659,6 +662,40 @@ def test_onnx_files_embed_and_search_as_their_checkpoint(exported, made, checkpo
     broken.write_bytes(Path(exported["visible"]).read_bytes()[:5000])
     with pytest.raises(InputError, match=r"broken.onnx: not an ONNX file of tools.export"):
         search.Embedder(broken)
+
+
+def test_an_onnx_file_that_gives_other_rows_is_refused(tmp_path):
+    """One row for any number of images would be the feature of them all."""
+    images = onnx.helper.make_tensor_value_info("images", onnx.TensorProto.UINT8, ("b", 3, 96, 48))
+    features = onnx.helper.make_tensor_value_info("features", onnx.TensorProto.FLOAT, ("n", 3))
+    nodes = [onnx.helper.make_node("Cast", ["images"], ["f"], to=onnx.TensorProto.FLOAT)]
+    nodes += [
+        onnx.helper.make_node("ReduceMean", ["f", "axes"], ["m"]),
+        onnx.helper.make_node("Flatten", ["m"], ["features"]),
+    ]
+    axes = onnx.numpy_helper.from_array(np.array([0, 2, 3]), "axes")
+    graph = onnx.helper.make_graph(nodes, "g", [images], [features], [axes])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
+    about = {"image_size": [96, 48], "options": {}, "modality": "visible", "feature": "FC", "input": "uint8"}
+    onnx.helper.set_model_props(model, {"gfmnet": json.dumps(about | {"sha256": 64 * "0"})})
+    onnx.save(model, tmp_path / "one.onnx")
+    with pytest.raises(InputError, match=r"one.onnx: .*2 images have features of shape \(1, 3\)"):
+        search.Embedder(tmp_path / "one.onnx")
+
+
+@pytest.mark.parametrize("stamp", [0, -(10**30), 10**30, 10**18])
+def test_any_time_of_a_file_is_one_of_the_index(stamp, monkeypatch):
+    """Also before standard times, when clocks differed from UTC by seconds: in Monrovia until 1972."""
+    monkeypatch.setenv("TZ", "Africa/Monrovia")
+    try:
+        time.tzset()
+        text = labels.file_time(f"1 {stamp}")
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert msgspec.convert(text, Entry.__annotations__["time"]) == text
+    if abs(stamp) < 10**20:
+        assert datetime.datetime.fromisoformat(text).timestamp() == stamp // 10**9
 
 
 def test_a_port_that_is_taken_is_named(made):

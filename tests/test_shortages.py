@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -132,6 +133,16 @@ def test_training_without_room_in_shared_memory_is_one_line(tiny_tree, tmp_path,
 def mapped(*arguments):
     with utils.map_processes(*arguments) as done:
         return list(done)
+
+
+def process(_):
+    time.sleep(0.05)
+    return os.getpid()
+
+
+def test_there_are_no_more_processes_than_cores(monkeypatch):
+    monkeypatch.setattr(utils, "cores", lambda: 2)
+    assert len(set(mapped(process, range(12), 500))) == 2
 
 
 def test_semaphores_are_in_shared_memory(monkeypatch, tmp_path, capsys):

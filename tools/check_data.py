@@ -53,7 +53,7 @@ def main(argv=None):
     if args.json:
         check_output(args.json)
     listed = read_lists(args.dataset, path)  # an InputError ends all: without lists there is nothing to check
-    checks = [("counts", partial(check_counts, args.dataset, path, listed))]
+    checks = [("lists", partial(check_lists, listed)), ("counts", partial(check_counts, args.dataset, path, listed))]
     if args.dataset == "sysu":
         checks += [("ids", partial(check_ids, path)), ("folders", partial(check_folders, path))]
         checks += [("prepared arrays", partial(check_arrays, path, listed))]
@@ -64,7 +64,7 @@ def main(argv=None):
             state, text = "ok", check()
             if text.startswith("note: "):
                 state, text = "note", text.removeprefix("note: ")
-        except InputError as error:
+        except (InputError, OSError) as error:
             state, text = "WRONG", str(error)
         lines.append({"check": name, "state": state, "text": text})
         print(f"{state:6}{name}: {text}", flush=True)
@@ -136,17 +136,34 @@ def check_folders(path):
 
 
 def check_arrays(path, listed):
-    *files, _ = sysu_train_files(path)
-    remedy = f"run: python pre_process_sysu.py --data_path {path}"
-    if not all(file.exists() for file in files):
+    files, remedy = sysu_train_files(path), f"run: python pre_process_sysu.py --data_path {path}"
+    *needed, _ = files  # older versions wrote no ids
+    if not any(file.exists() for file in files):
         return f"note: none yet; {remedy}"
+    if missing := [file for file in needed if not file.exists()]:
+        raise InputError(f"{missing[0]}: is missing, but others are there; {remedy}")
     check_prepared(path)
-    prepared = min(file.stat().st_mtime for file in files)
+    prepared = min(file.stat().st_mtime for file in needed)
     ((training, _),) = listed.values()
-    for image in (image for paths, _ in training.values() for image in paths):
-        if Path(image).stat().st_mtime > prepared:
-            raise InputError(f"{files[0]}: is older than {image}; {remedy}")
-    return "of these ids, and newer than the images"
+    for (paths, _), labels in zip(training.values(), needed[1::2], strict=True):
+        if len(paths) != (count := len(np.load(labels, mmap_mode="r"))):
+            raise InputError(f"{labels}: {count} images are prepared, but {len(paths)} are in the folders; {remedy}")
+        if later := [image for image in paths if Path(image).stat().st_mtime > prepared]:
+            raise InputError(f"{needed[0]}: is older than {later[0]}; {remedy}")
+    return "of these images, and newer than they are"
+
+
+def check_lists(listed):
+    """No list of training images has one twice, or one of the test."""
+    for training, test in listed.values():
+        tested = {image for paths in test.paths.values() for image in paths}
+        for paths, _ in training.values():
+            image, count = Counter(paths).most_common(1)[0]
+            if count > 1:
+                raise InputError(f"{image}: is listed {count} times for training; list it once")
+            if both := tested.intersection(paths):
+                raise InputError(f"{min(both)}: is listed for training and for the test; take it out of one")
+    return "no image is there twice, or for training and for the test"
 
 
 def check_images(listed, workers):
@@ -165,13 +182,18 @@ def check_images(listed, workers):
     if unreadable:
         raise InputError(f"{len(unreadable)} cannot be read: {'; '.join(unreadable[:SHOWN])}")
     double = [images for images in same.values() if len(images) > 1]
-    people = [images for images in double if len({Path(image).parent.name for image in images}) > 1]
+    people = [images for images in double if len({person(image) for image in images}) > 1]
     split = [images for images in double if len({part for image in images for part in parts[image]}) > 1]
     for groups, problem in ((people, "two people"), (split if len(listed) == 1 else [], "training and test")):
         if groups:
             pairs = "; ".join(" = ".join(images[:2]) for images in groups[:SHOWN])
             raise InputError(f"{len(groups)} files of {problem} are the same: {pairs}; keep the right one")
     return f"{len(parts):,}, all can be read" + (f"; {len(double)} are there twice, of one person" if double else "")
+
+
+def person(image):
+    """The name of the image's folder, which may have zeros before the id."""
+    return Path(image).parent.name.lstrip("0")
 
 
 def read_and_hash(image):
@@ -196,6 +218,8 @@ def check_disk(model_path):
     folder = Path(model_path).absolute()
     while not folder.exists():
         folder = folder.parent
+    if not folder.is_dir():
+        raise InputError(f"{folder}: is a file; choose another --model_path")
     free = shutil.disk_usage(folder).free
     if free < DISK:
         raise InputError(f"{model_path}: {free / 2**30:.1f} GiB are free; a run may take {DISK / 2**30:.0f}: make room")
@@ -204,7 +228,10 @@ def check_disk(model_path):
 
 def check_weights(arch):
     source = torchvision.models.get_model_weights(arch).IMAGENET1K_V1.url
-    if Path(torch.hub.get_dir(), "checkpoints", Path(source).name).is_file():
+    file = Path(torch.hub.get_dir(), "checkpoints", Path(source).name)
+    if file.is_file():
+        if not file_sha256(file).startswith(file.stem.rpartition("-")[2]):
+            raise InputError(f"{file}: is damaged; delete it, and the next training downloads it again")
         return f"of {arch}, are here"
     return f"note: the first training downloads {source}; without internet, pass the file: --weights FILE"
 

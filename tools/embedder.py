@@ -73,10 +73,13 @@ class Embedder:
             self.size, self.sha256, self.modalities = (height, width), about["sha256"], (about["modality"],)
 
             def embed(images, _):
-                return session.run(["features"], {"images": prepare(images).contiguous().numpy()})[0]
+                values = session.run(["features"], {"images": prepare(images).contiguous().numpy()})[0]
+                if values.ndim != 2 or len(values) != len(images):
+                    raise ValueError(f"{len(images)} images have features of shape {values.shape}")
+                return values
 
             self._embed = embed
-            self.dim = embed(torch.zeros(1, 3, height, width, dtype=torch.uint8), None).shape[1]
+            self.dim = embed(torch.zeros(2, 3, height, width, dtype=torch.uint8), None).shape[1]
             feature = about["feature"]
         except Exception as error:  # onnxruntime raises anything when a file is damaged
             reason = str(error).splitlines()[0]

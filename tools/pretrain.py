@@ -20,9 +20,10 @@ from core.files import atomic, check_output
 from data_loader import IdentitySampler, sysu_train, train_loader
 from loss import SquaredTripletLoss
 from model import ARCHS, GFMNet, backbone
-from utils import ArgumentParser, bounded, cli, progress, seed_everything, select_device
+from utils import ArgumentParser, InputError, bounded, cli, progress, seed_everything, select_device
 
 BATCH = 64  # images per step
+PEOPLE = 8  # in a batch of the published recipe
 RATE = 1e-3  # learning rate of Adam
 
 
@@ -51,6 +52,8 @@ def main(argv=None):
     device = select_device(args.gpu)
     seed_everything(args.seed)
     data = sysu_train(args.data_path, (args.img_h, args.img_w))
+    if data.num_classes < PEOPLE:
+        raise InputError(f"--data_path {args.data_path}: has {data.num_classes} people; draw at least {PEOPLE}")
     resnet = pretrain(backbone(args.arch).network, data, args.steps, args.padding, device)
     with atomic(args.out) as temporary:
         torch.save(resnet.state_dict(), temporary)
@@ -87,7 +90,7 @@ def first_batches(weights, arch, data, padding, device, count=10):
     """The first batches of a training from a file of weights, by the published recipe: (pooled [N, C], labels [N])."""
     net = GFMNet(data.num_classes, arch, weights=weights).to(device).train()
     augment = TrainAugmentation(padding=padding)
-    loader = train_loader(data, IdentitySampler(data, batch_size=8, num_pos=4, seed=0), workers=0)
+    loader = train_loader(data, IdentitySampler(data, batch_size=PEOPLE, num_pos=4, seed=0), workers=0)
     batches = []
     for batch in islice(loader, count):
         visible, infrared, labels = augment(*(values.to(device) for values in batch))

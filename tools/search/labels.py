@@ -5,12 +5,14 @@ import itertools
 import posixpath
 import re
 import string
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 
 from core.files import regular
 from utils import InputError
 
 NAMES = ("camera", "person", "time")
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+FIRST, LAST = ((datetime(*date, tzinfo=UTC) - EPOCH) // timedelta(seconds=1) for date in ((1, 1, 2), (9999, 12, 30)))
 COLUMNS = "path, and any of camera, person and time"
 DIGITS = {"Y": r"\d{4}", "m": r"\d\d", "d": r"\d\d", "H": r"\d\d", "M": r"\d\d", "S": r"\d\d", "f": r"\d{1,6}"}
 
@@ -122,7 +124,9 @@ def time_text(time):
 def file_time(stamp):
     """The time of a file in this machine's zone, with its offset from UTC, which tells it from a label. Once stored, it
     stays, whatever zone the machine has later."""
-    return time_text(datetime.fromtimestamp(int(stamp.split()[1]) / 1e9).astimezone())
+    moment = EPOCH + timedelta(seconds=min(max(int(stamp.split()[1]) // 10**9, FIRST), LAST))
+    minutes = round(moment.astimezone().utcoffset() / timedelta(minutes=1))  # before standard times, it has seconds
+    return time_text(moment.astimezone(timezone(timedelta(minutes=minutes))))
 
 
 def wall_clock(time):

@@ -142,6 +142,8 @@ class Page:
         kind = request.headers.get("content-type", "none")
         if kind.partition(";")[0] != "multipart/form-data":
             raise HTTPException(415, f"Content-Type {kind}: is not multipart/form-data")
+        if "charset" in kind.lower():  # Python knows some that take minutes to decode
+            raise HTTPException(415, f"Content-Type {kind}: names a charset; send UTF-8 without naming it")
         async with request.form(max_files=UPLOADS) as form:
             result = Future()
             self.searches.put((form, result))
