@@ -32,7 +32,7 @@ from _pytest.runner import runtestprotocol
 ROOT, JOBS, SECONDS = Path(__file__).parents[1], 2, 60
 TESTS = {
     "training/engine.py": "training distributed",
-    "testing/engine.py": "training distributed results eval_metrics",
+    "testing/engine.py": "training distributed results eval_metrics testa",
     "training/step.py": "training",
     "training/run.py": "run training distributed",
     "training/optim.py": "training train dns",
@@ -40,7 +40,7 @@ TESTS = {
     "core/distributed.py": "distributed run",
     "testing/evaluation.py": "testa features published run regdb",
     "testing/results.py": "results report testa",
-    "data_loader.py": "data_loader datasets distributed regdb",
+    "data_loader.py": "data_loader datasets distributed regdb formats",
     "loss.py": "loss training gfm2 deen dns distributed",
     "methods.py": "loss training gfm2 deen dns distributed",
     "model.py": "model gfm2 deen dns published",

@@ -181,6 +181,15 @@ def test_resume_refuses_other_flags(one_epoch, tiny_tree, tmp_path, flag, value)
         resume(tiny_tree, tmp_path, one_epoch["last"], f"--{flag}", value)
 
 
+def test_a_checkpoint_that_does_not_know_its_images_goes_on(one_epoch, tiny_tree, tmp_path):
+    """As older ones do not; what it then saves knows them."""
+    content = torch.load(one_epoch["last"])
+    digest, counts = content.pop("data_digest"), content.pop("num_images")
+    torch.save(content, tmp_path / "old.t")
+    saved = torch.load(resume(tiny_tree, tmp_path, tmp_path / "old.t")["last"])
+    assert (saved["data_digest"], saved["num_images"], saved["epoch"]) == (digest, counts, 1)
+
+
 def test_every_flag_that_decides_what_is_computed_is_compared():
     """A new flag belongs to one of the two lists: this one, or MAY_CHANGE."""
     recipe = "afam alpha amp arch augc batch_size dataset erase_area gamma img_h img_w local lr margin"
