@@ -35,7 +35,7 @@ TESTS = {
     "testing/engine.py": "training distributed results eval_metrics testa",
     "training/step.py": "training",
     "training/run.py": "run training distributed",
-    "training/optim.py": "training train dns",
+    "training/optim.py": "training train dns formats run",
     "core/meter.py": "training distributed run",
     "core/distributed.py": "distributed run",
     "testing/evaluation.py": "testa features published run regdb",
