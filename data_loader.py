@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from core.files import atomic, regular
 from core.images import check_readable, missing_image, read_image, write_images
-from data_manager import SYSU_INFRARED, SYSU_VISIBLE, check_data_folder, read_list, read_splits, sysu_images
+from data_manager import SYSU_INFRARED, SYSU_VISIBLE, check_data_folder, read_splits, sysu_images
 from utils import InputError, begin_loading, cores, process_count, process_index, progress
 
 UPLOAD_BLOCK = 1024  # images that are copied to a device at a time
@@ -160,21 +160,18 @@ def _prepared_arrays(files, size, remedy):
     return arrays
 
 
-def listed_train(data_path, names, size, test):
+def listed_train(data_path, lists, size, test):
     """Training images of two lists, decoded once and kept in `{data_path}/cache/`.
 
-    names: of the visible and the infrared list, for `data_manager.read_list`. test: lists of the test images' paths,
-    which must not be among them.
+    lists: {name in the cache: (paths, ids)}, of the visible and of the infrared images. test: lists of the test images'
+    paths, which must not be among them.
     """
-    lists = [read_list(data_path, name) for name in names]
     test = {path for paths in test for path in paths}
-    for name, (paths, _) in zip(names, lists, strict=True):
+    for paths, _ in lists.values():
         if both := test.intersection(paths):
-            raise InputError(f"{data_path}: {min(both)} is in idx/{name}.txt and a test image; remove it from one")
-    visible, infrared = (
-        _cached_images(data_path, name, paths, size) for name, (paths, _) in zip(names, lists, strict=True)
-    )
-    ids = [ids for _, ids in lists]
+            raise InputError(f"{min(both)}: is listed for training and for the test; take it out of one")
+    visible, infrared = (_cached_images(data_path, name, paths, size) for name, (paths, _) in lists.items())
+    ids = [ids for _, ids in lists.values()]
     # Numbered together: an id in only one of the lists must not shift the labels of the other.
     labels = np.unique(np.concatenate(ids), return_inverse=True)[1]
     visible_labels, infrared_labels = np.split(labels, [len(ids[0])])

@@ -105,8 +105,10 @@ def search_counts(test):
 
 
 def difference(dataset, counts):
-    """The first of some counts that is not as published, in words, or None."""
+    """The first of some counts that is not as published, in words, or None if all are."""
     published = DATASETS[dataset].published
+    if not published:
+        return "nothing is published to compare with"
     for name, count in counts.items():
         if count != published.get(name, count):
             return f"{count:,} {name}, not {published[name]:,} as published"
@@ -276,7 +278,8 @@ def llcm_training(data_path):
 def regdb_train(data_path, size, trial=1):
     """RegDB's training images of one trial, decoded once and kept in `{data_path}/cache/`."""
     test = [data_manager.process_test_regdb(data_path, trial, modal)[0] for modal in data_manager.REGDB_CAMERAS]
-    return listed_train(data_path, [f"train_{modal}_{trial}" for modal in data_manager.REGDB_CAMERAS], size, test)
+    names = [f"train_{modal}_{trial}" for modal in data_manager.REGDB_CAMERAS]
+    return listed_train(data_path, dict(zip(names, regdb_training(data_path, trial).values(), strict=True)), size, test)
 
 
 def regdb_searches(data_path, directions=("visible to thermal",), trials=(1,)):
@@ -297,7 +300,8 @@ def regdb_searches(data_path, directions=("visible to thermal",), trials=(1,)):
 def llcm_train(data_path, size):
     """LLCM's training images, decoded once and kept in `{data_path}/cache/`."""
     test = [data_manager.process_query_llcm(data_path, modality)[0] for modality in data_manager.LLCM_NAMES]
-    return listed_train(data_path, [f"train_{name}" for name in data_manager.LLCM_NAMES.values()], size, test)
+    names = [f"train_{name}" for name in data_manager.LLCM_NAMES.values()]
+    return listed_train(data_path, dict(zip(names, llcm_training(data_path).values(), strict=True)), size, test)
 
 
 def llcm_searches(data_path, directions=("visible to infrared",), trials=TRIALS):

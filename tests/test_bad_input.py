@@ -254,12 +254,12 @@ CASES = {
     "training image is a test image": case(
         "regdb",
         lambda: append(IDX, Path("regdb/idx/test_visible_1.txt").read_text()),
-        "idx/train_visible_1.txt and a test image; remove",
+        ": is listed for training and for the test; take it out of one",
     ),
     "LLCM's training image is a test image": case(
         "llcm",
         lambda: append("llcm/idx/train_nir.txt", f"{next(Path('llcm').glob('test_nir/*/*/*')).relative_to('llcm')} 1"),
-        "idx/train_nir.txt and a test image; remove",
+        ": is listed for training and for the test; take it out of one",
     ),
     # flags of training
     "more identities than there are": case("train", nothing, "--batch_size 11", "only 10", flags="--batch_size 11"),

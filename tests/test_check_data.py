@@ -1,6 +1,7 @@
 """`tools.check_data`: data sets as drawn pass, and each kind of damage is said in its line."""
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -229,6 +230,12 @@ def test_training_says_what_differs(own_tree, monkeypatch):
     counts = training_counts(data.num_classes, *data.num_images) | search_counts(test)
     monkeypatch.setattr(train_ext_test0, "difference", lambda dataset, found: found != counts or None)
     assert say() == "data: complete as published"
+
+
+def test_without_published_numbers_nothing_is_compared(own_tree, monkeypatch):
+    (own_tree / DEMO_FILE).unlink()
+    monkeypatch.setitem(DATASETS, "sysu", dataclasses.replace(DATASETS["sysu"], published={}))
+    assert check(own_tree)[0]["counts"] == ("note", "nothing is published to compare with")
 
 
 def test_one_person_has_one_name_with_any_number_of_zeros(own_tree):

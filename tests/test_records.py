@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from types import SimpleNamespace
 
 import pytest
 
@@ -93,7 +94,7 @@ def test_other_values_are_refused(field, value, tmp_path):
 
 def sweep(folder):
     """A table.json as tools.sweep writes it: two rows, of which one has not finished, in two settings."""
-    ranks = {"all": [60.0, 62.0, 67.0], "indoor": [70.0, 71.0, 75.0]}
+    ranks = {"demo data, all": [60.0, 62.0, 67.0], "demo data, indoor": [70.0, 71.0, 75.0]}
     settings = []
     for setting, values in ranks.items():
         score = {"mean": statistics.mean(values), "std": statistics.stdev(values), "interval": [0.0, 1.0], "count": 3}
@@ -107,18 +108,26 @@ def sweep(folder):
     (folder / "table.json").write_text(json.dumps(plan | {"settings": settings, "failed": []}))
 
 
-def test_records_of_a_sweep(tmp_path):
+def test_records_of_a_sweep(tmp_path, monkeypatch):
+    """Drawn data is told by what the sweep says of it; a commit is named only if it is what ran."""
+    status = ""
+    said = lambda words, **_: SimpleNamespace(stdout=status if "status" in words else "0123abcd\n")  # noqa: E731
+    monkeypatch.setattr(records.subprocess, "run", said)
     sweep(tmp_path / "s")
     flags = write(tmp_path / "r")
     (record,) = records.main(
         [*flags, "--add", str(tmp_path / "s"), "--data", "Drawn?", "--hardware", "CPU", "--by", "me"]
     ).values()
-    assert record["scores"]["all"]["Rank-1"] == {"mean": 63.0, "std": pytest.approx(3.6056, abs=1e-4)}
-    assert record["scores"]["indoor"]["Rank-1"]["mean"] == 72.0
+    assert record["scores"]["demo data, all"]["Rank-1"] == {"mean": 63.0, "std": pytest.approx(3.6056, abs=1e-4)}
+    assert record["scores"]["demo data, indoor"]["Rank-1"]["mean"] == 72.0
     assert (record["seeds"], record["hours"], record["row"], record["real"]) == ([0, 1, 2], 0.5, "plain", False)
     assert record["command"] == "python train_ext_test0.py --data_path 'a b' --lr 0.2 --seed 0"
     assert (tmp_path / "r" / f"{record['date']}_drawn_plain.json").is_file()
     with pytest.raises(InputError, match="--add .*s: a record needs --hardware"):
         records.main([*flags, "--add", str(tmp_path / "s"), "--data", "x"])
+    assert record["commit"] == "0123abcd"
+    status = " M loss.py\n"
+    with pytest.raises(InputError, match="loss.py: differs from the last commit"):
+        records.main([*flags, "--add", str(tmp_path / "s"), "--data", "x", "--hardware", "y", "--by", "z"])
     with pytest.raises(InputError, match="table.json: cannot be read"):
         records.main([*flags, "--add", str(tmp_path), "--data", "x", "--hardware", "y", "--by", "z"])

@@ -95,8 +95,8 @@ def check_counts(dataset, path, listed):
         ids = len(np.unique(np.concatenate([ids for _, ids in training.values()])))
         if found := difference(dataset, training_counts(ids, *numbers) | search_counts(test)):
             found = found if trial is None else f"trial {trial}: {found}"
-            if data_manager.is_demo(path):
-                return f"note: demo data: {found}"
+            if data_manager.is_demo(path) or not DATASETS[dataset].published:
+                return f"note: {found}"
             raise InputError(f"{found}; see docs/data.md, and copy what is missing")
     cameras = Counter(re.search(r"cam\d+|$", image)[0] for paths, _ in training.values() for image in paths)
     by_camera = ", ".join(f"{name} {count:,}" for name, count in sorted(cameras.items()) if name)
@@ -168,32 +168,35 @@ def check_lists(listed):
 
 def check_images(listed, workers):
     """All can be read; no two people have the same one, nor have training and test."""
-    parts = defaultdict(set)  # image -> "training", "test"; in RegDB, another trial may use it for the other
-    for training, test in listed.values():
-        for image in (image for paths, _ in training.values() for image in paths):
-            parts[image].add("training")
-        for image in (image for paths in test.paths.values() for image in paths):
-            parts[image].add("test")
+    people = defaultdict(dict)  # image -> {(trial, part): id}: each list numbers its own people
+    for trial, (training, test) in listed.items():
+        for paths, ids in training.values():
+            for image, identity in zip(paths, ids.tolist(), strict=True):
+                people[image][trial, "training"] = identity
+        paths = test.paths
+        for images in (images for search in test.searches for images in (search.query, search.gallery)):
+            for row, identity in zip(images.rows.tolist(), images.ids.tolist(), strict=True):
+                people[paths[images.modality][row]][trial, "test"] = identity
     same, unreadable = defaultdict(list), []
-    with map_processes(read_and_hash, sorted(parts), workers) as done:
-        for image, digest, error in progress(done, total=len(parts), desc="images", unit="img"):
+    with map_processes(read_and_hash, sorted(people), workers) as done:
+        for image, digest, error in progress(done, total=len(people), desc="images", unit="img"):
             unreadable += [error] if error else []
             same[digest].append(image)
     if unreadable:
         raise InputError(f"{len(unreadable)} cannot be read: {'; '.join(unreadable[:SHOWN])}")
-    double = [images for images in same.values() if len(images) > 1]
-    people = [images for images in double if len({person(image) for image in images}) > 1]
-    split = [images for images in double if len({part for image in images for part in parts[image]}) > 1]
-    for groups, problem in ((people, "two people"), (split if len(listed) == 1 else [], "training and test")):
-        if groups:
-            pairs = "; ".join(" = ".join(images[:2]) for images in groups[:SHOWN])
-            raise InputError(f"{len(groups)} files of {problem} are the same: {pairs}; keep the right one")
-    return f"{len(parts):,}, all can be read" + (f"; {len(double)} are there twice, of one person" if double else "")
-
-
-def person(image):
-    """The name of the image's folder, which may have zeros before the id."""
-    return Path(image).parent.name.lstrip("0")
+    double, found = [images for images in same.values() if len(images) > 1], defaultdict(list)
+    for images in double:
+        ids = defaultdict(set)
+        for place, identity in (item for image in images for item in people[image].items()):
+            ids[place].add(identity)
+        if any(len(several) > 1 for several in ids.values()):
+            found["two people"].append(images)
+        elif any((trial, "training") in ids and (trial, "test") in ids for trial in listed):
+            found["training and test"].append(images)
+    for problem, groups in found.items():
+        pairs = "; ".join(" = ".join(images[:2]) for images in groups[:SHOWN])
+        raise InputError(f"{len(groups)} files of {problem} are the same: {pairs}; keep the right one")
+    return f"{len(people):,}, all can be read" + (f"; {len(double)} are there twice, of one person" if double else "")
 
 
 def read_and_hash(image):

@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NotRequired, TypedDict
 
@@ -75,7 +76,7 @@ def get_args_parser():
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "records.md", help="the table")
     group = parser.add_argument_group("a new record")
     group.add_argument("--add", type=Path, metavar="SWEEP", help="folder of a sweep")
-    group.add_argument("--data", help="data set, as SYSU-MM01; or 'drawn people, ...'")
+    group.add_argument("--data", help="data set, as SYSU-MM01; or what was drawn: 'drawn people, ...'")
     group.add_argument("--hardware", help="processor or GPU, and how many")
     group.add_argument("--by", help="who measured")
     return parser
@@ -105,8 +106,10 @@ def main(argv=None):
 def records_of_sweep(args):
     """{file name: `Record`} of the rows of a sweep that have finished."""
     table = read_json(args.add / "table.json", Table, "run: python -m tools.sweep --table --out SWEEP")
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    records = {}
+    git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    if changed := git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip():
+        raise InputError(f"{changed.split()[-1]}: differs from the last commit, which a record names; commit first")
+    commit, records = git(["git", "rev-parse", "HEAD"]).stdout.strip(), {}
     for row, flags in table["rows"]:
         scores, seeds, hours = {}, set(), 0.0
         for setting in table["settings"]:
@@ -120,9 +123,9 @@ def records_of_sweep(args):
             name = f"{date.today()}_{re.sub(r'[^a-z0-9]+', '_', f'{args.data} {row}'.lower()).strip('_')}"
             records[name] = {
                 "date": str(date.today()),
-                "commit": git.stdout.strip(),
+                "commit": commit,
                 "data": args.data,
-                "real": not args.data.lower().startswith("drawn"),
+                "real": not any(setting.startswith("demo data") for setting in scores),
                 "row": row,
                 "flags": words,
                 "command": f"python train_ext_test0.py {words} --seed {min(seeds)}",
@@ -142,8 +145,8 @@ def page(records):
     lines = [
         "# Records",
         "",
-        "Measured results, from [records/](../records), by `python -m tools.records`. A row's file has all protocols,",
-        "flags and the command. ± is over the seeds. [How to send one](../.github/CONTRIBUTING.md#records).",
+        "`python -m tools.records` writes this page from [records/](../records). A row's file has all protocols,",
+        "the flags and the command. ± is over the seeds. [How to send one](../.github/CONTRIBUTING.md#records).",
     ]
     for real, title in ((True, "Real data"), (False, "Drawn people")):
         lines += ["", f"## {title}", ""]

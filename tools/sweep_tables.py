@@ -8,7 +8,7 @@ import numpy as np
 
 from core.files import atomic, save_json
 from drawing import figures
-from methods import Health, Losses
+from methods import METHODS, Health, Losses
 from testing.results import METRICS, read_results, result_title
 from utils import InputError
 
@@ -16,7 +16,7 @@ NOTE = (
     "Mean ± standard deviation over the seeds (in brackets: over the trials of a seed), in %. Below: the difference to "
     "the first row, paired by seed, with its 95 % interval (Student's t)."
 )
-LOGGED = (*Losses._fields, *Health._fields, "lr")
+LOGGED = (*Losses._fields, *Health._fields, "lr", *dict.fromkeys(term for m in METHODS.values() for term in m.terms))
 LOGGED += tuple(f"{feature}/{metric}" for feature in ("FC", "POOL") for metric in METRICS)
 
 
