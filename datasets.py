@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 import data_manager
+from core.files import regular
 from data_loader import check_prepared, listed_train, sysu_train
 from eval_metrics import REGDB_RULES, SYSU_RULES, Rules
 from utils import InputError
@@ -119,10 +120,10 @@ def fingerprint(dataset, data_path):
     tells data sets apart, whatever their folders are called."""
     digest = hashlib.sha256()
     for file in sorted(file for folder in ("exp", "idx") for file in Path(data_path, folder).glob("*.txt")):
-        digest.update(file.name.encode() + file.read_bytes())
+        digest.update(os.fsencode(file.name) + regular(file).read_bytes())
     for paths in DATASETS[dataset].searches(data_path).paths.values():
         for path in paths:
-            digest.update(f"{Path(path).relative_to(data_path)} {os.path.getsize(path)}\n".encode())
+            digest.update(os.fsencode(f"{Path(path).relative_to(data_path)} {os.path.getsize(path)}\n"))
     return digest.hexdigest()
 
 

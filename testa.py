@@ -165,6 +165,10 @@ def check_flags(args):
         raise InputError("--all already covers --mode, --protocol, --shots and --tvsearch; leave out those, or --all")
     if args.from_features is not None and (args.baselines or args.features):
         raise InputError("--baselines and --features need images; use them with --resume, not with --from_features")
+    if args.cross_data and "{trial}" in (args.features or ""):
+        raise InputError(
+            f"--features {args.features}: all trials go into one file with --cross_data; take {{trial}} out"
+        )
     if args.features and "{trial}" in name and not args.trial and "{trial}" not in args.features:
         raise InputError(f"--features {args.features}: would keep only one of the trials; put {{trial}} into the name")
     if len({os.path.realpath(file) for file in files}) < len(files):

@@ -11,7 +11,7 @@ import torch
 from msgspec import Meta
 
 from core.files import atomic, locate
-from core.formats import Count, Flags, ImageSize, Numbers, Tensors, checked
+from core.formats import Count, Flags, ImageSize, Moments, Numbers, Tensors, checked
 from core.meter import EpochSums
 from utils import InputError, process_index
 
@@ -25,11 +25,13 @@ class OptimizerState(TypedDict):
     """What is read of an optimiser's state dict: the number of a parameter -> its moments. The rest follows from the
     flags."""
 
-    state: dict[int, Tensors]
+    state: Annotated[dict[int, Moments], Meta(max_length=10**5)]
 
 
 class Within(TypedDict):
-    generators: list[list[torch.Tensor]]  # `distributed.generator_states`
+    generators: Annotated[
+        list[Annotated[list[torch.Tensor], Meta(max_length=9)]], Meta(max_length=10**4)
+    ]  # `distributed.generator_states`
 
 
 @dataclass(kw_only=True)

@@ -77,8 +77,11 @@ def check_output(path):
     """Make the folder of `path`, and raise InputError if no file can be written there: before the work, not after."""
     check_folder(path)
     with contextlib.suppress(FileNotFoundError):
-        if stat.S_ISDIR(os.stat(path).st_mode):  # not `is_dir`, to which a name that is too long is just not there
+        mode = os.stat(path).st_mode  # not `is_dir`, to which a name that is too long is just not there
+        if stat.S_ISDIR(mode):
             raise InputError(f"{path}: is a folder; name a file")
+        if not stat.S_ISREG(mode):  # a file would take the place of the device or pipe
+            raise InputError(f"{path}: is no regular file; name another")
 
 
 def check_folder(path):

@@ -19,8 +19,12 @@ Side = Annotated[int, Meta(ge=1, le=4096)]
 ImageSize = tuple[Side, Side]  # height, width
 Text = Annotated[str, Meta(min_length=1, max_length=10_000)]
 Value = None | bool | Annotated[int, Meta(ge=-(10**18), le=10**18)] | Number | str
-Flags = dict[str, Value | list[Value]]  # of a program
-Tensors = dict[str, torch.Tensor]
+# A pickle may hold one list a million times, which are a million copies here: no list or dict is long.
+Flags = Annotated[
+    dict[str, Value | Annotated[list[Value], Meta(max_length=100)]], Meta(max_length=1000)
+]  # of a program
+Tensors = Annotated[dict[str, torch.Tensor], Meta(max_length=10**5)]
+Moments = Annotated[dict[str, torch.Tensor], Meta(max_length=10)]  # of a parameter
 
 
 def checked(value, kind, place, remedy):
@@ -40,6 +44,7 @@ def read_json(path, kind, remedy):
     """The content of a JSON file, as `checked` gives it. Raises InputError for any other file, and for none."""
     try:
         value = json.loads(Path(regular(path)).read_text(encoding="utf-8"))
+        json.dumps(value, ensure_ascii=False).encode()  # text that cannot be written anywhere is a ValueError
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({type(error).__name__}); {remedy}") from error
     return checked(value, kind, path, remedy)

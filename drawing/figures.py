@@ -135,7 +135,12 @@ def data_uri(path):
 
 def _wrapped(title, width):
     """A title of font size 9 in lines that fit into `width` inches."""
-    return "\n".join(textwrap.wrap(title, int(width / 0.075)))
+    return "\n".join(textwrap.wrap(drawable(title), int(width / 0.075)))
+
+
+def drawable(text):
+    """A text with ? for what is no character: parts of file names that are not UTF-8."""
+    return text.encode(errors="replace").decode()
 
 
 def ranking_tiles(ranked):
@@ -303,6 +308,7 @@ def line_panels(panels, x_label, y_label=None):
     """panels {title: {label: (x values, y values, and the lower and upper values of a band, if any)}} -> Figure.
 
     y_label: of all panels, or None for the unit of what each is titled by. A label looks the same in all panels."""
+    panels = {title: {drawable(label): line for label, line in lines.items()} for title, lines in panels.items()}
     names = list(dict.fromkeys(label for lines in panels.values() for label in lines))
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)

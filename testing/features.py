@@ -20,6 +20,8 @@ from core.formats import Flags, checked
 from datasets import DATASETS, option_values
 from utils import InputError
 
+UNPACKED = 2**30  # bytes that a file may unpack to, whatever its size
+
 
 class Origin(msgspec.Struct, forbid_unknown_fields=True):
     """Where features come from, for the table; None: unknown."""
@@ -54,6 +56,9 @@ def load_features(path):
     """
     try:
         with np.load(regular(path), allow_pickle=False) as file:
+            unpacked = sum(entry.file_size for entry in file.zip.infolist())
+            if unpacked > max(UNPACKED, 20 * os.path.getsize(path)):
+                raise ValueError(f"unpacks to {unpacked} bytes")
             if len(set(file.files)) < len(file.files):
                 raise ValueError("the same name twice")
             arrays = {name: file[name] for name in file.files}

@@ -178,6 +178,14 @@ CASES = {
     "text as pixels": case(
         "prepare", lambda: write(jpeg(), b"P3\n20 40\n255\n" + 9000 * b"#\n"), "numbers are written as text; convert it"
     ),
+    "one list in many places": resumed(
+        "test",
+        lambda: good_checkpoint(args={str(i): many for many in [[1] * 101] for i in range(9)}),
+        "args[...]: expected array of length <= 100",
+    ),
+    "pipe as output": case(
+        "test", lambda: os.mkfifo("out.json"), "out.json: is no regular file", flags="--json out.json"
+    ),
     "weights that unpack to more": case(
         "test", packed, "c.t: cannot be loaded safely (ValueError)", flags="--resume c.t"
     ),
@@ -451,6 +459,11 @@ def test_an_output_does_not_replace_a_checkpoint_found_in_model_path(flag, tmp_p
         (testa, ["--resume", "x.t", "--dataset", "regdb", "--mode", "indoor"], ["--mode", "regdb"]),
         (testa, ["--resume", "x.t", "--features", "f_{trial}.npz"], ["{trial}", "sysu"]),
         (testa, ["--resume", "x.t", "--features", "./x.t"], ["x.t, ./x.t", "twice"]),
+        (
+            testa,
+            ["--resume", "x.t", "--dataset", "regdb", "--cross_data", "--features", "f_{trial}"],
+            ["one file with --cross_data"],
+        ),
         (testa, ["--resume", "x.t", "--features", "o", "--json", "o"], ["x.t, o, o", "twice"]),
         (testa, ["--resume", "x.t", "--trial", "2"], ["--trial", "RegDB"]),
         (testa, ["--resume", "x.t", "--tvsearch", "True"], ["arguments: True (a flag without a value"]),

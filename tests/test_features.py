@@ -12,6 +12,7 @@ import testa
 from conftest import save_network
 from data_manager import process_gallery_sysu, process_query_sysu, read_ids, sysu_images
 from eval_metrics import eval_sysu
+from testing import features as features_module
 from testing.features import load_features
 from utils import InputError
 
@@ -127,3 +128,10 @@ def test_damaged_features_are_one_line(sysu_tree, tmp_path):
             load_features(tmp_path / "bad.npz")
             read += 1
     assert read < len(whole) / 2
+
+
+def test_a_small_file_that_unpacks_to_much_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(features_module, "UNPACKED", 10**5)
+    np.savez_compressed(tmp_path / "f.npz", **{VISIBLE: np.zeros(10**5)})
+    with pytest.raises(InputError, match="f.npz: cannot be read"):
+        load_features(tmp_path / "f.npz")

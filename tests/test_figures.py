@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from matplotlib.colors import same_color
+from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from datasets import search_title
@@ -222,3 +223,11 @@ def test_training_draws_curves_and_rankings(split, ids, shown, tmp_path, monkeyp
     monkeypatch.setattr(figures, "process_index", lambda: 1)
     figures.draw_epoch(log, "", *tested)
     assert len(images) == 2
+
+
+def test_what_is_no_character_is_a_question_mark(tmp_path):
+    """As in names of files that are not UTF-8."""
+    figure = figures.line_panels({"a\udcff": {"b\udcff": ([0, 1], [2.0, 3.0])}}, "epoch")
+    figures.save(figure, tmp_path / "f.png")
+    texts = [text.get_text() for text in figure.findobj(Text)]
+    assert {"a?", "b?"} <= set(texts)

@@ -85,10 +85,19 @@ def test_a_record_without_a_field_is_refused_with_the_field(field, tmp_path, cap
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("date", "yesterday"), ("commit", "main"), ("real", 1), ("scores", {}), ("seeds", []), ("hours", -1), ("by", "")],
+    [
+        ("date", "yesterday"),
+        ("commit", "main"),
+        ("real", 1),
+        ("scores", {}),
+        ("seeds", []),
+        ("hours", -1),
+        ("by", ""),
+        ("by", "\ud800"),
+    ],
 )
 def test_other_values_are_refused(field, value, tmp_path):
-    with pytest.raises(InputError, match=f"a.json: {field}: "):
+    with pytest.raises(InputError, match=f"a.json: ({field}: |cannot be read as JSON)"):
         records.main(write(tmp_path / "r", a=FULL | {field: value}))
 
 
@@ -126,6 +135,13 @@ def test_records_of_a_sweep(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="--add .*s: a record needs --hardware"):
         records.main([*flags, "--add", str(tmp_path / "s"), "--data", "x"])
     assert record["commit"] == "0123abcd"
+    both = records.main([*flags, "--add", str(tmp_path / "s"), "--data", "drawn", "--hardware", "GPU", "--by", "you"])
+    assert {one["by"] for one in both.values()} == {"me", "you"}  # no record takes another's place
+    damaged = json.loads((tmp_path / "s" / "table.json").read_text())
+    damaged["settings"][0]["rows"][0]["seeds"] = {"x": 1}
+    write(tmp_path / "damaged", table=damaged)
+    with pytest.raises(InputError, match="table.json: .*expected str matching regex"):
+        records.main([*flags, "--add", str(tmp_path / "damaged"), "--data", "x", "--hardware", "y", "--by", "z"])
     status = " M loss.py\n"
     with pytest.raises(InputError, match="loss.py: differs from the last commit"):
         records.main([*flags, "--add", str(tmp_path / "s"), "--data", "x", "--hardware", "y", "--by", "z"])

@@ -6,6 +6,7 @@
 `--add` makes a record of each row of a sweep (tools.sweep). A record that lacks something is refused.
 """
 
+import itertools
 import re
 import shlex
 import subprocess
@@ -19,7 +20,7 @@ from msgspec import Meta
 from core.files import atomic, save_json
 from core.formats import Count, Number, Text, checked, read_json
 from testing.results import METRICS
-from utils import ArgumentParser, InputError, cli
+from utils import ArgumentParser, InputError, cli, one_line
 
 ROOT = Path(__file__).parents[1]
 REMEDY = "see .github/CONTRIBUTING.md, Records"
@@ -51,7 +52,7 @@ class Line(TypedDict):
     """What is read of a row of a sweep's table; of one without a finished seed, nothing but its name."""
 
     row: Text
-    seeds: dict[str, object]
+    seeds: dict[Annotated[str, Meta(pattern=r"^[0-9]{1,9}$")], object]
     metrics: dict[str, Score]
     seconds: NotRequired[Score]
 
@@ -89,9 +90,11 @@ def main(argv=None):
         missing = [flag for flag in ("data", "hardware", "by") if not getattr(args, flag)]
         if missing:
             raise InputError(f"--add {args.add}: a record needs --{missing[0]}")
-        for name, record in records_of_sweep(args).items():
-            save_json(checked(record, Record, name, REMEDY), args.folder / f"{name}.json")
-            print(args.folder / f"{name}.json")
+        for name, record in records_of_sweep(args):
+            names = (f"{name}{number and f'_{number}' or ''}.json" for number in itertools.count())
+            file = next(file for file in map(args.folder.joinpath, names) if not file.exists())
+            save_json(checked(record, Record, name, REMEDY), file)
+            print(file)
     records = {file: read_json(file, Record, REMEDY) for file in sorted(args.folder.glob("*.json"))}
     text = page(dict(sorted(records.items(), key=lambda item: item[1]["date"], reverse=True)))
     if args.check:
@@ -99,17 +102,17 @@ def main(argv=None):
             raise InputError(f"{args.page}: is not what {args.folder} gives; run: python -m tools.records")
     else:
         with atomic(args.page) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8", errors="replace")
     return records
 
 
 def records_of_sweep(args):
-    """{file name: `Record`} of the rows of a sweep that have finished."""
+    """[(name, `Record`)] of the rows of a sweep that have finished."""
     table = read_json(args.add / "table.json", Table, "run: python -m tools.sweep --table --out SWEEP")
     git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
     if changed := git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip():
         raise InputError(f"{changed.split()[-1]}: differs from the last commit, which a record names; commit first")
-    commit, records = git(["git", "rev-parse", "HEAD"]).stdout.strip(), {}
+    commit, records = git(["git", "rev-parse", "HEAD"]).stdout.strip(), []
     for row, flags in table["rows"]:
         scores, seeds, hours = {}, set(), 0.0
         for setting in table["settings"]:
@@ -117,11 +120,11 @@ def records_of_sweep(args):
                 if line["row"] == row and line["seeds"]:
                     scores[setting["setting"]] = line["metrics"]
                     seeds |= {int(seed) for seed in line["seeds"]}
-                    hours = line["seconds"]["mean"] / 3600
+                    hours = line.get("seconds", {"mean": 0})["mean"] / 3600
         if scores:
             words = shlex.join([*table["flags"], *flags])
             name = f"{date.today()}_{re.sub(r'[^a-z0-9]+', '_', f'{args.data} {row}'.lower()).strip('_')}"
-            records[name] = {
+            record = {
                 "date": str(date.today()),
                 "commit": commit,
                 "data": args.data,
@@ -135,6 +138,7 @@ def records_of_sweep(args):
                 "hours": round(hours, 3),
                 "by": args.by,
             }
+            records.append((name, record))
     if not records:
         raise InputError(f"{args.add}: no row has finished; run the sweep to its end")
     return records
@@ -168,7 +172,7 @@ def page(records):
                 record["by"],
             ]
             line = [record["date"], record["data"], what, *cells, *after]
-            lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |")
+            lines.append("| " + " | ".join(one_line(str(cell)).replace("|", "\\|") for cell in line) + " |")
         protocols = sorted({next(iter(record["scores"])) for _, record in rows})
         lines += ["", "The numbers are those of " + "; ".join(protocols) + "."]
     return "\n".join(lines) + "\n"
