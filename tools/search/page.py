@@ -2,14 +2,15 @@
 a folder is compared as text, and the only other files that are opened are images of the index."""
 
 import asyncio
-import atexit
 import hmac
 import os
 import queue
 import re
 import secrets
+import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 from concurrent.futures import Future
@@ -58,9 +59,10 @@ def serve(args):
         try:
             server(page).run([listener])
         except (KeyboardInterrupt, Stopped) as stop:
-            # A search may still be computed, and crash when Python takes its modules away.
-            atexit.register(os._exit, 128 + getattr(stop, "number", signal.SIGINT))
-            raise
+            number = getattr(stop, "number", signal.SIGINT)
+            shutil.rmtree(uploads, ignore_errors=True)
+            print(f"\nserve: stopped by {number.name}", file=sys.stderr, flush=True)
+            os._exit(128 + number)  # a search may still be computed, and crash when Python takes its modules away
 
 
 def server(page):
