@@ -72,6 +72,12 @@ def sysu_images(data_path, identities, cameras):
     return all_images(list_folders(data_path, identities, cameras))
 
 
+def sysu_training_images(data_path, identities):
+    """{"visible" | "infrared": `sysu_images`} of the ids that are trained on."""
+    cameras = {"visible": SYSU_VISIBLE["all"], "infrared": SYSU_INFRARED}
+    return {modality: sysu_images(data_path, identities, own) for modality, own in cameras.items()}
+
+
 def permutations_file(data_path):
     """The file with the official protocol's draws."""
     return Path(data_path) / "exp" / "rand_perm_cam.mat"

@@ -35,7 +35,8 @@ class DataSet:
     values, the default first. Of these, mode, protocol and shots choose searches; select: "val" needs validation ids;
     trial: a network is trained for each, so that a test has only that one. trials: what a test goes through.
 
-    training(data_path, trial, if the data set has trials) -> {modality: (paths, ids)} of the training images.
+    training(data_path, trial, if the data set has trials) -> {name: (paths, ids)} of the visible and of the infrared
+    training images.
     train(data_path, size, **options) -> `data_loader.TrainData`, of images of size = (height, width); the options are
     `trial` and `select`, as far as the data set has them.
     searches(data_path, directions, trials, **options) -> `Searches`; the options are `mode`, `protocol` and `shots`, a
@@ -60,7 +61,7 @@ class DataSet:
     def title(self, demo, queries):
         """The name in tables and figures: the data set's own only for as many queries as it has."""
         published = [count for name, count in self.published.items() if name.startswith("queries ")]
-        like = "demo data like " if demo else "" if queries in published else "data like "
+        like = "demo data like " if demo else "" if queries in published or not published else "data like "
         return like + self.name
 
 
@@ -261,26 +262,24 @@ def sysu_searches(
 
 def sysu_training(data_path):
     splits = data_manager.read_splits(data_path)
-    cameras = {"visible": data_manager.SYSU_VISIBLE["all"], "infrared": data_manager.SYSU_INFRARED}
-    identities = splits["train"] | splits["val"]
-    return {kind: data_manager.sysu_images(data_path, identities, own)[:2] for kind, own in cameras.items()}
+    images = data_manager.sysu_training_images(data_path, splits["train"] | splits["val"])
+    return {modality: (paths, ids) for modality, (paths, ids, _) in images.items()}
 
 
 def regdb_training(data_path, trial=1):
-    names = {"visible": f"train_visible_{trial}", "infrared": f"train_thermal_{trial}"}
-    return {modality: data_manager.read_list(data_path, name) for modality, name in names.items()}
+    names = [f"train_{modal}_{trial}" for modal in data_manager.REGDB_CAMERAS]
+    return {name: data_manager.read_list(data_path, name) for name in names}
 
 
 def llcm_training(data_path):
-    names = data_manager.LLCM_NAMES.items()
-    return {modality: data_manager.read_list(data_path, f"train_{name}") for modality, name in names}
+    names = [f"train_{name}" for name in data_manager.LLCM_NAMES.values()]
+    return {name: data_manager.read_list(data_path, name) for name in names}
 
 
 def regdb_train(data_path, size, trial=1):
     """RegDB's training images of one trial, decoded once and kept in `{data_path}/cache/`."""
     test = [data_manager.process_test_regdb(data_path, trial, modal)[0] for modal in data_manager.REGDB_CAMERAS]
-    names = [f"train_{modal}_{trial}" for modal in data_manager.REGDB_CAMERAS]
-    return listed_train(data_path, dict(zip(names, regdb_training(data_path, trial).values(), strict=True)), size, test)
+    return listed_train(data_path, regdb_training(data_path, trial), size, test)
 
 
 def regdb_searches(data_path, directions=("visible to thermal",), trials=(1,)):
@@ -301,8 +300,7 @@ def regdb_searches(data_path, directions=("visible to thermal",), trials=(1,)):
 def llcm_train(data_path, size):
     """LLCM's training images, decoded once and kept in `{data_path}/cache/`."""
     test = [data_manager.process_query_llcm(data_path, modality)[0] for modality in data_manager.LLCM_NAMES]
-    names = [f"train_{name}" for name in data_manager.LLCM_NAMES.values()]
-    return listed_train(data_path, dict(zip(names, llcm_training(data_path).values(), strict=True)), size, test)
+    return listed_train(data_path, llcm_training(data_path), size, test)
 
 
 def llcm_searches(data_path, directions=("visible to infrared",), trials=TRIALS):

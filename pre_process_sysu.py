@@ -14,7 +14,7 @@ import numpy as np
 from core.files import atomic, flush, writing
 from core.images import check_readable, write_images
 from data_loader import sysu_train_files
-from data_manager import SYSU_INFRARED, SYSU_VISIBLE, read_splits, sysu_images
+from data_manager import read_splits, sysu_training_images
 from datasets import DATASETS
 from utils import ArgumentParser, InputError, bounded, cli
 
@@ -34,8 +34,7 @@ def main(argv=None):
     splits = read_splits(args.data_path)
     del splits["test"]
     identities = sorted(splits["train"] | splits["val"])
-    kinds = {"visible": SYSU_VISIBLE["all"], "infrared": SYSU_INFRARED}
-    images = {kind: sysu_images(args.data_path, identities, cameras) for kind, cameras in kinds.items()}
+    images = sysu_training_images(args.data_path, identities)
     check_identities(args.data_path, identities, images)
 
     files = sysu_train_files(args.data_path)

@@ -32,6 +32,11 @@ def one_line(text):
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
+def printable(text):
+    """A text with ? for bytes of file names that are not UTF-8: no figure, page or JSON can hold them."""
+    return text.encode(errors="replace").decode()
+
+
 FLAGS = set()  # of this program, for remedies
 NO_WORKERS = ("pass", "--workers 0")
 SMALLER = ("lower", "--batch_size", "--test_batch", "--batch", "--workers")

@@ -28,10 +28,11 @@ class OptimizerState(TypedDict):
     state: Annotated[dict[int, Moments], Meta(max_length=10**5)]
 
 
+Generators = Annotated[list[torch.Tensor], Meta(max_length=10)]  # of a process
+
+
 class Within(TypedDict):
-    generators: Annotated[
-        list[Annotated[list[torch.Tensor], Meta(max_length=9)]], Meta(max_length=10**4)
-    ]  # `distributed.generator_states`
+    generators: Annotated[list[Generators], Meta(max_length=10**4)]  # `distributed.generator_states`
 
 
 @dataclass(kw_only=True)

@@ -20,9 +20,8 @@ ImageSize = tuple[Side, Side]  # height, width
 Text = Annotated[str, Meta(min_length=1, max_length=10_000)]
 Value = None | bool | Annotated[int, Meta(ge=-(10**18), le=10**18)] | Number | str
 # A pickle may hold one list a million times, which are a million copies here: no list or dict is long.
-Flags = Annotated[
-    dict[str, Value | Annotated[list[Value], Meta(max_length=100)]], Meta(max_length=1000)
-]  # of a program
+Values = Annotated[list[Value], Meta(max_length=100)]
+Flags = Annotated[dict[str, Value | Values], Meta(max_length=1000)]  # of a program
 Tensors = Annotated[dict[str, torch.Tensor], Meta(max_length=10**5)]
 Moments = Annotated[dict[str, torch.Tensor], Meta(max_length=10)]  # of a parameter
 

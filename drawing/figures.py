@@ -26,7 +26,7 @@ from core.images import read_image
 from datasets import search_title
 from testing.results import choose_queries, rank_images, result_title
 from training.log import read_json_lines
-from utils import InputError, process_index
+from utils import InputError, printable, process_index
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 2, 2)))
@@ -135,12 +135,7 @@ def data_uri(path):
 
 def _wrapped(title, width):
     """A title of font size 9 in lines that fit into `width` inches."""
-    return "\n".join(textwrap.wrap(drawable(title), int(width / 0.075)))
-
-
-def drawable(text):
-    """A text with ? for what is no character: parts of file names that are not UTF-8."""
-    return text.encode(errors="replace").decode()
+    return "\n".join(textwrap.wrap(printable(title), int(width / 0.075)))
 
 
 def ranking_tiles(ranked):
@@ -308,7 +303,7 @@ def line_panels(panels, x_label, y_label=None):
     """panels {title: {label: (x values, y values, and the lower and upper values of a band, if any)}} -> Figure.
 
     y_label: of all panels, or None for the unit of what each is titled by. A label looks the same in all panels."""
-    panels = {title: {drawable(label): line for label, line in lines.items()} for title, lines in panels.items()}
+    panels = {title: {printable(label): line for label, line in lines.items()} for title, lines in panels.items()}
     names = list(dict.fromkeys(label for lines in panels.values() for label in lines))
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)

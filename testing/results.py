@@ -70,7 +70,7 @@ def read_results(path):
     """A JSON file of testa.py -> `Results`. Raises InputError for any other file."""
     content = read_json(path, Results, "make it with testa.py --json")
     for row in content["results"]:
-        if missing := [name for name in METRICS if name not in row["mean"].keys() & (row["std"] or row["mean"]).keys()]:
+        if missing := [name for name in METRICS if name not in row["mean"]]:
             raise InputError(f"{path}: a row has no {missing[0]}; make it with testa.py --json")
         if row["mean"].keys() != (row["std"] or row["mean"]).keys():
             raise InputError(f"{path}: a row has other means than deviations; make it with testa.py --json")

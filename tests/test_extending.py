@@ -85,7 +85,8 @@ def test_data_set(llcm_tree, tmp_path):
     tree, lists = shutil.copytree(llcm_tree, tmp_path / "own"), {}
     (tree / "demo.txt").unlink()
     test = datasets.DATASETS["llcm"].searches(tree, trials=[0])
-    for name, (paths, ids) in datasets.DATASETS["llcm"].training(tree).items():
+    training = datasets.DATASETS["llcm"].training(tree).values()
+    for name, (paths, ids) in zip(("visible", "infrared"), training, strict=True):
         lists[f"train_{name}"] = zip(paths, ids, strict=True)
     for images in test.searches[0].query, test.searches[0].gallery:
         paths = [test.paths[images.modality][row] for row in images.rows]

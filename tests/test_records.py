@@ -138,10 +138,12 @@ def test_records_of_a_sweep(tmp_path, monkeypatch):
     both = records.main([*flags, "--add", str(tmp_path / "s"), "--data", "drawn", "--hardware", "GPU", "--by", "you"])
     assert {one["by"] for one in both.values()} == {"me", "you"}  # no record takes another's place
     damaged = json.loads((tmp_path / "s" / "table.json").read_text())
-    damaged["settings"][0]["rows"][0]["seeds"] = {"x": 1}
-    write(tmp_path / "damaged", table=damaged)
-    with pytest.raises(InputError, match="table.json: .*expected str matching regex"):
-        records.main([*flags, "--add", str(tmp_path / "damaged"), "--data", "x", "--hardware", "y", "--by", "z"])
+    line = damaged["settings"][0]["rows"][0]
+    for wrong, words in (({"seeds": {"x": 1}}, "expected str matching regex"), ({"seconds": None}, "has no seconds")):
+        damaged["settings"][0]["rows"][0] = {name: value for name, value in (line | wrong).items() if value is not None}
+        write(tmp_path / "damaged", table=damaged)
+        with pytest.raises(InputError, match=words):
+            records.main([*flags, "--add", str(tmp_path / "damaged"), "--data", "x", "--hardware", "y", "--by", "z"])
     status = " M loss.py\n"
     with pytest.raises(InputError, match="loss.py: differs from the last commit"):
         records.main([*flags, "--add", str(tmp_path / "s"), "--data", "x", "--hardware", "y", "--by", "z"])

@@ -314,7 +314,7 @@ def test_images_in_words():
     words = "camera 3, person 7, 2026-11-20 10:00:00, (changed since it was indexed)"
     assert finder.describe(image) == words
     assert finder.describe(image | {"person": None, "camera": None, "changed": False}) == image["time"]
-    assert finder.printable("a\udcff.jpg") == "a?.jpg"
+    assert utils.printable("a\udcff.jpg") == "a?.jpg"
 
 
 def test_a_new_checkpoint_takes_over_when_all_is_embedded(made, checkpoint, pictures, tmp_path, monkeypatch):
@@ -664,23 +664,35 @@ def test_onnx_files_embed_and_search_as_their_checkpoint(exported, made, checkpo
         search.Embedder(broken)
 
 
-def test_an_onnx_file_that_gives_other_rows_is_refused(tmp_path):
-    """One row for any number of images would be the feature of them all."""
-    images = onnx.helper.make_tensor_value_info("images", onnx.TensorProto.UINT8, ("b", 3, 96, 48))
+def means_as_onnx(path, batch, axes):
+    """An .onnx file as tools.export writes them, whose features are means of its images over some axes."""
+    images = onnx.helper.make_tensor_value_info("images", onnx.TensorProto.UINT8, (batch, 3, 96, 48))
     features = onnx.helper.make_tensor_value_info("features", onnx.TensorProto.FLOAT, ("n", 3))
     nodes = [onnx.helper.make_node("Cast", ["images"], ["f"], to=onnx.TensorProto.FLOAT)]
     nodes += [
         onnx.helper.make_node("ReduceMean", ["f", "axes"], ["m"]),
         onnx.helper.make_node("Flatten", ["m"], ["features"]),
     ]
-    axes = onnx.numpy_helper.from_array(np.array([0, 2, 3]), "axes")
+    axes = onnx.numpy_helper.from_array(np.array(axes), "axes")
     graph = onnx.helper.make_graph(nodes, "g", [images], [features], [axes])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
     about = {"image_size": [96, 48], "options": {}, "modality": "visible", "feature": "FC", "input": "uint8"}
     onnx.helper.set_model_props(model, {"gfmnet": json.dumps(about | {"sha256": 64 * "0"})})
-    onnx.save(model, tmp_path / "one.onnx")
+    onnx.save(model, path)
+
+
+def test_onnx_files_of_another_batch_are_one_line(pictures, tmp_path):
+    """One row for any number of images would be the feature of them all."""
+    means_as_onnx(tmp_path / "one.onnx", "b", [0, 2, 3])
     with pytest.raises(InputError, match=r"one.onnx: .*2 images have features of shape \(1, 3\)"):
         search.Embedder(tmp_path / "one.onnx")
+    means_as_onnx(tmp_path / "two.onnx", 2, [2, 3])
+    embed = search.Embedder(tmp_path / "two.onnx")
+    assert embed(pictures[0][:2], "visible").shape == (2, 3)
+    with pytest.raises(
+        InputError, match=r"two.onnx: not an ONNX file of tools.export \(InvalidArgument: .*; export it"
+    ):
+        embed(pictures[0][:3], "visible")
 
 
 @pytest.mark.parametrize("stamp", [0, -(10**30), 10**30, 10**18])

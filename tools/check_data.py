@@ -76,7 +76,7 @@ def main(argv=None):
 
 
 def read_lists(dataset, path):
-    """{trial: (training images {modality: (paths, ids)}, `Searches` of every protocol)}; without trials, of None."""
+    """{trial: (training images {name: (paths, ids)}, `Searches` of every protocol)}; without trials, of None."""
     spec = DATASETS[dataset]
     options = {name: spec.options[name] for name in ("mode", "protocol", "shots") if name in spec.options}
     found = {}
@@ -163,7 +163,8 @@ def check_lists(listed):
                 raise InputError(f"{image}: is listed {count} times for training; list it once")
             if both := tested.intersection(paths):
                 raise InputError(f"{min(both)}: is listed for training and for the test; take it out of one")
-    return "no image is there twice, or for training and for the test"
+    notes = dict.fromkeys(note.partition(": ")[2] for _, test in listed.values() for note in test.notes)
+    return f"note: {'; '.join(notes)}" if notes else "no image is there twice, or for training and for the test"
 
 
 def check_images(listed, workers):

@@ -73,23 +73,30 @@ class Embedder:
             self.size, self.sha256, self.modalities = (height, width), about["sha256"], (about["modality"],)
 
             def embed(images, _):
-                values = session.run(["features"], {"images": prepare(images).contiguous().numpy()})[0]
-                if values.ndim != 2 or len(values) != len(images):
-                    raise ValueError(f"{len(images)} images have features of shape {values.shape}")
+                try:
+                    values = session.run(["features"], {"images": prepare(images).contiguous().numpy()})[0]
+                    if values.ndim != 2 or len(values) != len(images):
+                        raise ValueError(f"{len(images)} images have features of shape {values.shape}")
+                except Exception as error:
+                    raise self._not_exported(error) from error
                 return values
 
             self._embed = embed
             self.dim = embed(torch.zeros(2, 3, height, width, dtype=torch.uint8), None).shape[1]
             feature = about["feature"]
-        except Exception as error:  # onnxruntime raises anything when a file is damaged
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"{self.path}: not an ONNX file of tools.export ({type(error).__name__}: {reason}); export it again"
-            ) from error
+        except InputError:
+            raise
+        except Exception as error:
+            raise self._not_exported(error) from error
         if feature != self.feature:
             raise InputError(
                 f"{self.path}: gives {feature} features, not {self.feature}; pass the file of {self.feature} features"
             )
+
+    def _not_exported(self, error):
+        """An InputError for what onnxruntime raises, which is anything, of files of others and damaged ones."""
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        return InputError(f"{self.path}: not an ONNX file of tools.export ({reason}); export it again")
 
     def __call__(self, paths, modality):
         """Image files of one modality, "visible" or "infrared" -> float32 [N, C], of unit length.

@@ -91,8 +91,8 @@ def main(argv=None):
         if missing:
             raise InputError(f"--add {args.add}: a record needs --{missing[0]}")
         for name, record in records_of_sweep(args):
-            names = (f"{name}{number and f'_{number}' or ''}.json" for number in itertools.count())
-            file = next(file for file in map(args.folder.joinpath, names) if not file.exists())
+            names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+            file = next(file for file in (args.folder / f"{name}.json" for name in names) if not file.exists())
             save_json(checked(record, Record, name, REMEDY), file)
             print(file)
     records = {file: read_json(file, Record, REMEDY) for file in sorted(args.folder.glob("*.json"))}
@@ -118,9 +118,11 @@ def records_of_sweep(args):
         for setting in table["settings"]:
             for line in setting["rows"]:
                 if line["row"] == row and line["seeds"]:
+                    if "seconds" not in line:
+                        raise InputError(f"{args.add}: row {row} has no seconds; make the table again with tools.sweep")
                     scores[setting["setting"]] = line["metrics"]
                     seeds |= {int(seed) for seed in line["seeds"]}
-                    hours = line.get("seconds", {"mean": 0})["mean"] / 3600
+                    hours = line["seconds"]["mean"] / 3600
         if scores:
             words = shlex.join([*table["flags"], *flags])
             name = f"{date.today()}_{re.sub(r'[^a-z0-9]+', '_', f'{args.data} {row}'.lower()).strip('_')}"

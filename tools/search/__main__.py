@@ -21,9 +21,9 @@ from pathlib import Path
 from drawing import figures
 from model import FEATURES, MODALITIES
 from tools.embedder import Embedder  # noqa: F401 (the library)
-from tools.search.finder import Finder, describe, printable
+from tools.search.finder import Finder, describe
 from tools.search.indexer import index_folder, remove_folder
-from utils import ArgumentParser, InputError, bounded, cli
+from utils import ArgumentParser, InputError, bounded, cli, printable
 
 SHEET_LIMIT = 100  # queries, and images of each, that fit on a sheet
 
@@ -169,7 +169,7 @@ def draw_sheet(results, title):
         for result in results
     ]
     try:
-        return figures.ranking_sheet(rows, printable(title))
+        return figures.ranking_sheet(rows, title)
     except InputError as error:
         raise InputError(f"--save: an image cannot be drawn ({error}); run index again if it was deleted") from error
 

@@ -123,8 +123,3 @@ def describe(image):
     camera = f"camera {image['camera']}" if image["camera"] else ""
     changed = "(changed since it was indexed)" if image["changed"] else ""
     return ", ".join(filter(None, (camera, person, image["time"], changed)))
-
-
-def printable(path):
-    """Bytes that are not UTF-8 become question marks: neither Matplotlib nor JSON can hold them."""
-    return path.encode(errors="replace").decode()

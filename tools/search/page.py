@@ -26,9 +26,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from drawing import figures
 from drawing.report import read_template
-from tools.search.finder import Finder, describe, printable
+from tools.search.finder import Finder, describe
 from tools.search.labels import wall_clock
-from utils import InputError, Stopped, shortage
+from utils import InputError, Stopped, printable, shortage
 
 TIMELINE = 100  # images on it
 UPLOADS, UPLOADED = 20, 64 * 2**20  # images of a query, and bytes of a request
