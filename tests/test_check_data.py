@@ -165,7 +165,7 @@ def test_people_of_the_test_in_prepared_arrays(own_tree):
 
 def test_the_same_image_in_training_and_test(llcm_tree, tmp_path):
     tree = shutil.copytree(llcm_tree, tmp_path / "own")
-    training = DATASETS["llcm"].training(tree)["visible"][0]
+    training = DATASETS["llcm"].training(tree)["train_vis"][0]
     target = next(iter(tree.glob("test_vis/cam*/*")))
     person = target.with_name(os.path.basename(os.path.dirname(training[0])))
     assert not person.exists()
@@ -209,6 +209,16 @@ def test_weights_and_disk(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(InputError, match="not/there: 0.0 GiB are free"):
         check_data.check_disk(tmp_path / "not" / "there")
+
+
+def test_what_a_test_says_of_its_lists_is_a_note(own_tree):
+    (own_tree / "exp" / "rand_perm_cam.mat").unlink()
+    for folder in (own_tree / "cam5").iterdir():
+        shutil.rmtree(folder)
+    state, text = check(own_tree)[0]["lists"]
+    assert state == "note"
+    assert "so without the official protocol" in text
+    assert text.endswith(f"; {own_tree}: no test id has an image of camera 5")
 
 
 def test_lists_that_cannot_be_read_end_it_in_one_line(own_tree, capsys):
