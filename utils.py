@@ -11,6 +11,7 @@ import random
 import re
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from concurrent.futures import ProcessPoolExecutor
@@ -132,9 +133,16 @@ def begin_loading(_=None):
 
 
 def end_with_the_main_process():
-    """For a process of a pool: Ctrl-C goes to all processes, but the main one ends the others, by SIGTERM."""
+    """For a process of a pool: Ctrl-C goes to all processes, but the main one ends the others, by SIGTERM. If it is
+    killed, nobody does: they would wait for work for ever."""
+    threading.Thread(target=_end_after, args=[multiprocessing.parent_process()], daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _end_after(process):
+    process.join()
+    os._exit(1)
 
 
 @contextlib.contextmanager

@@ -145,6 +145,33 @@ def test_there_are_no_more_processes_than_cores(monkeypatch):
     assert len(set(mapped(process, range(12), 500))) == 2
 
 
+WORK = """
+import os, time
+import utils
+
+def work(_):
+    os.write(1, b"%d\\n" % os.getpid())  # at once: print writes the end of a line by itself
+    time.sleep(0.2)
+
+if __name__ == "__main__":
+    with utils.map_processes(work, range(1000), 2) as done:
+        list(done)
+"""
+
+
+def test_processes_end_when_the_main_one_is_killed(tmp_path):
+    (tmp_path / "work.py").write_text(WORK)
+    environment = os.environ | {"PYTHONPATH": str(Path(utils.__file__).parent)}
+    with subprocess.Popen([sys.executable, tmp_path / "work.py"], stdout=subprocess.PIPE, env=environment) as main:
+        pids = {int(main.stdout.readline()) for _ in range(9)}
+        main.kill()
+    assert len(pids) == min(2, utils.cores())
+    end = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def test_semaphores_are_in_shared_memory(monkeypatch, tmp_path, capsys):
     """So a full disk, which has the same error, is not what is full."""
     full = SimpleNamespace(SemLock=fails(OSError(errno.ENOSPC, "No space left on device")))

@@ -103,6 +103,13 @@ def runs_of(*arguments):
     return sweep.plan_runs(sweep.new_plan(args, [*arguments[split + 1 :]]), Path("out"))
 
 
+def test_curves_may_be_of_any_method_s_terms():
+    args, _ = sweep.get_args_parser().parse_known_args(
+        ["--out", "x", "--table", "--curves", "alignment", "centre", "triplet"]
+    )
+    assert args.curves == ["alignment", "centre", "triplet"]
+
+
 def test_grid_is_the_product_of_flags_and_seeds():
     runs = runs_of(
         "--vary", "method=base,adp", "lr=0.1,1", "--vary", "milestones=5 9", "--seeds", "3", "4", "--", "--gpu=cpu"
