@@ -31,8 +31,9 @@ $(VENV)/.installed: requirements.txt tools/demo_requirements.txt $(LOCK)
 	$(PIP) -r tools/demo_requirements.txt
 	touch $@
 
-$(VENV)/.tests: $(VENV)/.installed tools/requirements.txt tests/requirements.txt
+$(VENV)/.tests: $(VENV)/.installed tools/requirements.txt tools/corruption_requirements.txt tests/requirements.txt
 	$(PIP) -r tests/requirements.txt
+	$(PIP) --no-deps -r tools/corruption_requirements.txt
 	touch $@
 
 # From scratch, in minutes: small images, three stages of the backbone (the fourth takes half the time), Adam, a rate that

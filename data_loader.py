@@ -283,16 +283,19 @@ def _mapped_batches(*arrays):
 
 
 class ImageFiles(Dataset):
-    """Test images, decoded and resized on access: uint8 [3, H, W]."""
+    """Test images, decoded and resized on access: uint8 [3, H, W]. change: a function (uint8 [H, W, 3], path) -> the
+    image to take instead."""
 
-    def __init__(self, paths, size):
-        self.paths, self.size = paths, size
+    def __init__(self, paths, size, change=None):
+        self.paths, self.size, self.change = paths, size, change
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, index):
-        return _channels_first(read_image(self.paths[index], self.size))
+        path = self.paths[index]
+        image = read_image(path, self.size)
+        return _channels_first(self.change(image, path) if self.change else image)
 
 
 class CachedBatches:
@@ -362,8 +365,8 @@ def train_loader(data, sampler, workers, device="cpu", cache="disk"):
     )
 
 
-def eval_loader(paths, size, batch_size, workers):
-    """Batches uint8 [B, 3, H, W] of the files, in their order.
+def eval_loader(paths, size, batch_size, workers, change=None):
+    """Batches uint8 [B, 3, H, W] of the files, in their order. change: of `ImageFiles`.
 
     Processes take turns; `loader.rows` are those of this one. A process without a batch gets the first image, so that
     its features have the right shape. Raises InputError for a missing file, before the first batch.
@@ -374,7 +377,7 @@ def eval_loader(paths, size, batch_size, workers):
     batches = [
         batch.tolist() for batch in torch.arange(len(paths)).split(batch_size)[process_index() :: process_count()]
     ]
-    loader = DataLoader(ImageFiles(paths, size), batch_sampler=batches or [[0]], **worker_options(workers))
+    loader = DataLoader(ImageFiles(paths, size, change), batch_sampler=batches or [[0]], **worker_options(workers))
     loader.rows = [row for batch in batches for row in batch]
     return loader
 

@@ -34,6 +34,7 @@ class DataSet:
     rules: what a query does not see, and what the CMC counts. options: flags that not every data set has -> their
     values, the default first. Of these, mode, protocol and shots choose searches; select: "val" needs validation ids;
     trial: a network is trained for each, so that a test has only that one. trials: what a test goes through.
+    parts: the names of the data sets that a `union` is made of.
 
     training(data_path, trial, if the data set has trials) -> {name: (paths, ids)} of the visible and of the infrared
     training images.
@@ -53,10 +54,15 @@ class DataSet:
     trials: range = TRIALS
     published: dict = field(default_factory=dict)
     options: dict = field(default_factory=dict)
+    parts: tuple = ()
 
     def own(self, **flags):
         """Those of the flags that are options of this data set."""
         return {flag: value for flag, value in flags.items() if flag in self.options}
+
+    def folders(self, data_path):
+        """The folders that have the lists: the data set's own, or in it those of the parts."""
+        return [os.path.join(data_path, Path(DATASETS[part].path).name) for part in self.parts] or [data_path]
 
     def title(self, demo, queries):
         """The name in tables and figures: the data set's own only for as many queries as it has."""
@@ -72,7 +78,7 @@ def option_values(flag):
 
 def check_options(args):
     """Raise InputError for a flag that has no meaning for --dataset. Flags at their defaults pass."""
-    dataset = DATASETS[args.dataset]
+    dataset = TRAINING_SETS[args.dataset]
     for flag in dict.fromkeys(flag for other in DATASETS.values() for flag in other.options):
         value = getattr(args, flag, None)
         if value not in (None, option_values(flag)[0], *dataset.options.get(flag, ())):
@@ -108,7 +114,7 @@ def search_counts(test):
 
 def difference(dataset, counts):
     """The first of some counts that is not as published, in words, or None if all are."""
-    published = DATASETS[dataset].published
+    published = TRAINING_SETS[dataset].published
     if not published:
         return "nothing is published to compare with"
     for name, count in counts.items():
@@ -119,10 +125,11 @@ def difference(dataset, counts):
 def fingerprint(dataset, data_path):
     """SHA-256, in hexadecimal, of the lists in a data set's folder and of the names and sizes of its test images. It
     tells data sets apart, whatever their folders are called."""
-    digest = hashlib.sha256()
-    for file in sorted(file for folder in ("exp", "idx") for file in Path(data_path, folder).glob("*.txt")):
-        digest.update(os.fsencode(file.name) + regular(file).read_bytes())
-    for paths in DATASETS[dataset].searches(data_path).paths.values():
+    digest, spec = hashlib.sha256(), TRAINING_SETS[dataset]
+    for top, folder in itertools.product(spec.folders(data_path), ("exp", "idx")):
+        for file in sorted(Path(top, folder).glob("*.txt")):
+            digest.update(os.fsencode(file.name) + regular(file).read_bytes())
+    for paths in spec.searches(data_path).paths.values():
         for path in paths:
             digest.update(os.fsencode(f"{Path(path).relative_to(data_path)} {os.path.getsize(path)}\n"))
     return digest.hexdigest()
@@ -369,4 +376,57 @@ DATASETS = {
         published=training_counts(713, 16946, 13975)
         | {"queries visible to infrared": 8680, "queries infrared to visible": 7166},
     ),
+}
+
+
+def union(*parts):
+    """Several data sets as one to train on, as in L2RW (CVPR 2025, github.com/Joey623/L2RW, protocol ES): all images
+    together, ids apart, batches of ids from any of them. Its data_path is the folder with their folders. Tests during
+    training are those of the first."""
+    specs = [DATASETS[part] for part in parts]
+
+    def training(data_path, **options):
+        lists, count = [([], []), ([], [])], 0
+        for spec, folder in zip(specs, whole.folders(data_path), strict=True):
+            found = list(spec.training(folder, **spec.own(**options)).values())
+            labels = np.unique(np.concatenate([ids for _, ids in found]), return_inverse=True)[1] + count
+            count = labels.max() + 1
+            for (paths, ids), (some, _), own in zip(lists, found, np.split(labels, [len(found[0][1])]), strict=True):
+                paths += some
+                ids += own.tolist()
+        names = [f"{'+'.join(parts)}_{modality}" for modality in ("visible", "infrared")]
+        return {name: (paths, np.array(ids)) for name, (paths, ids) in zip(names, lists, strict=True)}
+
+    def train(data_path, size, **options):
+        """The images of all, decoded once and kept in `{data_path}/cache/`."""
+        test = []
+        for spec, folder in zip(specs, whole.folders(data_path), strict=True):
+            trials = [options["trial"]] if "trial" in spec.options else spec.trials
+            test += spec.searches(folder, trials=trials).paths.values()
+        return listed_train(data_path, training(data_path, **options), size, test)
+
+    def searches(data_path, directions=specs[0].directions[:1], trials=(1,), **_):
+        own = trials if "trial" in specs[0].options else TRIALS[:1]
+        return specs[0].searches(whole.folders(data_path)[0], directions, own)
+
+    published = {name: sum(spec.published.get(name, 0) for spec in specs) for name in training_counts(0, 0, 0)}
+    trial = {flag: values for spec in specs for flag, values in spec.options.items() if flag == "trial"}
+    whole = DataSet(
+        name=" + ".join(spec.name for spec in specs),
+        path="../data/",
+        directions=specs[0].directions,
+        rules=specs[0].rules,
+        training=training,
+        train=train,
+        searches=searches,
+        published=published,
+        options=trial,
+        parts=parts,
+    )
+    return whole
+
+
+# What can be trained on: a data set, or several.
+TRAINING_SETS = DATASETS | {
+    "+".join(parts): union(*parts) for number in (2, 3) for parts in itertools.combinations(DATASETS, number)
 }

@@ -9,6 +9,8 @@ image and its mirror: POOL, before the batch-norm bottleneck, and FC, after it. 
 import importlib
 import os
 import platform
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +21,14 @@ import torchvision
 
 from ChannelAug import luminance, normalise
 from core.files import check_output, locate, save_json
-from datasets import DATASETS, option_values, search_title
+from datasets import DATASETS, TRAINING_SETS, option_values, search_title
 from model import untrained_network
-from testing import engine, evaluation, results
+from testing import corruptions, engine, evaluation, results
 from testing.features import load_features, save_features, select_features
 from utils import ArgumentParser, InputError, cli, progress, select_device
 
 PAGE = "report.html"
+CORRUPTED = ", visible images corrupted"
 HARDEST, NEAREST = 40, 10  # queries, and gallery images of each, on the page
 
 
@@ -41,6 +44,10 @@ def get_args_parser():
     flag("--all", action="store_true", help="every protocol and direction of the data set, in one table")
     text = "the network was trained on another data set; RegDB: all ten trials are tested"
     flag("--cross_data", action="store_true", help=text)
+    text = (
+        f"add rows of corrupted visible images ({corruptions.REPETITIONS} repetitions), as CIL's benchmarks have them"
+    )
+    flag("--corrupt", action="store_true", help=text)
     text = "add rows with re-ranked distances"
     flag("--rerank", nargs="+", choices=("k_reciprocal", "random_walk"), default=[], help=text)
     flag("--baselines", action="store_true", help="add gray pixels, colours, gradients, the untrained net")
@@ -56,16 +63,19 @@ def main(argv=None):
     check_flags(args)
     device, data_path = select_device(args.gpu, args.amp), evaluation.data_folder(args)
 
-    rows, first = [], None
+    rows, first, by_kind = [], None, []
     for path, trial in sources(args):
-        test, features, origin = embed_test(args, path, trial, data_path, device)
-        trained_on = f" on {DATASETS[origin['dataset']].name}" if args.cross_data and origin.get("dataset") else ""
-        for search in progress(test.searches, desc="searching", unit="search", leave=False):
+        test, features, origin, embed_corrupted = embed_test(args, path, trial, data_path, device)
+        trained_on = f" on {TRAINING_SETS[origin['dataset']].name}" if args.cross_data and origin.get("dataset") else ""
+        found = ((search, features, "") for search in test.searches)
+        if args.corrupt:
+            found = chain(found, corrupted(test, features, embed_corrupted, data_path, by_kind))
+        for search, features, corruption in progress(found, desc="searching", unit="search", leave=False):
             matches = engine.run_search(features, search, args.rerank)
             first = first or (search, features, test.paths, matches, origin)
             for ((model, feature), reranking), ranks_of_matches in matches.items():
                 labels = {
-                    "model": model + trained_on * (model == "trained"),
+                    "model": model + trained_on * (model == "trained") + corruption,
                     "feature": feature,
                     "flip_averaging": feature in origin["flipped"] if origin.get("flipped") is not None else None,
                     "reranking": reranking,
@@ -79,18 +89,20 @@ def main(argv=None):
 
     table = results.summarise(rows)
     if args.json:
-        save_json({"flags": vars(args), "torch": torch.__version__, "results": table}, args.json)
+        content = {"flags": vars(args), "torch": torch.__version__, "results": table}
+        save_json(content | ({"corruption": by_kind[0]} if by_kind else {}), args.json)
     files = [args.json, args.report and os.path.join(args.report, PAGE)]
     results.print_results(table, args.table == "full", [*filter(None, files)])
     if args.report:
-        write_report(args, table, *first)
+        write_report(args, table, *first, by_kind)
     return table
 
 
 def embed_test(args, path, trial, data_path, device):
     """The images of the searches, embedded by a checkpoint or found in a file of features.
 
-    Returns `datasets.Searches`, features {modality: {(model, feature): [N, C]}}, and where they come from.
+    Returns `datasets.Searches`, features {modality: {(model, feature): [N, C]}}, where they come from, and a function:
+    repetition of `--corrupt` -> the network's features of the visible images.
     """
     if args.from_features:
         stored, origin = load_features(path)
@@ -99,13 +111,11 @@ def embed_test(args, path, trial, data_path, device):
     origin["trial"] = trial = evaluation.tested_trial(path, origin, args.dataset, trial, args.cross_data)
     test = evaluation.find_searches(args, data_path, trial, everything=args.all)
     if args.from_features:
-        return test, select_features(path, stored, test.paths, data_path, device), origin
+        return test, select_features(path, stored, test.paths, data_path, device), origin, None
     net.to(device, memory_format=torch.channels_last)
-    embeddings = {"trained": engine.network_embedding(net, device, normalise, args.amp)}
-    if args.baselines:
-        embeddings = baselines(net.options, device, args.amp) | embeddings
+    network = {"trained": engine.network_embedding(net, device, normalise, args.amp)}
 
-    def embed(images, modality):
+    def embed(images, modality, embeddings=network):
         """All embeddings in one pass over the images."""
         return {
             (model, feature): values
@@ -113,16 +123,39 @@ def embed_test(args, path, trial, data_path, device):
             for feature, values in embed_one(images, modality).items()
         }
 
-    features = evaluation.embed_images(embed, test.paths, size, args)
+    def embed_corrupted(repetition):
+        change = partial(corruptions.corrupt, data_path=data_path, repetition=repetition)
+        return evaluation.embed_images(embed, {"visible": test.paths["visible"]}, size, args, change)["visible"]
+
+    every = (baselines(net.options, device, args.amp) if args.baselines else {}) | network
+    features = evaluation.embed_images(partial(embed, embeddings=every), test.paths, size, args)
     if args.features:
         save_features(for_trial(args.features, trial), features, test.paths, data_path, origin)
-    return test, features, origin
+    return test, features, origin, embed_corrupted
 
 
-def write_report(args, table, search, features, paths, matches, origin):
+def corrupted(test, features, embed_corrupted, data_path, by_kind):
+    """(search, features, what its rows are called besides), for all settings in each repetition of `--corrupt`: in the
+    search of the trial of that number, or where there is one search, in that. Appends to by_kind `ByKind.table`."""
+    settings, infrared = {}, features["infrared"]
+    for search in test.searches:
+        settings.setdefault(search_title(search.setting), []).append(search)
+    name = results.leading(list(infrared))
+    kinds = corruptions.ByKind(test, name, data_path)
+    kinds.add(features)
+    for repetition in progress(range(corruptions.REPETITIONS), desc="corrupting", unit="repetition", leave=False):
+        visible = embed_corrupted(repetition)
+        both = {"visible": visible, "infrared": {name: infrared[name] for name in visible}}
+        kinds.add(both, repetition)
+        for searches in settings.values():
+            yield searches[repetition % len(searches)], both, CORRUPTED
+    by_kind.append(kinds.table())
+
+
+def write_report(args, table, search, features, paths, matches, origin, by_kind):
     """Write the page of `--report`. Its rankings and distances are those of one search by the network's FC feature.
 
-    matches: as `engine.run_search` gives them.
+    matches: as `engine.run_search` gives them. by_kind: tables of `corruptions.ByKind`, if any.
     """
     from drawing import figures, report  # only here: they are slow to import
 
@@ -138,6 +171,9 @@ def write_report(args, table, search, features, paths, matches, origin):
         if len(pictures) == 2 and len(np.unique(search.gallery.ids)) > 1:
             pairs = {"": results.pair_distances(features, search, name)}
             pictures[f"Distances of queries to gallery images: {setting}"] = figures.distance_histograms(pairs)
+    if by_kind:
+        title = f"mAP of visible images, each corrupted, as queries, by kind and level: {setting}"
+        pictures[title] = figures.corruption_curves(by_kind[0])
     modules = (torch, torchvision, np, PIL)
     report.write_page(
         os.path.join(args.report, PAGE),
@@ -163,8 +199,10 @@ def check_flags(args):
     chosen = [flag for flag in ("mode", "protocol", "shots") if getattr(args, flag) != option_values(flag)[0]]
     if args.all and (chosen or args.tvsearch):
         raise InputError("--all already covers --mode, --protocol, --shots and --tvsearch; leave out those, or --all")
-    if args.from_features is not None and (args.baselines or args.features):
-        raise InputError("--baselines and --features need images; use them with --resume, not with --from_features")
+    if args.from_features is not None and (args.baselines or args.features or args.corrupt):
+        raise InputError("--baselines, --corrupt and --features need images: use them with --resume")
+    if args.corrupt:
+        corruptions.prepare()  # fails now, too, if the package is missing
     if args.cross_data and "{trial}" in (args.features or ""):
         raise InputError(
             f"--features {args.features}: all trials go into one file with --cross_data; take {{trial}} out"

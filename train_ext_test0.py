@@ -19,7 +19,15 @@ from ChannelAug import ERASE_AREA, PADDING, TrainAugmentation, normalise
 from core.distributed import broadcast_buffers, leave_processes, start_processes
 from data_loader import CACHES, IdentitySampler, eval_loader, train_loader
 from data_manager import is_demo
-from datasets import DATASETS, check_options, difference, option_values, search_counts, search_title, training_counts
+from datasets import (
+    TRAINING_SETS,
+    check_options,
+    difference,
+    option_values,
+    search_counts,
+    search_title,
+    training_counts,
+)
 from loss import WEIGHTINGS
 from methods import METHODS, MethodLoss
 from model import ARCHS, GFMNet
@@ -53,7 +61,7 @@ class TrainParser(ArgumentParser):
 def get_args_parser():
     parser = TrainParser(description=__doc__.splitlines()[0])
     flag = parser.add_argument_group("data").add_argument
-    flag("--dataset", choices=DATASETS, default="sysu", help="data set to train on")
+    flag("--dataset", choices=TRAINING_SETS, default="sysu", help="data set to train on, or several")
     flag("--data_path", help="folder of the data set (default: see docs/data.md)")
     flag("--trial", type=bounded(int, 1, 10), default=1, help="RegDB: trial to train on, 1 to 10")
     flag("--mode", choices=option_values("mode"), default="all", help="SYSU-MM01: search that tests use")
@@ -196,7 +204,7 @@ def main(argv=None):
 
 def load_data(args):
     """-> (`data_loader.TrainData`, `datasets.Searches` of one search)."""
-    dataset, size = DATASETS[args.dataset], (args.img_h, args.img_w)
+    dataset, size = TRAINING_SETS[args.dataset], (args.img_h, args.img_w)
     data_path = args.data_path or dataset.path
     data = dataset.train(data_path, size, **dataset.own(trial=args.trial, select=args.select))
     trials = [args.trial] if "trial" in dataset.options else dataset.trials[:1]
@@ -287,7 +295,8 @@ def describe(args, data, test, steps, device):
     (search,) = test.searches
     counts = training_counts(data.num_classes, visible, infrared) | search_counts(test)
     known = "without the validation ids" if args.select == "val" else difference(args.dataset, counts)
-    demo = "demo data, " if is_demo(args.data_path or DATASETS[args.dataset].path) else ""
+    spec = TRAINING_SETS[args.dataset]
+    demo = "demo data, " if any(map(is_demo, spec.folders(args.data_path or spec.path))) else ""
     chosen_on = {
         "test": f"trial {search.setting['trial']} of the TEST set, as published: an optimistic choice",
         "val": f"trial {search.setting['trial']} of the VALIDATION ids, which are not trained on",
@@ -354,7 +363,7 @@ def run_name(args):
         (args.rande > 0, f"erase_{args.rande}"),
         (True, f"p{args.num_pos}_n{args.batch_size}_lr_{args.lr}_seed_{args.seed}_9"),  # 9: so published, a constant
         (args.optim != "sgd", args.optim),
-        (args.dataset == "regdb", f"trial_{args.trial}"),
+        ("trial" in TRAINING_SETS[args.dataset].options, f"trial_{args.trial}"),
         (not args.afam, "no_afam"),
         (not args.local, "no_local"),
         (args.weighting != "published", args.weighting),

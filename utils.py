@@ -79,7 +79,10 @@ def _line(error):
         name = f"{error.filename}: " if error.filename else ""
         return f"{name}{error.strerror or error}; {REMEDIES.get(error.errno, 'correct this')} and run again"
     if isinstance(error, ModuleNotFoundError):  # of a package that few programs need, and `make demo` does not install
-        return f"{error.name}: is not installed; run: python -m pip install -r tools/requirements.txt"
+        lists = "-r tools/requirements.txt"
+        if error.name in ("imagecorruptions", "numba"):
+            lists = "--no-deps -r tools/corruption_requirements.txt"
+        return f"{error.name}: is not installed; run: python -m pip install {lists}"
     reason = str(error).strip().split("\n")[0]
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"--compile: torch.compile failed ({reason}); leave it out"

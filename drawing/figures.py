@@ -299,6 +299,16 @@ def result_curves(tables, curve, titled=True):
     return line_panels(panels, *labels)
 
 
+def corruption_curves(table):
+    """table: of `corruptions.ByKind` -> Figure with a panel for each kind, mAP by level; level 0 is the clean image."""
+    panels = {}
+    for kind, values in table.items():
+        points = [(level, value) for level, value in enumerate(values) if value is not None]
+        clean = (range(len(values)), values[:1] * len(values))
+        panels[kind.replace("_", " ")] = {"corrupted": tuple(zip(*points, strict=True)), "without corruption": clean}
+    return line_panels(panels, "level", "mAP, %")
+
+
 def line_panels(panels, x_label, y_label=None):
     """panels {title: {label: (x values, y values, and the lower and upper values of a band, if any)}} -> Figure.
 

@@ -8,7 +8,7 @@ from core.checkpoint import load_checkpoint
 from core.formats import checked
 from data_loader import eval_loader
 from data_manager import is_demo
-from datasets import DATASETS, check_options, option_values
+from datasets import DATASETS, TRAINING_SETS, check_options, option_values
 from methods import method_name
 from model import FEATURES, load_network
 from testing import engine
@@ -45,7 +45,7 @@ def check_search_flags(args, names=()):
 
 
 def data_folder(args):
-    return args.data_path or DATASETS[args.dataset].path
+    return args.data_path or TRAINING_SETS[args.dataset].path
 
 
 def open_checkpoint(path, data_path):
@@ -85,11 +85,12 @@ def tested_trial(path, origin, dataset, trial, cross_data):
     unknown trial, which published checkpoints do not record.
     """
     own = origin.get("dataset")
+    known = TRAINING_SETS[own].parts or (own,) if own else ()
     if cross_data:
-        if own == dataset:
-            raise InputError(f"{path}: was trained on {own} itself; leave out --cross_data")
+        if dataset in known:
+            raise InputError(f"{path}: was trained on {dataset} itself; leave out --cross_data")
         return trial
-    if own not in (None, dataset):
+    if known and dataset not in known:
         remedy = f"test it with --dataset {own}, or with testa.py --cross_data as one that knows nobody here"
         raise InputError(f"{path}: was trained on {own}; {remedy}")
     if "trial" not in DATASETS[dataset].options:
@@ -120,7 +121,8 @@ def find_searches(args, data_path, trial, galleries=None, everything=False):
     return test
 
 
-def embed_images(embed, paths, size, args):
-    """Features of images {modality: paths}, as `engine.extract` gives them: {modality: {name: [N, C]}}."""
-    loaders = {m: eval_loader(files, size, args.test_batch, args.workers) for m, files in paths.items()}
+def embed_images(embed, paths, size, args, change=None):
+    """Features of images {modality: paths}, as `engine.extract` gives them: {modality: {name: [N, C]}}. change: of
+    `data_loader.ImageFiles`."""
+    loaders = {m: eval_loader(files, size, args.test_batch, args.workers, change) for m, files in paths.items()}
     return {m: engine.extract(embed, loader, m, f"embedding {m}") for m, loader in loaders.items()}

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from core.files import atomic, regular
 from core.formats import Flags, checked
-from datasets import DATASETS, option_values
+from datasets import TRAINING_SETS, option_values
 from utils import InputError
 
 UNPACKED = 2**30  # bytes that a file may unpack to, whatever its size
@@ -26,7 +26,7 @@ UNPACKED = 2**30  # bytes that a file may unpack to, whatever its size
 class Origin(msgspec.Struct, forbid_unknown_fields=True):
     """Where features come from, for the table; None: unknown."""
 
-    dataset: Literal[*DATASETS] | None = None
+    dataset: Literal[*TRAINING_SETS] | None = None
     trial: Literal[*option_values("trial")] | None = None
     selection: Literal["test", "val", "none"] | None = None
     flipped: list[str] | None = None

@@ -2,15 +2,30 @@
 
 import json
 import os
+import shutil
 from argparse import Namespace
 
 import numpy as np
 import pytest
 
+import testa
+import train_ext_test0
 from conftest import SIZE
 from core.images import read_image
 from data_manager import draw_gallery, llcm_folders, process_gallery_sysu, process_query_llcm, process_query_sysu
-from datasets import DATASETS, Images, Search, check_options, llcm_searches, llcm_train, search_title, sysu_searches
+from datasets import (
+    DATASETS,
+    TRAINING_SETS,
+    Images,
+    Search,
+    check_options,
+    difference,
+    llcm_searches,
+    llcm_train,
+    search_title,
+    sysu_searches,
+    training_counts,
+)
 from utils import InputError
 
 
@@ -156,3 +171,71 @@ def test_tvsearch_needs_two_directions():
         check_options(Namespace(dataset=dataset, tvsearch=True))
     with pytest.raises(InputError, match="--tvsearch: SYSU-MM01 is searched from infrared to visible only"):
         check_options(Namespace(dataset="sysu", tvsearch=True))
+
+
+@pytest.fixture
+def folder(sysu_tree, regdb_tree, llcm_tree, tmp_path):
+    """The folder of a union: that of each data set is in it."""
+    for name, tree in (("SYSU-MM01", sysu_tree), ("RegDB", regdb_tree), ("LLCM", llcm_tree)):
+        (tmp_path / name).symlink_to(tree)
+    return tmp_path
+
+
+def test_the_union_has_the_images_of_all_and_ids_apart(folder):
+    """Against each data set by itself. Its counts are those that L2RW states, for RegDB and LLCM."""
+    spec, options = TRAINING_SETS["sysu+regdb+llcm"], {"trial": 3}
+    data, first = spec.train(str(folder), SIZE, **options), 0
+    places = [0, 0]
+    for part, tree in zip(("sysu", "regdb", "llcm"), spec.folders(str(folder)), strict=True):
+        alone = DATASETS[part].train(tree, SIZE, **DATASETS[part].own(**options))
+        for i in (0, 1):
+            place = slice(places[i], places[i] + len(alone[2 * i]))
+            places[i] = place.stop
+            np.testing.assert_array_equal(data[2 * i][place], alone[2 * i])
+            np.testing.assert_array_equal(data[2 * i + 1][place], alone[2 * i + 1] + first)
+        first += alone.num_classes
+    assert (data.num_classes, [*places]) == (first, [len(data.visible), len(data.infrared)])
+    counts = training_counts(919, 19006, 16035)
+    assert TRAINING_SETS["regdb+llcm"].published == counts
+    assert difference("regdb+llcm", counts) is None
+
+
+@pytest.mark.parametrize("name", ["sysu+llcm", "regdb+llcm"])
+def test_tests_while_a_union_trains_are_those_of_its_first(folder, name):
+    spec, first = TRAINING_SETS[name], DATASETS[name.split("+")[0]]
+    (search,) = spec.searches(str(folder), spec.directions[:1], [4]).searches
+    (alone,) = first.searches(spec.folders(folder)[0], trials=[4 if name.startswith("regdb") else 0]).searches
+    assert search.setting == alone.setting
+    np.testing.assert_array_equal(search.gallery.ids, alone.gallery.ids)
+
+
+def test_an_image_of_any_test_is_not_trained_on(folder, regdb_tree, tmp_path):
+    tree = tmp_path / "copy"
+    shutil.copytree(regdb_tree, tree)
+    (folder / "RegDB").unlink()
+    (folder / "RegDB").symlink_to(tree)
+    line = (tree / "idx" / "test_thermal_2.txt").read_text().splitlines()[0]
+    with (tree / "idx" / "train_thermal_2.txt").open("a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(InputError, match=f"{line.split()[0]}: is listed for training and for the test"):
+        TRAINING_SETS["sysu+regdb"].train(str(folder), SIZE, trial=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gfm2", "adp", "dns"])
+def test_methods_train_on_a_union_and_are_tested_on_another_data_set(folder, tmp_path, method):
+    flags = ["--gpu=cpu", "--workers=0", "--arch=resnet18", "--weights=none", "--img_h=64", "--img_w=32"]
+    flags += ["--batch_size=4", "--num_pos=2", "--epochs=1", "--warmup=0", f"--method={method}"]
+    result = train_ext_test0.main(
+        [*flags, "--dataset=sysu+llcm", f"--data_path={folder}", f"--model_path={tmp_path}", f"--log_path={tmp_path}"]
+    )
+    test = ["--gpu=cpu", "--workers=0", "--resume", str(result["last"])]
+    regdb = [*test, "--dataset=regdb", "--tvsearch", f"--data_path={folder}/RegDB"]
+    rows = testa.main([*regdb, "--cross_data"])
+    assert {(row["model"], len(row["trials"])) for row in rows} == {("trained on SYSU-MM01 + LLCM", 10)}
+    (row, *_) = testa.main([*test, "--dataset=llcm", f"--data_path={folder}/LLCM"])
+    assert row["model"] == "trained"
+    with pytest.raises(InputError, match=r"was trained on sysu\+llcm; test it with"):
+        testa.main(regdb)
+    with pytest.raises(InputError, match="leave out --cross_data"):
+        testa.main([*test, "--dataset=sysu", f"--data_path={folder}/SYSU-MM01", "--cross_data"])

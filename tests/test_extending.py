@@ -95,7 +95,7 @@ def test_data_set(llcm_tree, tmp_path):
         lines = [f"{Path(path).relative_to(tree)} {label}" for path, label in rows]
         (tree / "idx" / f"{name}.txt").write_text("\n".join(lines) + "\n")
     (functions, entry) = re.findall(r"```python\n( *\"mine\": .*?|def mine_.*?)```", PAGE, re.DOTALL)
-    (tmp_path / "mine.py").write_text(f"{functions}\nDATASETS |= {{{entry}}}\n")
+    (tmp_path / "mine.py").write_text(f"{functions}\nDATASETS |= {{{entry}}}\nTRAINING_SETS |= DATASETS\n")
     out = subprocess.run(
         [sys.executable, "-c", MINE, tmp_path / "mine.py", tree, tmp_path], capture_output=True, text=True, cwd=ROOT
     )

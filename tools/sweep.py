@@ -55,8 +55,9 @@ MAY_CHANGE = {
     "train": train_ext_test0.MAY_CHANGE - {"epochs", "eval_every"},
     "test": SWEEP_FLAGS["test"] | {"data_path", "gpu", "workers", "test_batch"},
 }
-# Flags of training that are passed on to testing.
-SHARED = ("dataset", "data_path", "mode", "amp", "gpu", "workers", "test_batch")
+# Flags of training that are passed on to testing; the first only if --test names no data set of its own.
+DATA_FLAGS = ("dataset", "data_path", "mode")
+SHARED = ("amp", "gpu", "workers", "test_batch")
 REMEDY = "pass the --out of a sweep, or another one"
 
 
@@ -306,7 +307,8 @@ def plan_runs(plan, out):
         train_flags.append("--resume=auto")
         train = parse("train", train_flags, user_flags, name)
         checkpoint = Path(train.model_path) / f"{train_ext_test0.run_name(train)}_{plan['checkpoint']}.t"
-        shared = [f"--{flag}={getattr(train, flag)}" for flag in SHARED if getattr(train, flag) is not None]
+        shared = SHARED if "dataset" in flag_names(plan["test"]) else DATA_FLAGS + SHARED
+        shared = [f"--{flag}={getattr(train, flag)}" for flag in shared if getattr(train, flag) is not None]
         test_flags = [*shared, *plan["test"], f"--resume={checkpoint}"]
         test = parse("test", test_flags, plan["test"], name)
         test_flags.append(f"--json={folder}/results.json")  # only now: checking the flags would make the folder

@@ -9,7 +9,7 @@ import numpy as np
 from core.files import atomic, save_json
 from drawing import figures
 from methods import METHODS, Health, Losses
-from testing.results import METRICS, read_results, result_title
+from testing.results import BASELINES, METRICS, read_results, result_title
 from utils import InputError
 
 NOTE = (
@@ -25,7 +25,8 @@ LOGGED += tuple(f"{feature}/{metric}" for feature in ("FC", "POOL") for metric i
 
 def network_rows(path):
     """The rows of a JSON file of testa.py that are compared: those of the trained network's FC feature."""
-    rows = [row for row in read_results(path)["results"] if (row["model"], row["feature"]) == ("trained", "FC")]
+    results = read_results(path)["results"]
+    rows = [row for row in results if row["feature"] == "FC" and row["model"] not in BASELINES]
     if not rows:
         raise InputError(f"{path}: has no row of the trained network's FC feature; remove it to test again")
     return rows
@@ -34,7 +35,8 @@ def network_rows(path):
 def setting_text(result):
     reranked = "" if result["reranking"] == "none" else f", re-ranked by {result['reranking']}"
     epoch = "fixed" if result["selection"] == "none" else f"chosen on {result['selection']} ids"
-    return f"{result_title(result)}; FC{reranked}; epoch {epoch}"
+    model = "" if result["model"] == "trained" else f"{result['model']}; "
+    return f"{result_title(result)}; {model}FC{reranked}; epoch {epoch}"
 
 
 def tabulate(runs, plan):
