@@ -11,7 +11,6 @@ import re
 import shlex
 import subprocess
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import Annotated, NotRequired, TypedDict
 
@@ -46,6 +45,7 @@ class Record(TypedDict):
     hardware: Text
     hours: Annotated[float, Meta(ge=0, le=10**6)]  # of training, of one seed
     by: Text
+    verdict: NotRequired[Text]  # of tools.reproduce
 
 
 class Line(TypedDict):
@@ -109,10 +109,7 @@ def main(argv=None):
 def records_of_sweep(args):
     """[(name, `Record`)] of the rows of a sweep that have finished."""
     table = read_json(args.add / "table.json", Table, "run: python -m tools.sweep --table --out SWEEP")
-    git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
-    if changed := git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip():
-        raise InputError(f"{changed.split()[-1]}: differs from the last commit, which a record names; commit first")
-    commit, records = git(["git", "rev-parse", "HEAD"]).stdout.strip(), []
+    measured, records = commit(), []
     for row, flags in table["rows"]:
         scores, seeds, hours = {}, set(), 0.0
         for setting in table["settings"]:
@@ -128,7 +125,7 @@ def records_of_sweep(args):
             name = f"{date.today()}_{re.sub(r'[^a-z0-9]+', '_', f'{args.data} {row}'.lower()).strip('_')}"
             record = {
                 "date": str(date.today()),
-                "commit": commit,
+                "commit": measured,
                 "data": args.data,
                 "real": not any(setting.startswith("demo data") for setting in scores),
                 "row": row,
@@ -144,6 +141,23 @@ def records_of_sweep(args):
     if not records:
         raise InputError(f"{args.add}: no row has finished; run the sweep to its end")
     return records
+
+
+def git(*arguments):
+    """The output of git in this repository; nothing if it fails, or there is no git."""
+    try:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+def commit():
+    """The commit of this code. Raises InputError if there is none, or if the code differs from it."""
+    if changed := git("status", "--porcelain", "--untracked-files=no"):
+        raise InputError(f"{changed.split()[-1]}: differs from the last commit, which a record names; commit first")
+    if not (name := git("rev-parse", "HEAD")):
+        raise InputError(f"{ROOT}: is no git repository, and a record names its commit; clone the code with git")
+    return name
 
 
 def page(records):

@@ -44,6 +44,7 @@ except ImportError:  # Windows
 SCRIPTS = {"train": train_ext_test0, "test": testa}
 PROGRAMS = {name: script.__file__ for name, script in SCRIPTS.items()}
 PLAN = "sweep.json"
+RESULTS = {"last": "results.json", "best": "results_best.json"}  # of each --checkpoint, in the folder of a run
 # Flags that the sweep sets for its runs.
 SWEEP_FLAGS = {
     "train": {"seed", "model_path", "log_path", "resume"},
@@ -219,6 +220,7 @@ class SweepRun:
     train_flags: list
     test: argparse.Namespace
     test_flags: list
+    results: Path
 
     def __str__(self):
         return f"{self.row}, seed {self.seed}"
@@ -231,10 +233,6 @@ class SweepRun:
     @property
     def record(self):
         return self.folder / "flags.json"
-
-    @property
-    def results(self):
-        return self.folder / "results.json"
 
     @property
     def failure(self):
@@ -311,8 +309,9 @@ def plan_runs(plan, out):
         shared = [f"--{flag}={getattr(train, flag)}" for flag in shared if getattr(train, flag) is not None]
         test_flags = [*shared, *plan["test"], f"--resume={checkpoint}"]
         test = parse("test", test_flags, plan["test"], name)
-        test_flags.append(f"--json={folder}/results.json")  # only now: checking the flags would make the folder
-        runs.append(SweepRun(name, seed, folder, train, train_flags, test, test_flags))
+        results = folder / RESULTS[plan["checkpoint"]]
+        test_flags.append(f"--json={results}")  # only now: checking the flags would make the folder
+        runs.append(SweepRun(name, seed, folder, train, train_flags, test, test_flags, results))
     return runs
 
 
