@@ -23,7 +23,7 @@ from ChannelAug import luminance, normalise
 from core.files import check_output, locate, save_json
 from datasets import DATASETS, TRAINING_SETS, option_values, search_title
 from model import untrained_network
-from testing import corruptions, engine, evaluation, results
+from testing import corruptions, engine, evaluation, results, verification
 from testing.features import load_features, save_features, select_features
 from utils import ArgumentParser, InputError, cli, progress, select_device
 
@@ -53,6 +53,8 @@ def get_args_parser():
     flag("--baselines", action="store_true", help="add gray pixels, colours, gradients, the untrained net")
     flag("--table", choices=("short", "full"), default="short", help="print the network's FC alone, or all rows")
     flag("--json", metavar="FILE", help="write all results to this file")
+    text = "write the similarities at which pairs are one person, by false positives, for tools.search"
+    flag("--calibrate", metavar="FILE", help=text)
     flag("--report", metavar="DIR", help=f"write a page of the results, {PAGE}, to this folder")
     return parser
 
@@ -63,7 +65,7 @@ def main(argv=None):
     check_flags(args)
     device, data_path = select_device(args.gpu, args.amp), evaluation.data_folder(args)
 
-    rows, first, by_kind = [], None, []
+    rows, first, by_kind, pairs = [], None, [], []
     for path, trial in sources(args):
         test, features, origin, embed_corrupted = embed_test(args, path, trial, data_path, device)
         trained_on = f" on {TRAINING_SETS[origin['dataset']].name}" if args.cross_data and origin.get("dataset") else ""
@@ -73,6 +75,8 @@ def main(argv=None):
         for search, features, corruption in progress(found, desc="searching", unit="search", leave=False):
             matches = engine.run_search(features, search, args.rerank)
             first = first or (search, features, test.paths, matches, origin)
+            if not corruption and search_title(search.setting) == search_title(first[0].setting):
+                pairs.append(verification.error_rates(features, search, results.leading([*features["visible"]])))
             for ((model, feature), reranking), ranks_of_matches in matches.items():
                 labels = {
                     "model": model + trained_on * (model == "trained") + corruption,
@@ -88,13 +92,16 @@ def main(argv=None):
                 rows.append(results.result_row(search, ranks_of_matches, **labels))
 
     table = results.summarise(rows)
+    pairs = verification.mean_rates([*filter(None, pairs)]) if any(pairs) else None
     if args.json:
-        content = {"flags": vars(args), "torch": torch.__version__, "results": table}
+        content = {"flags": vars(args), "torch": torch.__version__, "results": table, "verification": pairs}
         save_json(content | ({"corruption": by_kind[0]} if by_kind else {}), args.json)
     files = [args.json, args.report and os.path.join(args.report, PAGE)]
     results.print_results(table, args.table == "full", [*filter(None, files)])
+    if args.calibrate:
+        calibrate(args, path, pairs, table[0], first[0].setting)
     if args.report:
-        write_report(args, table, *first, by_kind)
+        write_report(args, table, *first, pairs, by_kind)
     return table
 
 
@@ -152,10 +159,19 @@ def corrupted(test, features, embed_corrupted, data_path, by_kind):
     by_kind.append(kinds.table())
 
 
-def write_report(args, table, search, features, paths, matches, origin, by_kind):
+def calibrate(args, path, rates, row, setting):
+    if not rates:
+        raise InputError(f"--calibrate {args.calibrate}: the test has no pairs of one and of two people; leave it out")
+    data = DATASETS[args.dataset].title(row["demo"], row["per_trial"][0]["queries"])
+    save_json(verification.calibration(path, data, setting, "FC", rates), args.calibrate)
+    print(f"{verification.describe(rates)} {args.calibrate}")
+
+
+def write_report(args, table, search, features, paths, matches, origin, rates, by_kind):
     """Write the page of `--report`. Its rankings and distances are those of one search by the network's FC feature.
 
-    matches: as `engine.run_search` gives them. by_kind: tables of `corruptions.ByKind`, if any.
+    matches: as `engine.run_search` gives them. rates: of `verification.mean_rates`, or None. by_kind: tables of
+    `corruptions.ByKind`, if any.
     """
     from drawing import figures, report  # only here: they are slow to import
 
@@ -171,6 +187,10 @@ def write_report(args, table, search, features, paths, matches, origin, by_kind)
         if len(pictures) == 2 and len(np.unique(search.gallery.ids)) > 1:
             pairs = {"": results.pair_distances(features, search, name)}
             pictures[f"Distances of queries to gallery images: {setting}"] = figures.distance_histograms(pairs)
+    if rates:
+        title = f"Pairs of one person that are recognised, by false positives: {search_title(search.setting)}"
+        equal = f"{100 * rates['equal_error']:.1f} % at similarity {rates['equal_error_similarity']:.3f}"
+        pictures[f"{title}; equal error rate {equal}"] = figures.roc_curve(rates)
     if by_kind:
         title = f"mAP of visible images, each corrupted, as queries, by kind and level: {setting}"
         pictures[title] = figures.corruption_curves(by_kind[0])
@@ -194,13 +214,15 @@ def check_flags(args):
     """Raise InputError for flags that do not go together, and for outputs that cannot be written."""
     name = source_name(args)
     page = args.report and os.path.join(args.report, PAGE)
-    files = [file for file in (name, args.features, args.json, page) if file is not None]
+    files = [file for file in (name, args.features, args.json, args.calibrate, page) if file is not None]
     evaluation.check_search_flags(args, files)
     chosen = [flag for flag in ("mode", "protocol", "shots") if getattr(args, flag) != option_values(flag)[0]]
     if args.all and (chosen or args.tvsearch):
         raise InputError("--all already covers --mode, --protocol, --shots and --tvsearch; leave out those, or --all")
     if args.from_features is not None and (args.baselines or args.features or args.corrupt):
         raise InputError("--baselines, --corrupt and --features need images: use them with --resume")
+    if args.calibrate and (args.from_features is not None or "{trial}" in name):
+        raise InputError(f"--calibrate {args.calibrate}: is of one checkpoint; pass one with --resume")
     if args.corrupt:
         corruptions.prepare()  # fails now, too, if the package is missing
     if args.cross_data and "{trial}" in (args.features or ""):
@@ -211,7 +233,7 @@ def check_flags(args):
         raise InputError(f"--features {args.features}: would keep only one of the trials; put {{trial}} into the name")
     if len({os.path.realpath(file) for file in files}) < len(files):
         raise InputError(f"{', '.join(files)}: the same file twice; use a different file for each input and output")
-    for output in filter(None, (args.features, args.json, page)):
+    for output in filter(None, (args.features, args.json, args.calibrate, page)):
         check_output(output)
     if args.report:
         importlib.import_module("drawing.report")  # fails now rather than after the test
@@ -240,7 +262,7 @@ def sources(args):
             raise InputError(f"{name}: is a folder; pass one of its files")
         raise InputError(f"{name}: no such file; {remedy}")
     for trial, path in paths.items():  # which may be named by its name in --model_path
-        for output in filter(None, (args.features, args.json)):
+        for output in filter(None, (args.features, args.json, args.calibrate)):
             if os.path.realpath(path) == os.path.realpath(for_trial(output, trial)):
                 raise InputError(f"{output}: is what is tested; choose another file")
     return [(path, trial) for trial, path in paths.items()]

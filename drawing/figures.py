@@ -299,6 +299,16 @@ def result_curves(tables, curve, titled=True):
     return line_panels(panels, *labels)
 
 
+def roc_curve(rates):
+    """rates: of `verification.error_rates` -> Figure: true by false positives, the latter on a logarithmic axis."""
+    percent = [[100 * rate for rate in rates[name]] for name in ("false_positives", "true_positives")]
+    figure = line_panels({"": {"FC": percent}}, "false positives, %", "true positives, %")
+    (panel,) = figure.axes
+    panel.set_xscale("log")
+    panel.set_xlim(percent[0][0], 100)
+    return figure
+
+
 def corruption_curves(table):
     """table: of `corruptions.ByKind` -> Figure with a panel for each kind, mAP by level; level 0 is the clean image."""
     panels = {}

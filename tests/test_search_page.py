@@ -181,6 +181,21 @@ def test_the_page_finds_what_a_plain_loop_finds(running, site):
     check_cards(ask_search(running, one, modality="visible"), site, scores, np.argsort(-scores)[:10])
 
 
+def test_a_line_parts_the_images_that_may_be_the_same_person_from_others(running, site, monkeypatch):
+    _, text = ask_search(running, site.queries[:1])
+    assert "From here on" not in text
+    scores = [similarity for _, similarity, _ in cards(text)]
+    monkeypatch.setattr(running.finder, "least", (scores[3] + scores[4]) / 2)
+    status, text = ask_search(running, site.queries[:1])
+    assert (status, text.count("From here on")) == (200, 1)
+    above, below = text.split("From here on")
+    assert [len(cards(part)) for part in (above, below)] == [4, 6]
+    assert f"below {running.finder.least:.3f}" in text
+    assert "From here on" not in ask_search(running, site.queries[:1], rerank="on")[1]
+    monkeypatch.setattr(running.finder, "least", -1)
+    assert "From here on" not in ask_search(running, site.queries[:1])[1]
+
+
 @pytest.mark.parametrize("gone", [False, True])
 def test_an_image_that_is_no_longer_the_indexed_one_is_not_shown(gone, running, site):
     path, stat = site.gallery[3], site.gallery[3].stat()

@@ -179,8 +179,8 @@ def write(args, method, more, folder, table, commit):
     """Write the record of a method and its page -> the record."""
     spec, demo = DATASETS[args.dataset], is_demo(args.data_path)
     scores = collect(folder, args.seeds)
-    published = PUBLISHED.get(method, {})
     complete = complete_as_published(args.dataset, args.data_path)
+    published = PUBLISHED.get(method, {}) if complete else {}
     seconds = {row["row"]: row["seconds"]["mean"] for s in table["settings"] for row in s["rows"] if row["seeds"]}
     flags = " ".join([f"--method {method} --dataset {args.dataset}", *more])
     record = {

@@ -68,6 +68,16 @@ def get_args_parser():
     serve = commands.add_parser("serve", help="a local web page to search with, which only this machine can reach")
     serve.add_argument("--port", type=bounded(int, 0, 65535), default=7860, help="port on 127.0.0.1; 0: a free one")
     serve.set_defaults(batch=64, workers=0)  # one image at a time
+    for command, text in (
+        (query, "leave out images that are less similar"),
+        (serve, "draw a line above images that are"),
+    ):
+        group = command.add_argument_group("same person or not")
+        least = group.add_mutually_exclusive_group()
+        least.add_argument("--min_similarity", type=bounded(float, -1, 1), metavar="S", help=text)
+        text = "so that at most this share of other people is taken for the same one; needs --calibration"
+        least.add_argument("--false_positives", type=bounded(float, 0, 1), metavar="SHARE", help=text)
+        group.add_argument("--calibration", metavar="FILE", help="file of testa.py --calibrate, of the same checkpoint")
     for command in (index, remove, query, serve):
         text = "file, or postgresql://USER@HOST:PORT/DATABASE (password: PGPASSWORD)"
         command.add_argument("--index", required=True, metavar="INDEX", help=text)
@@ -125,6 +135,7 @@ def run_query(args):
         where = finder.read_filter(args.camera, args.gallery_modality, args.start, args.end, folder)
         options = {name: getattr(args, name) for name in ("page", "combine", "rerank", "group")}
         lists = finder(args.images, args.modality, args.top, where=where, **options)
+        lists = [[image for image in found if image["similarity"] >= finder.least] for found in lists]
     queries = [args.images] if args.combine else [[path] for path in args.images]
     results = [
         {"queries": paths, "modality": args.modality, "found": found}
@@ -138,6 +149,8 @@ def run_query(args):
         return results
     for result in results:
         print(f"{', '.join(result['queries'])} ({args.modality})")
+        if not result["found"]:
+            print(f"  none: no image has a similarity of {finder.least:.3f}")
         for image in result["found"]:
             print(f"{image['rank']:>4}  {image['similarity']:6.3f}  {image['path']}  {describe(image)}")
     if args.save:

@@ -6,6 +6,7 @@ import os
 import numpy as np
 
 from testing.re_rank import k_reciprocal
+from testing.verification import least_similarity
 from tools.search.address import open_index
 from tools.search.index import REPLACED, Filter
 from tools.search.indexer import file_stamp, load_embedder
@@ -19,7 +20,8 @@ class Finder:
     """An open index: finder(image files, modality, top) -> for each file a list of dicts, best first.
 
     Each has "rank", "similarity", the fields of `Entry`, and "changed": the file differs from the one that was indexed,
-    or is missing. about: the version of the index.
+    or is missing. about: the version of the index. least: the similarity from which on images are taken for the same
+    person, -1 without `--min_similarity` and `--false_positives`.
     """
 
     def __init__(self, args):
@@ -33,6 +35,16 @@ class Finder:
                 f"{self.embedder.path}: is not the checkpoint that made {args.index}; pass {self.about['checkpoint']} "
                 f"(sha256 {self.about['sha256'][:12]}...) with --resume, or index with the new one"
             )
+        self.least = self._least(args)
+
+    def _least(self, args):
+        share, file = getattr(args, "false_positives", None), getattr(args, "calibration", None)
+        if (share is None) != (file is None):
+            raise InputError("--false_positives and --calibration belong together; pass both, or --min_similarity")
+        if share is not None:
+            return least_similarity(file, share, self.about["sha256"], self.about["feature"])
+        least = getattr(args, "min_similarity", None)
+        return -1 if least is None else least
 
     def counts(self, column):
         """{value of a column: number of images}."""

@@ -1,0 +1,123 @@
+"""Same person or not: error rates against scikit-learn and plain counts, and thresholds from a test to a search."""
+
+import json
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import roc_curve
+
+import testa
+from conftest import exit_status, save_network, search_flags
+from datasets import sysu_searches
+from testing import verification
+from tools.search import __main__ as search
+from utils import InputError
+
+
+@pytest.fixture(scope="module")
+def rated(sysu_tree):
+    """(rates, similarities of the pairs that see each other, whether a pair is of one person), with many ties."""
+    (test,) = [sysu_searches(sysu_tree, trials=[0])]
+    (one,) = test.searches
+    generator = torch.Generator().manual_seed(0)
+    sizes = {modality: len(paths) for modality, paths in test.paths.items()}
+    own = {m: torch.tensor([int(path.split("/")[-2]) for path in paths]) for m, paths in test.paths.items()}
+    centres = torch.randint(-1, 2, (2000, 6), generator=generator).float() + 0.1
+    features = {
+        m: {"FC": F.normalize(centres[own[m]] + torch.randint(-2, 3, (n, 6), generator=generator))}
+        for m, n in sizes.items()
+    }
+    values, same, hidden = [], [], 0
+    pairs = product(zip(*one.query[1:], strict=True), zip(*one.gallery[1:], strict=True))
+    for (row, identity, camera), (other_row, other, other_camera) in pairs:
+        if (camera, other_camera) == (3, 2):
+            hidden += 1
+            continue
+        similarity = features["infrared"]["FC"][row] @ features["visible"]["FC"][other_row]
+        values.append(similarity.item())
+        same.append(identity == other)
+    assert hidden
+    return verification.error_rates(features, one, "FC"), np.float32(values), np.array(same)
+
+
+def test_rates_are_those_of_scikit_learn(rated):
+    rates, values, same = rated
+    assert (rates["same"], rates["different"]) == (same.sum(), (~same).sum())
+    false, true, _ = roc_curve(same, np.round(values, 5), drop_intermediate=False)
+    for share, positives in zip(rates["false_positives"], rates["true_positives"], strict=True):
+        assert positives == pytest.approx(true[false <= share + 1e-9].max(), abs=1e-9)
+    equal = np.abs(false - (1 - true)).argmin()
+    assert rates["equal_error"] == pytest.approx((false[equal] + 1 - true[equal]) / 2, abs=1e-9)
+    assert [rates["false_positives"][i] for i in (0, 10, 20, 30, 40)] == pytest.approx([1e-4, 1e-3, 0.01, 0.1, 1])
+    assert rates["true_positives"][-1] == 1
+    assert 0.02 < rates["equal_error"] < 0.48
+
+
+def test_pairs_with_the_similarity_are_those_that_count(rated):
+    rates, values, same = rated
+    values = np.round(values, 5)
+    for share, positives, least in zip(
+        rates["false_positives"], rates["true_positives"], rates["similarity"], strict=True
+    ):
+        accepted = values >= least + 2e-5  # between ties, which are further apart: pairs at the limit do not count
+        assert accepted[~same].mean() <= share + 1e-9
+        assert accepted[same].mean() == pytest.approx(positives)
+
+
+def test_means_over_searches():
+    several = [{"same": 2, "true_positives": [0.0, 1.0]}, {"same": 4, "true_positives": [0.5, 1.0]}]
+    assert verification.mean_rates(several) == {"same": 3, "true_positives": [0.25, 1.0]}
+
+
+def test_from_a_test_to_a_search(sysu_tree, tmp_path, capsys):
+    checkpoint, file, page = save_network(tmp_path / "net.t", 0, "sysu"), tmp_path / "c.json", tmp_path / "page"
+    results = tmp_path / "r.json"
+    flags = ["--calibrate", file, "--json", results, "--report", page]
+    testa.main(search_flags(sysu_tree, checkpoint, *flags))
+    line = capsys.readouterr().out.splitlines()[-1]
+    content, rates = json.loads(file.read_text()), json.loads(results.read_text())["verification"]
+    assert content["data"] == "demo data like SYSU-MM01"
+    assert content["setting"] == "all-search, infrared to visible, seeded protocol, 1-shot"
+    assert {name: content[name] for name in rates} == rates
+    tenth = rates["false_positives"].index(pytest.approx(0.1))
+    said = f"{100 * rates['true_positives'][tenth]:.1f} % at 10 % false positives"
+    assert said in line
+    assert f"equal error rate {100 * rates['equal_error']:.1f} %" in line
+    assert f"equal error rate {100 * rates['equal_error']:.1f} %" in (page / "report.html").read_text()
+
+    index = str(tmp_path / "i.db")
+    queries = sorted(map(str, sysu_tree.glob("cam3/*/*.jpg")))[:2]
+    program = ["--index", index, "--gpu", "cpu", "--workers", "0"]
+    search.main(["index", f"{sysu_tree}/cam1", *program, "--resume", str(checkpoint), "--modality", "visible"])
+    ask = ["query", *queries, *program, "--modality", "infrared", "--top", "100"]
+    every = [image for result in search.main(ask) for image in result["found"]]
+    least = rates["similarity"][tenth]
+    assert min(image["similarity"] for image in every) < least < max(image["similarity"] for image in every)
+    wanted = [image["path"] for image in every if image["similarity"] >= least]
+    by_rate = search.main([*ask, "--false_positives", "0.11", "--calibration", str(file)])  # 0.1 is the next below
+    by_value = search.main([*ask, "--min_similarity", str(least)])
+    for found in (by_rate, by_value):
+        assert [image["path"] for result in found for image in result["found"]] == wanted
+    assert [result["found"] for result in search.main([*ask, "--min_similarity", "1"])] == [[], []]
+    assert "none: no image has a similarity of 1.000" in capsys.readouterr().out
+
+    other = save_network(tmp_path / "other.t", 1, "sysu")
+    testa.main(search_flags(sysu_tree, other, "--calibrate", tmp_path / "o.json"))
+    for more, text in (
+        (["--false_positives", "0.1"], "belong together"),
+        (["--calibration", str(file)], "belong together"),
+        (["--false_positives", "0.1", "--calibration", f"{tmp_path}/o.json"], "is of another checkpoint"),
+        (["--false_positives", "1e-6", "--calibration", str(file)], "begins at 0.0001; pass more"),
+        (["--false_positives", "0.1", "--calibration", str(results)], "make it with testa.py --calibrate"),
+    ):
+        with pytest.raises(InputError, match=text):
+            search.main([*ask, *more])
+
+
+def test_what_calibration_needs(tmp_path, capsys):
+    for flags in (["--from_features", "f.npz"], ["--dataset", "regdb", "--resume", "x_{trial}.t"]):
+        assert exit_status(testa, [*flags, "--gpu", "cpu", "--calibrate", tmp_path / "c.json"]) == 2
+        assert "is of one checkpoint; pass one with --resume" in capsys.readouterr().err
