@@ -34,13 +34,18 @@ def read_image(path, size):
             image = _rgb(ImageOps.exif_transpose(image))
             if deep:
                 _check_span(image)
-            return np.array(image.resize((size[1], size[0]), Image.Resampling.LANCZOS))
+            return resized(image, size)
     except FileNotFoundError as error:
         raise missing_image(path) from error
     except Exception as error:  # the readers raise anything when a file is damaged
         if shortage(error):  # the file may be good
             raise
         raise InputError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
+
+
+def resized(image, size):
+    """A Pillow image in RGB -> uint8 [H, W, 3] of size = (height, width)."""
+    return np.array(image.resize((size[1], size[0]), Image.Resampling.LANCZOS))
 
 
 def missing_image(path):

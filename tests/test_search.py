@@ -724,3 +724,43 @@ def test_errors_name_the_program_and_not_its_file(tmp_path):
     command = [sys.executable, "-m", "tools.search", *flags]
     result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode, result.stderr.partition(": ")[0]) == (2, "search.py")
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_crops_have_the_features_of_the_same_images_in_files(kind, request, checkpoint, pictures, tmp_path):
+    """Of several sizes and in several batches; in the order of OpenCV, and cut out of a larger array."""
+    rng, files, crops = np.random.default_rng(0), [], []
+    for number, path in enumerate(pictures[0][:5]):
+        image = np.array(Image.open(path))[: 90 - 9 * number, : 40 + number]
+        files.append(tmp_path / f"{number}.png")
+        Image.fromarray(image).save(files[-1])
+        frame = rng.integers(0, 256, (200, 100, 3), np.uint8)
+        frame[10 : 10 + len(image), 20 : 20 + image.shape[1]] = image
+        crops.append(frame[10 : 10 + len(image), 20 : 20 + image.shape[1]])
+    path = checkpoint if kind == "checkpoint" else request.getfixturevalue("exported")["visible"]
+    embed = embedder.Embedder(path, gpu="cpu", batch=2)
+    expected = embed(files, "visible")
+    # A batch of another size rounds otherwise.
+    np.testing.assert_allclose(embed.embed_crops(crops, "visible", "RGB"), expected, rtol=0, atol=1e-6)
+    turned = [crop[:, :, ::-1] for crop in crops]
+    np.testing.assert_allclose(embed.embed_crops(turned, "visible", "BGR"), expected, rtol=0, atol=1e-6)
+    assert np.abs(embed.embed_crops(turned, "visible", "RGB") - expected).max() > 1e-4
+    assert embed.embed_crops([], "visible", "BGR").shape == (0, embed.dim)
+    if kind == "onnx":
+        with pytest.raises(InputError, match="embeds visible images, not infrared ones"):
+            embed.embed_crops(crops, "infrared", "RGB")
+
+
+def test_crops_of_another_kind_are_refused(checkpoint):
+    good, embed = np.zeros((9, 5, 3), np.uint8), embedder.Embedder(checkpoint, gpu="cpu")
+    for bad, text in (
+        (good.astype(np.float32), r"crop 1: is float32 \[9, 5, 3\], not a uint8 array \[H, W, 3\]; convert it"),
+        (good[:, :, 0], r"crop 1: is uint8 \[9, 5\], not"),
+        (good.transpose(2, 0, 1), r"crop 1: is uint8 \[3, 9, 5\], not"),
+        ("a.jpg", "crop 1: is str, not"),
+        (good[:0], "crop 1: is empty, 0 x 5; leave it out"),
+    ):
+        with pytest.raises(InputError, match=text):
+            embed.embed_crops([good, bad], "visible", "RGB")
+    with pytest.raises(InputError, match="colours 'rgb': pass 'RGB' or 'BGR'"):
+        embed.embed_crops([good], "visible", "rgb")

@@ -7,12 +7,14 @@ from typing import Literal, TypedDict
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, default_collate
 
 from ChannelAug import normalise
 from core.checkpoint import load_checkpoint
 from core.files import file_sha256
 from core.formats import ImageSize, checked
+from core.images import resized
 from data_loader import ImageFiles, worker_options
 from model import FEATURES, MODALITIES, load_network
 from testing import engine
@@ -104,7 +106,7 @@ class Embedder:
         Raises InputError for a file that cannot be read.
         """
         if isinstance(paths, str | os.PathLike) or not all(isinstance(path, str | os.PathLike) for path in paths):
-            raise InputError("Embedder: takes a list of image files; save crops to files, or run an .onnx file")
+            raise InputError("Embedder: takes a list of image files; embed_crops takes arrays")
         features = np.empty((len(paths), self.dim), np.float32)
         for path in paths:
             if not os.path.isfile(path):
@@ -117,23 +119,56 @@ class Embedder:
         return features
 
     @torch.inference_mode()
+    def embed_crops(self, crops, modality, colours):
+        """What a tracker cuts out: a list of uint8 arrays [H, W, 3] of any sizes, of one modality -> float32 [N, C], of
+        unit length, as of the same images in files.
+
+        colours: "RGB" or "BGR", the order of the channels (OpenCV and most trackers have BGR). Raises InputError for
+        arrays of another kind.
+        """
+        self._check_modality(modality)
+        if colours not in ("RGB", "BGR"):
+            raise InputError(f"colours {colours!r}: pass 'RGB' or 'BGR', the order of the channels of the crops")
+        features = np.empty((len(crops), self.dim), np.float32)
+        images = []
+        for row, crop in enumerate(crops):
+            if not isinstance(crop, np.ndarray) or crop.dtype != np.uint8 or crop.ndim != 3 or crop.shape[2] != 3:
+                about = f"{crop.dtype} {list(crop.shape)}" if isinstance(crop, np.ndarray) else type(crop).__name__
+                raise InputError(f"crop {row}: is {about}, not a uint8 array [H, W, 3]; convert it")
+            if not crop.size:
+                raise InputError(f"crop {row}: is empty, {crop.shape[0]} x {crop.shape[1]}; leave it out")
+            crop = crop if colours == "RGB" else crop[:, :, ::-1]
+            images.append(resized(Image.fromarray(np.ascontiguousarray(crop)), self.size))
+        for start in range(0, len(images), self.batch):
+            batch = torch.from_numpy(np.stack(images[start : start + self.batch])).permute(0, 3, 1, 2)
+            features[start : start + self.batch] = self._finite(batch, modality)
+        return features
+
+    @torch.inference_mode()
     def batches(self, paths, modality):
         """Yields for each batch: rows [B], features float32 [B, C], and a line for each file that cannot be read."""
-        if modality not in self.modalities:
-            raise InputError(
-                f"{self.path}: embeds {' and '.join(self.modalities)} images, not {modality} ones; pass the .onnx file "
-                f"of the same checkpoint for {modality} images"
-            )
+        self._check_modality(modality)
         # One batch is decoded here: starting a process takes longer, and threads of the web page must not fork.
         options = worker_options(self.workers if len(paths) > self.batch else 0)
         loader = DataLoader(_Images(paths, self.size), batch_size=self.batch, collate_fn=_collate, **options)
         with progress(total=len(paths), desc=f"embedding {modality}", unit="img", leave=False) as bar:
             for rows, images, unreadable in loader:
-                features = self._embed(images, modality) if rows else np.empty((0, self.dim), np.float32)
-                if not np.isfinite(features).all():
-                    raise InputError(f"{self.path}: its {self.feature} features are not finite; train at a lower --lr")
+                features = self._finite(images, modality) if rows else np.empty((0, self.dim), np.float32)
                 yield rows, features, unreadable
                 bar.update(len(rows) + len(unreadable))
+
+    def _check_modality(self, modality):
+        if modality not in self.modalities:
+            raise InputError(
+                f"{self.path}: embeds {' and '.join(self.modalities)} images, not {modality} ones; pass the .onnx file "
+                f"of the same checkpoint for {modality} images"
+            )
+
+    def _finite(self, images, modality):
+        features = self._embed(images, modality)
+        if not np.isfinite(features).all():
+            raise InputError(f"{self.path}: its {self.feature} features are not finite; train at a lower --lr")
+        return features
 
 
 class _Images(ImageFiles):
