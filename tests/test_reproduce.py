@@ -164,6 +164,8 @@ def test_what_stops_it_is_one_line_and_leaves_no_record(sysu_tree, tmp_path, mon
     assert exit_status(reproduce, flags(sysu_tree, tmp_path)) == 2
     assert "is no git repository, and a record names its commit; clone the code with git" in capsys.readouterr().err
     monkeypatch.setattr(records, "commit", lambda: COMMIT)
+    assert exit_status(reproduce, [*flags(sysu_tree, tmp_path), "--method=adp"]) == 2
+    assert "-- --method: is set by this program; pass it before the --" in capsys.readouterr().err
     assert exit_status(reproduce, flags(tmp_path / "none", tmp_path)) == 2
     assert "none" in capsys.readouterr().err
     broken = tmp_path / "stub.py"

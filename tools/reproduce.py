@@ -9,6 +9,7 @@ Flags after -- go to train_ext_test0.py. docs/reproduction.md has the rule of th
 
 import multiprocessing
 import platform
+import shlex
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -37,6 +38,7 @@ from utils import ArgumentParser, InputError, bounded, cli, cores, end_with_the_
 WARM_UP, MEASURED = 10, 30  # steps
 SEEDS = 3  # for a verdict: the interval of fewer seeds is too wide to tell anything
 CHECKPOINTS = ("best", "last")
+OWN_FLAGS = {"method", "dataset", "data_path", "gpu", "trial", "seed"}  # of training, that this program passes
 # Rank-1, mAP and mINP of one gallery image an identity (and camera), without re-ranking, at the best epoch; of RegDB
 # the mean of ten trials. adp, deen: their papers; agw, caj: the README of their code, which is in
 # mangye16/Cross-Modal-Re-ID-baseline; dns: the notebook in its code, Joey623/DNS.
@@ -75,7 +77,10 @@ def main(argv=None):
     argv = [*map(str, sys.argv[1:] if argv is None else argv)]
     split = argv.index("--") if "--" in argv else len(argv)
     args, more = get_args_parser().parse_args(argv[:split]), argv[split + 1 :]
+    if own := sorted(sweep.flag_names(more) & OWN_FLAGS):
+        raise InputError(f"-- --{own[0]}: is set by this program; pass it before the --, or leave it out")
     spec, commit, found = DATASETS[args.dataset], records.commit(), []
+    args.seeds = list(dict.fromkeys(args.seeds))
     args.data_path = args.data_path or spec.path
     check_output(args.out / "record.json")
     checks = [f"--dataset={args.dataset}", f"--data_path={args.data_path}", f"--gpu={args.gpu[0]}"]
@@ -86,8 +91,7 @@ def main(argv=None):
         trials = spec.options.get("trial", (None,))
         rows = [f"trial {trial}: --trial {trial}" if trial else f"{method}:" for trial in trials]
         runs = len(rows) * len(args.seeds)
-        results = sorted(folder.glob("*/seed_*/results*.json"))
-        if (left := runs - sum(file.name == "results.json" for file in results)) > 0:
+        if left := runs - len(results(folder, args.seeds, "last")):
             announce(args, method, prepare(flags), left)
         gpus = ["--gpus", *args.gpu] if args.gpu != ["cpu"] else []
         common = [f"--out={folder}", *chain(*(("--row", row) for row in rows)), "--seeds", *map(str, args.seeds)]
@@ -182,18 +186,18 @@ def write(args, method, more, folder, table, commit):
     complete = complete_as_published(args.dataset, args.data_path)
     published = PUBLISHED.get(method, {}) if complete else {}
     seconds = {row["row"]: row["seconds"]["mean"] for s in table["settings"] for row in s["rows"] if row["seeds"]}
-    flags = " ".join([f"--method {method} --dataset {args.dataset}", *more])
+    files, but = results(folder, args.seeds, "best"), shlex.join(more)
     record = {
-        "date": str(date.fromtimestamp(max(file.stat().st_mtime for file in folder.glob("*/seed_*/results*.json")))),
+        "date": str(date.fromtimestamp(max(file.stat().st_mtime for file in files))),
         "commit": commit,
         "data": spec.name if complete else spec.title(demo, None),
         "real": not demo,
-        "row": method + (f", but {' '.join(more)}" if more else ""),
-        "flags": flags,
+        "row": method + (f", but {but}" if more else ""),
+        "flags": f"--method {method} --dataset {args.dataset} {but}".strip(),
         "command": f"python -m tools.reproduce --dataset {args.dataset} --method {method}"
-        + (f" -- {' '.join(more)}" if more else ""),
+        + (f" -- {but}" if more else ""),
         "scores": scores,
-        "seeds": sorted(set(args.seeds)),
+        "seeds": sorted(args.seeds),
         "hardware": processor() if args.gpu == ["cpu"] else in_a_process(graphics, args.gpu),
         "hours": round(sum(seconds.values()) / 3600, 3),
         "by": args.by,
@@ -215,7 +219,7 @@ def collect(folder, seeds):
     values = {}
     for checkpoint in CHECKPOINTS:
         for seed in seeds:
-            for file in sorted(folder.glob(f"*/seed_{seed}/{sweep.RESULTS[checkpoint]}")):
+            for file in results(folder, [seed], checkpoint):
                 for row in network_rows(file):
                     key = f"{search_title(row)}; FC; {checkpoint} epoch"
                     values.setdefault(key, {}).setdefault(seed, []).append(row["mean"])
@@ -226,6 +230,11 @@ def collect(folder, seeds):
         }
         for key, of_seeds in values.items()
     }
+
+
+def results(folder, seeds, checkpoint):
+    """The files of results of some seeds in a folder of runs."""
+    return sorted(file for seed in seeds for file in folder.glob(f"*/seed_{seed}/{sweep.RESULTS[checkpoint]}"))
 
 
 def compare(scores, published, seeds):
@@ -251,7 +260,7 @@ def verdict(rows, record, complete, more):
     if not complete:
         return f"No verdict: {record['data']} is not the published data set, complete."
     if more:
-        return f"No verdict: {' '.join(more)} is not the method's recipe."
+        return f"No verdict: {shlex.join(more)} is not the method's recipe."
     if all(paper is None for _, _, paper, *_ in rows):
         return "No verdict: nothing is published for this method on this data set."
     if len(record["seeds"]) < SEEDS:
