@@ -44,7 +44,10 @@ def test_when_there_is_no_verdict():
     values = {"Rank-1": spread(72.0, 1.5)}
     _, verdict = compared((70.0,), **values)
     assert verdict(False, []) == "No verdict: SYSU-MM01 is not the published data set, complete."
-    assert verdict(True, ["--epochs", "3"]) == "No verdict: --epochs 3 is not the method's recipe."
+    for more in (["--epochs", "3"], ["--lr=1", "--workers", "2"]):
+        flag = more[0].split("=")[0]
+        assert verdict(True, more) == f"No verdict: {flag} is not left as in the method's recipe."
+    assert verdict(True, ["--workers=8", "--square", "1"]) == "Reproduced: all published values are reached."
     missed, verdict = compared((), **values)
     assert (missed, verdict(True, [])) == ([None], "No verdict: nothing is published for this method on this data set.")
     missed, verdict = compared((70.0,), seeds=2, **values)
