@@ -128,8 +128,8 @@ class GFMNet(nn.Module):
     shift: DNS's parts: a `SpaceShift` after stages 3 and 4, a bottleneck with a bias, and a `DomainBranch`.
     gray: the network takes the luminance of visible images instead of their colours (gfm2).
     stages: of the backbone, 4, or 3 to leave out the last (DEEN on RegDB).
-    weights: what the backbone starts from: None (random), "imagenet" (torchvision's V1), or the path of a state dict
-        of torchvision's network. Both streams start from the same values.
+    weights: what the backbone starts from: None (random), "imagenet" (torchvision's V1), torchvision's name of others,
+        such as "IMAGENET1K_V2", or the path of a state dict of its network. Both streams start from the same values.
 
     `net.options` holds these arguments but for the weights: GFMNet(**net.options) is the same network, untrained.
     `net.feature_widths` has the number of values of each of the FEATURES that `embed` gives.
@@ -300,13 +300,15 @@ def backbone(arch, weights=None):
 
 def _backbone_state(arch, network, weights):
     """State dict for `network` from torchvision's server or a file, in which the classifier may be missing."""
-    if weights == "imagenet":
-        source = torchvision.models.get_model_weights(arch).IMAGENET1K_V1
+    sources = torchvision.models.get_model_weights(arch)
+    name = "IMAGENET1K_V1" if weights == "imagenet" else str(weights)
+    if name in sources.__members__:
+        source = sources[name]
         try:
             return source.get_state_dict(check_hash=True)
         except (urllib.error.URLError, OSError, RuntimeError) as error:
             raise InputError(
-                f"--weights imagenet: could not download {source.url} ({error}); "
+                f"--weights {weights}: could not download {source.url} ({error}); "
                 "fetch that file elsewhere and pass --weights FILE, or train from scratch: --weights none"
             ) from error
     state = check_state(load_weights(Path(weights)), f"--weights {weights}")

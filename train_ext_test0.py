@@ -84,7 +84,8 @@ def get_args_parser():
         "gfm2 (GFMNet without colour)",
     )
     flag("--arch", choices=ARCHS, default="resnet50", help="backbone")
-    flag("--weights", default="imagenet", help="start of the backbone: imagenet, none (random), or a state-dict file")
+    text = "start of the backbone: imagenet (torchvision's V1), another of its names (IMAGENET1K_V2), none, or a file"
+    flag("--weights", default="imagenet", help=text)
     flag(
         "--share_net",
         type=bounded(int, 1, 5),

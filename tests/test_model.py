@@ -14,6 +14,7 @@ import checks
 import model
 import published_state
 from methods import METHODS, MethodLoss
+from utils import InputError
 
 GOLDEN = np.load(checks.GOLDEN / "model.npz")
 PLAIN = {"attention": False, "non_local": False, "local": False}  # backbone and pooling only
@@ -306,3 +307,17 @@ def test_every_parameter_learns(method):
     visible, infrared = images(4 * (copies - 1), 0), images(4, 1)
     MethodLoss(method)(net(visible, infrared), torch.arange(2).repeat_interleave(2).repeat(copies)).total.backward()
     assert not {name for name, p in net.named_parameters() if p.requires_grad and p.grad is None}
+
+
+def test_weights_may_have_torchvision_s_name(monkeypatch):
+    """Each name gets its own. ResNet-18 has no second version."""
+    torch.manual_seed(1)
+    states = {name: torchvision.models.resnet50().state_dict() for name in ("IMAGENET1K_V1", "IMAGENET1K_V2")}
+    loaded = lambda weights, **options: states[weights.name]  # noqa: E731
+    monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", loaded)
+    for weights, name in (("imagenet", "IMAGENET1K_V1"), ("IMAGENET1K_V2", "IMAGENET1K_V2")):
+        net = model.GFMNet(3, "resnet50", weights=weights)
+        for part in (net.visible, net.infrared):
+            torch.testing.assert_close(part.conv1.weight, states[name]["conv1.weight"], rtol=0, atol=0)
+    with pytest.raises(InputError, match="IMAGENET1K_V2: no such file"):
+        model.GFMNet(3, "resnet18", weights="IMAGENET1K_V2")
