@@ -47,7 +47,7 @@ def write_page(path, title, results, rankings, rankings_title, plots, settings):
         pictures={file: (f"i{number}", figures.data_uri(file)) for number, file in enumerate(bar)},
         rankings=rankings,
         rankings_title=rankings_title,
-        plots={caption: inline_svg(figure, caption, f"f{i}-") for i, (caption, figure) in enumerate(plots.items())},
+        plots=[(title, plot, inline_svg(plot, title, f"f{i}-")) for i, (title, plot) in enumerate(plots.items())],
         content={"settings": settings, "results": results},
     )
     with atomic(path) as temporary:
