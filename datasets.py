@@ -394,7 +394,8 @@ def union(*parts):
             for (paths, ids), (some, _), own in zip(lists, found, np.split(labels, [len(found[0][1])]), strict=True):
                 paths += some
                 ids += own.tolist()
-        names = [f"{'+'.join(parts)}_{modality}" for modality in ("visible", "infrared")]
+        trial = "".join(f"_trial_{value}" for value in whole.own(**options).values())
+        names = [f"{'+'.join(parts)}{trial}_{modality}" for modality in ("visible", "infrared")]
         return {name: (paths, np.array(ids)) for name, (paths, ids) in zip(names, lists, strict=True)}
 
     def train(data_path, size, **options):

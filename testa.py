@@ -65,13 +65,14 @@ def main(argv=None):
     check_flags(args)
     device, data_path = select_device(args.gpu, args.amp), evaluation.data_folder(args)
 
-    rows, first, by_kind, pairs = [], None, [], []
-    for path, trial in sources(args):
+    rows, first, by_kind, pairs, tested = [], None, {}, [], sources(args)
+    for number, (path, trial) in enumerate(tested):
         test, features, origin, embed_corrupted = embed_test(args, path, trial, data_path, device)
         trained_on = f" on {TRAINING_SETS[origin['dataset']].name}" if args.cross_data and origin.get("dataset") else ""
         found = ((search, features, "") for search in test.searches)
         if args.corrupt:
-            found = chain(found, corrupted(test, features, embed_corrupted, data_path, by_kind))
+            repetitions = range(corruptions.REPETITIONS) if len(tested) == 1 else [number]
+            found = chain(found, corrupted(test, features, embed_corrupted, data_path, repetitions, by_kind))
         for search, features, corruption in progress(found, desc="searching", unit="search", leave=False):
             matches = engine.run_search(features, search, args.rerank)
             first = first or (search, features, test.paths, matches, origin)
@@ -95,7 +96,7 @@ def main(argv=None):
     pairs = verification.mean_rates([*filter(None, pairs)]) if any(pairs) else None
     if args.json:
         content = {"flags": vars(args), "torch": torch.__version__, "results": table, "verification": pairs}
-        save_json(content | ({"corruption": by_kind[0]} if by_kind else {}), args.json)
+        save_json(content | ({"corruption": corruptions.table(by_kind)} if by_kind else {}), args.json)
     files = [args.json, args.report and os.path.join(args.report, PAGE)]
     results.print_results(table, args.table == "full", [*filter(None, files)])
     if args.calibrate:
@@ -141,22 +142,21 @@ def embed_test(args, path, trial, data_path, device):
     return test, features, origin, embed_corrupted
 
 
-def corrupted(test, features, embed_corrupted, data_path, by_kind):
+def corrupted(test, features, embed_corrupted, data_path, repetitions, by_kind):
     """(search, features, what its rows are called besides), for all settings in each repetition of `--corrupt`: in the
-    search of the trial of that number, or where there is one search, in that. Appends to by_kind `ByKind.table`."""
+    search of the trial of that number, or where there is one search, in that. by_kind: of `corruptions.add_by_kind`."""
     settings, infrared = {}, features["infrared"]
     for search in test.searches:
         settings.setdefault(search_title(search.setting), []).append(search)
     name = results.leading(list(infrared))
-    kinds = corruptions.ByKind(test, name, data_path)
-    kinds.add(features)
-    for repetition in progress(range(corruptions.REPETITIONS), desc="corrupting", unit="repetition", leave=False):
+    add = partial(corruptions.add_by_kind, by_kind, test, name, data_path)
+    add(features)
+    for repetition in progress(repetitions, desc="corrupting", unit="repetition", leave=False):
         visible = embed_corrupted(repetition)
         both = {"visible": visible, "infrared": {name: infrared[name] for name in visible}}
-        kinds.add(both, repetition)
+        add(both, repetition)
         for searches in settings.values():
             yield searches[repetition % len(searches)], both, CORRUPTED
-    by_kind.append(kinds.table())
 
 
 def calibrate(args, path, rates, row, setting):
@@ -170,8 +170,8 @@ def calibrate(args, path, rates, row, setting):
 def write_report(args, table, search, features, paths, matches, origin, rates, by_kind):
     """Write the page of `--report`. Its rankings and distances are those of one search by the network's FC feature.
 
-    matches: as `engine.run_search` gives them. rates: of `verification.mean_rates`, or None. by_kind: tables of
-    `corruptions.ByKind`, if any.
+    matches: as `engine.run_search` gives them. rates: of `verification.mean_rates`, or None. by_kind: of
+    `corruptions.add_by_kind`.
     """
     from drawing import figures, report  # only here: they are slow to import
 
@@ -193,7 +193,7 @@ def write_report(args, table, search, features, paths, matches, origin, rates, b
         pictures[f"{title}; equal error rate {equal}"] = figures.roc_curve(rates)
     if by_kind:
         title = f"mAP of visible images, each corrupted, as queries, by kind and level: {setting}"
-        pictures[title] = figures.corruption_curves(by_kind[0])
+        pictures[title] = figures.corruption_curves(corruptions.table(by_kind))
     modules = (torch, torchvision, np, PIL)
     report.write_page(
         os.path.join(args.report, PAGE),

@@ -311,7 +311,7 @@ def roc_curve(rates):
 
 
 def corruption_curves(table):
-    """table: of `corruptions.ByKind` -> Figure with a panel for each kind, mAP by level; level 0 is the clean image."""
+    """table: of `corruptions.table` -> Figure with a panel for each kind, mAP by level; level 0 is the clean image."""
     panels = {}
     for kind, values in table.items():
         points = [(level, value) for level, value in enumerate(values) if value is not None]

@@ -56,9 +56,12 @@ def apply(kind, image, level, random):
     own = {"seed": random.randint(2**31)} if "seed" in signature(function).parameters else {}
     np.random.seed(random.randint(2**31))  # the package draws from the global generator
     try:
-        return np.array(function(Image.fromarray(image), level, **own)).astype(np.uint8)
+        with np.errstate(invalid="ignore"):
+            values = np.array(function(Image.fromarray(image), level, **own))
     finally:
         np.random.set_state(state)
+    # Of a small image, spatter may draw no drop, and divide by the greatest of none.
+    return np.where(np.isfinite(values), values, image).astype(np.uint8)
 
 
 def rain(image, level, random):
@@ -75,43 +78,40 @@ def rain(image, level, random):
     return np.uint8(np.clip(image - 255 * (0.05 + 0.05 * level), 0, 255))
 
 
-class ByKind:
-    """Mean average precision of all visible test images, each of which searches the infrared ones of a search, by kind
-    and level of its corruption.
+def add_by_kind(found, test, name, data_path, features, repetition=None):
+    """Add to `found`, {(kind, level): [average precision]}, that of all visible test images, each of which searches the
+    infrared ones of a search; without corruption, the kind is None and the level 0.
 
     A search from infrared to visible images measures a gallery of all kinds; here each image counts by itself. A pair
     that does not see each other there does not do so here.
+
+    test: a `datasets.Searches`, whose first search counts. name: of the feature. features: as `engine.run_search` has
+    them, of a repetition, or without corruption.
     """
+    first = test.searches[0]
+    visible, rules = _visible(test.searches), first.rules
+    infrared = first.query if first.query.modality == "infrared" else first.gallery
+    if rules.not_seen and first.query.modality == "infrared":
+        rules = rules._replace(not_seen=lambda *labels: first.rules.not_seen(*labels[2:], *labels[:2]))
+    distances = CosineDistances(*(features[side.modality][name][side.rows] for side in (visible, infrared)))
+    matches = match_ranks(rules, distances, visible.ids, infrared.ids, visible.cameras, infrared.cameras)
+    paths = test.paths["visible"]
+    for position, value in zip(matches.rows.tolist(), matches.average_precision().tolist(), strict=True):
+        kind, level = None, 0
+        if repetition is not None:
+            kind, level, _ = draw(paths[visible.rows[position]], data_path, repetition)
+        found.setdefault((kind, level), []).append(value)
 
-    def __init__(self, test, name, data_path):
-        """test: a `datasets.Searches`, whose first search counts. name: of the feature."""
-        first = test.searches[0]
-        self.sides = [_visible(test.searches), first.query if first.query.modality == "infrared" else first.gallery]
-        self.rules, self.name, self.data_path = first.rules, name, data_path
-        if self.rules.not_seen and first.query.modality == "infrared":
-            self.rules = self.rules._replace(not_seen=lambda *labels: first.rules.not_seen(*labels[2:], *labels[:2]))
-        self.paths, self.found = test.paths["visible"], {}
 
-    def add(self, features, repetition=None):
-        """features: as `engine.run_search` has them, of a repetition, or without corruption."""
-        distances = CosineDistances(*(features[side.modality][self.name][side.rows] for side in self.sides))
-        (_, rows, *query), (_, _, *gallery) = self.sides
-        labels = (labels for pair in zip(query, gallery, strict=True) for labels in pair)
-        matches = match_ranks(self.rules, distances, *labels)
-        for position, value in zip(matches.rows.tolist(), matches.average_precision().tolist(), strict=True):
-            kind, level = None, 0
-            if repetition is not None:
-                kind, level, _ = draw(self.paths[rows[position]], self.data_path, repetition)
-            self.found.setdefault((kind, level), []).append(value)
+def table(found):
+    """found: of `add_by_kind` -> {kind: [mAP in percent without corruption, then of levels 1 to 5, None where no image
+    has it]}."""
 
-    def table(self):
-        """{kind: [mAP in percent without corruption, then of levels 1 to 5, None where no image has it]}"""
+    def mean(values):
+        return 100 * float(np.mean(values)) if values else None
 
-        def mean(values):
-            return 100 * float(np.mean(values)) if values else None
-
-        clean = mean(self.found[None, 0])
-        return {kind: [clean, *(mean(self.found.get((kind, level))) for level in LEVELS)] for kind in KINDS}
+    clean = mean(found[None, 0])
+    return {kind: [clean, *(mean(found.get((kind, level))) for level in LEVELS)] for kind in KINDS}
 
 
 def _visible(searches):

@@ -139,7 +139,7 @@ def summarise(rows):
 
 def result_title(row):
     """What a row of `summarise` is of, in words: "SYSU-MM01, all-search, ..., 1-shot, 10 trials"."""
-    trials = f"trial {row['trials'][0]}" if len(row["trials"]) == 1 else f"{len(row['trials'])} trials"
+    trials = f"trial {row['trials'][0]}" if len({*row["trials"]}) == 1 else f"{len(row['trials'])} trials"
     name = DATASETS[row["dataset"]].title(row["demo"], row["per_trial"][0]["queries"])
     return f"{name}, {search_title(row)}, {trials}"
 
@@ -215,13 +215,20 @@ def is_best(value, others):
     return bool(others) and round(value, 2) >= round(max(others), 2)
 
 
+def trials_text(trials):
+    """Several times the same one: repetitions of `testa.py --corrupt`."""
+    if len({*trials}) > 1:
+        return len(trials)
+    return f"trial {trials[0]}" + (f", {len(trials)} times" if len(trials) > 1 else "")
+
+
 def row_labels(row):
     """What the numbers of a row mean, in the words of `testa.py`: {column: text}."""
     count, trials = row["per_trial"][0], row["trials"]
     values = {
         "data": DATASETS[row["dataset"]].title(row["demo"], count["queries"]),
         **{name: row[name] for name in ("mode", "direction", "protocol", "shots")},
-        "trials": f"trial {trials[0]}" if len(trials) == 1 else len(trials),
+        "trials": trials_text(trials),
         "similarity": row["similarity"],
         "CMC counts": row["cmc_counts"],
         "not seen": row["unseen"],

@@ -94,9 +94,9 @@ def test_curves_by_kind_against_a_plain_loop(sysu_tree):
         sizes = {modality: len(paths) for modality, paths in test.paths.items()}
         return {m: {"FC": F.normalize(torch.randn(n, 8, generator=generator))} for m, n in sizes.items()}
 
-    kinds, of_repetition = corruptions.ByKind(test, "FC", sysu_tree), {r: features() for r in (None, 0, 1)}
+    found, of_repetition = {}, {r: features() for r in (None, 0, 1)}
     for repetition, values in of_repetition.items():
-        kinds.add(values, repetition)
+        corruptions.add_by_kind(found, test, "FC", sysu_tree, values, repetition)
 
     def camera_and_id(path):
         *_, camera, identity, _ = Path(path).parts
@@ -115,7 +115,7 @@ def test_curves_by_kind_against_a_plain_loop(sysu_tree):
             if same.any():
                 expected.setdefault(drawn, []).append(average_precision(similarity, same))
     assert hidden
-    table = kinds.table()
+    table = corruptions.table(found)
     assert [*table] == [*corruptions.KINDS]
     for kind, values in table.items():
         wanted = [expected.get((None, 0)), *(expected.get((kind, level)) for level in range(1, 6))]

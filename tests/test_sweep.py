@@ -110,6 +110,15 @@ def test_curves_may_be_of_any_method_s_terms():
     assert args.curves == ["alignment", "centre", "triplet"]
 
 
+def test_a_union_is_tested_on_one_data_set():
+    common = ["--row", "a: --method base", "--seeds", "0"]
+    with pytest.raises(InputError, match=r"--dataset sysu\+llcm: name one data set to test on, such as --test '"):
+        runs_of(*common, "--", "--dataset", "sysu+llcm", "--gpu=cpu")
+    (one,) = runs_of(*common, "--test=--dataset regdb --cross_data", "--", "--dataset", "sysu+llcm", "--gpu=cpu")
+    assert (one.train.dataset, one.test.dataset, one.test.cross_data) == ("sysu+llcm", "regdb", True)
+    assert (one.data, one.test_data) == (("sysu+llcm", "../data/"), ("regdb", "../data/RegDB/"))
+
+
 def test_grid_is_the_product_of_flags_and_seeds():
     runs = runs_of(
         "--vary", "method=base,adp", "lr=0.1,1", "--vary", "milestones=5 9", "--seeds", "3", "4", "--", "--gpu=cpu"
@@ -317,9 +326,14 @@ def test_other_flags_are_refused(calls, tmp_path):
         InputError, match=r"with --all False, but this sweep uses --all True; .* or remove results.json to test again$"
     ):
         run(out, "--seeds", "0", "--test", "--all", common=("--epochs", "5"))
-    with pytest.raises(InputError, match=r"_last.t was tested; pass the same --checkpoint, or remove results.json"):
-        run(out, "--seeds", "0", "--checkpoint", "best", common=("--epochs", "5"))
     assert len(calls()) == 4
+    # Another checkpoint of the same runs is tested beside the first.
+    run(out, "--seeds", "0", "--checkpoint", "best", common=("--epochs", "5", "--gpu", "cpu"))
+    assert [call.split()[0] for call in calls()[4:]] == ["train", "test"] * 2
+    tested = {name: json.loads((out / "margin=1" / "seed_0" / name).read_text()) for name in sweep.RESULTS.values()}
+    assert [Path(content["flags"]["resume"]).name[-7:] for content in tested.values()] == ["_last.t", "_best.t"]
+    run(out, "--seeds", "0", common=("--epochs", "5"))
+    assert len(calls()) == 8
 
 
 def test_data_may_move_but_not_change(calls, tmp_path, capsys):
@@ -338,6 +352,15 @@ def test_data_may_move_but_not_change(calls, tmp_path, capsys):
             with pytest.raises(InputError, match=words):
                 run(out, "--seeds", "0", margins=margins, data=data)
     assert len(calls()) == 4
+
+    test = ["--seeds", "0", "--test", f"--data_path {tmp_path}/images"]
+    other = tmp_path / "other"
+    run(other, *test, data="moved")
+    shutil.move(tmp_path / "images", tmp_path / "images_moved")
+    make_data(tmp_path / "images", size=7)
+    with pytest.raises(InputError, match=r"other/sweep.json: has other data than .*/images; pass the --data_path"):
+        run(other, *test, "--seeds", "0", "1", data="moved")
+    assert len(calls()) == 8
 
     record = out / "margin=2" / "seed_0" / "flags.json"
     content = json.loads(record.read_text())

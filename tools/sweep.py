@@ -27,10 +27,10 @@ import testa
 import train_ext_test0
 from core.files import check_output, save_json
 from core.formats import Count, Flags, Text, read_json
-from datasets import fingerprint
+from datasets import DATASETS, fingerprint
 from testing.evaluation import data_folder
 from testing.results import read_results
-from tools import sweep_tables
+from tools import records, sweep_tables
 from training.log import read_json_lines
 from training.run import run_lock
 from utils import ArgumentParser, InputError, Stopped, bounded, cli, cores, progress
@@ -78,6 +78,7 @@ class Record(TypedDict):
 
     flags: Flags
     data: NotRequired[str | None]
+    commit: NotRequired[str]  # of this code, when the run began; empty without git
 
 
 class Failure(TypedDict):
@@ -162,8 +163,11 @@ def main(argv=None):
         for run in runs:
             run.check_unchanged()
         data = {folder: fingerprint(*folder) for folder in dict.fromkeys(run.data for run in runs)}
-        check_same_data(runs, data)
-        plan["data"] = {dataset: digest for (dataset, _), digest in data.items()}
+        for dataset, folder in dict.fromkeys(run.test_data for run in runs if run.test_data != run.data):
+            data[f"{dataset} of the test", folder] = fingerprint(dataset, folder)
+        before = read_json(out / PLAN, Plan, REMEDY).get("data", {}) if (out / PLAN).exists() else {}
+        check_same_data(runs, data, {(dataset, out / PLAN): digest for dataset, digest in before.items()})
+        plan["data"] = before | {dataset: digest for (dataset, _), digest in data.items()}
         with run_lock(out / "sweep", "another --out"):
             save_json(plan, out / PLAN)
             run_all(runs, data, args.gpus or [None] * args.jobs, args.retry)
@@ -227,8 +231,12 @@ class SweepRun:
 
     @property
     def data(self):
-        """(data set, its folder)"""
+        """(data set, its folder) of the training."""
         return self.train.dataset, data_folder(self.train)
+
+    @property
+    def test_data(self):
+        return self.test.dataset, data_folder(self.test)
 
     @property
     def record(self):
@@ -269,13 +277,15 @@ class SweepRun:
         return [entry for path in Path(self.train.log_path).rglob("*.jsonl") for entry in read_json_lines(path)]
 
 
-def check_same_data(runs, data=()):
+def check_same_data(runs, data=(), earlier=()):
     """Raise InputError if two runs have different data under the name of one data set.
 
-    data: {(data set, folder): `fingerprint`} of what is to be used; of the runs that there are, their records tell.
+    data: {(data set, folder): `fingerprint`} of what is to be used; earlier: the same of earlier calls. Of the runs
+    that there are, their records tell.
     """
     known = [(dataset, digest, folder) for (dataset, folder), digest in dict(data).items()]
     known += [(run.train.dataset, run.recorded().get("data"), run.folder) for run in runs if run.record.exists()]
+    known += [(dataset, digest, file) for (dataset, file), digest in dict(earlier).items()]
     first = {}
     for dataset, digest, place in known:
         before, other = first.setdefault(dataset, (digest, place)) if digest else (digest, place)
@@ -305,7 +315,11 @@ def plan_runs(plan, out):
         train_flags.append("--resume=auto")
         train = parse("train", train_flags, user_flags, name)
         checkpoint = Path(train.model_path) / f"{train_ext_test0.run_name(train)}_{plan['checkpoint']}.t"
-        shared = SHARED if "dataset" in flag_names(plan["test"]) else DATA_FLAGS + SHARED
+        own = "dataset" in flag_names(plan["test"])
+        if not (own or train.dataset in DATASETS):
+            example = "--test '--dataset regdb --data_path ../data/RegDB --cross_data'"
+            raise InputError(f"--dataset {train.dataset}: name one data set to test on, such as {example}")
+        shared = SHARED if own else DATA_FLAGS + SHARED
         shared = [f"--{flag}={getattr(train, flag)}" for flag in shared if getattr(train, flag) is not None]
         test_flags = [*shared, *plan["test"], f"--resume={checkpoint}"]
         test = parse("test", test_flags, plan["test"], name)
@@ -421,7 +435,9 @@ def prepare(run, digest):
     except BlockingIOError:
         lock.close()
         return None
-    save_json({"row": run.row, "seed": run.seed, "flags": vars(run.train), "data": digest}, run.record)
+    commit = (run.recorded().get("commit") if run.record.exists() else None) or records.git("rev-parse", "HEAD")
+    about = {"row": run.row, "seed": run.seed, "flags": vars(run.train), "data": digest, "commit": commit}
+    save_json(about, run.record)
     run.failure.unlink(missing_ok=True)
     return lock
 
