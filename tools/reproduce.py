@@ -14,15 +14,16 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
-from itertools import chain, islice, repeat
+from itertools import chain, count, islice, product, repeat
 from pathlib import Path
 
 import torch
+import torchvision
 
 import pre_process_sysu
 import train_ext_test0
-from core.files import atomic, check_output, save_json
-from core.formats import checked
+from core.files import atomic, check_output, file_sha256, save_json
+from core.formats import checked, read_json
 from data_loader import IdentitySampler, eval_loader, sysu_train, train_loader
 from data_manager import is_demo
 from datasets import DATASETS, search_title
@@ -37,6 +38,7 @@ from utils import ArgumentParser, InputError, bounded, cli, cores, end_with_the_
 
 WARM_UP, MEASURED = 10, 30  # steps
 SEEDS = 3  # for a verdict: the interval of fewer seeds is too wide to tell anything
+WIDEST = 3.0  # half of an interval, in points, that still tells something
 CHECKPOINTS = ("best", "last")
 # They change nothing that is trained; and the square is published for GFMNet and CAJ, but not the default.
 FREE_FLAGS = sweep.MAY_CHANGE["train"] | {"square"}
@@ -79,10 +81,8 @@ def main(argv=None):
     argv = [*map(str, sys.argv[1:] if argv is None else argv)]
     split = argv.index("--") if "--" in argv else len(argv)
     args, more = get_args_parser().parse_args(argv[:split]), argv[split + 1 :]
-    if own := sorted(sweep.flag_names(more) & OWN_FLAGS):
-        raise InputError(f"-- --{own[0]}: is set by this program; pass it before the --, or leave it out")
-    spec, commit, found = DATASETS[args.dataset], records.commit(), []
-    args.seeds = list(dict.fromkeys(args.seeds))
+    check_flags(args, more)
+    spec, commit, found, failed = DATASETS[args.dataset], records.commit(), [], []
     args.data_path = args.data_path or spec.path
     check_output(args.out / "record.json")
     checks = [f"--dataset={args.dataset}", f"--data_path={args.data_path}", f"--gpu={args.gpu[0]}"]
@@ -90,22 +90,45 @@ def main(argv=None):
     for method in args.method:
         flags = [f"--method={method}", f"--dataset={args.dataset}", f"--data_path={args.data_path}", *more]
         folder = args.runs / f"{args.dataset}_{method}"
-        trials = spec.options.get("trial", (None,))
-        rows = [f"trial {trial}: --trial {trial}" if trial else f"{method}:" for trial in trials]
-        runs = len(rows) * len(args.seeds)
-        if left := runs - len(results(folder, args.seeds, "last")):
+        rows = {f"trial_{trial}": f"--trial {trial}" for trial in spec.options.get("trial", ())} or {method: ""}
+        runs = {(row, seed): folder / row / f"seed_{seed}" for row in rows for seed in args.seeds}
+        if left := len(missing(runs, "last")):
             announce(args, method, prepare(flags), left)
-        gpus = ["--gpus", *args.gpu] if args.gpu != ["cpu"] else []
-        common = [f"--out={folder}", *chain(*(("--row", row) for row in rows)), "--seeds", *map(str, args.seeds)]
+        device = ["--gpu=cpu"] if args.gpu == ["cpu"] else []
+        common = [f"--out={folder}", *chain(*(("--row", f"{row}: {own}") for row, own in rows.items()))]
+        common += ["--seeds", *map(str, args.seeds), *([] if device else ["--gpus", *args.gpu]), "--retry"]
         for checkpoint in reversed(CHECKPOINTS):  # the tables that stay are those of the published way
-            device = [] if gpus else ["--gpu=cpu"]
-            test = ["--retry", f"--checkpoint={checkpoint}", "--test", "--all"]
-            table = sweep.main([*common, *gpus, *test, "--", *flags, *device])
-            for run in table["failed"]:
-                failed = f"{run['row']}, seed {run['seed']} failed: {run['line']}"
-                raise InputError(f"{folder}: {failed}; mend that, and start the same command again")
-        found.append(write(args, method, more, folder, table, commit))
+            try:
+                table = sweep.main([*common, f"--checkpoint={checkpoint}", "--test", "--all", "--", *flags, *device])
+                unfinished = missing(runs, checkpoint)
+                reasons = [f"{run['row']}, seed {run['seed']} failed: {run['line']}" for run in table["failed"]]
+            except InputError as reason:  # none has finished, or the folder has other runs
+                unfinished, reasons = missing(runs, checkpoint), [str(reason)]
+            if unfinished or reasons:
+                failed.append("; ".join([f"{method}: {len(unfinished)} runs have not finished", *reasons[:1]]))
+                print(failed[-1])
+                break
+        else:
+            found.append(write(args, method, more, list(runs.values()), table, commit))
+    if failed:
+        raise InputError(f"{'; '.join(failed)}; mend that, and start the same command again")
     return found
+
+
+def check_flags(args, more):
+    """Raise InputError for flags that do not go together; each seed and GPU counts once."""
+    if own := sorted(sweep.flag_names(more) & OWN_FLAGS):
+        raise InputError(f"-- --{own[0]}: is set by this program; pass it before the --, or leave it out")
+    if not args.by.strip():
+        raise InputError("--by: is empty; pass who measures")
+    args.seeds, args.gpu = list(dict.fromkeys(args.seeds)), list(dict.fromkeys(args.gpu))
+    if "cpu" in args.gpu and len(args.gpu) > 1:
+        raise InputError(f"--gpu {' '.join(args.gpu)}: pass numbers of GPUs, or cpu alone")
+
+
+def missing(runs, checkpoint):
+    """Of {run: folder}, the runs whose checkpoint is not tested."""
+    return [run for run, folder in runs.items() if not (folder / sweep.RESULTS[checkpoint]).exists()]
 
 
 def in_a_process(function, *arguments):
@@ -181,33 +204,39 @@ def measure(args):
 # ---------------------------------------------------------------------------------------------------------------- after
 
 
-def write(args, method, more, folder, table, commit):
-    """Write the record of a method and its page -> the record."""
-    spec, demo = DATASETS[args.dataset], is_demo(args.data_path)
-    scores = collect(folder, args.seeds)
-    complete = complete_as_published(args.dataset, args.data_path)
-    published = PUBLISHED.get(method, {}) if complete else {}
+def write(args, method, more, folders, table, commit):
+    """Write the record of a method, whose runs are in these folders, and its page -> the record."""
+    spec, demo, but = DATASETS[args.dataset], is_demo(args.data_path), shlex.join(more)
+    complete, changed = complete_as_published(args.dataset, args.data_path), changed_flags(method, args, more)
+    judged = complete and not changed and len(args.seeds) >= SEEDS
+    scores = collect(folders)
+    rows = compare(scores, PUBLISHED.get(method, {}) if complete else {}, judged)
     seconds = {row["row"]: row["seconds"]["mean"] for s in table["settings"] for row in s["rows"] if row["seeds"]}
-    files, but = results(folder, args.seeds, "best"), shlex.join(more)
+    began = [read_json(folder / "flags.json", sweep.Record, sweep.REMEDY).get("commit") for folder in folders]
+    day = date.fromtimestamp(max((folder / sweep.RESULTS["best"]).stat().st_mtime for folder in folders))
+    command = ["--dataset", args.dataset, "--method", method, "--seeds", *map(str, args.seeds)]
+    command += ["--", *more] if more else []
     record = {
-        "date": str(date.fromtimestamp(max(file.stat().st_mtime for file in files))),
-        "commit": commit,
+        "date": str(day),
+        "commit": next(filter(None, began), commit),
         "data": spec.name if complete else spec.title(demo, None),
         "real": not demo,
         "row": method + (f", but {but}" if more else ""),
         "flags": f"--method {method} --dataset {args.dataset} {but}".strip(),
-        "command": f"python -m tools.reproduce --dataset {args.dataset} --method {method}"
-        + (f" -- {but}" if more else ""),
+        "command": f"python -m tools.reproduce {shlex.join(command)}",
         "scores": scores,
         "seeds": sorted(args.seeds),
         "hardware": processor() if args.gpu == ["cpu"] else in_a_process(graphics, args.gpu),
         "hours": round(sum(seconds.values()) / 3600, 3),
         "by": args.by,
     }
-    rows = compare(scores, published, len(record["seeds"]))
-    record["verdict"] = verdict(rows, record, complete, more)
-    checked(record, records.Record, str(folder), "report it as a fault of this program")
-    name = args.out / f"{record['date']}_reproduce_{args.dataset}_{method}"
+    record["verdict"] = verdict(rows, record, complete, changed)
+    if len({*filter(None, began)}) > 1:
+        record["verdict"] += " The runs began with several commits."
+    checked(record, records.Record, str(folders[0]), "report it as a fault of this program")
+    stem = args.out / f"{day}_reproduce_{args.dataset}_{method}"
+    names = chain([stem], (stem.with_name(f"{stem.name}_{number}") for number in count(2)))
+    name = next(name for name in names if is_free(name.with_suffix(".json"), record))
     save_json(record, name.with_suffix(".json"))
     with atomic(name.with_suffix(".md")) as temporary:
         temporary.write_text(page(record, rows), encoding="utf-8", errors="replace")
@@ -215,16 +244,31 @@ def write(args, method, more, folder, table, commit):
     return record
 
 
-def collect(folder, seeds):
+def is_free(file, record):
+    """Whether there is no such file, or an older state of the same record."""
+    same = ("command", "commit", "data", "by")
+    return not file.exists() or all(read_json(file, records.Record, records.REMEDY)[key] == record[key] for key in same)
+
+
+def changed_flags(method, args, more):
+    """Flags after the -- that make it another training than the method's recipe."""
+    changed = sweep.flag_names(more) - FREE_FLAGS
+    training = train_ext_test0.get_args_parser().parse_args([f"--method={method}", f"--dataset={args.dataset}", *more])
+    source = torchvision.models.get_model_weights(training.arch).IMAGENET1K_V1.url
+    digest = Path(source).stem.rpartition("-")[2]  # ImageNet's weights in a file are those of the recipe
+    if Path(training.weights).is_file() and file_sha256(training.weights).startswith(digest):
+        changed -= {"weights"}
+    return sorted(changed)
+
+
+def collect(folders):
     """{"setting; FC; best epoch" or "... last epoch": {metric: `spread` over the seeds}}, the best first. The value
     of a seed is the mean over its networks (of RegDB ten, one for each trial) and galleries."""
     values = {}
-    for checkpoint in CHECKPOINTS:
-        for seed in seeds:
-            for file in results(folder, [seed], checkpoint):
-                for row in network_rows(file):
-                    key = f"{search_title(row)}; FC; {checkpoint} epoch"
-                    values.setdefault(key, {}).setdefault(seed, []).append(row["mean"])
+    for checkpoint, folder in product(CHECKPOINTS, folders):
+        for row in network_rows(folder / sweep.RESULTS[checkpoint]):
+            key = f"{search_title(row)}; FC; {checkpoint} epoch"
+            values.setdefault(key, {}).setdefault(folder.name, []).append(row["mean"])
     return {
         key: {
             metric: spread([sum(mean[metric] for mean in means) / len(means) for means in of_seeds.values()])
@@ -234,42 +278,46 @@ def collect(folder, seeds):
     }
 
 
-def results(folder, seeds, checkpoint):
-    """The files of results of some seeds in a folder of runs."""
-    return sorted(file for seed in seeds for file in folder.glob(f"*/seed_{seed}/{sweep.RESULTS[checkpoint]}"))
+def compare(scores, published, judged):
+    """[(setting, metric, published or None, `spread` at the best epoch, at the last, the state in words)]
 
-
-def compare(scores, published, seeds):
-    """[(setting, metric, published or None, `spread` at the best epoch, at the last, by how much it is missed or None)]
-
-    Missed by 0: the published value lies within the 95 % interval of the mean over the seeds, or is exceeded.
+    judged: whether to state anything. The rule is in docs/reproduction.md.
     """
     rows, end = [], "; FC; best epoch"
     for setting in (key.removesuffix(end) for key in scores if key.endswith(end)):
         paper = dict(zip(METRICS, published.get(setting, ()), strict=False))
         for metric, best in scores[setting + end].items():
-            missed = None
-            if metric in paper and seeds >= SEEDS:
-                missed = paper[metric] - best["mean"] if paper[metric] > best["interval"][1] else 0
+            state = state_of(paper[metric], best) if judged and metric in paper else ""
             last = scores[f"{setting}; FC; last epoch"][metric]
-            rows.append((setting, metric, paper.get(metric), best, last, missed))
+            rows.append((setting, metric, paper.get(metric), best, last, state))
     return rows
 
 
-def verdict(rows, record, complete, more):
-    """In one line, by the rule of docs/reproduction.md."""
-    missed = [f"{setting}: {metric} by {gap:.2f}" for setting, metric, *_, gap in rows if gap]
+def state_of(published, measured):
+    """Of a published value, beside a `spread` over seeds."""
+    if published <= measured["mean"]:
+        return "reached"
+    if measured["interval"][1] - measured["mean"] > WIDEST:
+        return "undecided"
+    return "reached" if published <= measured["interval"][1] else f"missed by {published - measured['mean']:.2f}"
+
+
+def verdict(rows, record, complete, changed):
+    """In one line."""
+    known = [(f"{setting}, {metric}", state) for setting, metric, paper, *_, state in rows if paper is not None]
     if not complete:
         return f"No verdict: {record['data']} is not the published data set, complete."
-    if other := sorted(sweep.flag_names(more) - FREE_FLAGS):
-        return f"No verdict: --{other[0]} is not left as in the method's recipe."
-    if all(paper is None for _, _, paper, *_ in rows):
-        return "No verdict: nothing is published for this method on this data set."
+    if changed:
+        return f"No verdict: --{changed[0]} is not left as in the method's recipe."
+    if not known:
+        return "No verdict: tools/reproduce.py knows no published value of this method on this data set."
     if len(record["seeds"]) < SEEDS:
         return f"No verdict: it needs {SEEDS} seeds, not {len(record['seeds'])}."
-    return (
-        f"Not reproduced. Missed: {'; '.join(missed)}." if missed else "Reproduced: all published values are reached."
-    )
+    if missed := [f"{name} {state}" for name, state in known if state.startswith("missed")]:
+        return f"Not reproduced: {'; '.join(missed)}."
+    if open_ := [name for name, state in known if state == "undecided"]:
+        return f"No verdict: the seeds differ too much in {'; '.join(open_)}. Look at each, or take more seeds."
+    return f"Reproduced: the {len(known)} published values that are known here are reached."
 
 
 PAGE = """# {row} on {data}
@@ -279,8 +327,8 @@ PAGE = """# {row} on {data}
 {values}
 
 Values are in %, of the feature FC by cosine similarity, without re-ranking. ± is the standard deviation over the
-seeds; brackets have the 95 % interval of their mean. The best epoch is chosen on the test set, as published. A value is
-reached if the published one lies within the interval of the best epoch, or is exceeded.
+seeds; brackets have the 95 % interval of their mean. The best epoch is chosen on the test set, as published. The rule
+of the verdict is in docs/reproduction.md.
 
 {facts}
 """
@@ -289,9 +337,8 @@ reached if the published one lies within the interval of the best epoch, or is e
 def page(record, rows):
     """The page of a record, in Markdown."""
     values = [["setting", "metric", "published", "best epoch", "last epoch", ""]]
-    for setting, metric, paper, best, last, missed in rows:
+    for setting, metric, paper, best, last, state in rows:
         interval = " [{:.2f}, {:.2f}]".format(*best["interval"]) if best["interval"] else ""
-        state = "" if missed is None else f"missed by {missed:.2f}" if missed else "reached"
         paper = "" if paper is None else f"{paper:.2f}"
         values.append([setting, metric, paper, plus_minus(best, 2) + interval, plus_minus(last, 2), state])
     shown = ("date", "by", "commit", "data", "flags", "command", "seeds", "hardware", "hours")
