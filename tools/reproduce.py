@@ -102,8 +102,8 @@ def main(argv=None):
                 table = sweep.main([*common, f"--checkpoint={checkpoint}", "--test", "--all", "--", *flags, *device])
                 unfinished = missing(runs, checkpoint)
                 reasons = [f"{run['row']}, seed {run['seed']} failed: {run['line']}" for run in table["failed"]]
-            except InputError as reason:  # none has finished, or the folder has other runs
-                unfinished, reasons = missing(runs, checkpoint), [str(reason)]
+            except InputError as reason:  # none has finished, or other runs are there
+                unfinished, reasons = missing(runs, checkpoint), [str(reason).replace("--out", "--runs")]
             if unfinished or reasons:
                 failed.append("; ".join([f"{method}: {len(unfinished)} runs have not finished", *reasons[:1]]))
                 print(failed[-1])
