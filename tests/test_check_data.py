@@ -14,7 +14,7 @@ import pre_process_sysu
 import train_ext_test0
 from conftest import SIZE, exit_status, parse
 from data_manager import DEMO_FILE, list_folders, read_splits
-from datasets import DATASETS, difference, search_counts, training_counts
+from datasets import DATASETS, TRAINING_SETS, difference, search_counts, training_counts
 from tools import check_data
 from utils import InputError
 
@@ -244,7 +244,8 @@ def test_training_says_what_differs(own_tree, monkeypatch):
 
 def test_without_published_numbers_nothing_is_compared(own_tree, monkeypatch):
     (own_tree / DEMO_FILE).unlink()
-    monkeypatch.setitem(DATASETS, "sysu", dataclasses.replace(DATASETS["sysu"], published={}))
+    for table in (DATASETS, TRAINING_SETS):
+        monkeypatch.setitem(table, "sysu", dataclasses.replace(DATASETS["sysu"], published={}))
     assert check(own_tree)[0]["counts"] == ("note", "nothing is published to compare with")
 
 

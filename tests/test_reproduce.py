@@ -216,7 +216,7 @@ from tools import records, reproduce
 from utils import cli
 
 if __name__ == "__main__":
-    records.commit = lambda: "{COMMIT}"
+    records.commit = records.git = lambda *_: "{COMMIT}"
     cli(reproduce.main)
 """
 

@@ -56,13 +56,16 @@ def serve(args):
             raise InputError(f"--port {port}: cannot be used ({error.strerror}); choose another") from error
         page = Page(finder, uploads, port)
         print(f"http://127.0.0.1:{port}/?token={page.token}  (Ctrl-C stops it)", flush=True)
+        number = signal.SIGINT  # asyncio may take it without a word, if nothing is awaited any more
         try:
             server(page).run([listener])
-        except (KeyboardInterrupt, Stopped) as stop:
-            number = getattr(stop, "number", signal.SIGINT)
-            shutil.rmtree(uploads, ignore_errors=True)
-            print(f"\nserve: stopped by {number.name}", file=sys.stderr, flush=True)
-            os._exit(128 + number)  # a search may still be computed, and crash when Python takes its modules away
+        except Stopped as stop:
+            number = stop.number
+        except KeyboardInterrupt:
+            pass
+        shutil.rmtree(uploads, ignore_errors=True)
+        print(f"\nserve: stopped by {number.name}", file=sys.stderr, flush=True)
+        os._exit(128 + number)  # a search may still be computed, and crash when Python takes its modules away
 
 
 def server(page):
