@@ -44,9 +44,7 @@ def get_args_parser():
     flag("--all", action="store_true", help="every protocol and direction of the data set, in one table")
     text = "the network was trained on another data set; RegDB: all ten trials are tested"
     flag("--cross_data", action="store_true", help=text)
-    text = (
-        f"add rows of corrupted visible images ({corruptions.REPETITIONS} repetitions), as CIL's benchmarks have them"
-    )
+    text = f"add rows of corrupted visible images, {corruptions.REPETITIONS} repetitions, as CIL has them"
     flag("--corrupt", action="store_true", help=text)
     text = "add rows with re-ranked distances"
     flag("--rerank", nargs="+", choices=("k_reciprocal", "random_walk"), default=[], help=text)

@@ -55,12 +55,10 @@ def mean_rates(several):
 
 def describe(rates):
     """In one line."""
-    points = dict(
-        zip(rates["false_positives"], zip(rates["true_positives"], rates["similarity"], strict=True), strict=True)
-    )
     parts = []
     for rate in SHOWN:
-        true, similarity = points[min(points, key=lambda other: abs(other - rate))]
+        i = min(range(len(RATES)), key=lambda i: abs(RATES[i] - rate))
+        true, similarity = rates["true_positives"][i], rates["similarity"][i]
         parts.append(f"{100 * true:.1f} % at {100 * rate:g} % false positives (similarity {similarity:.3f})")
     equal = f"equal error rate {100 * rates['equal_error']:.1f} % ({rates['equal_error_similarity']:.3f})"
     return f"Pairs of one person that are recognised: {', '.join(parts)}; {equal}."

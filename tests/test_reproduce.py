@@ -11,7 +11,7 @@ import time
 import pytest
 
 from conftest import exit_status, result_row
-from tools import records, reproduce, sweep, sweep_tables
+from tools import check_data, records, reproduce, sweep, sweep_tables
 from utils import InputError
 
 ALL, REGDB = reproduce.ALL, reproduce.REGDB
@@ -78,7 +78,7 @@ def test_flags_that_make_it_another_training(tmp_path, monkeypatch):
     weights = tmp_path / "w.pth"
     weights.write_bytes(b"some")
     assert changed("--weights", str(weights)) == ["weights"]
-    monkeypatch.setattr(reproduce, "file_sha256", lambda file: "0676ba61" + 56 * "0")  # of ImageNet's ResNet-50
+    monkeypatch.setattr(check_data, "file_sha256", lambda file: "0676ba61" + 56 * "0")  # of ImageNet's ResNet-50
     assert changed("--weights", str(weights)) == []
     assert changed("--weights", str(weights), "--arch=resnet18") == ["arch", "weights"]
 

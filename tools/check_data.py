@@ -230,11 +230,20 @@ def check_disk(model_path):
     return f"{free / 2**30:.0f} GiB are free for {model_path}"
 
 
+def imagenet_url(arch):
+    return torchvision.models.get_model_weights(arch).IMAGENET1K_V1.url
+
+
+def is_imagenet(file, arch):
+    """Whether a file is what `--weights imagenet` downloads, by the digest at the end of its name."""
+    return file_sha256(file).startswith(Path(imagenet_url(arch)).stem.rpartition("-")[2])
+
+
 def check_weights(arch):
-    source = torchvision.models.get_model_weights(arch).IMAGENET1K_V1.url
+    source = imagenet_url(arch)
     file = Path(torch.hub.get_dir(), "checkpoints", Path(source).name)
     if file.is_file():
-        if not file_sha256(file).startswith(file.stem.rpartition("-")[2]):
+        if not is_imagenet(file, arch):
             raise InputError(f"{file}: is damaged; delete it, and the next training downloads it again")
         return f"of {arch}, are here"
     return f"note: the first training downloads {source}; without internet, pass the file: --weights FILE"

@@ -18,11 +18,11 @@ from itertools import chain, count, islice, product, repeat
 from pathlib import Path
 
 import torch
-import torchvision
 
 import pre_process_sysu
 import train_ext_test0
-from core.files import atomic, check_output, file_sha256, save_json
+from ChannelAug import normalise
+from core.files import atomic, check_output, save_json
 from core.formats import checked, read_json
 from data_loader import IdentitySampler, eval_loader, sysu_train, train_loader
 from data_manager import is_demo
@@ -71,7 +71,7 @@ def get_args_parser():
     flag("--gpu", nargs="+", default=["0"], metavar="N", help="numbers of the GPUs, a run at a time on each; or cpu")
     flag("--runs", type=Path, default=Path("sweep"), help="folder of the runs: checkpoints, logs, results")
     flag("--out", type=Path, default=Path("records"), help="folder of the records and their pages")
-    flag("--by", default=records.git("config", "user.name") or "unknown", help="who measures, for the record")
+    flag("--by", help="who measures, for the record (default: git's user.name)")
     return parser
 
 
@@ -119,7 +119,8 @@ def check_flags(args, more):
     """Raise InputError for flags that do not go together; each seed and GPU counts once."""
     if own := sorted(sweep.flag_names(more) & OWN_FLAGS):
         raise InputError(f"-- --{own[0]}: is set by this program; pass it before the --, or leave it out")
-    if not args.by.strip():
+    args.by = (records.git("config", "user.name") if args.by is None else args.by).strip()
+    if not args.by:
         raise InputError("--by: is empty; pass who measures")
     args.seeds, args.gpu = list(dict.fromkeys(args.seeds)), list(dict.fromkeys(args.gpu))
     if "cpu" in args.gpu and len(args.gpu) > 1:
@@ -192,7 +193,7 @@ def measure(args):
     train_epoch(step, optimizer, islice(batches, WARM_UP))
     of_steps = seconds(lambda: train_epoch(step, optimizer, islice(batches, MEASURED)))
     size, paths = (args.img_h, args.img_w), test.paths["visible"][: args.test_batch]
-    embed = engine.network_embedding(net, device, train_ext_test0.normalise, args.amp)
+    embed = engine.network_embedding(net, device, normalise, args.amp)
     of_batch = min(
         seconds(lambda: engine.extract(embed, eval_loader(paths, size, args.test_batch, 0), "visible", "a test batch"))
         for _ in range(2)
@@ -252,11 +253,10 @@ def is_free(file, record):
 
 def changed_flags(method, args, more):
     """Flags after the -- that make it another training than the method's recipe."""
-    changed = sweep.flag_names(more) - FREE_FLAGS
-    training = train_ext_test0.get_args_parser().parse_args([f"--method={method}", f"--dataset={args.dataset}", *more])
-    source = torchvision.models.get_model_weights(training.arch).IMAGENET1K_V1.url
-    digest = Path(source).stem.rpartition("-")[2]  # ImageNet's weights in a file are those of the recipe
-    if Path(training.weights).is_file() and file_sha256(training.weights).startswith(digest):
+    method_flags = [f"--method={method}", f"--dataset={args.dataset}"]
+    recipe, own = (vars(train_ext_test0.get_args_parser().parse_args([*method_flags, *f])) for f in ([], more))
+    changed = {flag for flag in recipe if own[flag] != recipe[flag]} - FREE_FLAGS
+    if Path(own["weights"]).is_file() and check_data.is_imagenet(own["weights"], own["arch"]):
         changed -= {"weights"}
     return sorted(changed)
 
@@ -342,7 +342,8 @@ def page(record, rows):
         paper = "" if paper is None else f"{paper:.2f}"
         values.append([setting, metric, paper, plus_minus(best, 2) + interval, plus_minus(last, 2), state])
     shown = ("date", "by", "commit", "data", "flags", "command", "seeds", "hardware", "hours")
-    facts = [["", ""], *([name, one_line(str(record[name]).strip("[]"))] for name in shown)]
+    texts = {**record, "seeds": ", ".join(map(str, record["seeds"]))}
+    facts = [["", ""], *([name, one_line(str(texts[name]))] for name in shown)]
     tables = {"values": "\n".join(markdown_table(values)), "facts": "\n".join(markdown_table(facts))}
     return PAGE.format(**{name: one_line(record[name]) for name in ("row", "data", "verdict")}, **tables)
 

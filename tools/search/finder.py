@@ -38,13 +38,12 @@ class Finder:
         self.least = self._least(args)
 
     def _least(self, args):
-        share, file = getattr(args, "false_positives", None), getattr(args, "calibration", None)
+        share, file = args.false_positives, args.calibration
         if (share is None) != (file is None):
             raise InputError("--false_positives and --calibration belong together; pass both, or --min_similarity")
         if share is not None:
             return least_similarity(file, share, self.about["sha256"], self.about["feature"])
-        least = getattr(args, "min_similarity", None)
-        return -1 if least is None else least
+        return -1 if args.min_similarity is None else args.min_similarity
 
     def counts(self, column):
         """{value of a column: number of images}."""

@@ -198,9 +198,8 @@ class Page:
         page = min(page, -(-len(found) // top))
         cards = [(image, picture(image)) for image in found[(page - 1) * top : page * top]]
         values = timeline(found[:TIMELINE]) | {"found": cards, "page": page, "describe": describe}
-        values["least"] = (
-            -1 if choice["rerank"] else self.finder.least
-        )  # an order that is not by similarity has no line
+        # An order that is not by similarity has no line.
+        values["least"] = -1 if choice["rerank"] else self.finder.least
         return printable(self.template.render(values))
 
 
