@@ -1,5 +1,6 @@
 """Bad images: what is drawn, what it does to an image, and the rows and curves of `testa.py --corrupt`."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import testa
 from conftest import SIZE, exit_status, save_network, search_flags
 from core.images import read_image
 from data_manager import process_gallery_sysu, process_query_sysu
-from datasets import sysu_searches
+from datasets import llcm_searches, sysu_searches
 from eval_metrics import eval_sysu
 from testing import corruptions
 from testing.features import load_features
@@ -64,7 +65,9 @@ def test_corrupting_leaves_the_global_generator_alone():
     assert np.random.rand() == expected
 
 
-@pytest.mark.parametrize(("level", "drops", "length"), [(1, 53, 10), (3, 69, 30), (5, 82, 60)])
+@pytest.mark.parametrize(
+    ("level", "drops", "length"), [(1, 53, 10), (2, 69, 30), (3, 69, 30), (4, 82, 60), (5, 82, 60)]
+)
 def test_rain_darkens_and_draws_gray_drops(level, drops, length):
     """288 x 144 pixels. Drops of the image's own gray are not seen; on black, each is a line of length + 1 pixels."""
     darker = 255 * (0.05 + 0.05 * level)
@@ -84,6 +87,28 @@ def average_precision(similarity, same):
             hits += 1
             precisions.append(hits / rank)
     return 100 * np.mean(precisions)
+
+
+@pytest.mark.parametrize("direction", ["visible to infrared", "infrared to visible"])
+def test_curves_by_kind_in_either_direction(llcm_tree, direction):
+    """LLCM: the visible images are the queries, or in the drawn galleries; nobody sees himself in his own camera."""
+    test = llcm_searches(llcm_tree, [direction], trials=(0, 1))
+    generator, values = torch.Generator().manual_seed(0), {}
+    for modality, paths in test.paths.items():
+        values[modality] = {"FC": F.normalize(torch.randn(len(paths), 8, generator=generator))}
+    found = {}
+    corruptions.add_by_kind(found, test, "FC", llcm_tree, values)
+    search, expected = test.searches[0], []
+    infrared = search.query if direction.startswith("infrared") else search.gallery
+    of_infrared = [Path(test.paths["infrared"][row]).parts[-3:-1] for row in infrared.rows]
+    similarities = values["visible"]["FC"] @ values["infrared"]["FC"][infrared.rows].T
+    for path, similarity in zip(test.paths["visible"], similarities.numpy(), strict=True):
+        camera, identity = Path(path).parts[-3:-1]
+        seen = np.array([(camera, identity) != other for other in of_infrared])
+        same = np.array([identity == other for _, other in of_infrared])[seen]
+        if same.any():
+            expected.append(average_precision(similarity[seen], same) / 100)
+    assert sorted(found[None, 0]) == pytest.approx(sorted(expected), abs=1e-6)
 
 
 def test_curves_by_kind_against_a_plain_loop(sysu_tree):
@@ -125,6 +150,7 @@ def test_curves_by_kind_against_a_plain_loop(sysu_tree):
 
 def test_rows_of_corrupted_images_against_plain_steps(sysu_tree, tmp_path, monkeypatch, capsys):
     """Repetition r is in the gallery of trial r. The other rows, and what --features saves, are as without it."""
+    assert corruptions.REPETITIONS == 10
     monkeypatch.setattr(corruptions, "REPETITIONS", 3)
     checkpoint, saved, page = save_network(tmp_path / "net.t", 0, "sysu"), tmp_path / "f.npz", tmp_path / "page"
     flags = search_flags(sysu_tree, checkpoint, "--workers", "2", "--json", tmp_path / "r.json")
@@ -132,7 +158,7 @@ def test_rows_of_corrupted_images_against_plain_steps(sysu_tree, tmp_path, monke
     assert "visible images corrupted " in capsys.readouterr().out
     names = {(row["model"], row["feature"]): row for row in rows}
     assert [name for name, _ in names] == ["trained"] * 2 + ["trained, visible images corrupted"] * 2
-    assert rows[:2] == testa.main(flags)
+    assert rows[:2] == testa.main([*flags[:-1], str(tmp_path / "plain.json")])
     assert testa.main(["--data_path", str(sysu_tree), "--gpu", "cpu", "--from_features", str(saved)]) == rows[:2]
     row = names["trained, visible images corrupted", "FC"]
     assert row["trials"] == [0, 1, 2]
@@ -153,6 +179,9 @@ def test_rows_of_corrupted_images_against_plain_steps(sysu_tree, tmp_path, monke
         cmc, mean_ap, _ = eval_sysu(-similarity, ids, g_ids, cameras, g_cameras)
         metrics = row["per_trial"][repetition]["metrics"]
         assert (metrics["Rank-1"], metrics["mAP"]) == pytest.approx((100 * cmc[0], 100 * mean_ap), abs=0.5)
+    by_kind = json.loads((tmp_path / "r.json").read_text())["corruption"]
+    assert [*by_kind] == [*corruptions.KINDS]
+    assert len({values[0] for values in by_kind.values()}) == 1
     text = (page / "report.html").read_text()
     assert "each corrupted, as queries, by kind and level" in text
     for kind in corruptions.KINDS:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from datasets import (
     Search,
     check_options,
     difference,
+    fingerprint,
     llcm_searches,
     llcm_train,
     search_title,
@@ -200,6 +202,28 @@ def test_the_union_has_the_images_of_all_and_ids_apart(folder):
     assert difference("regdb+llcm", counts) is None
 
 
+def test_a_union_is_its_parts(folder):
+    spec = TRAINING_SETS["sysu+regdb"]
+    assert (spec.path, spec.rules, spec.directions) == ("../data/", DATASETS["sysu"].rules, DATASETS["sysu"].directions)
+    assert (spec.name, [*spec.options]) == ("SYSU-MM01 + RegDB", ["trial"])
+    args = train_ext_test0.get_args_parser().parse_args(["--dataset", "sysu+regdb", "--trial", "4"])
+    assert "trial_4" in train_ext_test0.run_name(args)  # another training than that of trial 3
+    assert [*spec.training(str(folder), trial=4)] == ["sysu+regdb_trial_4_visible", "sysu+regdb_trial_4_infrared"]
+
+
+def test_other_lists_of_any_part_make_another_union(folder):
+    before = fingerprint("sysu+llcm", str(folder))
+    assert fingerprint("sysu+llcm", str(folder)) == before
+    assert fingerprint("sysu+regdb", str(folder)) != before
+    for file in (folder / "LLCM/idx/train_nir.txt", folder / "SYSU-MM01/exp/val_id.txt"):
+        text = file.read_text()
+        file.unlink()  # a link to the shared one
+        file.write_text(text + "\n")
+        after = fingerprint("sysu+llcm", str(folder))
+        assert after != before
+        before = after
+
+
 @pytest.mark.parametrize("name", ["sysu+llcm", "regdb+llcm"])
 def test_tests_while_a_union_trains_are_those_of_its_first(folder, name):
     spec, first = TRAINING_SETS[name], DATASETS[name.split("+")[0]]
@@ -227,6 +251,7 @@ def test_methods_train_on_a_union_and_are_tested_on_another_data_set(folder, tmp
     result = train_ext_test0.main(
         [*flags, "--dataset=sysu+llcm", f"--data_path={folder}", f"--model_path={tmp_path}", f"--log_path={tmp_path}"]
     )
+    assert "data: demo data, " in Path(result["log"]).with_suffix(".txt").read_text()
     test = ["--gpu=cpu", "--workers=0", "--resume", str(result["last"])]
     regdb = [*test, "--dataset=regdb", "--tvsearch", f"--data_path={folder}/RegDB"]
     rows = testa.main([*regdb, "--cross_data"])

@@ -1,12 +1,14 @@
 """From a data set to a verdict: the rule, what is compared, and a whole run that is stopped and goes on."""
 
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -70,11 +72,71 @@ def test_when_there_is_no_verdict():
         assert judged((70.0, 70.0), **VALUES, **more) == (["", "", ""], f"No verdict: {text}")
 
 
+def test_published_values_are_those_of_the_page():
+    """docs/models.md has them too, of all-search, indoor-search and RegDB from visible to thermal."""
+    page = (Path(reproduce.__file__).parents[1] / "docs" / "models.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|[^|]*\|([^|]*)\|([^|]*)\|([^|]*)\|$", page, re.MULTILINE)
+    listed = {
+        (method, setting): tuple(float(value) for value in re.findall(r"[\d.]+", cell))
+        for method, *cells in rows
+        for setting, cell in zip((ALL, reproduce.INDOOR, REGDB[0]), cells, strict=True)
+        if cell.strip()
+    }
+    known = {(m, setting): values for m, of in reproduce.PUBLISHED.items() for setting, values in of.items()}
+    assert {key: known[key] for key in listed} == listed
+    others = {("dns", setting) for setting in (REGDB[1], *reproduce.LLCM)}  # of its notebook
+    assert known.keys() - listed.keys() == others
+    assert [known["dns", setting] for setting in (REGDB[1], *reproduce.LLCM)] == [
+        (93.49, 88.1),
+        (66.02, 68.6),
+        (57.45, 64.11),
+    ]
+
+
+def test_drawn_data_with_the_published_counts_is_not_the_published_data(sysu_tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(check_data, "check_counts", lambda *_: "as published (demo data)")
+    assert not reproduce.complete_as_published("sysu", sysu_tree)
+    shutil.copytree(sysu_tree, tmp_path / "real", copy_function=os.link, ignore=shutil.ignore_patterns("demo.txt"))
+    assert reproduce.complete_as_published("sysu", tmp_path / "real")
+    monkeypatch.setattr(check_data, "check_counts", lambda *_: "note: 9 training ids, not 395 as published")
+    assert not reproduce.complete_as_published("sysu", tmp_path / "real")
+
+
+def test_the_page_says_what_the_record_says():
+    record = {"row": "adp", "data": "SYSU-MM01", "verdict": "Not reproduced.", "date": "2026-01-02", "by": "me [x]"}
+    record |= {"commit": COMMIT, "flags": "--method adp", "command": "a | b", "seeds": [0, 4], "hardware": "h"}
+    rows = [(ALL, "mAP", 73.0, spread(70.0, 1.5), spread(69.0, 0.5), "missed by 3.00")]
+    rows += [(ALL, "mINP", None, {"mean": 50.0, "std": None, "interval": None}, {"mean": 49.0, "std": None}, "")]
+    text = reproduce.page(record | {"hours": 3.5}, rows)
+    assert text.startswith("# adp on SYSU-MM01\n\n**Not reproduced.**\n")
+    assert f"| {ALL} | mAP | 73.00 | 70.00 ± 1.00 [68.50, 71.50] | 69.00 ± 1.00 | missed by 3.00 |\n" in text
+    assert f"| {ALL} | mINP |  | 50.00 | 49.00 |  |\n" in text
+    for line in ("| seeds | 0, 4 |", "| by | me [x] |", "| command | a \\| b |", "| hours | 3.5 |"):
+        assert f"{line}\n" in text
+
+
+def test_all_gpus_are_used_at_a_time(regdb, monkeypatch):
+    calls = []
+    monkeypatch.setattr(reproduce.sweep, "main", lambda argv: calls.append(argv) or {"failed": [], "settings": []})
+    with pytest.raises(InputError, match="^base: 10 runs have not finished; mend that"):
+        regdb("--method", "base", "--seeds", "4", "--gpu", "1", "3", "1")
+    (argv,) = calls
+    place = argv.index("--gpus")
+    assert argv[place + 1 : place + 3] == ["1", "3"]
+    assert not [word for word in argv if word.startswith("--gpu=")]
+    assert argv[argv.index("--seeds") + 1] == "4"
+    assert {"--checkpoint=last", "--all", "--retry", "--method=base"} <= {*argv}
+    assert [argv[i + 1] for i, word in enumerate(argv) if word == "--row"] == [
+        f"trial_{trial}: --trial {trial}" for trial in range(1, 11)
+    ]
+
+
 def test_flags_that_make_it_another_training(tmp_path, monkeypatch):
     args = reproduce.get_args_parser().parse_args([])
     changed = lambda *more: reproduce.changed_flags("adp", args, [*more])  # noqa: E731
     assert changed("--epochs", "3", "--lr=1", "--workers", "2") == ["epochs", "lr"]
     assert changed("--workers=8", "--square", "1", "--cache", "gpu", "--test_batch=9") == []
+    assert changed("--epochs", "101", "--weights", "imagenet") == []  # as they are
     weights = tmp_path / "w.pth"
     weights.write_bytes(b"some")
     assert changed("--weights", str(weights)) == ["weights"]
