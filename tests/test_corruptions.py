@@ -77,6 +77,22 @@ def test_rain_darkens_and_draws_gray_drops(level, drops, length):
     rain = corruptions.rain(np.full((288, 144, 3), dark, np.uint8), level, RANDOM(0)).mean()
     whole = drops * (length + 1) * (200 - dark) / (288 * 144)
     assert 0.6 * whole < rain < 1.1 * whole
+    lines = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cv2.line", lambda image, start, end, colour, width: lines.append((end[1] - start[1], colour)))
+        corruptions.rain(np.zeros((288, 144, 3), np.uint8), level, RANDOM(0))
+    assert lines == [(length, (200, 200, 200))] * drops
+
+
+def test_a_kind_without_a_value_leaves_the_image(monkeypatch):
+    import imagecorruptions.corruptions
+
+    image = np.full((32, 16, 3), 77, np.uint8)
+    some = np.where(np.arange(16)[None, :, None] < 8, np.nan, 9.0) + np.zeros((32, 16, 3))
+    monkeypatch.setattr(imagecorruptions.corruptions, "spatter", lambda image, level: some)
+    result = corruptions.apply("spatter", image, 1, RANDOM(0))
+    assert {*result[:, :8].flat} == {77}
+    assert {*result[:, 8:].flat} == {9}
 
 
 def average_precision(similarity, same):

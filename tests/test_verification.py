@@ -67,6 +67,21 @@ def test_pairs_with_the_similarity_are_those_that_count(rated):
         assert accepted[same].mean() == pytest.approx(positives)
 
 
+def test_a_threshold_is_just_above_the_first_pair_that_is_one_too_many(monkeypatch):
+    distances = np.float32([0.2, 0.3, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1])
+    monkeypatch.setattr(verification, "pair_distances", lambda *_: (np.float32([0.1, 0.3]), distances))
+    rates = verification.error_rates(None, None, None)
+    accepted = [int((1 - distances >= np.float32(least)).sum()) for least in rates["similarity"]]
+    assert (accepted[0], accepted[30], accepted[34], accepted[36], accepted[40]) == (
+        0,
+        1,
+        1,
+        3,
+        10,
+    )  # 0.2512 and 0.3981
+    assert (rates["true_positives"][30], rates["true_positives"][36]) == (0.5, 1)
+
+
 def test_means_over_searches():
     several = [{"same": 2, "true_positives": [0.0, 1.0]}, {"same": 4, "true_positives": [0.5, 1.0]}]
     assert verification.mean_rates(several) == {"same": 3, "true_positives": [0.25, 1.0]}
