@@ -9,6 +9,7 @@ import train_ext_test0
 from conftest import PROGRAM, flags, save_network, search_flags
 from data_manager import process_test_regdb
 from eval_metrics import eval_regdb
+from testing import corruptions
 from tests.oracles import plain_embedding
 from utils import InputError
 
@@ -110,3 +111,26 @@ def test_a_network_of_another_data_set_is_tested_on_all_trials(regdb_tree, tmp_p
     itself = save_network(tmp_path / "itself.t", 0, dataset="regdb")
     with pytest.raises(InputError, match="was trained on regdb itself; leave out --cross_data"):
         search_regdb(regdb_tree, itself, "--cross_data")
+
+
+@pytest.mark.slow
+def test_corrupted_images_are_tested_ten_times_in_all(regdb_tree, tmp_path, monkeypatch, capsys):
+    """Once with each of ten networks, or ten times with one. Images that stay as they are have the same results."""
+    pytest.importorskip("imagecorruptions", exc_type=ImportError)
+    seen = []
+    monkeypatch.setattr(corruptions, "corrupt", lambda image, *_, repetition, **__: seen.append(repetition) or image)
+    monkeypatch.setattr(corruptions, "prepare", lambda: None)
+    networks = str(tmp_path / "net_{trial}.t")
+    for trial in range(1, 11):
+        save_network(tmp_path / f"net_{trial}.t", trial, dataset="regdb")
+    rows = {(r["model"], r["feature"]): r for r in search_regdb(regdb_tree, networks, "--corrupt")}
+    clean, corrupt = rows["trained", "FC"], rows["trained, visible images corrupted", "FC"]
+    assert clean["trials"] == corrupt["trials"] == [*range(1, 11)]
+    assert clean["mean"] == corrupt["mean"]
+    assert list(dict.fromkeys(seen)) == [*range(10)]
+
+    seen.clear()
+    one = networks.format(trial=3)
+    search_regdb(regdb_tree, one, "--trial", "3", "--corrupt", "--table", "full")
+    assert list(dict.fromkeys(seen)) == [*range(10)]
+    assert "trial 3, 10 times" in capsys.readouterr().out
