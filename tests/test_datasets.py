@@ -28,6 +28,7 @@ from datasets import (
     sysu_searches,
     training_counts,
 )
+from testing.evaluation import tested_trial
 from utils import InputError
 
 
@@ -262,3 +263,16 @@ def test_methods_train_on_a_union_and_are_tested_on_another_data_set(folder, tmp
         testa.main(regdb)
     with pytest.raises(InputError, match="leave out --cross_data"):
         testa.main([*test, "--dataset=sysu", f"--data_path={folder}/SYSU-MM01", "--cross_data"])
+
+
+def test_a_union_is_tested_on_its_parts_or_as_one_that_knows_nobody():
+    of = lambda name, trial=None: {"dataset": name, "trial": trial}  # noqa: E731
+    assert tested_trial("x.t", of("sysu+llcm"), "llcm", None, cross_data=False) is None
+    assert tested_trial("x.t", of("sysu+regdb", 4), "regdb", None, cross_data=False) == 4
+    assert tested_trial("x.t", of("sysu+llcm"), "regdb", 2, cross_data=True) == 2
+    with pytest.raises(InputError, match="was trained on trial 4, with test people of trial 5"):
+        tested_trial("x.t", of("sysu+regdb", 4), "regdb", 5, cross_data=False)
+    with pytest.raises(InputError, match=r"was trained on sysu\+llcm; test it with"):
+        tested_trial("x.t", of("sysu+llcm"), "regdb", None, cross_data=False)
+    with pytest.raises(InputError, match="was trained on llcm itself; leave out --cross_data"):
+        tested_trial("x.t", of("sysu+llcm"), "llcm", None, cross_data=True)
