@@ -59,6 +59,8 @@ def test_seeds_that_differ_much_decide_nothing():
     assert states[0] == "undecided"
     assert verdict == f"No verdict: the seeds differ too much in {ALL}, Rank-1. Look at each, or take more seeds."
     assert judged((40.0,), **(VALUES | {"Rank-1": wide}))[0][0] == "reached"  # the mean is above it
+    for half, state in ((2.9, "reached"), (3.1, "undecided")):
+        assert judged((73.04,), **{"Rank-1": spread(72.0, half)})[0] == [state]
     states, verdict = judged((73.04, 72.0), **(VALUES | {"Rank-1": wide}))
     assert verdict == f"Not reproduced: {ALL}, mAP missed by 1.00."
 
@@ -227,6 +229,7 @@ def test_scores_are_means_over_trials_then_over_seeds(regdb, tmp_path, monkeypat
     # The commit is the one with which the runs began.
     monkeypatch.setattr(records, "commit", lambda: "f" * 40)
     monkeypatch.setattr(records, "git", lambda *_: "f" * 40)
+    (tmp_path / "runs/regdb_base/trial_1/seed_0/results_best.json").unlink()  # tested, but not trained again
     assert regdb("--method", "base", "--seeds", "0", "3")[0]["commit"] == COMMIT
     (later,) = regdb("--method", "base", "--seeds", "0", "4")
     assert later["verdict"].endswith(" The runs began with several commits.")

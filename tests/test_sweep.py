@@ -110,6 +110,22 @@ def test_curves_may_be_of_any_method_s_terms():
     assert args.curves == ["alignment", "centre", "triplet"]
 
 
+def test_rows_of_the_network_are_compared_under_what_they_are(tmp_path):
+    """Not those of baselines; corrupted images, and a test on other data, are settings of their own."""
+    models = ["HOG", "untrained", "trained", "trained, visible images corrupted", "trained on LLCM"]
+    per_trial = [{"queries": 3, "evaluated": 3, "gallery": 4}]
+    more = {"mean": dict.fromkeys(sweep_tables.METRICS, 1.0), "std": None, "curves": {"cmc": [1.0]}}
+    rows = [
+        result_row(model=name, feature=f, **more) | {"per_trial": per_trial} for name in models for f in ("POOL", "FC")
+    ]
+    (tmp_path / "r.json").write_text(json.dumps({"flags": {}, "results": rows}))
+    found = sweep_tables.network_rows(tmp_path / "r.json")
+    assert [(row["model"], row["feature"]) for row in found] == [(name, "FC") for name in models[2:]]
+    plain, *others = map(sweep_tables.setting_text, found)
+    start, end = plain.split("FC; epoch ")
+    assert others == [f"{start}{name}; FC; epoch {end}" for name in models[3:]]
+
+
 def test_a_union_is_tested_on_one_data_set():
     common = ["--row", "a: --method base", "--seeds", "0"]
     with pytest.raises(InputError, match=r"--dataset sysu\+llcm: name one data set to test on, such as --test '"):
