@@ -64,6 +64,12 @@ def random_erasing(
     (logarithmic: the logarithm of the aspect is), again until the rectangle fits into the image (published: 100 times;
     `tries` draws at once, the first that fits counts).
     """
+    inside = _rectangles(images, probability, area, aspect, tries, logarithmic)
+    return torch.where(inside, _constant(ERASE_FILL, images.device) if fill is None else fill, images)
+
+
+def _rectangles(images, probability, area=ERASE_AREA, aspect=(0.3, 10 / 3), tries=20, logarithmic=False):
+    """What `random_erasing` fills: bool [N, 1, H, W]."""
     n, _, height, width = images.shape
 
     def uniform(low, high, *shape):
@@ -83,8 +89,7 @@ def random_erasing(
     column = torch.arange(width, device=images.device)
     in_rows = (row >= top) & (row < top + h) & erase[:, None]
     in_columns = (column >= left) & (column < left + w)
-    inside = (in_rows[:, :, None] & in_columns[:, None, :])[:, None]
-    return torch.where(inside, _constant(ERASE_FILL, images.device) if fill is None else fill, images)
+    return (in_rows[:, :, None] & in_columns[:, None, :])[:, None]
 
 
 def channel_exchange(images):
@@ -101,6 +106,28 @@ def channel_or_gray(images):
     repeated = _repeat_channel(images, (draw / 2).long().clamp_max(2))
     case = draw[:, None, None, None]
     return torch.where(case < 6, repeated, torch.where(case < 7, luminance(images), images))
+
+
+def green_or_gray(images):
+    """MSCMNet's first infrared view: the second channel repeated in half of the images, else, as likely, the luminance
+    or what was there. Published as ChannelAdapGray with probability 0.5, whose other channels its code leaves out."""
+    case = torch.randint(4, (len(images), 1, 1, 1), device=images.device)
+    return torch.where(case < 2, images[:, 1:2], torch.where(case < 3, luminance(images), images))
+
+
+def random_scale(images, probability=0.5):
+    """MSCMNet's second infrared view: in an image with this probability, each channel is multiplied by its own draw
+    from 0.02 to 1. Published as ChannelT, for normalised images."""
+    factors = 0.02 + 0.98 * torch.rand(len(images), 3, 1, 1, device=images.device)
+    chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < probability
+    return torch.where(chosen, factors * images, images)
+
+
+def random_brightness(images, change=0.5):
+    """Values of 0 to 255 times a draw from 1 - change to 1 + change for each image, in whole steps; as torchvision's
+    `ColorJitter(brightness=change)`."""
+    factors = 1 - change + 2 * change * torch.rand(len(images), 1, 1, 1, device=images.device)
+    return (factors * images).floor().clamp_max(255)
 
 
 def random_exchange(images, probability=2 / 3, gray=True):
@@ -148,6 +175,40 @@ def random_mix(images):
     return (images * (weights / weights.sum(dim=1, keepdim=True))).sum(dim=1, keepdim=True).expand_as(images)
 
 
+def moderate_rle(images, probability=0.5, beta=0.3):
+    """RLE's moderate half (Tan et al., NeurIPS 2024): an image with this probability becomes one mixture of its
+    channels in all three, with weights of Beta(beta, beta), divided by their sum."""
+    weights = _beta(images, beta)
+    mixed = (images * (weights / weights.sum(dim=1, keepdim=True))).sum(dim=1, keepdim=True)
+    chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < probability
+    return torch.where(chosen, mixed, images)
+
+
+def radical_rle(images, probability=0.5, beta=0.4, least=0.1, rectangles=12):
+    """RLE's radical half: in an image with this probability, each channel of a random rectangle is multiplied by its
+    own factor, a draw of Beta(beta, beta) over the largest value in it; and so on with other rectangles, until some
+    value has been multiplied by less than `least` in all.
+
+    Values are 0 to 255. A black rectangle stays black; the published code makes it NaN. Published: up to 100
+    rectangles; fewer than 1 image in 10,000, bright or dark, needs more than 12.
+    """
+    active = torch.rand(len(images), 1, 1, 1, device=images.device) < probability
+    total = torch.ones_like(images)
+    for _ in range(rectangles):
+        inside = _rectangles(images, 1.0) & active
+        largest = images.masked_fill(~inside, 0).amax(dim=(2, 3), keepdim=True).clamp_min(1e-2)
+        factors = torch.where(inside, _beta(images, beta) * 255 / largest, 1)
+        images, total = images * factors, total * factors
+        active = active & (total.amin(dim=(1, 2, 3), keepdim=True) >= least)
+    return images
+
+
+def _beta(images, beta):
+    """Draws of Beta(beta, beta) for each channel: [N, 3, 1, 1]."""
+    parameter = torch.full((len(images), 3, 1, 1), beta, device=images.device)
+    return torch.distributions.Beta(parameter, parameter, validate_args=False).sample()
+
+
 def random_curve(images, probability=0.7, pieces=4):
     """Send the values, 0 to 255, of an image with this probability through a random curve: its values at the ends of
     `pieces` equal parts of the range are drawn uniformly, and it is linear between them. Dark may become bright."""
@@ -162,21 +223,28 @@ def random_curve(images, probability=0.7, pieces=4):
 
 # ----------------------------------------------------------------------------------------- from batches to views
 # A step is a function of the images of a batch, float32 [N, 3, H, W] from 0 to 255 or normalised: first the visible
-# views, then the infrared images. It also gets the `TrainAugmentation`, whose flags it obeys, and how many infrared
-# images there are.
+# views, then the infrared ones. It also gets the `TrainAugmentation`, whose flags it obeys, and how many images a view
+# has.
 
 
 def colour(function, part="all"):
-    """A step that `--augc 0` leaves out: other colours in "all" images, in the "visible" views, in the "second" of
-    them, or in the "infrared" images."""
+    """A step that `--augc 0` leaves out: other colours in "all" images, in the "visible" or "infrared" ones, or in one
+    view of theirs, such as the "second visible"."""
+
+    def rows(views, count):
+        view, _, modality = part.rpartition(" ")
+        first, number = (0, views[0]) if modality == "visible" else (views[0], views[1])
+        if view:
+            first, number = first + ("first", "second").index(view), 1
+        return slice(first * count, (first + number) * count)
 
     def step(images, flags, count):
         if not flags.augc:
             return images
         if part == "all":
             return function(images)
-        rows = {"visible": slice(-count), "second": slice(count, -count), "infrared": slice(-count, None)}[part]
-        images[rows] = function(images[rows])  # in place: joined anew, the views would lose their memory order
+        some = images[rows(flags.views, count)]
+        some.copy_(function(some))  # in place: joined anew, the views would lose their memory order
         return images
 
     return step
@@ -202,24 +270,38 @@ def to_input(images, *_):
     return normalise(images)
 
 
-_EARLY = erase([255 * value for value in ERASE_FILL], (0.02, 0.33), aspect=(0.3, 3.3), tries=10, logarithmic=True)
+_FILL = [255 * value for value in ERASE_FILL]
+_EARLY = erase(_FILL, (0.02, 0.33), aspect=(0.3, 3.3), tries=10, logarithmic=True)
 _LATE = erase(ERASE_FILL)
 _EXCHANGE = colour(partial(random_exchange, gray=False), "visible")
-# name: (views of each visible image, steps after `random_crop` and `random_flip`)
+_RLE = [colour(moderate_rle), colour(radical_rle), erase(_FILL)]
+# name: (views of each visible and of each infrared image, steps after `random_crop` and `random_flip`)
 AUGMENTATIONS = {
     # Of AGW, CAJ and GFMNet: a plain view, and a second one with exchanged channels.
     "exchange": (
-        2,
-        [to_input, erase_as_published, colour(channel_exchange, "second"), colour(channel_or_gray, "infrared")],
+        (2, 1),
+        [to_input, erase_as_published, colour(channel_exchange, "second visible"), colour(channel_or_gray, "infrared")],
     ),
     # DEEN (Zhang and Wang, CVPR 2023). As in its code, ImageNet's mean fills images that are normalised already.
-    "gray": (1, [colour(random_gray), to_input, erase(MEAN)]),
+    "gray": ((1, 1), [colour(random_gray), to_input, erase(MEAN)]),
     # DNS (Jiang et al., ECCV 2024). The first erasing is torchvision's.
-    "shift": (1, [colour(random_hue, "infrared"), _EARLY, to_input, _LATE, colour(random_exchange, "visible")]),
-    "shift_regdb": (1, [_EARLY, to_input, _EXCHANGE]),
-    "shift_llcm": (1, [colour(random_hue, "infrared"), to_input, _LATE, _EXCHANGE]),
+    "shift": ((1, 1), [colour(random_hue, "infrared"), _EARLY, to_input, _LATE, colour(random_exchange, "visible")]),
+    "shift_regdb": ((1, 1), [_EARLY, to_input, _EXCHANGE]),
+    "shift_llcm": ((1, 1), [colour(random_hue, "infrared"), to_input, _LATE, _EXCHANGE]),
+    # RLE (Tan et al., NeurIPS 2024), which fills images before they are normalised.
+    "linear": ((1, 1), [*_RLE, to_input]),
+    "linear_gray": ((1, 1), [colour(random_gray), *_RLE, to_input]),
+    # MSCMNet (Hua et al., Pattern Recognition 2025): two views of each image, erased after they are normalised.
+    "four": (
+        (2, 2),
+        [
+            *(colour(random_gray, "first visible"), colour(random_brightness, "second infrared"), to_input, _LATE),
+            *(colour(channel_exchange, "second visible"), colour(green_or_gray, "first infrared")),
+            colour(random_scale, "second infrared"),
+        ],
+    ),
     # gfm2: only shape and texture tell people apart.
-    "curve": (1, [colour(random_mix, "visible"), colour(random_curve), to_input, _LATE]),
+    "curve": ((1, 1), [colour(random_mix, "visible"), colour(random_curve), to_input, _LATE]),
 }
 
 
@@ -227,9 +309,9 @@ class TrainAugmentation:
     """One of AUGMENTATIONS with the flags `--augc`, `--rande`, `--padding`, `--erase_area`: uint8 batches -> the
     network's float32 inputs, and labels.
 
-    __call__(visible [A, 3, H, W], infrared [A, 3, H, W], labels [A]) -> (visible [V A, 3, H, W], infrared [A, 3, H, W],
-    labels [(V + 1) A]): V views of the visible images, one after the other, and the infrared images. Image i of either
-    modality shows identity labels[i].
+    __call__(visible [A, 3, H, W], infrared [A, 3, H, W], labels [A]) -> (visible [V A, 3, H, W], infrared
+    [I A, 3, H, W], labels [(V + I) A]): V views of the visible images, one after the other, and I of the infrared ones.
+    Image i of either modality shows identity labels[i].
     augc: 0 leaves the colours alone. rande: probability of random erasing. padding: see `random_crop`. area: see
     `random_erasing`. All views are cropped, mirrored and erased independently.
     """
@@ -239,7 +321,9 @@ class TrainAugmentation:
         self.views, self.steps = AUGMENTATIONS[name]
 
     def __call__(self, visible, infrared, labels):
-        images = random_flip(random_crop(torch.cat([visible] * self.views + [infrared]), self.padding)).float()
+        first, second = self.views
+        images = random_flip(random_crop(torch.cat([visible] * first + [infrared] * second), self.padding)).float()
         for step in self.steps:
             images = step(images, self, len(infrared))
-        return images[: -len(infrared)], images[-len(infrared) :], labels.repeat(self.views + 1)
+        visible, infrared = images.tensor_split([first * len(visible)])
+        return visible, infrared, labels.repeat(first + second)

@@ -13,6 +13,8 @@ from loss import AlignedLocalLoss, HardTripletLoss, SquaredTripletLoss, Weighted
 from parts.deen import CentrePairLoss, OrthogonalLoss
 from parts.distances import euclidean, same_identity
 from parts.dns import AlignmentLoss, CircleLoss, DistillationLoss
+from parts.quad import QuadCentreLoss
+from parts.rle import THIRDS
 from utils import full_precision
 
 
@@ -47,13 +49,24 @@ def _squared(alpha, gamma, square, weighting, **_):
 
 class Batch(NamedTuple):
     """What the terms of a method see. embeddings [N, E, 2, C], identities [N]: of N pairs of a visible (0) and an
-    infrared (1) image of all processes, E embeddings each, those of a visible image in its first view; domain (of
-    `model.Output`), labels: of the images of this process."""
+    infrared (1) image of all processes, E embeddings each, those of an image in its first view; output
+    (`model.Output`), labels: of the images of this process."""
 
     embeddings: torch.Tensor
     identities: torch.Tensor
-    domain: tuple | None
+    output: tuple
     labels: torch.Tensor
+
+
+def _thirds_identity(batch):
+    """Cross-entropy, the mean over the thirds."""
+    return F.cross_entropy(full_precision(batch.output.thirds.logits).flatten(0, 1), batch.labels.repeat(THIRDS))
+
+
+def _thirds_triplet(batch):
+    """Batch-hard triplet loss of all processes' images, the mean over the thirds."""
+    triplet, labels = HardTripletLoss(margin=0.3), gather(batch.labels)
+    return sum(triplet(gather(third), labels)[0] for third in full_precision(batch.output.thirds.pooled)) / THIRDS
 
 
 class Method(NamedTuple):
@@ -80,7 +93,8 @@ class Method(NamedTuple):
     recipes: dict = {}
 
 
-_BASE = dict.fromkeys(("attention", "non_local", "local", "expansion", "shift", "gray"), False) | {"pool": "avg"}
+_PARTS = ("attention", "non_local", "local", "expansion", "shift", "gray", "thirds", "twins")
+_BASE = dict.fromkeys(_PARTS, False) | {"pool": "avg"}
 _AGW = _BASE | {"non_local": True, "pool": "gem"}
 METHODS = {
     "base": Method(_BASE, lambda margin, **_: HardTripletLoss(margin)),
@@ -103,7 +117,7 @@ METHODS = {
         lambda margin, gamma, **_: CircleLoss(margin, gamma),
         terms={
             "alignment": (0.2, lambda batch: AlignmentLoss()(batch.embeddings, batch.identities)),
-            "distillation": (1.0, lambda batch: DistillationLoss()(batch.domain, batch.labels)),
+            "distillation": (1.0, lambda batch: DistillationLoss()(batch.output.domain, batch.labels)),
         },
         augmentation="shift",
         augmentations={"regdb": "shift_regdb", "llcm": "shift_llcm"},
@@ -111,6 +125,26 @@ METHODS = {
         recipe={"batch_size": 6, "share_net": 3, "lr": 0.2, "schedule": "triangle", "warmup": 16, "epochs": 100}
         | {"margin": 0.45, "gamma": 64.0, "amp": "bf16", "eval_every": 1},
         recipes={"regdb": {"lr": 0.1}},
+    ),
+    # The part baseline with which RLE (Tan et al., NeurIPS 2024) was measured; RLE itself is its augmentation.
+    "rle": Method(
+        _BASE | {"thirds": True},
+        lambda margin, **_: HardTripletLoss(margin),
+        terms={"thirds_identity": (1.0, _thirds_identity), "thirds_triplet": (1.0, _thirds_triplet)},
+        augmentation="linear",
+        augmentations={"regdb": "linear_gray", "llcm": "linear_gray"},
+        rates={"thirds": 1.0},
+        recipe={"img_h": 384, "img_w": 192, "batch_size": 6, "share_net": 1, "epochs": 151}
+        | {"milestones": [20, 80, 120]},
+        recipes={"regdb": {"stages": 3}},
+    ),
+    # The streams, views and loss of MSCMNet (Hua et al., Pattern Recognition 2025), without its attention over scales.
+    "quad": Method(
+        _AGW | {"non_local": "half", "twins": True},
+        lambda margin, **_: QuadCentreLoss(margin),
+        augmentation="four",
+        recipe={"img_h": 384, "img_w": 192, "batch_size": 6, "share_net": 1, "epochs": 150, "eval_every": 1}
+        | {"milestones": [25, 90, 120], "margin": 0.7, "amp": "bf16"},
     ),
     # GFMNet without colour and without the local branch. A step sees 64 images instead of 96: 134 epochs take the time
     # of 101.
@@ -129,12 +163,17 @@ def method_name(options):
     return " or ".join(names) or "custom"
 
 
+def _gather(rows, visible):
+    """The rows of all processes, those of visible images first."""
+    return torch.cat([gather(part) for part in rows.tensor_split([visible])])
+
+
 class MethodLoss(nn.Module):
     """The loss of a `--method`, one of METHODS. forward(output of GFMNet, labels [N]) -> Losses.
 
     Cross-entropy of the logits + the triplet loss of the pooled features + 0.5 x the local loss, if there is one, +
     the method's weighted terms. The images of an expanded network have several rows each, all of which count. Terms
-    need visible views and infrared images of the same identities in the same order. Everything is computed in float32,
+    need visible and infrared views of the same identities in the same order. Everything is computed in float32,
     whatever precision the network ran in. Of several processes, each computes the triplet and local losses and the
     terms of the whole batch and the cross-entropy of its own rows. `DistributedDataParallel` takes the mean of their
     gradients, which is then the gradient of the whole batch.
@@ -154,11 +193,11 @@ class MethodLoss(nn.Module):
         with torch.autocast(output.pooled.device.type, enabled=False):
             rows = labels.repeat(len(output.pooled) // len(labels))
             identity = F.cross_entropy(full_precision(output.logits), rows)
-            pooled, all_rows = gather(self._features(output)), gather(rows)
+            pooled, all_rows = (_gather(values, output.visible) for values in (self._features(output), rows))
             triplet, correct = self.triplet(pooled, all_rows)
             local = torch.zeros_like(triplet)
             if self.local is not None and output.local is not None:
-                local = self.local(pooled, all_rows, gather(full_precision(output.local)))
+                local = self.local(pooled, all_rows, _gather(full_precision(output.local), output.visible))
             terms = self._weighted_terms(output, labels)
             total = sum(terms, identity + triplet + self.LOCAL_WEIGHT * local)
             accuracy = (output.logits.detach().argmax(dim=1) == rows).float().mean()
@@ -167,12 +206,13 @@ class MethodLoss(nn.Module):
     def _weighted_terms(self, output, labels):
         if not self.terms:
             return []
-        pairs, embeddings = len(labels) - output.visible, full_precision(output.pooled)
+        pairs, embeddings = (len(labels) - output.visible) // output.views, full_precision(output.pooled)
         if output.domain is not None:
             embeddings = torch.cat([embeddings, full_precision(output.domain.shifted)])
         views = len(labels) // pairs
-        embeddings = embeddings.unflatten(0, (-1, views, pairs))[:, :: views - 1].movedim(2, 0)  # the first, the last
-        batch = Batch(gather(embeddings), gather(labels[:pairs]), output.domain, labels)
+        first = slice(None, None, views - output.views)  # the first view of the visible image, and of the infrared one
+        embeddings = embeddings.unflatten(0, (-1, views, pairs))[:, first][:, :2].movedim(2, 0)
+        batch = Batch(gather(embeddings), gather(labels[:pairs]), output, labels)
         return [weight * term(batch) for weight, term in self.terms.values()]
 
     @staticmethod
@@ -184,7 +224,7 @@ class MethodLoss(nn.Module):
     def health(self, output, labels):
         """Health of the features that `forward` takes the triplets of."""
         rows = labels.repeat(len(output.pooled) // len(labels))
-        features, labels = gather(self._features(output)), gather(rows)
+        features, labels = (_gather(values, output.visible) for values in (self._features(output), rows))
         distance, same = euclidean(features, features), same_identity(labels)
         other = same & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
         stuck = torch.zeros_like(distance[:2], dtype=torch.bool)

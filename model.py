@@ -3,7 +3,8 @@
 "Global-to-Local Feature Mining Network for RGB-Infrared Person Re-Identification", MMM 2024, on the
 network of AGW (Ye et al., TPAMI 2021). B, H, W: images, height, width; C: 512 (ResNet-18, 34) or 2048 (50, 101).
 The same class is DEEN ("Diverse Embedding Expansion Network", Zhang and Wang, CVPR 2023) and
-DNS ("Domain Shifting", Jiang et al., ECCV 2024), by other parts.
+DNS ("Domain Shifting", Jiang et al., ECCV 2024), the baseline of RLE (Tan et al., NeurIPS 2024) and the four streams of
+MSCMNet (Hua et al., Pattern Recognition 2025), by other parts.
 """
 
 import copy
@@ -23,8 +24,10 @@ from ChannelAug import without_colour
 from core.checkpoint import check_state, load_weights
 from parts.deen import EXPANSIONS, Aggregation, Expansion
 from parts.dns import Domain, DomainBranch, SpaceShift
+from parts.heads import bottleneck, classifier
 from parts.non_local import NonLocal
 from parts.published import convert_published_state, is_published, published_name, published_options
+from parts.rle import THIRDS, Thirds, ThirdsBranch
 from utils import InputError, full_precision
 
 MODALITIES = ("visible", "infrared")
@@ -40,14 +43,17 @@ class Output(NamedTuple):
     """pooled [A+B, C], logits [A+B, K], local [A+B, 128, P] or None: the visible images' rows first.
 
     With expansion there are 3 (A+B) rows: those of the embeddings, then of the first, then of the second expansion.
-    domain: with shift, what `DomainBranch` gives. visible: A.
+    domain: with shift, what `DomainBranch` gives. thirds: with thirds, what `ThirdsBranch` gives. visible: A. views: of
+    each infrared image among the B.
     """
 
     pooled: torch.Tensor
     logits: torch.Tensor
     local: torch.Tensor | None
     domain: Domain | None = None
+    thirds: Thirds | None = None
     visible: int = 0
+    views: int = 1
 
 
 class Attention(nn.Module):
@@ -69,13 +75,13 @@ class Attention(nn.Module):
 
 
 class Stage(nn.Module):
-    """One stage of a backbone, with non-local blocks after its last blocks. low_channels: those of its input, which
-    `Aggregation` then adds to its output; None adds nothing."""
+    """One stage of a backbone, with non-local blocks of `inner` channels after its last blocks. low_channels: those of
+    its input, which `Aggregation` then adds to its output; None adds nothing."""
 
-    def __init__(self, blocks, channels, non_local, low_channels=None):
+    def __init__(self, blocks, channels, non_local, inner=1, low_channels=None):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
-        self.non_local = nn.ModuleList(NonLocal(channels) for _ in range(min(non_local, len(self.blocks))))
+        self.non_local = nn.ModuleList(NonLocal(channels, inner) for _ in range(min(non_local, len(self.blocks))))
         self.aggregation = None
         if low_channels:
             stride = max(part.stride[0] for part in self.blocks[0].modules() if isinstance(part, nn.Conv2d))
@@ -122,11 +128,16 @@ class GFMNet(nn.Module):
     num_classes: identities in the training set, K.
     arch: one of ARCHS; the last stage's stride is 1, so a feature map has 1/16 of the image's height and width.
     share_net: 1 to 5. Each modality has its own stem and first share_net - 1 stages; the others are shared.
+    non_local: whether AGW's non-local blocks follow blocks of stages 2 and 3; "half": within, they have half of the
+        channels instead of one, as MSCMNet has them.
     pool: "gem" or "avg".
     expansion: DEEN's parts: an `Aggregation` after each stage but the last, and an `Expansion` before the last, which
         makes three embeddings of an image. share_net is then at most `stages`: the last stage is shared.
     shift: DNS's parts: a `SpaceShift` after stages 3 and 4, a bottleneck with a bias, and a `DomainBranch`.
     gray: the network takes the luminance of visible images instead of their colours (gfm2).
+    thirds: RLE's `ThirdsBranch`: `embed` then gives the features of the whole map and of its thirds, side by side.
+    twins: MSCMNet's streams: a modality has its own parts twice. In training, the first half of its images, their first
+        views, goes through the first, the other half through the second; `embed` takes the mean of both.
     stages: of the backbone, 4, or 3 to leave out the last (DEEN on RegDB).
     weights: what the backbone starts from: None (random), "imagenet" (torchvision's V1), torchvision's name of others,
         such as "IMAGENET1K_V2", or the path of a state dict of its network. Both streams start from the same values.
@@ -134,7 +145,8 @@ class GFMNet(nn.Module):
     `net.options` holds these arguments but for the weights: GFMNet(**net.options) is the same network, untrained.
     `net.feature_widths` has the number of values of each of the FEATURES that `embed` gives.
 
-    Raises InputError (a ValueError) for an unknown arch, share_net, pool or stages, or weights that cannot be had.
+    Raises InputError (a ValueError) for an unknown arch, share_net, non_local, pool or stages, or weights that cannot
+    be had.
     """
 
     def __init__(
@@ -143,12 +155,14 @@ class GFMNet(nn.Module):
         arch: str = "resnet50",
         share_net: int = 2,
         attention: bool = True,
-        non_local: bool = True,
+        non_local: bool | str = True,
         pool: str = "gem",
         local: bool = True,
         expansion: bool = False,
         shift: bool = False,
         gray: bool = False,
+        thirds: bool = False,
+        twins: bool = False,
         stages: int = 4,
         weights: Path | str | None = None,
     ) -> None:
@@ -161,6 +175,8 @@ class GFMNet(nn.Module):
                 f"share_net {share_net}: how many of stem and {stages} stages each modality has for itself, "
                 f"1 to {largest}"
             )
+        if non_local not in (True, False, "half"):
+            raise InputError(f"non_local {non_local!r}: neither True, False nor 'half'")
         if pool not in ("gem", "avg"):
             raise InputError(f"pool {pool!r}: neither 'gem' nor 'avg'")
         _, stem, blocks, widths = backbone(arch, weights)
@@ -175,6 +191,8 @@ class GFMNet(nn.Module):
             "expansion": expansion,
             "shift": shift,
             "gray": gray,
+            "thirds": thirds,
+            "twins": twins,
             "stages": stages,
         }
         parts, width = dict(stem), widths[stages]
@@ -184,7 +202,8 @@ class GFMNet(nn.Module):
                 parts["expansion"], low_channels = Expansion(low_channels), None
             non_local_blocks = NON_LOCAL_BLOCKS.get(name, 0) if non_local else 0
             low_channels = low_channels if expansion else None
-            parts[name] = Stage(blocks[number - 1], widths[number], non_local_blocks, low_channels)
+            inner = widths[number] // 2 if non_local == "half" else 1
+            parts[name] = Stage(blocks[number - 1], widths[number], non_local_blocks, inner, low_channels)
             if shift and number in SHIFTED_STAGES:
                 parts[f"shift{number}"] = SpaceShift(widths[number])
         last_own = f"layer{share_net - 1}" if share_net > 1 else [*stem][-1]
@@ -192,22 +211,27 @@ class GFMNet(nn.Module):
 
         self.visible = nn.Sequential(OrderedDict((name, parts[name]) for name in own))
         self.infrared = copy.deepcopy(self.visible)
+        own_parts = {"visible": self.visible, "infrared": self.infrared}
+        self.twins = copy.deepcopy(nn.ModuleDict(own_parts)) if twins else None
         self.attention = Attention(widths[share_net - 1]) if attention else nn.Identity()
         self.shared = nn.Sequential(OrderedDict(item for item in parts.items() if item[0] not in own))
         self.pool = GeM() if pool == "gem" else nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.feature_widths = {"POOL": 3 * width, "FC": 6 * width} if expansion else dict.fromkeys(FEATURES, width)
-        self.bottleneck = nn.BatchNorm1d(width)
-        self.bottleneck.bias.requires_grad_(shift)
-        nn.init.normal_(self.bottleneck.weight, 1.0, 0.01)
-        nn.init.zeros_(self.bottleneck.bias)
-        self.classifier = nn.Linear(width, num_classes, bias=False)
-        nn.init.normal_(self.classifier.weight, 0, 0.001)
+        embeddings = 1 + EXPANSIONS * expansion + THIRDS * thirds
+        self.feature_widths = {"POOL": embeddings * width, "FC": (2 * embeddings if embeddings > 1 else 1) * width}
+        self.bottleneck = bottleneck(width, bias=shift)
+        self.classifier = classifier(width, num_classes)
         self.local = LocalBranch(width) if local else None
         self.domain = DomainBranch(width, num_classes) if shift else None
+        self.thirds = ThirdsBranch(width, num_classes) if thirds else None
 
     def forward(self, visible: Tensor, infrared: Tensor) -> Output:
         """visible [A, 3, H, W], infrared [B, 3, H, W], normalised -> Output of A + B rows, the visible first."""
-        x = self._features(torch.cat([self._own_parts(visible, "visible"), self._own_parts(infrared, "infrared")]))
+        views = []
+        for images, modality in ((visible, "visible"), (infrared, "infrared")):
+            streams = self._streams(modality)
+            halves = self._input(images, modality).tensor_split(len(streams))
+            views += [own_parts(half) for own_parts, half in zip(streams, halves, strict=True)]
+        x = self._features(torch.cat(views))
         with torch.autocast(x.device.type, enabled=False):  # in float32 from here: the losses live on it
             maps = full_precision(x)
             pooled = self.pool(maps)
@@ -215,7 +239,9 @@ class GFMNet(nn.Module):
             logits, domain = self.classifier(normed), None
             if self.domain is not None:
                 domain = self.domain(maps.mean(dim=(2, 3)), normed, len(visible))
-        return Output(pooled, logits, None if self.local is None else self.local(x), domain, len(visible))
+            thirds = None if self.thirds is None else self.thirds(maps)
+        local = None if self.local is None else self.local(x)
+        return Output(pooled, logits, local, domain, thirds, len(visible), views=2 if self.twins else 1)
 
     def embed(self, images: Tensor, modality: str) -> tuple[Tensor, Tensor]:
         """images [B, 3, H, W], normalised, of one modality, "visible" or "infrared" -> (pooled, normed).
@@ -223,37 +249,52 @@ class GFMNet(nn.Module):
         Both [B, C] and L2-normalised: before ("POOL" in the tables) and after ("FC") the batch-norm bottleneck.
         With expansion, [B, 3 C] and [B, 6 C]: the three embeddings before the bottleneck, each of unit length, side by
         side; and these with the three after it. So the cosine of two images is the mean of three or six cosines, as
-        published, where all six rank.
+        published, where all six rank. With thirds, [B, 4 C] and [B, 8 C]: the whole map and its thirds before the
+        bottlenecks, and both these and what follows the bottlenecks, of unit length each, as published.
         """
         pooled, normed = self.vectors(images, modality)
         return F.normalize(pooled), F.normalize(normed)
 
     def vectors(self, images: Tensor, modality: str) -> tuple[Tensor, Tensor]:
-        """What `embed` gives, before it is normalised. With expansion, the lengths by which the embeddings are divided
-        count as constants."""
+        """What `embed` gives, before it is normalised. The lengths by which parts of it are divided count as
+        constants."""
         if modality not in MODALITIES:
             raise ValueError(f"modality {modality!r}: neither 'visible' nor 'infrared'")
-        pooled = self.pool(full_precision(self._features(self._own_parts(images, modality))))
+        streams, images = self._streams(modality), self._input(images, modality)
+        x = streams[0](images) if len(streams) == 1 else sum(own_parts(images) for own_parts in streams) / len(streams)
+        maps = full_precision(self._features(x))
+        pooled = self.pool(maps)
         normed = self.bottleneck(pooled)
         if self.options["expansion"]:
-            units = [x / x.detach().norm(dim=1, keepdim=True).clamp_min(1e-12) for x in (pooled, normed)]
-            pooled, normed = (x.unflatten(0, (EXPANSIONS + 1, -1)).movedim(1, 0).flatten(1) for x in units)
-            normed = torch.cat([pooled, normed], dim=1)
-        return pooled, normed
+            units = [_unit(x).unflatten(0, (EXPANSIONS + 1, -1)) for x in (pooled, normed)]
+            pooled, normed = (x.movedim(1, 0).flatten(1) for x in units)
+        elif self.thirds is not None:
+            parts = zip((pooled, normed), self.thirds.embed(maps), strict=True)
+            pooled, normed = (_unit(torch.cat([whole, *thirds], dim=1)) for whole, thirds in parts)
+        else:
+            return pooled, normed
+        return pooled, torch.cat([pooled, normed], dim=1)
 
     def compile(self, **options):
         """Compile, in place, the parts that `forward` and `embed` share; the names of the weights stay."""
-        for part in (self.visible, self.infrared, self.attention, self.shared):
+        for part in (*self._streams("visible"), *self._streams("infrared"), self.attention, self.shared):
             part.compile(**options)
 
-    def _own_parts(self, images, modality):
-        """What the parts that a modality has for itself make of its images."""
-        if modality == "infrared":
-            return self.infrared(images)
-        return self.visible(without_colour(images) if self.options["gray"] else images)
+    def _streams(self, modality):
+        """The parts that a modality has for itself, once or twice."""
+        own = getattr(self, modality)
+        return [own] if self.twins is None else [own, self.twins[modality]]
+
+    def _input(self, images, modality):
+        return without_colour(images) if self.options["gray"] and modality == "visible" else images
 
     def _features(self, x):
         return self.shared(self.attention(x))
+
+
+def _unit(x):
+    """[B, C] of unit length."""
+    return x / x.detach().norm(dim=1, keepdim=True).clamp_min(1e-12)
 
 
 # ---------------------------------------------------------------------------------------------------- backbones
@@ -346,8 +387,9 @@ def load_network(checkpoint, path):
     try:
         if is_published(state):
             options = published_options(state)
-            known_as = partial(published_name, shift=options["shift"])
-            size = (384, 144) if options["expansion"] else (288, 144)  # DEEN's, and all others'; the file does not say
+            known_as = partial(published_name, shift=options["shift"], thirds=options["thirds"])
+            size = (384, 144) if options["expansion"] else (288, 144)  # DEEN's, and others'; the file does not say
+            size = (384, 192) if options["thirds"] else size
             state = convert_published_state(state)
         elif "options" in checkpoint and "image_size" in checkpoint:
             options, size = checkpoint["options"], checkpoint["image_size"]
@@ -356,7 +398,7 @@ def load_network(checkpoint, path):
         else:
             raise InputError(
                 f"{next(iter(state))!r:.120} is no tensor of this repo's checkpoints, nor of the published baseline, "
-                "AGW, CAJ, DEEN, DNS or GFMNet; train with train_ext_test0.py"
+                "AGW, CAJ, DEEN, DNS, RLE or GFMNet; train with train_ext_test0.py"
             )
         with torch.device("meta"):  # options may ask for more than the memory has
             net = GFMNet(**options, weights=None)  # TypeError for options that name a file of their own

@@ -1,8 +1,8 @@
-"""Train GFMNet, one of its forerunners, DEEN, DNS or gfm2 on SYSU-MM01, RegDB or LLCM, testing as it goes.
+"""Train GFMNet, one of its forerunners, DEEN, DNS, RLE or gfm2 on SYSU-MM01, RegDB or LLCM, testing as it goes.
 
     python train_ext_test0.py --dataset sysu --gpu 1
 
-The defaults are GFMNet's published recipe; deen, dns and gfm2 have their own. The best epoch is chosen by Rank-1 (FC)
+The defaults are GFMNet's published recipe; deen, dns, rle, quad and gfm2 have their own. The best epoch is chosen by Rank-1 (FC)
 on trial 0 of the TEST set, as published; --select val trains on fewer identities and chooses by the validation ids.
 """
 
@@ -80,8 +80,8 @@ def get_args_parser():
         "--method",
         choices=METHODS,
         default="adp",
-        help="network, loss and recipe: base (two-stream baseline), agw, caj, adp (GFMNet), deen, dns, or "
-        "gfm2 (GFMNet without colour)",
+        help="network, loss and recipe: base (two-stream baseline), agw, caj, adp (GFMNet), deen, dns, rle, quad (four "
+        "streams of MSCMNet), or gfm2 (GFMNet without colour)",
     )
     flag("--arch", choices=ARCHS, default="resnet50", help="backbone")
     text = "start of the backbone: imagenet (torchvision's V1), another of its names (IMAGENET1K_V2), none, or a file"
@@ -106,7 +106,7 @@ def get_args_parser():
     )
     text = "1 squares the triplet's difference of distances (caj, adp, gfm2), as published: see docs/reproduction.md"
     flag("--square", type=int, choices=(0, 1), default=0, help=text)
-    text = "margin of the hard (base, deen) and local (adp) triplets, and of the circle loss (dns)"
+    text = "margin of the hard (base, deen, rle) and local (adp) triplets, of QCT (quad), and of the circle loss (dns)"
     flag("--margin", type=bounded(float, 0), default=0.3, help=text)
     text = "sharpness of the triplet's weights (caj, adp, gfm2)"
     flag("--alpha", type=bounded(float, 0, above=True), default=1, help=text)

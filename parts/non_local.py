@@ -21,16 +21,17 @@ class NonLocalParts(nn.Module):
 
 
 class NonLocal(NonLocalParts):
-    """Non-local block with one inner channel, as published. [B, C, H, W] -> the same shape.
+    """Non-local block, with one inner channel as AGW has it. [B, C, H, W] -> the same shape.
 
     The published block forms the affinity theta_i phi_j / N of all N = H W positions and applies it to g:
-    y_i = sum_j theta_i phi_j g_j / N. With one inner channel theta_i leaves the sum, y_i = theta_i mean_j(phi_j g_j):
-    the same value without the N x N matrix.
+    y_i = sum_j theta_i phi_j g_j / N. theta_i leaves the sum, y_i = (sum_j g_j phi_j / N) theta_i: the same value by a
+    matrix of the inner channels instead of the N x N positions.
     """
 
-    def __init__(self, channels):
-        super().__init__(channels, channels, 1)
+    def __init__(self, channels, inner=1):
+        super().__init__(channels, channels, inner)
 
     def forward(self, x):
-        y = self.theta(x) * (self.phi(x) * self.g(x)).mean(dim=(2, 3), keepdim=True)
-        return x + self.norm(self.out(y))
+        theta, phi, g = (part(x).flatten(2) for part in (self.theta, self.phi, self.g))
+        y = (g @ phi.mT / g.shape[2]) @ theta
+        return x + self.norm(self.out(y.unflatten(2, x.shape[2:])))

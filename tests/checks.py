@@ -66,29 +66,31 @@ def trains_as_published(net, criterion, steps, terms, trajectory, names, norms, 
     for group in optimizer.param_groups:
         group["lr"] *= group["lr_scale"]
     for (images, labels), expected in zip(steps, trajectory, strict=True):
-        losses = criterion(net(images[:-6], images[-6:]), labels)
+        infrared = 12 if net.twins else 6
+        losses = criterion(net(images[:-infrared], images[-infrared:]), labels)
         optimizer.zero_grad()
         losses.total.backward()
         first = first or {name: p.grad.norm().item() for name, p in net.named_parameters() if p.grad is not None}
         optimizer.step()
         assert [getattr(losses, term).item() for term in terms] == pytest.approx(expected, rel=1e-6)
     norm = dict(zip(names.tolist(), norms.tolist(), strict=True))
-    ours = published.convert_published_state({name: name for name in norm})
-    assert len(ours) == len(norm)
+    other = {code: net.options[code] for code in ("shift", "thirds")}
+    ours = {name: published.published_name(name, **other) for name in first}
+    assert sorted(ours.values()) == sorted(norm)
     # Below 1e-8 are the biases before a batch norm, which takes them out again: what they have is rounding.
     assert first == pytest.approx({name: norm[theirs] for name, theirs in ours.items()}, rel=1e-3, abs=1e-8)
 
 
-def views_are_distributed_as_published(method, dataset, golden, moments, count):
-    """The mean and the deviation of each pixel, in standard errors. moments: names of the golden ones, visible and
-    infrared."""
-    args = parse("--method", method, "--dataset", dataset)
+def views_are_distributed_as_published(method, dataset, golden, moments, count, *flags):
+    """The mean and the deviation of each pixel, in standard errors. moments: names of the golden ones, of each view."""
+    args = parse("--method", method, "--dataset", dataset, *flags)
     augmentation = METHODS[method].augmentations.get(dataset, METHODS[method].augmentation)
     augment = TrainAugmentation(args.augc, args.rande, args.padding, args.erase_area, augmentation)
     torch.manual_seed(0)
     image = torch.from_numpy(golden["augmentation/image"]).permute(2, 0, 1).expand(count, -1, -1, -1)
-    *views, labels = augment(image, image, torch.zeros(count))
-    assert len(labels) == 2 * count
+    visible, infrared, labels = augment(image, image, torch.zeros(count))
+    views = [*visible.split(count), *infrared.split(count)]
+    assert len(labels) == len(views) * count
     error = (1 / count + 1 / golden["augmentation/draws"].item()) ** 0.5
     for images, name in zip(views, moments, strict=True):
         mean, deviation = (torch.from_numpy(golden[f"augmentation/{name}_{part}"]) for part in ("mean", "deviation"))
@@ -120,9 +122,10 @@ def run_is_tested_and_exported(result, tree, size, terms, out):
     return file
 
 
-def write_published(net, unused, path, shift=False):
-    """Write a checkpoint as the published code does. unused: names of tensors that this code keeps without use."""
-    state = {published.published_name(name, shift): value for name, value in net.state_dict().items()}
+def write_published(net, unused, path, **code):
+    """Write a checkpoint as the published code does. unused: names of tensors that this code keeps without use; code:
+    as of `published.published_name`."""
+    state = {published.published_name(name, **code): value for name, value in net.state_dict().items()}
     state = {name: torch.ones(1) for name in unused} | state
     torch.save({"net": state, "cmc": np.ones(20), "mAP": np.float64(0.5), "epoch": 7}, path)
     return state

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import checks
 import model
 import published_state
+from ChannelAug import AUGMENTATIONS
 from methods import METHODS, MethodLoss
 from utils import InputError
 
@@ -303,9 +304,9 @@ def test_non_local_formula():
 def test_every_parameter_learns(method):
     """One backward pass reaches all parameters but the frozen ones."""
     net = tiny(**METHODS[method].network).train()
-    copies = 3 if METHODS[method].augmentation == "exchange" else 2
-    visible, infrared = images(4 * (copies - 1), 0), images(4, 1)
-    MethodLoss(method)(net(visible, infrared), torch.arange(2).repeat_interleave(2).repeat(copies)).total.backward()
+    first, second = AUGMENTATIONS[METHODS[method].augmentation][0]
+    labels = torch.arange(2).repeat_interleave(2).repeat(first + second)
+    MethodLoss(method)(net(images(4 * first, 0), images(4 * second, 1)), labels).total.backward()
     assert not {name for name, p in net.named_parameters() if p.requires_grad and p.grad is None}
 
 

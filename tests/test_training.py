@@ -265,8 +265,8 @@ def test_accuracy_is_the_share_of_images_whose_identity_has_the_largest_logit():
     assert MethodLoss("base")(three_embeddings, labels).accuracy == pytest.approx(8 / 12)
 
 
-@pytest.mark.parametrize("method", ["base", "adp", "gfm2", "deen"])
-def test_a_further_term_of_any_method_sees_pairs_of_the_plain_view_and_infrared(method, monkeypatch):
+@pytest.mark.parametrize("method", ["base", "adp", "gfm2", "deen", "rle", "quad"])
+def test_a_further_term_of_any_method_sees_pairs_of_the_first_views(method, monkeypatch):
     """Whatever the number of views and of embeddings; its weighted value is part of the total."""
     seen = []
     term = lambda batch: seen.append(batch) or batch.embeddings.sum()  # noqa: E731
@@ -279,7 +279,7 @@ def test_a_further_term_of_any_method_sees_pairs_of_the_plain_view_and_infrared(
     output = net(visible, infrared)
     with_term, without = MethodLoss("more")(output, all_labels), MethodLoss(method)(output, all_labels)
     rows = output.pooled.view(-1, len(all_labels), output.pooled.shape[1])  # of each embedding, of all views
-    expected = torch.stack([rows[:, :4], rows[:, -4:]]).permute(2, 1, 0, 3)
+    expected = torch.stack([rows[:, :4], rows[:, len(visible) : len(visible) + 4]]).permute(2, 1, 0, 3)
     torch.testing.assert_close(seen[0].embeddings, expected, rtol=0, atol=0)
     assert seen[0].identities.tolist() == labels.tolist()
     assert with_term.sum.item() == pytest.approx(0.25 * expected.sum().item(), rel=1e-5)

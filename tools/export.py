@@ -125,8 +125,15 @@ class Embedding(nn.Module):
         (other,) = set(MODALITIES) - {self.modality}
         for name in (other, "classifier", "local", "domain"):
             setattr(self.net, name, None)
+        if self.net.twins is not None:
+            del self.net.twins[other]
+        thirds = self.net.thirds
+        if thirds is not None:
+            thirds.classifiers = None
         if about["feature"] == "POOL":
             self.net.bottleneck = nn.Identity()
+            if thirds is not None:
+                thirds.bottlenecks = nn.ModuleList(nn.Identity() for _ in thirds.bottlenecks)
         self.eval().requires_grad_(False)
 
     def forward(self, images):
