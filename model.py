@@ -8,6 +8,7 @@ MSCMNet (Hua et al., Pattern Recognition 2025), by other parts.
 """
 
 import copy
+import itertools
 import urllib.error
 from collections import OrderedDict
 from functools import partial
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from ChannelAug import without_colour
 from core.checkpoint import check_state, load_weights
+from parts.clip import clip_resnet
 from parts.deen import EXPANSIONS, Aggregation, Expansion
 from parts.dns import Domain, DomainBranch, SpaceShift
 from parts.heads import bottleneck, classifier
@@ -314,18 +316,19 @@ class Backbone(NamedTuple):
 
 
 def resnet(network):
-    """torchvision's ResNet -> Backbone."""
+    """torchvision's ResNet, or CLIP's -> Backbone."""
     first = network.layer4[0]
     for module in (first.conv1, first.conv2, first.downsample[0]):
         module.stride = (1, 1)
-    stem = {name: getattr(network, name) for name in ("conv1", "bn1", "relu", "maxpool")}
+    stem = dict(itertools.takewhile(lambda child: child[0] != "layer1", network.named_children()))
     stages = [network.layer1, network.layer2, network.layer3, network.layer4]
     width = network.fc.in_features
     return Backbone(network, stem, stages, [64, width // 8, width // 4, width // 2, width])
 
 
-# torchvision's name: the function that takes its network apart
-ARCHS = dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101"), resnet)
+# torchvision's name, or CLIP's network by that of torchvision's: the function that takes the network apart
+CLIP = "clip_"
+ARCHS = dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101", "clip_resnet50", "clip_resnet101"), resnet)
 HEADS = ("fc.", "classifier.", "head.")  # torchvision's names of the ImageNet classifier, which is not used
 
 
@@ -333,7 +336,9 @@ def backbone(arch, weights=None):
     """One of ARCHS -> Backbone. weights: as in `GFMNet`."""
     if arch not in ARCHS:
         raise InputError(f"arch {arch!r}: unknown; choose one of {', '.join(ARCHS)}")
-    network = getattr(torchvision.models, arch)()
+    network = getattr(torchvision.models, arch.removeprefix(CLIP))()
+    if arch.startswith(CLIP):
+        network = clip_resnet(network)
     if weights is not None:
         network.load_state_dict(_backbone_state(arch, network, weights))
     return ARCHS[arch](network)
@@ -341,9 +346,11 @@ def backbone(arch, weights=None):
 
 def _backbone_state(arch, network, weights):
     """State dict for `network` from torchvision's server or a file, in which the classifier may be missing."""
-    sources = torchvision.models.get_model_weights(arch)
+    sources = {} if arch.startswith(CLIP) else torchvision.models.get_model_weights(arch).__members__
     name = "IMAGENET1K_V1" if weights == "imagenet" else str(weights)
-    if name in sources.__members__:
+    if weights == "imagenet" and not sources:
+        raise InputError(f"--weights imagenet: is not of {arch}; pass a state dict of CLIP's: --weights FILE, or none")
+    if name in sources:
         source = sources[name]
         try:
             return source.get_state_dict(check_hash=True)
@@ -353,13 +360,16 @@ def _backbone_state(arch, network, weights):
                 "fetch that file elsewhere and pass --weights FILE, or train from scratch: --weights none"
             ) from error
     state = check_state(load_weights(Path(weights)), f"--weights {weights}")
+    owner = "CLIP's" if arch.startswith(CLIP) else "torchvision's"
+    if any(name.startswith("visual.") for name in state):  # the whole of CLIP
+        state = {name.removeprefix("visual."): value for name, value in state.items() if name.startswith("visual.")}
     wanted = network.state_dict()
     counts = {name: value for name, value in wanted.items() if name.endswith("num_batches_tracked")}
     head = {name: value for name, value in wanted.items() if name.startswith(HEADS)}
     state = counts | state | head
     if wrong := [name for name in wanted if name not in state or state[name].shape != wanted[name].shape]:
         raise InputError(
-            f"--weights {weights}: {wrong[0]} is missing or has another shape than in torchvision's {arch}; pass a "
+            f"--weights {weights}: {wrong[0]} is missing or has another shape than in {owner} {arch}; pass a "
             f"state dict of {arch}, or the --arch that it belongs to"
         )
     if bad := [name for name in wanted if not torch.isfinite(state[name]).all()]:

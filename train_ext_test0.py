@@ -2,8 +2,9 @@
 
     python train_ext_test0.py --dataset sysu --gpu 1
 
-The defaults are GFMNet's published recipe; deen, dns, rle, quad and gfm2 have their own. The best epoch is chosen by Rank-1 (FC)
-on trial 0 of the TEST set, as published; --select val trains on fewer identities and chooses by the validation ids.
+The defaults are GFMNet's published recipe; deen, dns, rle, quad and gfm2 have their own. The best epoch is chosen by
+Rank-1 (FC) on trial 0 of the TEST set, as published; --select val trains on fewer identities and chooses by the
+validation ids.
 """
 
 import importlib

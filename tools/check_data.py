@@ -22,7 +22,7 @@ from core.files import check_output, file_sha256, save_json
 from core.images import read_image
 from data_loader import check_prepared, sysu_train_files
 from datasets import DATASETS, difference, search_counts, training_counts
-from model import ARCHS
+from model import ARCHS, CLIP
 from utils import ArgumentParser, InputError, bounded, cli, computes_bf16, cores, map_processes, progress, select_device
 
 # Of SYSU-MM01's ids, as its authors publish them (train_id.mat, test_id.mat; val: all others with images of both
@@ -240,6 +240,8 @@ def is_imagenet(file, arch):
 
 
 def check_weights(arch):
+    if arch.startswith(CLIP):
+        return f"note: {arch} starts from a file of CLIP's: --weights FILE"
     source = imagenet_url(arch)
     file = Path(torch.hub.get_dir(), "checkpoints", Path(source).name)
     if file.is_file():
