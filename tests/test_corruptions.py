@@ -1,6 +1,7 @@
 """Bad images: what is drawn, what it does to an image, and the rows and curves of `testa.py --corrupt`."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -200,6 +201,7 @@ def test_rows_of_corrupted_images_against_plain_steps(sysu_tree, tmp_path, monke
     assert len({values[0] for values in by_kind.values()}) == 1
     text = (page / "report.html").read_text()
     assert "each corrupted, as queries, by kind and level" in text
+    assert re.search(r"<figure class=wide>(?:(?!</figure>).)*by kind and level", text, re.DOTALL)  # many panels
     for kind in corruptions.KINDS:
         assert kind.replace("_", " ") in text
 

@@ -231,3 +231,20 @@ def test_what_is_no_character_is_a_question_mark(tmp_path):
     figures.save(figure, tmp_path / "f.png")
     texts = [text.get_text() for text in figure.findobj(Text)]
     assert {"a?", "b?"} <= set(texts)
+
+
+def test_curves_of_corruption_begin_at_the_clean_images():
+    """Level 0; a level that no image drew has no point."""
+    figure = figures.corruption_curves({"snow": [80.0, 70.0, None, 40.0], "motion_blur": [80.0, 75.0, 60.0, 55.0]})
+    snow, blur = figure.axes
+    assert [panel.get_title() for panel in (snow, blur)] == ["snow", "motion blur"]
+    lines = {line.get_label(): line.get_xydata().tolist() for line in snow.lines}
+    assert lines["corrupted"] == [[0, 80], [1, 70], [3, 40]]
+    assert lines["without corruption"] == [[0, 80], [1, 80], [2, 80], [3, 80]]
+
+
+def test_roc_curve_has_false_positives_along_the_axis():
+    rates = {"false_positives": [0.001, 0.01, 1.0], "true_positives": [0.3, 0.6, 1.0]}
+    (panel,) = figures.roc_curve(rates).axes
+    np.testing.assert_allclose(panel.lines[0].get_xydata(), [[0.1, 30], [1, 60], [100, 100]])
+    assert (panel.get_xlabel(), panel.get_ylabel()) == ("false positives, %", "true positives, %")
