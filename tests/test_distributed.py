@@ -18,6 +18,7 @@ import data_loader
 import testa
 import train_ext_test0
 import utils
+from ChannelAug import AUGMENTATIONS
 from conftest import SIZE, flags, log_entries, search_flags, tiny_flags
 from core import distributed
 from core.distributed import leave_processes, sum_over_processes
@@ -50,15 +51,15 @@ def gradients(index, count, method, file):
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d | torch.nn.Dropout):
             module.eval()
-    images = {view: torch.randn(PEOPLE * SHOTS, 3, 96, 48).double() for view in ("plain", "exchanged", "infrared")}
+    views = AUGMENTATIONS[METHODS[method].augmentation][0]
+    images = [torch.randn(number, PEOPLE * SHOTS, 3, 96, 48).double() for number in views]
     labels = torch.arange(PEOPLE).repeat_interleave(SHOTS)
     own = (labels % count) == index
-    views = ["plain", "exchanged"] if METHODS[method].augmentation == "exchange" else ["plain"]
-    visible = torch.cat([images[view][own] for view in views])
+    visible, infrared = (some[:, own].flatten(0, 1) for some in images)
     if count > 1:
         dist.init_process_group("gloo", init_method=f"file://{file}.store", rank=index, world_size=count)
     model = DistributedDataParallel(net) if count > 1 else net
-    losses = MethodLoss(method)(model(visible, images["infrared"][own]), labels[own].repeat(len(views) + 1))
+    losses = MethodLoss(method)(model(visible, infrared), labels[own].repeat(sum(views)))
     losses.total.backward()
     total = sum_over_processes(losses.total.detach().clone()) / count
     if index == 0:
@@ -69,7 +70,7 @@ def gradients(index, count, method, file):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["adp", "base", "deen", "dns"])
+@pytest.mark.parametrize("method", ["adp", "base", "deen", "dns", "rle", "quad"])
 def test_gradients_of_two_processes_are_those_of_the_whole_batch(tmp_path, method):
     for count in (1, 2):
         torch.multiprocessing.spawn(gradients, (count, method, tmp_path / "grads"), nprocs=count)
