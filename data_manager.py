@@ -1,20 +1,22 @@
-"""Lists of images, as SYSU-MM01, RegDB and LLCM have them on disk: queries, galleries, ids and labels.
+"""Lists of images, as SYSU-MM01, RegDB and LLCM have them on disk: queries, galleries, ids and labels; and of tracks,
+as HITSZ-VCM and BUPTCampus have them.
 
-Images are returned as (paths, ids, cameras): a list of str and two int64 arrays of the same length. Every InputError
-names the file.
+Images are returned as (paths, ids, cameras): a list of str and two int64 arrays of the same length. Of tracks, each
+item of the first list is itself a list: the paths of some frames. Every InputError names the file.
 """
 
 import os
 import random
 import re
 from collections import Counter
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 
 import numpy as np
 from scipy.io import loadmat
 
 from core.files import regular
+from core.formats import Text, read_json
 from utils import InputError, map_processes
 
 SYSU_VISIBLE = {"all": (1, 2, 4, 5), "indoor": (1, 2)}  # --mode -> gallery cameras
@@ -25,6 +27,10 @@ PERMUTATIONS_SOURCE = "its authors publish it: github.com/wuancong/SYSU-MM01"
 REGDB_CAMERAS = {"visible": 1, "thermal": 2}
 LLCM_CAMERAS = range(1, 10)
 LLCM_NAMES = {"visible": "vis", "infrared": "nir"}  # in the names of its lists and folders
+VCM_FEWEST = 12  # frames; shorter tracks are left out, as in MITML (CVPR 2022) and M3-ReID (TIFS 2025)
+BUPT_CAMERAS = ("LS3", "G25", "CQ1", "W4", "TSG1", "TSG2")  # numbered from 1
+TRACK_FRAMES = {"train": 12, "test": 6}  # of each track; 6: sample_seq_num in M3-ReID's test_m3reid.py
+BuptFrames = dict[str, dict[str, dict[str, dict[str, list[Text]]]]]  # by person, modality, camera and track
 NUMBER = "[0-9]{1,9}"  # an id or label
 DEMO_FILE = "demo.txt"  # marks a folder of demo data
 Images = tuple[list[str], np.ndarray, np.ndarray]  # their paths, ids and cameras
@@ -220,6 +226,91 @@ def llcm_folders(data_path, modality):
     return list_folders(folder, read_ids(data_path, "test", "idx"), LLCM_CAMERAS)
 
 
+# --------------------------------------------------------------------------------------------- HITSZ-VCM, BUPTCampus
+
+
+def evenly(track, number):
+    """`number` evenly spaced frames of a track, the first among them; if it has fewer, some are there several times.
+    Source: "uniform" in BUPTCampus's dataloader.py."""
+    return [track[i * len(track) // number] for i in range(number)]
+
+
+def vcm_tracks(data_path, split):
+    """HITSZ-VCM's tracks of "train" or "test", as `by_modality` gives them; and notes, lines for the user.
+
+    Each line "modality first last person camera" of `info/track_{split}_info.txt` is a track. Its frames are those
+    lines of `info/{split}_name.txt`, such as 0001M2D3T1F1.jpg. Modality 1 is infrared. In the test, the published codes
+    take the tracks that `info/query_IDX.txt` counts, from 1, for the infrared ones, and so does this.
+    """
+    info, notes = Path(data_path) / "info", []
+    file, name = info / f"track_{split}_info.txt", rf"({NUMBER})M([12])(D{NUMBER})T{NUMBER}F(\w+\.\w+)"
+    names = _fields(data_path, info / f"{split}_name.txt", name, "a frame's name, such as 0001M2D3T1F1.jpg")
+    place = Path(data_path) / split.capitalize()
+    frames = [os.path.join(place, person, "ir" if m == "1" else "rgb", *rest) for person, m, *rest in names]
+    form = "'modality (1 or 2) first last person camera', numbers"
+    rows = [[*map(int, row)] for row in _fields(data_path, file, "([12])" + 4 * f" ({NUMBER})", form)]
+    infrared = {number for number, row in enumerate(rows, 1) if row[0] == 1}
+    if split == "test":
+        index = info / "query_IDX.txt"
+        lines = _fields(data_path, index, rf"({NUMBER}(?:\s+{NUMBER})*)", "numbers of tracks")
+        queries = {int(word) for (line,) in lines for word in line.split()}
+        if outside := queries.difference(range(1, len(rows) + 1)):
+            raise InputError(f"{index}: {min(outside)} is not the number of one of {len(rows)} tracks; correct it")
+        if count := len(infrared ^ queries):
+            notes.append(f"warning: {index}: {count} tracks are of another modality in {file.name}")
+        infrared = queries
+    tracks = []
+    for number, (_, first, last, identity, camera) in enumerate(rows, 1):
+        if not 1 <= first <= last <= len(frames):
+            problem = f"frames {first} to {last} are not among the {len(frames)} of {split}_name.txt"
+            raise InputError(f"{file}, line {number}: {problem}; correct it")
+        if last - first + 1 >= VCM_FEWEST:
+            modality = "infrared" if number in infrared else "visible"
+            tracks.append((modality, evenly(frames[first - 1 : last], TRACK_FRAMES[split]), identity, camera))
+    return by_modality(tracks, file), notes
+
+
+def bupt_tracks(data_path, name):
+    """BUPTCampus's tracks of `{name}.txt`, "train", "query" or "gallery", as `by_modality` gives them.
+
+    Its lines are "person modality camera track", where the modality is RGB, IR or RGB/IR, both. `data_paths.json` has
+    the frames of each, by these four, below `DATA/`.
+    """
+    check_data_folder(data_path)
+    listing, index, tracks = Path(data_path) / f"{name}.txt", Path(data_path) / "data_paths.json", []
+    form = f"'person modality camera track', with RGB, IR or RGB/IR and a camera of {', '.join(BUPT_CAMERAS)}"
+    rows = _fields(data_path, listing, rf"({NUMBER}) (RGB|IR|RGB/IR) ({'|'.join(BUPT_CAMERAS)}) (\w+)", form)
+    frames = read_json(index, BuptFrames, "put the data set's list of frames there")
+    for number, (person, modalities, camera, track) in enumerate(rows, 1):
+        for modality in modalities.split("/"):
+            some = frames.get(person, {}).get(modality, {}).get(camera, {}).get(track)
+            if not some:
+                problem = f"{index.name} has no frames of {person} {modality} {camera} {track}"
+                raise InputError(f"{listing}, line {number}: {problem}; copy both again")
+            some = evenly(some, TRACK_FRAMES["train" if name == "train" else "test"])
+            some = [_below(data_path, f"DATA/{frame}", index) for frame in some]
+            number_of_camera = 1 + BUPT_CAMERAS.index(camera)
+            tracks.append(("infrared" if modality == "IR" else "visible", some, int(person), number_of_camera))
+    return by_modality(tracks, listing)
+
+
+def by_modality(tracks, file):
+    """[(modality, frames, id, camera)] of a list -> {"visible" | "infrared": (frames of each track, ids, cameras)}."""
+    found = {modality: [row for of, *row in tracks if of == modality] for modality in ("visible", "infrared")}
+    if empty := [modality for modality, rows in found.items() if not rows]:
+        raise InputError(f"{file}: has no {empty[0]} track that can be used; copy it again")
+    return {modality: _columns(rows) for modality, rows in found.items()}
+
+
+def track_images(name, tracks):
+    """The frames of tracks, as `by_modality` gives these, as images, each once: {name_modality: (paths, ids)}."""
+    images = {}
+    for modality, (frames, ids, _) in tracks.items():
+        once = [list(dict.fromkeys(some)) for some in frames]
+        images[f"{name}_{modality}"] = list(chain(*once)), np.repeat(ids, [len(some) for some in once])
+    return images
+
+
 # ------------------------------------------------------------------------------------------------------------- lists
 
 
@@ -256,8 +347,7 @@ def read_list(data_path, name):
     A path may contain spaces, and backslashes, as Windows writes it. One that leads out of the data set's folder, also
     through links, is an InputError.
     """
-    listing = Path(data_path) / "idx" / f"{name}.txt"
-    root, rows = os.path.realpath(data_path), []
+    listing, rows = Path(data_path) / "idx" / f"{name}.txt", []
     for number, line in enumerate(_read(data_path, listing).split("\n"), 1):
         if not line.strip():
             continue
@@ -265,14 +355,30 @@ def read_list(data_path, name):
         if not (file and file[0].isprintable() and re.fullmatch(NUMBER, label)):
             raise InputError(f"{listing}, line {number}: {line[:200]!r} is not 'path label'; correct it")
         file = file[0].rstrip().replace("\\", "/")
-        outside = Path(file).is_absolute() or ".." in Path(file).parts
-        if outside or not os.path.realpath(Path(data_path) / file).startswith(root + os.sep):
-            raise InputError(f"{listing}, line {number}: {file} is outside {data_path}; move it there")
-        rows.append((str(Path(data_path) / file), int(label)))
+        rows.append((_below(data_path, file, f"{listing}, line {number}"), int(label)))
     if not rows:
         raise InputError(f"{listing}: lists no images; write lines 'path label'")
     paths, ids = zip(*rows, strict=True)
     return list(paths), np.array(ids)
+
+
+def _below(data_path, file, place):
+    """The path of a listed file; place: of the list. One that leads out of the folder, also through links, is an
+    InputError."""
+    outside = Path(file).is_absolute() or ".." in Path(file).parts
+    if outside or not os.path.realpath(Path(data_path) / file).startswith(os.path.realpath(data_path) + os.sep):
+        raise InputError(f"{place}: {file} is outside {data_path}; move it there")
+    return str(Path(data_path) / file)
+
+
+def _fields(data_path, path, pattern, form):
+    """The groups of a pattern in each line of a list, which must have it; form: the pattern, in words."""
+    fields = []
+    for number, line in enumerate(_read(data_path, path).rstrip().split("\n"), 1):
+        if not (match := re.fullmatch(pattern, line.strip())):
+            raise InputError(f"{path}, line {number}: {line[:200]!r} is not {form}; correct it")
+        fields.append(match.groups())
+    return fields
 
 
 def _read(data_path, path):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import data_manager
 from core.files import regular
@@ -22,6 +23,7 @@ from eval_metrics import REGDB_RULES, SYSU_RULES, Rules
 from utils import InputError
 
 TRIALS = range(10)  # a drawn gallery for each
+BOTH = ("visible to infrared", "infrared to visible")
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class DataSet:
     rules: what a query does not see, and what the CMC counts. options: flags that not every data set has -> their
     values, the default first. Of these, mode, protocol and shots choose searches; select: "val" needs validation ids;
     trial: a network is trained for each, so that a test has only that one. trials: what a test goes through.
-    parts: the names of the data sets that a `union` is made of.
+    parts: the names of the data sets that a `union` is made of. lists: patterns of the files that list images or ids.
+    tracks: whether queries and gallery are tracks, each of several images.
 
     training(data_path, trial, if the data set has trials) -> {name: (paths, ids)} of the visible and of the infrared
     training images.
@@ -55,6 +58,8 @@ class DataSet:
     published: dict = field(default_factory=dict)
     options: dict = field(default_factory=dict)
     parts: tuple = ()
+    lists: tuple = ("exp/*.txt", "idx/*.txt")
+    tracks: bool = False
 
     def own(self, **flags):
         """Those of the flags that are options of this data set."""
@@ -126,8 +131,8 @@ def fingerprint(dataset, data_path):
     """SHA-256, in hexadecimal, of the lists in a data set's folder and of the names and sizes of its test images. It
     tells data sets apart, whatever their folders are called."""
     digest, spec = hashlib.sha256(), TRAINING_SETS[dataset]
-    for top, folder in itertools.product(spec.folders(data_path), ("exp", "idx")):
-        for file in sorted(Path(top, folder).glob("*.txt")):
+    for part, folder in zip(spec.parts or (dataset,), spec.folders(data_path), strict=True):
+        for file in (file for pattern in DATASETS[part].lists for file in sorted(Path(folder).glob(pattern))):
             digest.update(os.fsencode(file.name) + regular(file).read_bytes())
     for paths in spec.searches(data_path).paths.values():
         for path in paths:
@@ -139,12 +144,26 @@ def fingerprint(dataset, data_path):
 
 
 class Images(NamedTuple):
-    """Some rows of one of the lists of a `Searches`, with their identities and cameras [N]."""
+    """Some images of one of the lists of a `Searches`, with their identities and cameras [N].
+
+    rows: where they are in the list [N]; of tracks, where their frames are [N, frames].
+    """
 
     modality: str
     rows: np.ndarray
     ids: np.ndarray
     cameras: np.ndarray
+
+    @property
+    def shown(self):
+        """The row of each image, or of the first frame of each track [N]."""
+        return self.rows.reshape(len(self.rows), -1)[:, 0]
+
+    def features(self, features, name):
+        """Their rows of one feature [N, C]; of a track, the mean of its frames', of unit length again. features: as
+        `engine.run_search` has."""
+        found = features[self.modality][name][self.rows]
+        return found if found.ndim == 2 else F.normalize(found.mean(dim=1))
 
 
 class Search(NamedTuple):
@@ -159,8 +178,8 @@ class Search(NamedTuple):
         return DATASETS[self.setting["dataset"]].rules
 
     def features(self, features, name):
-        """The queries' and the gallery's rows of one feature: [Q, C], [G, C]. features: as `engine.run_search` has."""
-        return [features[images.modality][name][images.rows] for images in (self.query, self.gallery)]
+        """The queries' and the gallery's rows of one feature: [Q, C], [G, C], as `Images.features` gives them."""
+        return [images.features(features, name) for images in (self.query, self.gallery)]
 
     def sees(self, rows):
         """Which gallery images the queries of some rows (NumPy) see: bool [n, G], on the CPU."""
@@ -198,10 +217,12 @@ class Searches:
         return {modality: list(rows) for modality, rows in self._row.items()}
 
     def images(self, modality, listing):
-        """(paths, ids, cameras) -> Images."""
+        """(paths, ids, cameras) -> Images. Of tracks, paths are lists, as many frames of each."""
         paths, ids, cameras = listing
         row = self._row[modality]
-        return Images(modality, np.array([row.setdefault(path, len(row)) for path in paths]), ids, cameras)
+        frames = np.array(paths, object)
+        rows = [row.setdefault(path, len(row)) for path in frames.flat]
+        return Images(modality, np.array(rows).reshape(frames.shape), ids, cameras)
 
     def add(self, query, gallery, direction, protocol, trial, mode=None, shots=1, split="test"):
         """Append a search. Its setting says what a number means, as plain values for tables and JSON."""
@@ -229,7 +250,7 @@ def search_title(setting):
     return ", ".join(parts)
 
 
-# ------------------------------------------------------------------------------------------- SYSU-MM01, RegDB, LLCM
+# ----------------------------------------------------------------------- SYSU-MM01, RegDB, LLCM, HITSZ-VCM, BUPTCampus
 
 
 def sysu_searches(
@@ -323,6 +344,48 @@ def llcm_searches(data_path, directions=("visible to infrared",), trials=TRIALS)
     return test
 
 
+def vcm_training(data_path):
+    return data_manager.track_images("train", data_manager.vcm_tracks(data_path, "train")[0])
+
+
+def vcm_train(data_path, size):
+    """Frames of HITSZ-VCM's training tracks, decoded once and kept in `{data_path}/cache/`."""
+    return listed_train(data_path, vcm_training(data_path), size, vcm_searches(data_path, BOTH).paths.values())
+
+
+def vcm_searches(data_path, directions=BOTH[:1], trials=(0,)):
+    """HITSZ-VCM's search of each direction: all tracks of one modality among all of the other."""
+    tracks, notes = data_manager.vcm_tracks(data_path, "test")
+    test = track_searches("vcm", tracks, tracks, directions, trials)
+    test.notes += notes
+    return test
+
+
+def bupt_training(data_path):
+    return data_manager.track_images("train", data_manager.bupt_tracks(data_path, "train"))
+
+
+def bupt_train(data_path, size):
+    """Frames of BUPTCampus's training tracks, without the auxiliary ones, decoded once and kept in
+    `{data_path}/cache/`."""
+    return listed_train(data_path, bupt_training(data_path), size, bupt_searches(data_path, BOTH).paths.values())
+
+
+def bupt_searches(data_path, directions=BOTH[:1], trials=(0,)):
+    """BUPTCampus's search of each direction: the queries of one modality among the gallery's tracks of the other."""
+    tracks = (data_manager.bupt_tracks(data_path, name) for name in ("query", "gallery"))
+    return track_searches("buptcampus", *tracks, directions, trials)
+
+
+def track_searches(dataset, query, gallery, directions, trials):
+    """query, gallery: {modality: tracks}, as `data_manager.by_modality` gives them."""
+    test = Searches(dataset)
+    for direction, trial in itertools.product(directions, trials):
+        images = [test.images(m, of[m]) for m, of in zip(direction.split(" to "), (query, gallery), strict=True)]
+        test.add(*images, direction, "standard", trial, shots=None)
+    return test
+
+
 # Its cameras take both modalities. Source: Zhang and Wang, "Diverse Embedding Expansion Network and Low-Light
 # Cross-Modality Benchmark for Visible-Infrared Person Re-identification", CVPR 2023.
 LLCM_RULES = Rules(
@@ -330,6 +393,7 @@ LLCM_RULES = Rules(
     unseen="same identity in the same camera",
     counts_identities=True,
 )
+TRACK_RULES = LLCM_RULES._replace(counts_identities=False)  # as in MITML's and M3-ReID's eval_metrics.py
 
 DATASETS = {
     "sysu": DataSet(
@@ -367,7 +431,7 @@ DATASETS = {
     "llcm": DataSet(
         name="LLCM",
         path="../data/LLCM/",
-        directions=("visible to infrared", "infrared to visible"),
+        directions=BOTH,
         rules=LLCM_RULES,
         training=llcm_training,
         train=llcm_train,
@@ -375,6 +439,35 @@ DATASETS = {
         # Its paper counts 46,767 images, 15,846 of them for the test; L2RW (CVPR 2025) counts each modality.
         published=training_counts(713, 16946, 13975)
         | {"queries visible to infrared": 8680, "queries infrared to visible": 7166},
+    ),
+    "vcm": DataSet(
+        name="HITSZ-VCM",
+        path="../data/HITSZ-VCM/",
+        directions=BOTH,
+        rules=TRACK_RULES,
+        training=vcm_training,
+        train=vcm_train,
+        searches=vcm_searches,
+        trials=TRIALS[:1],
+        # Numbers of tracks by M3-ReID's data/manager.py, twelve frames each for training.
+        published=training_counts(500, 12 * 5460, 12 * 4291)
+        | {"queries visible to infrared": 5099, "queries infrared to visible": 4584},
+        lists=("info/*.txt",),
+        tracks=True,
+    ),
+    "buptcampus": DataSet(
+        name="BUPTCampus",
+        path="../data/BUPTCampus/",
+        directions=BOTH,
+        rules=TRACK_RULES,
+        training=bupt_training,
+        train=bupt_train,
+        searches=bupt_searches,
+        trials=TRIALS[:1],
+        # By M3-ReID's data/manager.py. Nobody says how many tracks have fewer than twelve frames.
+        published={"training ids": 1074, "queries visible to infrared": 540, "queries infrared to visible": 536},
+        lists=("*.txt", "data_paths.json"),
+        tracks=True,
     ),
 }
 
@@ -410,7 +503,8 @@ def union(*parts):
         own = trials if "trial" in specs[0].options else TRIALS[:1]
         return specs[0].searches(whole.folders(data_path)[0], directions, own)
 
-    published = {name: sum(spec.published.get(name, 0) for spec in specs) for name in training_counts(0, 0, 0)}
+    counts = [name for name in training_counts(0, 0, 0) if all(name in spec.published for spec in specs)]
+    published = {name: sum(spec.published[name] for spec in specs) for name in counts}
     trial = {flag: values for spec in specs for flag, values in spec.options.items() if flag == "trial"}
     whole = DataSet(
         name=" + ".join(spec.name for spec in specs),

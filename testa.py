@@ -1,4 +1,4 @@
-"""Test a checkpoint, or saved features, on SYSU-MM01, RegDB or LLCM by the field's protocols.
+"""Test a checkpoint, or saved features, on a data set by the field's protocols.
 
     python testa.py --mode all --resume save_model/..._best.t
 
@@ -221,6 +221,8 @@ def check_flags(args):
         raise InputError("--baselines, --corrupt and --features need images: use them with --resume")
     if args.calibrate and (args.from_features is not None or "{trial}" in name):
         raise InputError(f"--calibrate {args.calibrate}: is of one checkpoint; pass one with --resume")
+    if args.corrupt and DATASETS[args.dataset].tracks:
+        raise InputError(f"--corrupt: is of images, but --dataset {args.dataset} is tested by tracks; leave it out")
     if args.corrupt:
         corruptions.prepare()  # fails now, too, if the package is missing
     if args.cross_data and "{trial}" in (args.features or ""):

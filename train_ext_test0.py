@@ -1,4 +1,4 @@
-"""Train GFMNet, one of its forerunners, DEEN, DNS, RLE or gfm2 on SYSU-MM01, RegDB or LLCM, testing as it goes.
+"""Train GFMNet, one of its forerunners, DEEN, DNS, RLE or gfm2 on a data set, testing as it goes.
 
     python train_ext_test0.py --dataset sysu --gpu 1
 

@@ -28,7 +28,7 @@ def add_flags(parser):
     text = "SYSU-MM01: gallery images of an identity and camera"
     flag("--shots", type=int, choices=option_values("shots"), default=1, help=text)
     flag("--trial", type=bounded(int, 1, 10), help="RegDB's trial (default: the checkpoint's own)")
-    text = "search the other direction: thermal to visible (RegDB), infrared to visible (LLCM)"
+    text = "search the other direction: thermal to visible (RegDB), infrared to visible (all but SYSU-MM01)"
     flag("--tvsearch", action="store_true", help=text)
     flag("--test_batch", type=bounded(int, 1, 65536), default=64, help="images in a batch")
     flag("--workers", type=bounded(int, 0, 1024), default=4, help="loading processes, one a core")

@@ -285,7 +285,7 @@ def rank_images(features, paths, search, name, matches, positions, top=None):
     values, order = (x[:, :top].cpu() for x in similarity.sort(dim=1, descending=True, stable=True))
 
     def image(images, i):
-        path = paths[images.modality][images.rows[i]]
+        path = paths[images.modality][images.shown[i]]
         return {"path": path, "id": int(images.ids[i]), "camera": int(images.cameras[i])}
 
     precision, rankings = matches.average_precision(), []

@@ -151,6 +151,22 @@ def llcm_tree(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def vcm_tree(tmp_path_factory):
+    """A small demo tree in HITSZ-VCM's layout. Shared: tests must not change it."""
+    tree = tmp_path_factory.mktemp("demo") / "vcm"
+    demo_data.main(["--out", str(tree), "--layout", "vcm", "--ids", "6", "--seed", "1"])
+    return tree
+
+
+@pytest.fixture(scope="session")
+def buptcampus_tree(tmp_path_factory):
+    """A small demo tree in BUPTCampus's layout, of short tracks. Shared: tests must not change it."""
+    tree = tmp_path_factory.mktemp("demo") / "buptcampus"
+    demo_data.main(["--out", str(tree), "--layout", "buptcampus", "--ids", "6", "--images", "4", "--seed", "1"])
+    return tree
+
+
+@pytest.fixture(scope="session")
 def browser():
     """Chromium, driven by Playwright: one for all tests of a process, as Playwright wants it."""
     from playwright.sync_api import sync_playwright

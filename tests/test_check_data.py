@@ -53,7 +53,7 @@ def test_drawn_data_passes(dataset, request, tmp_path):
     spec = DATASETS[dataset]
     trials = [{"trial": trial} for trial in spec.options.get("trial", ())] or [{}]
     images = {path for own in trials for paths, _ in spec.training(tree, **own).values() for path in paths}
-    images |= {path for paths in spec.searches(tree, trials=spec.trials).paths.values() for path in paths}
+    images |= {path for paths in spec.searches(tree, spec.directions, spec.trials).paths.values() for path in paths}
     assert lines["images"] == ("ok", f"{len(images):,}, all can be read")
     (tree / DEMO_FILE).unlink()
     lines, problem = check(tree, dataset)

@@ -59,7 +59,8 @@ def test_every_data_set_has_what_training_and_testing_use(dataset, tree):
             assert images.modality == {"thermal": "infrared"}.get(names[part], names[part])
     for modality, paths in test.paths.items():  # every image once, and none that is not used
         assert len(set(paths)) == len(paths)
-        used = {row for s in test.searches for images in s[1:] if images.modality == modality for row in images.rows}
+        parts = [images.rows for s in test.searches for images in s[1:] if images.modality == modality]
+        used = {row for rows in parts for row in rows.flat}
         assert used == set(range(len(paths)))
 
 
@@ -114,6 +115,8 @@ HIDDEN = {  # (identity, camera) of query and gallery image
     "sysu": lambda query, gallery: query[1] == 3 and gallery[1] == 2,
     "regdb": lambda query, gallery: False,
     "llcm": lambda query, gallery: query == gallery,
+    "vcm": lambda query, gallery: query == gallery,
+    "buptcampus": lambda query, gallery: query == gallery,
 }
 
 
@@ -145,6 +148,8 @@ def test_only_a_test_set_of_full_size_has_the_name_of_the_data_set():
     assert DATASETS["sysu"].title(True, 3803) == "demo data like SYSU-MM01"
     assert DATASETS["regdb"].title(False, 2060) == "RegDB"
     assert {DATASETS["llcm"].title(False, count) for count in (8680, 7166)} == {"LLCM"}
+    assert {DATASETS["vcm"].title(False, count) for count in (5099, 4584)} == {"HITSZ-VCM"}
+    assert {DATASETS["buptcampus"].title(False, count) for count in (540, 536)} == {"BUPTCampus"}
 
 
 @pytest.mark.parametrize(
@@ -156,6 +161,10 @@ def test_only_a_test_set_of_full_size_has_the_name_of_the_data_set():
         ("regdb", "select", "val", "SYSU-MM01"),
         ("sysu", "trial", 2, "RegDB"),
         ("llcm", "trial", 2, "RegDB"),
+        ("vcm", "mode", "indoor", "SYSU-MM01"),
+        ("vcm", "trial", 2, "RegDB"),
+        ("buptcampus", "shots", 10, "SYSU-MM01"),
+        ("buptcampus", "select", "val", "SYSU-MM01"),
     ],
 )
 def test_flags_without_a_meaning_are_refused(dataset, flag, value, owner):
@@ -170,7 +179,7 @@ def test_flags_without_a_meaning_are_refused(dataset, flag, value, owner):
 
 
 def test_tvsearch_needs_two_directions():
-    for dataset in ("regdb", "llcm"):
+    for dataset in ("regdb", "llcm", "vcm", "buptcampus"):
         check_options(Namespace(dataset=dataset, tvsearch=True))
     with pytest.raises(InputError, match="--tvsearch: SYSU-MM01 is searched from infrared to visible only"):
         check_options(Namespace(dataset="sysu", tvsearch=True))

@@ -146,7 +146,7 @@ def test_match_ranks_against_a_plain_loop(dataset):
     compared, rules = 0, DATASETS[dataset].rules
     for seed in range(100):
         problem = random_problem(seed)
-        if dataset == "llcm":
+        if dataset not in ("sysu", "regdb"):
             problem["g_camids"] = np.random.default_rng(seed).choice([3, 6, 7], len(problem["g_camids"]))
             problem["g_camids"][0] = 7  # the first query's match
         expected = plain_match_ranks(HIDDEN[dataset], rules.counts_identities, *problem.values())

@@ -101,17 +101,26 @@ def test_the_screen_of_a_test_is_one_number_in_words_and_a_short_table(capsys):
 
 
 def random_search(dataset, seed):
-    """A small search and features of its images: (features, paths, search)."""
+    """A small search and features of its images, or of the frames of its tracks: (features, paths, search)."""
     rng = np.random.default_rng(seed)
-    cameras = {"sysu": ([3, 6], [1, 2, 4, 5]), "llcm": ([1, 2, 3], [1, 2, 3]), "regdb": ([2], [1])}[dataset]
+    cameras = {"sysu": ([3, 6], [1, 2, 4, 5]), "regdb": ([2], [1])}.get(dataset, ([1, 2, 3], [1, 2, 3]))
     features, images = {}, []
     for modality, count, seen_by in (("infrared", 12, cameras[0]), ("visible", 30, cameras[1])):
         rows = rng.permutation(count + 5)[:count]  # of more images, in another order
+        if DATASETS[dataset].tracks:
+            rows = np.stack([rows, *rng.integers(0, count + 5, (2, count))], axis=1)
         images.append(Images(modality, rows, rng.integers(1, 5, count), rng.choice(seen_by, count)))
         x = torch.from_numpy(rng.normal(size=(count + 5, 6))).float()
         features[modality] = {"FC": torch.nn.functional.normalize(x)}
     paths = {modality: [f"{modality}{i}" for i in range(len(x["FC"]))] for modality, x in features.items()}
     return features, paths, Search({"dataset": dataset}, *images)
+
+
+def plain_feature(features, row):
+    """The feature of an image, or of a track: the mean of its frames', of unit length."""
+    total = [sum(float(features[frame][c]) for frame in row.flat) for c in range(features.shape[1])]
+    length = sum(value**2 for value in total) ** 0.5
+    return np.array([value / length for value in total])
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
@@ -124,20 +133,23 @@ def test_rankings_and_distances_against_plain_loops(dataset):
             seen = []
             for g_row, *other_person in zip(gallery.rows, gallery.ids, gallery.cameras, strict=True):
                 if not HIDDEN[dataset](tuple(person), tuple(other_person)):
-                    similarity = float(features["infrared"]["FC"][row] @ features["visible"]["FC"][g_row])
-                    seen.append((similarity, f"visible{g_row}", *other_person))
+                    pair = (plain_feature(features[m]["FC"], r) for m, r in (("infrared", row), ("visible", g_row)))
+                    similarity = float(np.dot(*pair))
+                    seen.append((similarity, f"visible{g_row.flat[0]}", *other_person))
                     (same if person[0] == other_person[0] else other).append(1 - similarity)
             seen.sort(key=lambda image: -image[0])
             hits = [rank for rank, image in enumerate(seen, 1) if image[2] == person[0]]
             if hits:
                 precision = np.mean([(i + 1) / rank for i, rank in enumerate(hits)])
-                expected[q] = (f"infrared{row}", *person, precision, seen)
+                expected[q] = (f"infrared{row.flat[0]}", *person, precision, seen)
 
-        matches = match_ranks(
-            DATASETS[dataset].rules,
-            -features["infrared"]["FC"][query.rows] @ features["visible"]["FC"][gallery.rows].T,
-            *(query.ids, gallery.ids, query.cameras, gallery.cameras),
-        )
+        sides = [
+            np.stack([plain_feature(features[side.modality]["FC"], r) for r in side.rows]) for side in (query, gallery)
+        ]
+        labels = query.ids, gallery.ids, query.cameras, gallery.cameras
+        matches = match_ranks(DATASETS[dataset].rules, -sides[0] @ sides[1].T, *labels)
+        searched = engine.run_search(features, search)["FC", "none"]
+        assert searched.positions.tolist() == matches.positions.tolist()
         for which, sign in (("worst", 1), ("best", -1)):
             positions = choose_queries(matches, search, which, 5)
             ranked = rank_images(features, paths, search, "FC", matches, positions, 7)

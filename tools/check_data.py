@@ -176,8 +176,9 @@ def check_images(listed, workers):
                 people[image][trial, "training"] = identity
         paths = test.paths
         for images in (images for search in test.searches for images in (search.query, search.gallery)):
-            for row, identity in zip(images.rows.tolist(), images.ids.tolist(), strict=True):
-                people[paths[images.modality][row]][trial, "test"] = identity
+            for rows, identity in zip(images.rows.tolist(), images.ids.tolist(), strict=True):
+                for row in np.ravel(rows):
+                    people[paths[images.modality][row]][trial, "test"] = identity
     same, unreadable = defaultdict(list), []
     with map_processes(read_and_hash, sorted(people), workers) as done:
         for image, digest, error in progress(done, total=len(people), desc="images", unit="img"):

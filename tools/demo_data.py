@@ -1,4 +1,4 @@
-"""Demo data: procedural pedestrians in the folder layouts of SYSU-MM01, RegDB and LLCM.
+"""Demo data: procedural pedestrians in the folder layouts of SYSU-MM01, RegDB, LLCM, HITSZ-VCM and BUPTCampus.
 
 The real data sets require a signed form; with this stand-in anyone can run everything, from folders of images to a
 tested network. A person is a list of solids of revolution (limbs, garments, hair, bag) on a walking skeleton, painted
@@ -13,6 +13,7 @@ Lengths are in body heights, angles in radians, tones and noise in 0..1.
 
 import colorsys
 import io
+import json
 import math
 import operator
 import tempfile
@@ -27,17 +28,19 @@ from scipy.io import loadmat, savemat
 
 import utils
 from core.files import check_output
-from data_manager import DEMO_FILE, load_permutations
+from data_manager import BUPT_CAMERAS, DEMO_FILE, VCM_FEWEST, load_permutations
 
 SPECTRA = {  # layout -> camera -> spectrum
     "sysu": {1: "visible", 2: "visible", 3: "infrared", 4: "visible", 5: "visible", 6: "infrared"},
     "regdb": {1: "visible", 2: "thermal"},
-    # LLCM's nine cameras take both: camera c at night is called 10 + c here
+    # LLCM's nine cameras take both, as do those of the walks: camera c at night is called 10 + c here
     "llcm": {camera: "visible" if camera < 10 else "infrared" for camera in (*range(1, 10), *range(11, 20))},
 }
+WALKS = ("vcm", "buptcampus")  # layouts of tracks
+SPECTRA |= dict.fromkeys(WALKS, {camera: name for camera, name in SPECTRA["llcm"].items() if 1 <= camera % 10 <= 6})
 SYSU_NAMES = "cam{}/{:04d}/{{:04d}}.jpg"  # of a camera and id; leaves a format string of the number
-FEWEST_IDS = {"sysu": 6, "regdb": 4, "llcm": 6}
-IMAGES = {"sysu": 8, "regdb": 10, "llcm": 5}  # per person, camera and spectrum
+FEWEST_IDS = {"sysu": 6, "regdb": 4, "llcm": 6, "vcm": 6, "buptcampus": 6}
+IMAGES = {"sysu": 8, "regdb": 10, "llcm": 5, "vcm": VCM_FEWEST, "buptcampus": 8}  # per person, camera and spectrum
 HELD_OUT = {"val": 0.1, "test": 0.3}  # SYSU-MM01 holds out 0.2 and 0.2; few people need a larger share to learn from
 TRIALS = 10  # of RegDB, and of SYSU-MM01's official protocol
 
@@ -493,8 +496,9 @@ def occlude(canvas: np.ndarray, rng: np.random.Generator) -> None:
         block[:] = tone * np.linspace(1.1, 0.8, len(block))[:, None, None]
 
 
-def render(person: Person, camera: Camera, size: tuple, rng: np.random.Generator) -> Image.Image:
-    """One RGB image of `size` (width, height): scene, person, sometimes an obstacle, then light, blur and noise."""
+def render(person: Person, camera: Camera, size: tuple, rng: np.random.Generator, step: int = 0) -> Image.Image:
+    """One RGB image of `size` (width, height): scene, person, sometimes an obstacle, then light, blur and noise. With
+    the same `rng`, those of different steps are frames of a walk."""
     width, height = size
     scene, span = camera.scene, rng.uniform(0.63, 0.99) * camera.scene.height
     left = rng.uniform(0, scene.width - span * width / height)
@@ -502,6 +506,7 @@ def render(person: Person, camera: Camera, size: tuple, rng: np.random.Generator
     canvas = np.asarray(scene.resize(size, Image.Resampling.BILINEAR, box), np.float32).reshape(height, width, -1) / 255
 
     shot = draw_shot(rng, width, height)
+    shot = shot._replace(phase=shot.phase + 0.5 * step)
     if camera.spectrum != "thermal":  # a shadow
         y, x = np.ogrid[:height, :width]
         away = ((x - shot.x) / (0.14 * shot.scale)) ** 2 + ((y - shot.y) / (0.03 * shot.scale)) ** 2
@@ -514,6 +519,8 @@ def render(person: Person, camera: Camera, size: tuple, rng: np.random.Generator
     canvas *= ramp * camera.cast * math.exp(rng.normal(0, 0.12))
     image = Image.fromarray((np.clip(canvas, 0, 1) * 255).astype(np.uint8).squeeze())
     image = np.asarray(image.filter(ImageFilter.GaussianBlur(height / 1000 * camera.blur * rng.uniform(0.3, 1.3))))
+    if step:  # each frame of a walk has noise of its own
+        rng.bit_generator.advance(step << 32)
     noise = 255 * camera.noise * rng.standard_normal(image.shape, np.float32)
     return Image.fromarray(np.clip(image + noise, 0, 255).astype(np.uint8)).convert("RGB")
 
@@ -635,16 +642,58 @@ def plan_llcm(ids: int, images: int, rng: np.random.Generator) -> tuple:
     return folders, {**lists, "idx/test_id.txt": (",".join(map(str, test)) + "\n").encode()}
 
 
+def draw_walks(ids: int, rng: np.random.Generator) -> Iterator[tuple]:
+    """(part, identity, place, camera) of tracks: a third of the people are for the test; three cameras see each."""
+    for number, identity in enumerate((1 + rng.permutation(ids)).tolist()):
+        for place in np.sort(rng.choice(np.arange(1, 7), 3, replace=False)).tolist():
+            for camera in (place, 10 + place):
+                yield "test" if number < round(ids / 3) else "train", identity, place, camera
+
+
+def plan_vcm(ids: int, images: int, rng: np.random.Generator) -> tuple:
+    """The folders, and file -> bytes of the lists."""
+    folders, names, rows, queries = [], {"train": [], "test": []}, {"train": [], "test": []}, []
+    for part, identity, place, camera in draw_walks(ids, rng):
+        modality, kind = (2, "rgb") if camera < 10 else (1, "ir")
+        folders.append(Folder(f"{part.capitalize()}/{identity:04d}/{kind}/D{place}/{{}}.jpg", identity, camera, images))
+        first = len(names[part]) + 1
+        names[part] += [f"{identity:04d}M{modality}D{place}T1F{number}.jpg" for number in range(1, images + 1)]
+        rows[part].append(f"{modality} {first} {len(names[part])} {identity:04d} {place}")
+        queries += [str(len(rows["test"]))] if part == "test" and modality == 1 else []
+    lists = {f"{part}_name": lines for part, lines in names.items()}
+    lists |= {f"track_{part}_info": lines for part, lines in rows.items()} | {"query_IDX": [" ".join(queries)]}
+    return folders, {f"info/{name}.txt": ("\n".join(lines) + "\n").encode() for name, lines in lists.items()}
+
+
+def plan_buptcampus(ids: int, images: int, rng: np.random.Generator) -> tuple:
+    """The folders, and file -> bytes of the lists. A test person's first track, visible or infrared, is a query."""
+    folders, paths, lines = [], {}, {"train": [], "query": [], "gallery": []}
+    for part, identity, place, camera in draw_walks(ids, rng):
+        kind, name = "RGB" if camera < 10 else "IR", BUPT_CAMERAS[place - 1]
+        names = f"{identity}/{kind}/{name}/{identity}_{kind}_{name}_1_{{}}.jpg"
+        folders.append(Folder(f"DATA/{names}", identity, camera, images))
+        people = paths.setdefault(str(identity), {"RGB": {}, "IR": {}})
+        people[kind][name] = {"1": [names.format(number) for number in range(1, images + 1)]}
+        if part == "train":
+            lines[part] += [f"{identity} RGB/IR {name} 1"] if kind == "RGB" else []
+        else:
+            query = len(people["RGB"]) == 1 and kind == ("RGB", "IR")[len(paths) % 2]
+            lines["query" if query else "gallery"].append(f"{identity} {kind} {name} 1")
+    lists = {f"{part}.txt": ("\n".join(rows) + "\n").encode() for part, rows in lines.items()}
+    return folders, lists | {"data_paths.json": json.dumps(paths).encode()}
+
+
 def render_folder(job: tuple) -> int:
     """Write the images of one folder. Each has its own generator: bytes do not depend on processes or their order."""
     tree, layout, seed, person, folder = job
     camera = make_camera(layout, folder.camera, seed)
     (tree / folder.names).parent.mkdir(parents=True)
     for number in range(1, folder.images + 1):
-        rng = np.random.default_rng((seed, 3, folder.identity, folder.camera, number))
+        step = number if layout in WALKS else 0
+        rng = np.random.default_rng((seed, 3, folder.identity, folder.camera, number - step))
         width = int(rng.integers(80, 141))
         size = (width, int(rng.uniform(2.1, 2.6) * width)) if layout != "regdb" else (64, 128)
-        render(person, camera, size, rng).save(tree / folder.names.format(number), quality=85)
+        render(person, camera, size, rng, step).save(tree / folder.names.format(number), quality=85)
     return folder.images
 
 
@@ -709,6 +758,8 @@ def main(argv=None) -> dict:
         raise utils.InputError(f"--test_ids {args.test_ids}: is for --layout sysu; leave it out for {layout}")
     if args.test_ids and args.test_ids > ids // 2:
         raise utils.InputError(f"--test_ids {args.test_ids}: more than half of {ids} people; reduce it, or raise --ids")
+    if layout == "vcm" and args.images and args.images < VCM_FEWEST:
+        raise utils.InputError(f"--images {args.images}: tracks of vcm have at least {VCM_FEWEST}; raise it")
     if ids < FEWEST_IDS[layout]:
         raise utils.InputError(f"--ids {ids}: too few to split; pass at least {FEWEST_IDS[layout]} for {layout}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -719,8 +770,9 @@ def main(argv=None) -> dict:
     if args.like:
         folders, lists = plan_like(args.like)
     else:
-        plan = {"sysu": partial(plan_sysu, test_ids=args.test_ids), "regdb": plan_regdb, "llcm": plan_llcm}[layout]
-        folders, lists = plan(ids, args.images or IMAGES[layout], np.random.default_rng((args.seed, 0)))
+        plans = {"sysu": partial(plan_sysu, test_ids=args.test_ids), "regdb": plan_regdb, "llcm": plan_llcm}
+        plans |= {"vcm": plan_vcm, "buptcampus": plan_buptcampus}
+        folders, lists = plans[layout](ids, args.images or IMAGES[layout], np.random.default_rng((args.seed, 0)))
     people = draw_people(sorted({folder.identity for folder in folders}), args.seed)
 
     if args.sheet:

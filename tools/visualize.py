@@ -104,8 +104,9 @@ class Tested(NamedTuple):
 def embed_test(args, resume):
     """The checkpoint `resume` and the search of the flags -> `Tested`."""
     evaluation.check_search_flags(args)
-    if args.dataset == "regdb" and args.gallery is not None:
-        raise InputError("--gallery is for SYSU-MM01 and LLCM; RegDB has one gallery per trial: leave it out")
+    spec = DATASETS[args.dataset]
+    if args.gallery is not None and ("trial" in spec.options or len(spec.trials) == 1):
+        raise InputError(f"--gallery is for SYSU-MM01 and LLCM; {spec.name} draws none: leave it out")
     device, data_path = select_device(args.gpu, args.amp), evaluation.data_folder(args)
     path = find_checkpoint(resume, args.model_path)
     net, size, origin = evaluation.open_checkpoint(path, data_path)
@@ -115,7 +116,7 @@ def embed_test(args, resume):
     embed = engine.network_embedding(net, device, normalise, args.amp)
     features = evaluation.embed_images(embed, test.paths, size, args)
     (search,) = test.searches
-    name = DATASETS[args.dataset].title(origin["demo"], len(search.query.rows))
+    name = spec.title(origin["demo"], len(search.query.rows))
     setting = f"{name}, {search_title(search.setting)}, trial {search.setting['trial']}; {args.feature}"
     return Tested(net, device, size, test.paths, search, features, origin["network"], setting)
 
