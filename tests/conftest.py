@@ -162,7 +162,7 @@ def vcm_tree(tmp_path_factory):
 def buptcampus_tree(tmp_path_factory):
     """A small demo tree in BUPTCampus's layout, of short tracks. Shared: tests must not change it."""
     tree = tmp_path_factory.mktemp("demo") / "buptcampus"
-    demo_data.main(["--out", str(tree), "--layout", "buptcampus", "--ids", "6", "--images", "4", "--seed", "1"])
+    demo_data.main(["--out", str(tree), "--layout", "buptcampus", "--ids", "12", "--images", "4", "--seed", "1"])
     return tree
 
 

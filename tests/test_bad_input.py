@@ -34,6 +34,8 @@ SCRIPTS = {
     "train": (train_ext_test0, flags("sysu", "out", "--epochs", "1")),
     "regdb": (train_ext_test0, flags("regdb", "out", "--dataset", "regdb", "--epochs", "1")),
     "llcm": (train_ext_test0, flags("llcm", "out", "--dataset", "llcm", "--epochs", "1")),
+    "vcm": (train_ext_test0, flags("vcm", "out", "--dataset", "vcm", "--epochs", "1")),
+    "buptcampus": (train_ext_test0, flags("buptcampus", "out", "--dataset", "buptcampus", "--epochs", "1")),
     "test": (testa, search_flags("sysu", "good.t")),
     "features": (testa, ["--data_path", "sysu", "--gpu", "cpu", "--from_features", "f.npz"]),
 }
@@ -62,6 +64,12 @@ def pipe(name):
 
 def append(name, text):
     write(name, Path(name).read_text() + text)
+
+
+def edit(name, number, line):
+    """Replace a line of a list; the first is 1."""
+    lines = Path(name).read_text().splitlines()
+    write(name, "\n".join([*lines[: number - 1], line, *lines[number:]]) + "\n")
 
 
 def cut(name, size):
@@ -166,6 +174,7 @@ def packed():
     os.remove("whole.t")
 
 
+INFO = "vcm/info"
 IDX = "regdb/idx/train_visible_1.txt"
 EXP = "sysu/exp/train_id.txt"
 PERMUTATIONS = "sysu/exp/rand_perm_cam.mat"
@@ -267,6 +276,81 @@ CASES = {
     "LLCM's training image is a test image": case(
         "llcm",
         lambda: append("llcm/idx/train_nir.txt", f"{next(Path('llcm').glob('test_nir/*/*/*')).relative_to('llcm')} 1"),
+        ": is listed for training and for the test; take it out of one",
+    ),
+    # tracks
+    "vcm, no lists": case("vcm", lambda: os.remove(f"{INFO}/test_name.txt"), "test_name.txt: cannot be read", "put"),
+    "vcm, a name of no frame": case(
+        "vcm", lambda: edit(f"{INFO}/train_name.txt", 3, "0001_2.jpg"), "line 3: '0001_2.jpg' is not a frame's name"
+    ),
+    "vcm, a name that leads out": case(
+        "vcm", lambda: edit(f"{INFO}/train_name.txt", 3, "0001M1D2T1F../../a.jpg"), "line 3: ", "is not a frame's name"
+    ),
+    "vcm, a row of four": case(
+        "vcm",
+        lambda: edit(f"{INFO}/track_train_info.txt", 2, "1 13 24 0006"),
+        "track_train_info.txt, line 2: '1 13 24 0006' is not 'modality (1 or 2) first last person camera'",
+    ),
+    "vcm, a third modality": case(
+        "vcm",
+        lambda: edit(f"{INFO}/track_test_info.txt", 2, "3 13 24 6 1"),
+        "track_test_info.txt, line 2: '3 13 24 6 1'",
+    ),
+    "vcm, frames that are not there": case(
+        "vcm",
+        lambda: edit(f"{INFO}/track_train_info.txt", 2, "1 13 9999 6 1"),
+        "track_train_info.txt, line 2: frames 13 to 9999 are not among the 288 of train_name.txt; correct it",
+    ),
+    "vcm, frame 0": case(
+        "vcm", lambda: edit(f"{INFO}/track_train_info.txt", 1, "1 0 12 6 1"), "line 1: frames 0 to 12 are not among"
+    ),
+    "vcm, frames backwards": case(
+        "vcm", lambda: edit(f"{INFO}/track_train_info.txt", 1, "1 12 1 6 1"), "line 1: frames 12 to 1 are not among"
+    ),
+    "vcm, a query that is no track": case(
+        "vcm",
+        lambda: write(f"{INFO}/query_IDX.txt", "2 13\n"),
+        "query_IDX.txt: 13 is not the number of one of 12 tracks",
+    ),
+    "vcm, a query without a number": case(
+        "vcm", lambda: write(f"{INFO}/query_IDX.txt", "2 a\n"), "query_IDX.txt, line 1: '2 a' is not numbers of tracks"
+    ),
+    "vcm, short tracks only": case(
+        "vcm",
+        lambda: write(f"{INFO}/track_train_info.txt", "1 1 11 6 1\n"),
+        "track_train_info.txt: has no visible track that can be used",
+    ),
+    "vcm, a frame that is not there": case(
+        "vcm", lambda: os.remove(next(Path("vcm/Train").glob("*/ir/*/5.jpg"))), "5.jpg: no such image"
+    ),
+    "buptcampus, a row": case(
+        "buptcampus",
+        lambda: edit("buptcampus/gallery.txt", 4, "1 RGB X9 1"),
+        "gallery.txt, line 4: '1 RGB X9 1' is not 'person modality camera track', with RGB, IR or RGB/IR",
+        "and a camera of LS3, G25, CQ1, W4, TSG1, TSG2; correct it",
+    ),
+    "buptcampus, a track without frames": case(
+        "buptcampus",
+        lambda: edit("buptcampus/train.txt", 2, "1 RGB/IR W4 2"),
+        "train.txt, line 2: data_paths.json has no frames of 1 RGB W4 2; copy both again",
+    ),
+    "buptcampus, no JSON": case(
+        "buptcampus", lambda: write("buptcampus/data_paths.json", "{"), "data_paths.json: cannot be read as JSON", "put"
+    ),
+    "buptcampus, other JSON": case(
+        "buptcampus", lambda: write("buptcampus/data_paths.json", '{"1": {"IR": 3}}'), "data_paths.json: ", "expected"
+    ),
+    "buptcampus, frames outside": case(
+        "buptcampus",
+        lambda: write(
+            "buptcampus/data_paths.json", Path("buptcampus/data_paths.json").read_text().replace("/IR", "/../..")
+        ),
+        "data_paths.json: DATA/",
+        "is outside buptcampus; move it there",
+    ),
+    "buptcampus, a test frame in training": case(
+        "buptcampus",
+        lambda: append("buptcampus/train.txt", Path("buptcampus/query.txt").read_text()),
         ": is listed for training and for the test; take it out of one",
     ),
     # flags of training
@@ -399,7 +483,11 @@ def trees(sysu_tree, regdb_tree, llcm_tree, good, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.link(good, "good.t")
     for tree in (sysu_tree, regdb_tree, llcm_tree):
-        shutil.copytree(tree, tree.name, copy_function=os.link, ignore=shutil.ignore_patterns("cache"))
+        link(tree)
+
+
+def link(tree):
+    shutil.copytree(tree, tree.name, copy_function=os.link, ignore=shutil.ignore_patterns("cache"))
 
 
 def contents():
@@ -408,8 +496,10 @@ def contents():
 
 @pytest.mark.usefixtures("trees")
 @pytest.mark.parametrize("case", CASES)
-def test_one_line_and_nothing_lost(case, capsys):
+def test_one_line_and_nothing_lost(case, request, capsys):
     name, damage, words, more = CASES[case]
+    if name in ("vcm", "buptcampus"):  # of many files
+        link(request.getfixturevalue(f"{name}_tree"))
     script, arguments = SCRIPTS[name]
     damage()
     before = contents()

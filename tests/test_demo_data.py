@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 import multiprocessing
 import operator
 import random
@@ -57,11 +58,15 @@ def regdb(tmp_path_factory):
     return make(tmp_path_factory.mktemp("demo") / "regdb", layout="regdb", ids=5, images=10)
 
 
-@pytest.mark.parametrize("layout", ["sysu", "regdb", pytest.param("llcm", marks=pytest.mark.slow)])
+SLOW = [pytest.param(layout, marks=pytest.mark.slow) for layout in ("llcm", "vcm", "buptcampus")]
+
+
+@pytest.mark.parametrize("layout", ["sysu", "regdb", *SLOW])
 def test_seed_fixes_every_byte(tmp_path, layout):
-    first = digest(make(tmp_path / "a", layout=layout, workers=1))
-    assert digest(make(tmp_path / "b", layout=layout, workers=3)) == first
-    assert digest(make(tmp_path / "c", layout=layout, seed=4)) != first
+    size = {"layout": layout, "images": 12 if layout == "vcm" else 2}
+    first = digest(make(tmp_path / "a", workers=1, **size))
+    assert digest(make(tmp_path / "b", workers=3, **size)) == first
+    assert digest(make(tmp_path / "c", seed=4, **size)) != first
 
 
 def test_sysu_layout(sysu):
@@ -179,6 +184,71 @@ def test_llcm_layout(tmp_path):
     assert visible != infrared
 
 
+def test_vcm_layout(tmp_path):
+    tree = make(tmp_path / "vcm", layout="vcm", ids=6, images=13)
+    lists, images, people = ("train_name", "test_name", "track_train_info", "track_test_info", "query_IDX"), set(), {}
+    for part in ("train", "test"):
+        names = (tree / f"info/{part}_name.txt").read_text().splitlines()
+        rows = [line.split() for line in (tree / f"info/track_{part}_info.txt").read_text().splitlines()]
+        after = 0
+        for modality, first, last, person, camera in rows:
+            assert (int(first), int(last)) == (after + 1, after + 13)
+            after = int(last)
+            own = [f"{person}M{modality}D{camera}T1F{n}.jpg" for n in range(1, 14)]
+            assert names[int(first) - 1 : after] == own
+            folder = f"{part.capitalize()}/{person}/{('ir', 'rgb')[int(modality) - 1]}/D{camera}"
+            images |= {f"{folder}/{n}.jpg" for n in range(1, 14)}
+            people.setdefault((part, person), set()).add((modality, int(camera)))
+        assert len(names) == after
+        infrared = [number for number, row in enumerate(rows, 1) if row[0] == "1"]
+    assert [int(word) for word in (tree / "info/query_IDX.txt").read_text().split()] == infrared
+    assert set(files(tree)) == images | {f"info/{name}.txt" for name in lists} | {"demo.txt"}
+    assert sorted(part for part, _ in people) == ["test"] * 2 + ["train"] * 4
+    assert len({person for _, person in people}) == 6
+    for seen in people.values():  # three cameras, each in both modalities
+        cameras = {camera for _, camera in seen}
+        assert (len(seen), len(cameras)) == (6, 3)
+        assert cameras <= set(range(1, 7))
+
+
+def test_buptcampus_layout(tmp_path):
+    tree = make(tmp_path / "bupt", layout="buptcampus", ids=9, images=2)
+    paths = json.loads((tree / "data_paths.json").read_text())
+    tracks = {}
+    for person, kinds in paths.items():
+        for kind, cameras in kinds.items():
+            for camera, numbered in cameras.items():
+                stem = f"{person}/{kind}/{camera}/{person}_{kind}_{camera}_1"
+                assert numbered == {"1": [f"{stem}_1.jpg", f"{stem}_2.jpg"]}
+                tracks[person, kind, camera, "1"] = numbered["1"]
+    lists = {name: (tree / f"{name}.txt").read_text().splitlines() for name in ("train", "query", "gallery")}
+    images = {f"DATA/{frame}" for frames in tracks.values() for frame in frames}
+    assert set(files(tree)) == images | {f"{name}.txt" for name in lists} | {"data_paths.json", "demo.txt"}
+    rows = {name: [tuple(line.split()) for line in lines] for name, lines in lists.items()}
+    assert {kind for _, kind, _, _ in rows["train"]} == {"RGB/IR"}
+    both = [(person, kind, *rest) for person, kinds, *rest in rows["train"] for kind in kinds.split("/")]
+    assert sorted(both + rows["query"] + rows["gallery"]) == sorted(tracks)  # each once
+    people = {name: {row[0] for row in of} for name, of in rows.items()}
+    assert (len(people["train"]), len(rows["query"])) == (6, 3)
+    assert people["query"] == people["gallery"] == paths.keys() - people["train"]
+    assert sorted(kind for _, kind, _, _ in rows["query"]) == ["IR", "IR", "RGB"]
+
+
+def test_frames_of_a_track_are_one_walk(vcm_tree):
+    """One size and scene, another stride and other noise in each frame."""
+    folder = next(vcm_tree.glob("Test/*/rgb/*"))
+    frames = []
+    for number in range(1, 13):
+        with Image.open(folder / f"{number}.jpg") as image:
+            frames.append(np.asarray(image.convert("L")).astype(float))
+    assert len({frame.shape for frame in frames}) == 1
+    differences = [np.abs(one - other) for one, other in itertools.combinations(frames, 2)]
+    top = len(frames[0]) // 12  # above the head
+    assert all(0.2 < difference[:top].mean() < 8 for difference in differences)
+    legs = [difference[len(difference) // 2 :] for difference in differences]
+    assert np.mean([part.mean() for part in legs]) > 1.2 * np.mean([d[:top].mean() for d in differences])
+
+
 def test_images_are_rgb_of_odd_sizes_and_infrared_is_gray(sysu):
     sizes = set()
     for path in sorted(sysu.glob("cam*/*/0001.jpg")):
@@ -239,6 +309,8 @@ def test_no_two_people_are_alike():
         (["--sheet", "people.gif"], ["--sheet people.gif", ".png"]),
         (["--test_ids", "5", "--ids", "8"], ["--test_ids 5", "8 people", "--ids"]),
         (["--test_ids", "3", "--layout", "llcm"], ["--test_ids 3", "llcm"]),
+        (["--ids", "5", "--layout", "vcm"], ["--ids 5", "at least 6"]),
+        (["--images", "11", "--layout", "vcm"], ["--images 11", "at least 12"]),
     ],
 )
 def test_bad_flags_name_the_remedy(tmp_path, flags, words):

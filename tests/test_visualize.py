@@ -334,6 +334,12 @@ def test_bad_input_of_the_commands(sysu_tree, checkpoint, results, logs, tmp_pat
         ("tsne", ["--people", "90"], "--people 90: only 4 have images"),
         ("ranking", ["--trial", "2"], "is an option of RegDB"),
         ("ranking", ["--dataset", "llcm"], "was trained on sysu"),
+        ("ranking", ["--dataset", "regdb", "--gallery", "0"], "--gallery is for SYSU-MM01 and LLCM; RegDB draws none"),
+        (
+            "ranking",
+            ["--dataset", "vcm", "--gallery", "2"],
+            "--gallery is for SYSU-MM01 and LLCM; HITSZ-VCM draws none",
+        ),
         ("distances", ["--resume", "a.t", "b.t", "c.t"], "pass one checkpoint, or two"),
     ):
         with pytest.raises(InputError, match=words):
@@ -355,17 +361,28 @@ def test_bad_input_of_the_commands(sysu_tree, checkpoint, results, logs, tmp_pat
 
 @pytest.mark.parametrize(
     ("command", "dataset"),
-    [("ranking", "regdb"), ("ranking", "llcm"), ("heatmap", "regdb"), ("tsne", "llcm"), ("distances", "regdb")],
+    [
+        ("ranking", "regdb"),
+        ("ranking", "llcm"),
+        ("heatmap", "regdb"),
+        ("tsne", "llcm"),
+        ("distances", "regdb"),
+        ("ranking", "vcm"),
+        ("tsne", "buptcampus"),
+    ],
 )
-def test_the_other_data_sets(command, dataset, regdb_tree, llcm_tree, tmp_path, capsys):
+def test_the_other_data_sets(command, dataset, request, tmp_path, capsys):
     few = {"heatmap": ["--queries", "1"], "tsne": ["--people", "2"]}.get(command, [])
-    tree, more = {"regdb": (regdb_tree, ["--trial", "1"]), "llcm": (llcm_tree, ["--tvsearch"])}[dataset]
+    tree = request.getfixturevalue(f"{dataset}_tree")
+    more = {"regdb": ["--trial", "1"], "llcm": ["--tvsearch"]}.get(dataset, [])
     path, out = save_network(tmp_path / f"{dataset}.t", 0, dataset), tmp_path / f"{dataset}.svg"
     draw(command, tree, path, out, "--dataset", dataset, *more, *few)
     assert capsys.readouterr().out == f"{out}\n"
     setting = {
         "regdb": "RegDB, visible to thermal, standard protocol, trial 1; FC",
         "llcm": "LLCM, infrared to visible, seeded protocol, 1-shot, trial 0; FC",
+        "vcm": "HITSZ-VCM, visible to infrared, standard protocol, trial 0; FC",
+        "buptcampus": "BUPTCampus, visible to infrared, standard protocol, trial 0; FC",
     }[dataset]
     text = " ".join(re.findall(r">([^<>]*)</(?:text|tspan)", out.read_text()))
     assert f"demo data like {setting}" in text
