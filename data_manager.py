@@ -277,7 +277,8 @@ def bupt_tracks(data_path, name):
     the frames of each, by these four, below `DATA/`.
     """
     check_data_folder(data_path)
-    listing, index, tracks = Path(data_path) / f"{name}.txt", Path(data_path) / "data_paths.json", []
+    listing, index = Path(data_path) / f"{name}.txt", Path(data_path) / "data_paths.json"
+    root, tracks = os.path.realpath(data_path), []
     form = f"'person modality camera track', with RGB, IR or RGB/IR and a camera of {', '.join(BUPT_CAMERAS)}"
     rows = _fields(data_path, listing, rf"({NUMBER}) (RGB|IR|RGB/IR) ({'|'.join(BUPT_CAMERAS)}) (\w+)", form)
     frames = read_json(index, BuptFrames, "put the data set's list of frames there")
@@ -288,7 +289,7 @@ def bupt_tracks(data_path, name):
                 problem = f"{index.name} has no frames of {person} {modality} {camera} {track}"
                 raise InputError(f"{listing}, line {number}: {problem}; copy both again")
             some = evenly(some, TRACK_FRAMES["train" if name == "train" else "test"])
-            some = [_below(data_path, f"DATA/{frame}", index) for frame in some]
+            some = [_below(data_path, root, f"DATA/{frame}", index) for frame in some]
             number_of_camera = 1 + BUPT_CAMERAS.index(camera)
             tracks.append(("infrared" if modality == "IR" else "visible", some, int(person), number_of_camera))
     return by_modality(tracks, listing)
@@ -347,7 +348,8 @@ def read_list(data_path, name):
     A path may contain spaces, and backslashes, as Windows writes it. One that leads out of the data set's folder, also
     through links, is an InputError.
     """
-    listing, rows = Path(data_path) / "idx" / f"{name}.txt", []
+    listing = Path(data_path) / "idx" / f"{name}.txt"
+    root, rows = os.path.realpath(data_path), []
     for number, line in enumerate(_read(data_path, listing).split("\n"), 1):
         if not line.strip():
             continue
@@ -355,18 +357,18 @@ def read_list(data_path, name):
         if not (file and file[0].isprintable() and re.fullmatch(NUMBER, label)):
             raise InputError(f"{listing}, line {number}: {line[:200]!r} is not 'path label'; correct it")
         file = file[0].rstrip().replace("\\", "/")
-        rows.append((_below(data_path, file, f"{listing}, line {number}"), int(label)))
+        rows.append((_below(data_path, root, file, f"{listing}, line {number}"), int(label)))
     if not rows:
         raise InputError(f"{listing}: lists no images; write lines 'path label'")
     paths, ids = zip(*rows, strict=True)
     return list(paths), np.array(ids)
 
 
-def _below(data_path, file, place):
-    """The path of a listed file; place: of the list. One that leads out of the folder, also through links, is an
-    InputError."""
+def _below(data_path, root, file, place):
+    """The path of a listed file. root: the real path of the folder; place: of the list. A file that leads out of the
+    folder, also through links, is an InputError."""
     outside = Path(file).is_absolute() or ".." in Path(file).parts
-    if outside or not os.path.realpath(Path(data_path) / file).startswith(os.path.realpath(data_path) + os.sep):
+    if outside or not os.path.realpath(Path(data_path) / file).startswith(root + os.sep):
         raise InputError(f"{place}: {file} is outside {data_path}; move it there")
     return str(Path(data_path) / file)
 

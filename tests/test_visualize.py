@@ -376,6 +376,7 @@ def test_the_other_data_sets(command, dataset, request, tmp_path, capsys):
     tree = request.getfixturevalue(f"{dataset}_tree")
     more = {"regdb": ["--trial", "1"], "llcm": ["--tvsearch"]}.get(dataset, [])
     path, out = save_network(tmp_path / f"{dataset}.t", 0, dataset), tmp_path / f"{dataset}.svg"
+    capsys.readouterr()  # of a tree that is drawn now
     draw(command, tree, path, out, "--dataset", dataset, *more, *few)
     assert capsys.readouterr().out == f"{out}\n"
     setting = {
