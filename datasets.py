@@ -9,6 +9,7 @@ import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -131,8 +132,8 @@ def fingerprint(dataset, data_path):
     """SHA-256, in hexadecimal, of the lists in a data set's folder and of the names and sizes of its test images. It
     tells data sets apart, whatever their folders are called."""
     digest, spec = hashlib.sha256(), TRAINING_SETS[dataset]
-    for part, folder in zip(spec.parts or (dataset,), spec.folders(data_path), strict=True):
-        for file in (file for pattern in DATASETS[part].lists for file in sorted(Path(folder).glob(pattern))):
+    for top, pattern in itertools.product(spec.folders(data_path), spec.lists):
+        for file in sorted(Path(top).glob(pattern)):
             digest.update(os.fsencode(file.name) + regular(file).read_bytes())
     for paths in spec.searches(data_path).paths.values():
         for path in paths:
@@ -348,11 +349,6 @@ def vcm_training(data_path):
     return data_manager.track_images("train", data_manager.vcm_tracks(data_path, "train")[0])
 
 
-def vcm_train(data_path, size):
-    """Frames of HITSZ-VCM's training tracks, decoded once and kept in `{data_path}/cache/`."""
-    return listed_train(data_path, vcm_training(data_path), size, vcm_searches(data_path, BOTH).paths.values())
-
-
 def vcm_searches(data_path, directions=BOTH[:1], trials=(0,)):
     """HITSZ-VCM's search of each direction: all tracks of one modality among all of the other."""
     tracks, notes = data_manager.vcm_tracks(data_path, "test")
@@ -361,20 +357,20 @@ def vcm_searches(data_path, directions=BOTH[:1], trials=(0,)):
     return test
 
 
-def bupt_training(data_path):
+def bupt_training(data_path):  # without the auxiliary tracks, as M3-ReID
     return data_manager.track_images("train", data_manager.bupt_tracks(data_path, "train"))
-
-
-def bupt_train(data_path, size):
-    """Frames of BUPTCampus's training tracks, without the auxiliary ones, decoded once and kept in
-    `{data_path}/cache/`."""
-    return listed_train(data_path, bupt_training(data_path), size, bupt_searches(data_path, BOTH).paths.values())
 
 
 def bupt_searches(data_path, directions=BOTH[:1], trials=(0,)):
     """BUPTCampus's search of each direction: the queries of one modality among the gallery's tracks of the other."""
     tracks = (data_manager.bupt_tracks(data_path, name) for name in ("query", "gallery"))
     return track_searches("buptcampus", *tracks, directions, trials)
+
+
+def track_train(dataset, data_path, size):
+    """Frames of the training tracks, decoded once and kept in `{data_path}/cache/`."""
+    spec = DATASETS[dataset]
+    return listed_train(data_path, spec.training(data_path), size, spec.searches(data_path, BOTH).paths.values())
 
 
 def track_searches(dataset, query, gallery, directions, trials):
@@ -446,7 +442,7 @@ DATASETS = {
         directions=BOTH,
         rules=TRACK_RULES,
         training=vcm_training,
-        train=vcm_train,
+        train=partial(track_train, "vcm"),
         searches=vcm_searches,
         trials=TRIALS[:1],
         # Numbers of tracks by M3-ReID's data/manager.py, twelve frames each for training.
@@ -461,7 +457,7 @@ DATASETS = {
         directions=BOTH,
         rules=TRACK_RULES,
         training=bupt_training,
-        train=bupt_train,
+        train=partial(track_train, "buptcampus"),
         searches=bupt_searches,
         trials=TRIALS[:1],
         # By M3-ReID's data/manager.py. Nobody says how many tracks have fewer than twelve frames.
@@ -503,8 +499,7 @@ def union(*parts):
         own = trials if "trial" in specs[0].options else TRIALS[:1]
         return specs[0].searches(whole.folders(data_path)[0], directions, own)
 
-    counts = [name for name in training_counts(0, 0, 0) if all(name in spec.published for spec in specs)]
-    published = {name: sum(spec.published[name] for spec in specs) for name in counts}
+    published = {name: sum(spec.published.get(name, 0) for spec in specs) for name in training_counts(0, 0, 0)}
     trial = {flag: values for spec in specs for flag, values in spec.options.items() if flag == "trial"}
     whole = DataSet(
         name=" + ".join(spec.name for spec in specs),
@@ -521,7 +516,8 @@ def union(*parts):
     return whole
 
 
-# What can be trained on: a data set, or several.
+# What can be trained on: a data set, or several of those whose tests are of images.
+OF_IMAGES = [name for name, spec in DATASETS.items() if not spec.tracks]
 TRAINING_SETS = DATASETS | {
-    "+".join(parts): union(*parts) for number in (2, 3) for parts in itertools.combinations(DATASETS, number)
+    "+".join(parts): union(*parts) for number in (2, 3) for parts in itertools.combinations(OF_IMAGES, number)
 }

@@ -9,10 +9,10 @@ import pytest
 
 import testa
 import train_ext_test0
-from conftest import flags, search_flags
+from conftest import exit_status, flags, search_flags
 from core.images import read_image
 from data_manager import evenly
-from datasets import DATASETS, TRAINING_SETS, difference, fingerprint
+from datasets import DATASETS, difference, fingerprint
 from test_datasets import HIDDEN
 from tests.oracles import plain_embedding, plain_match_ranks
 from utils import InputError
@@ -169,17 +169,19 @@ def test_other_lists_make_another_data_set(dataset, name, tree, tmp_path):
     assert fingerprint(dataset, str(own)) != before
 
 
-def test_a_union_with_tracks(vcm_tree, llcm_tree, tmp_path):
-    for name, tree in (("HITSZ-VCM", vcm_tree), ("LLCM", llcm_tree)):
-        (tmp_path / name).symlink_to(tree)
-    counts = [DATASETS[name].train(tree, (32, 16)) for name, tree in (("vcm", vcm_tree), ("llcm", llcm_tree))]
-    data = TRAINING_SETS["llcm+vcm"].train(str(tmp_path), (32, 16))
-    assert data.num_images == tuple(map(sum, zip(*(part.num_images for part in counts), strict=True)))
-    assert data.num_classes == sum(part.num_classes for part in counts)
-    assert TRAINING_SETS["llcm+vcm"].published["training ids"] == 713 + 500
-    known = TRAINING_SETS["llcm+buptcampus"].published  # nobody counts BUPTCampus's frames as we draw them
-    assert known == {"training ids": 713 + 1074}
-    assert difference("llcm+buptcampus", known | {"training images": 1}) is None
+def test_published_numbers():
+    """Those that M3-ReID's data/manager.py states; twelve frames of each of 9,751 training tracks."""
+    vcm, bupt = (DATASETS[name].published for name in TREES)
+    assert (vcm["training ids"], vcm["training images"], bupt["training ids"]) == (500, 12 * 9751, 1074)
+    assert [sum(n for name, n in of.items() if name.startswith("queries ")) for of in (vcm, bupt)] == [9683, 1076]
+    assert difference("buptcampus", bupt | {"training images": 1}) is None  # nobody counts them
+
+
+def test_unions_are_of_images(capsys):
+    assert exit_status(train_ext_test0, ["--dataset", "llcm+vcm"]) == 2
+    error = capsys.readouterr().err
+    assert "argument --dataset: invalid choice: 'llcm+vcm' (choose from 'sysu', 'regdb', 'llcm', 'vcm'," in error
+    assert error.count("\n") == 1
 
 
 def test_corrupted_images_of_tracks_are_refused():
