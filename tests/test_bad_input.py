@@ -320,9 +320,7 @@ CASES = {
         lambda: write(f"{INFO}/track_train_info.txt", "1 1 11 6 1\n"),
         "track_train_info.txt: has no visible track that can be used",
     ),
-    "vcm, a frame that is not there": case(
-        "vcm", lambda: os.remove(next(Path("vcm/Train").glob("*/ir/*/5.jpg"))), "5.jpg: no such image"
-    ),
+    "vcm, no frames": case("vcm", nothing, "/rgb/", "1.jpg: no such image", "the list that names it"),
     "buptcampus, a row": case(
         "buptcampus",
         lambda: edit("buptcampus/gallery.txt", 4, "1 RGB X9 1"),
@@ -348,9 +346,9 @@ CASES = {
         "data_paths.json: DATA/",
         "is outside buptcampus; move it there",
     ),
-    "buptcampus, a test frame in training": case(
+    "buptcampus, frames of the other direction's test in training": case(
         "buptcampus",
-        lambda: append("buptcampus/train.txt", Path("buptcampus/query.txt").read_text()),
+        lambda: append("buptcampus/train.txt", re.search(r"\d+ IR .*", Path("buptcampus/query.txt").read_text())[0]),
         ": is listed for training and for the test; take it out of one",
     ),
     # flags of training
@@ -486,8 +484,8 @@ def trees(sysu_tree, regdb_tree, llcm_tree, good, tmp_path, monkeypatch):
         link(tree)
 
 
-def link(tree):
-    shutil.copytree(tree, tree.name, copy_function=os.link, ignore=shutil.ignore_patterns("cache"))
+def link(tree, *left_out):
+    shutil.copytree(tree, tree.name, copy_function=os.link, ignore=shutil.ignore_patterns("cache", *left_out))
 
 
 def contents():
@@ -498,8 +496,8 @@ def contents():
 @pytest.mark.parametrize("case", CASES)
 def test_one_line_and_nothing_lost(case, request, capsys):
     name, damage, words, more = CASES[case]
-    if name in ("vcm", "buptcampus"):  # of many files
-        link(request.getfixturevalue(f"{name}_tree"))
+    if name in ("vcm", "buptcampus"):  # lists alone: there are many images, and no case comes to them
+        link(request.getfixturevalue(f"{name}_tree"), "*.jpg")
     script, arguments = SCRIPTS[name]
     damage()
     before = contents()

@@ -236,7 +236,7 @@ def test_buptcampus_layout(tmp_path):
 
 def test_frames_of_a_track_are_one_walk(vcm_tree):
     """One size and scene, another stride and other noise in each frame."""
-    folder = next(vcm_tree.glob("Test/*/rgb/*"))
+    folder = sorted(vcm_tree.glob("Test/*/rgb/*"))[0]
     frames = []
     for number in range(1, 13):
         with Image.open(folder / f"{number}.jpg") as image:
