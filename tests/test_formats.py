@@ -28,7 +28,7 @@ from testing.features import load_features, save_features, select_features
 from testing.results import read_results
 from tools import sweep
 from tools.search.address import open_index
-from tools.search.index import Entry
+from tools.search.index import Entry, Filter, track_key
 from training.optim import build_optimizer, load_moments
 from training.run import Run
 from utils import InputError
@@ -448,7 +448,9 @@ def use_index(path):
         for version in index.versions():
             index.entries(version["version"])
             index.counts(version["version"], "camera")
-            for found in index.search(version["version"], np.eye(2, 4, dtype=np.float32), 2):
+            tracks = index.search_tracks(version["version"], np.eye(2, 4, dtype=np.float32), 2)
+            index.members(version["version"], [*map(track_key, itertools.chain(*tracks))], Filter())
+            for found in [*tracks, *index.search(version["version"], np.eye(2, 4, dtype=np.float32), 2)]:
                 index.vectors([image["id"] for image in found])
                 for image in found:
                     assert image["modality"] in ("visible", "infrared")

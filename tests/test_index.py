@@ -117,6 +117,105 @@ def test_an_index_finds_what_plain_numpy_finds(index, address):
         check_search(reader, version, expected | {new[0]: unit(1)[0]})
 
 
+def plain_tracks(expected, queries):
+    """{Entry: vector} -> for each query {(modality, camera, track): (similarity of the mean, its best image)}; what has
+    no track is one by itself. By loops."""
+    results = []
+    for query in queries:
+        tracks = {}
+        for entry, vector in expected.items():
+            tracks.setdefault((entry.modality, entry.camera, entry.track or entry.path), []).append((entry, vector))
+        for key, pairs in tracks.items():
+            mean = sum(vector.astype(np.float64) for _, vector in pairs)
+            best = max(pairs, key=lambda pair: float(pair[1] @ query))[0]
+            tracks[key] = float(mean @ query / np.linalg.norm(mean)), best
+        results.append(tracks)
+    return results
+
+
+def check_tracks(index, version, expected):
+    queries = unit(3, seed=9)
+    for where, fits in FILTERS:
+        chosen = {entry: vector for entry, vector in expected.items() if fits(entry)}
+        plain = plain_tracks(chosen, queries)
+        for top in (4, 200):
+            for found, tracks in zip(index.search_tracks(version, queries, top, where), plain, strict=True):
+                ranked = sorted(tracks.values(), key=lambda pair: -pair[0])[:top]
+                np.testing.assert_allclose([image["similarity"] for image in found], [s for s, _ in ranked], atol=1e-6)
+                assert [Entry(*(image[name] for name in Entry._fields)) for image in found] == [e for _, e in ranked]
+        members = index.members(version, [*plain[0], ("visible", None, "none")], where)
+        assert members.pop(("visible", None, "none")) == []
+        for key, images in members.items():
+            mine = [entry for entry in chosen if (entry.modality, entry.camera, entry.track or entry.path) == key]
+            assert images == [entry._asdict() for entry in sorted(mine, key=lambda entry: (entry.time, entry.path))]
+
+
+def test_tracks_are_those_of_plain_loops(index, address):
+    """Cameras and modalities count their tracks from 0; every fifth image has none. Images come, go and change."""
+    entries = [e._replace(track=f"/photos//{i % 7}" if i % 5 else None) for i, e in enumerate(images(90))]
+    version, vectors = index.begin("net.t", "a" * 64, "FC", DIM), unit(90)
+    index.add(version, entries[:60], vectors[:60])
+    other = index.begin("other.t", "b" * 64, "FC", DIM)
+    index.add(other, entries, unit(90, seed=3))  # which does not serve
+    with contextlib.closing(open_index(address)) as reader:
+        check_tracks(reader, version, dict(zip(entries[:60], vectors, strict=False)))
+        index.add(version, entries[60:], vectors[60:])
+        index.remove([entry.path for entry in entries[10:20]])
+        changed = [entries[1]._replace(track="/photos//new"), entries[2]._replace(track=None)]
+        index.label(version, changed)
+        expected = dict(zip([entries[0], *changed, *entries[3:]], vectors, strict=True))
+        check_tracks(reader, version, {e: v for e, v in expected.items() if e not in entries[10:20]})
+        assert reader.search_tracks(version, unit(1), 5, Filter(cameras=("none",))) == [[]]
+
+
+def test_tracks_move_with_their_folder(index):
+    tracks = ["/a//1", "/a/b//1", None, "/a_b//1"]
+    entries = [Entry(f"/a/b/{i}", "0 0", "visible", None, None, "2026-11-20 10:00:00", t) for i, t in enumerate(tracks)]
+    version = index.begin("net.t", "a" * 64, "FC", DIM)
+    index.add(version, entries, unit(4))
+    for old, new, expected in (
+        ("/a", "/c", ["/c//1", "/c/b//1", None, "/a_b//1"]),
+        ("/c", "/c/c", ["/c/c//1", "/c/c/b//1", None, "/a_b//1"]),  # by a third place
+        ("/c/c/b", "/d", ["/c/c//1", "/d//1", None, "/a_b//1"]),
+    ):
+        assert index.move(old, new) == 4
+        assert [entry.track for _, entry in sorted(index.entries(version).items())] == expected
+
+
+OLD_TABLES = """CREATE TABLE versions (version INTEGER PRIMARY KEY AUTOINCREMENT, checkpoint TEXT NOT NULL, \
+sha256 TEXT NOT NULL, feature TEXT NOT NULL,
+    dim INT NOT NULL, UNIQUE (sha256, feature)) STRICT;
+CREATE TABLE images (id INTEGER PRIMARY KEY AUTOINCREMENT, \
+version INT NOT NULL REFERENCES versions ON DELETE CASCADE, path TEXT NOT NULL,
+    stamp TEXT NOT NULL, modality TEXT NOT NULL, camera TEXT, person TEXT, time TEXT NOT NULL, vector BLOB NOT NULL,
+    UNIQUE (path, version)) STRICT;
+CREATE INDEX images_by_place ON images (version, camera, time);"""
+
+
+def test_an_index_from_before_there_were_tracks_is_taken_over(address):
+    """With what is in it, by whoever opens it first, and for good."""
+    entries, vectors = images(9), unit(9)
+    rows = [(1, *entry[:-1], vector.tobytes()) for entry, vector in zip(entries[:5], vectors, strict=False)]
+    names = "version, path, stamp, modality, camera, person, time, vector"
+    if address.startswith("postgres"):
+        with contextlib.closing(open_index(address, create=True)) as index:
+            assert index.begin("net.t", "a" * 64, "FC", DIM) == 1
+            index.add(1, entries[:5], vectors[:5])
+            index.connection.execute("ALTER TABLE images DROP COLUMN track")
+    else:
+        with contextlib.closing(sqlite3.connect(address)) as old, old:
+            old.executescript(OLD_TABLES)
+            old.execute("INSERT INTO versions VALUES (1, 'net.t', ?, 'FC', ?)", ("a" * 64, DIM))
+            old.executemany(f"INSERT INTO images ({names}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+    for create in (False, True, False):
+        with contextlib.closing(open_index(address, create)) as index:
+            check_search(index, 1, dict(zip(entries[:5], vectors, strict=False)))
+    tracked = [entry._replace(track="/photos//1") for entry in entries[5:]]
+    with contextlib.closing(open_index(address)) as index:
+        index.add(1, tracked, vectors[5:])
+        check_tracks(index, 1, dict(zip([*entries[:5], *tracked], vectors, strict=True)))
+
+
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, 1e30])
 def test_vectors_that_are_not_of_unit_length_are_not_added(index, wrong):
     version, vectors = index.begin("net.t", "a" * 64, "FC", DIM), unit(3)
@@ -174,7 +273,7 @@ def test_who_reads_does_not_wait_for_who_writes(tmp_path):
         other.execute("BEGIN IMMEDIATE")
         assert index.versions()[0]["version"] == version
         assert index.counts(version, "modality") == {"visible": 2, "infrared": 1}
-        assert [*index.entries(version)] == [image.path for image in entries]
+        assert index.entries(version) == {image.path: image for image in entries}
         assert len(index.vectors([image["id"] for image in index.search(version, unit(1), 3)[0]])) == 3
 
 
@@ -362,6 +461,15 @@ def test_a_damaged_or_doctored_file_is_refused(tmp_path):
 )
 def test_a_pattern_reads_a_path(path, expected):
     assert read_labels("cam{camera}/{person}/{time:%Y%m%d_%H%M%S}_{n}.jpg", None)(path) == expected
+
+
+def test_the_parts_of_a_track_are_joined(tmp_path):
+    read = read_labels("{track}/cam{camera}/{track}/{n}.jpg", None)
+    assert read("monday/cam3/17/1.jpg") == {"track": "monday/17", "camera": "3"}
+    assert read("monday/cam3/1.jpg") is None
+    (tmp_path / "labels.csv").write_text("path,track\na.jpg,17\nb.jpg,\n")
+    read = read_labels(None, tmp_path / "labels.csv")
+    assert (read("a.jpg"), read("b.jpg")) == ({"track": "17"}, {})
 
 
 def test_a_pattern_reads_as_a_lazy_regular_expression_but_never_for_long():

@@ -276,7 +276,9 @@ def test_lists_of_made_up_features_are_those_of_plain_loops(tmp_path, monkeypatc
     queries, vectors = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, vectors))
     (tmp_path / "0").touch()
     stamp = finder.file_stamp(os.stat(tmp_path / "0"))
-    images = [{"id": i, "path": f"{tmp_path}/{i}", "stamp": stamp, "person": i % 5 and f"p{i % 9}"} for i in range(40)]
+    about = {"stamp": stamp, "modality": "visible", "time": "2026-11-20 10:00:00"}
+    images = [about | {"id": i, "path": f"{tmp_path}/{i}", "person": i % 5 and f"p{i % 9}"} for i in range(40)]
+    images = [image | {"camera": i % 2, "track": i % 7 and f"/t//{i % 9}"} for i, image in enumerate(images)]
 
     def nearest(queries, count):
         scores = (queries @ vectors.T).max(axis=0)
@@ -288,9 +290,10 @@ def test_lists_of_made_up_features_are_those_of_plain_loops(tmp_path, monkeypatc
         uri="", versions=lambda: [mine.about], vectors=lambda ids: {i: vectors[i] for i in ids}
     )
     mine.index.search = lambda version, queries, count, where: [nearest(row[None], count) for row in queries]
+    mine.index.members = lambda version, keys, where: dict.fromkeys(keys, images[:1])
     mean = queries.mean(axis=0, keepdims=True) / np.linalg.norm(queries.mean(axis=0))
     whole = {None: [row[None] for row in queries], "mean": [mean], "best": [queries]}
-    for combine, rerank, group, page in itertools.product(whole, (False, True), (False, True), (1, 2, 4)):
+    for combine, rerank, group, page in itertools.product(whole, (False, True), (None, "person", "best"), (1, 2, 4)):
         lists = mine([], "visible", 6, page, combine=combine, rerank=rerank, group=group)
         for found, asked in zip(lists, whole[combine], strict=True):
             plain = nearest(asked, 40)
@@ -299,8 +302,13 @@ def test_lists_of_made_up_features_are_those_of_plain_loops(tmp_path, monkeypatc
                 plain = [plain[i] for i in np.argsort(order, kind="stable")] + plain[12:]
             if group:
                 people = [image["person"] or image["id"] for image in plain]
+                if group == "best":
+                    people = [(image["camera"], image["track"] or image["id"]) for image in plain]
                 plain = [image for i, image in enumerate(plain) if people[i] not in people[:i]]
             expected = [image | {"rank": rank, "changed": image["id"] > 0} for rank, image in enumerate(plain, 1)]
+            facts = {"images", "first", "last", "strip"} if group == "best" else set()
+            assert all(facts <= image.keys() for image in found)
+            found = [{name: value for name, value in image.items() if name not in facts} for image in found]
             assert found == expected[6 * page - 6 : 6 * page]
     mine.index.vectors = lambda ids: {}  # another process has removed them
     assert mine([], "visible", 6, rerank=True) == mine([], "visible", 6)
@@ -309,11 +317,127 @@ def test_lists_of_made_up_features_are_those_of_plain_loops(tmp_path, monkeypatc
         mine([], "visible", 6, rerank=True)
 
 
+@pytest.fixture
+def tracked(sysu_tree, checkpoint, address, tmp_path):
+    """An index of tracks, which cameras 1 and 2 both count from 0, and of a folder of infrared ones by --tracks folder
+    -> (address, {path: facts}, folders)."""
+    facts, folders = {}, {"visible": tmp_path / "visible", "infrared": tmp_path / "infrared"}
+    for camera, modality in (("1", "visible"), ("2", "visible"), ("3", "infrared")):
+        for number, source in enumerate(sorted((sysu_tree / f"cam{camera}").glob("*/*.jpg"))[:14]):
+            name = f"cam{camera}/{number // 4}/{number:02d}.jpg"
+            path = folders[modality] / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, path)
+            os.utime(path, (10**9 + 60 * number, 10**9 + 60 * number))
+            track = f"{number // 4}" if modality == "visible" else f"cam3/{number // 4}"
+            track = f"{folders[modality]}//{track}"
+            camera_label = camera if modality == "visible" else None
+            facts[str(path)] = {"modality": modality, "camera": camera_label, "track": track, "number": number}
+    flags = ["--resume", checkpoint, "--pattern", "cam{camera}/{track}/{n}.jpg"]
+    assert run_index(folders["visible"], address, *flags, "--modality", "visible")["unlabelled"] == []
+    run_index(folders["infrared"], address, "--tracks", "folder", "--modality", "infrared")
+    return address, facts, folders
+
+
+def test_tracks_are_found_as_by_plain_loops(tracked, checkpoint, sysu_tree, capsys):
+    address, facts, folders = tracked
+    embed = plain_embedding(checkpoint)
+    features = {path: embed(path, fact["modality"]) for path, fact in facts.items()}
+    images = sorted(sysu_tree.glob("cam6/*/*.jpg"))[:3]
+    queries = np.stack([embed(path, "infrared") for path in images])
+    mean = queries.mean(axis=0) / np.linalg.norm(queries.mean(axis=0))
+
+    def unit_mean(paths):
+        total = sum(features[path] for path in paths)
+        return total / np.linalg.norm(total)
+
+    def plain(how, fits, asked=(mean,)):
+        """[(similarity, key, its images in the order of time)], best first."""
+        tracks = {}
+        for path in filter(fits, facts):
+            tracks.setdefault(tuple(facts[path][name] for name in ("modality", "camera", "track")), []).append(path)
+        ranked = []
+        for key, paths in tracks.items():
+            vectors = [unit_mean(paths)] if how == "mean" else [features[path] for path in paths]
+            similarity = max(float(query @ vector) for query in asked for vector in vectors)
+            ranked.append((similarity, key, sorted(paths, key=lambda path: facts[path]["number"])))
+        return sorted(ranked, reverse=True)
+
+    def check(found, expected, asked=(mean,)):
+        assert len(found) == len(expected)
+        for image, (similarity, key, paths) in zip(found, expected, strict=True):
+            assert image["similarity"] == pytest.approx(similarity, abs=2e-6)
+            assert (image["modality"], image["camera"], image["track"]) == key
+            assert (image["images"], image["changed"]) == (len(paths), False)
+            assert image["path"] == max(paths, key=lambda path: max(query @ features[path] for query in asked))
+            assert [small["path"] for small in image["strip"]] == paths  # no track has more than four
+            times = [labels.file_time(f"0 {os.stat(path).st_mtime_ns}") for path in paths]
+            assert (image["first"], image["last"]) == (times[0], times[-1])
+
+    everything = lambda path: True  # noqa: E731
+    filters = ["--camera", "1", "--from", labels.file_time("0 1000000120000000000")[:19].replace(" ", "T")]
+    later = lambda path: facts[path]["camera"] == "1" and facts[path]["number"] >= 2  # noqa: E731
+    for how in ("mean", "best"):
+        ask = [address, images, "--tracks", how, "--combine", "mean", "--top", "5"]
+        expected = plain(how, everything)
+        check(run_query(*ask)[0]["found"], expected[:5])
+        (second,) = run_query(*ask, "--page", "2")
+        check(second["found"], expected[5:10])
+        assert [image["rank"] for image in second["found"]] == [6, 7, 8, 9, 10]
+        check(run_query(*ask, *filters)[0]["found"], plain(how, later))
+        least = (expected[1][0] + expected[2][0]) / 2
+        check(run_query(*ask, "--min_similarity", least)[0]["found"], expected[:2])
+        ask[5] = "best"
+        check(run_query(*ask)[0]["found"], plain(how, everything, queries)[:5], queries)
+    capsys.readouterr()
+    (result,) = run_query(*ask)
+    best = result["found"][0]
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line.startswith(f"   1  {best['similarity']:6.3f}  {best['path']}  ")
+    assert line.endswith(
+        f"track {best['track'].split('//')[1]}, {best['images']} images, {best['first']} to {best['last']}"
+    )
+    assert run_query(*ask, "--json") == json.loads(capsys.readouterr().out)
+    run_query(*ask, "--min_similarity", "1")
+    assert "none: no track has a similarity of 1.000" in capsys.readouterr().out
+
+
+def test_a_folder_is_a_query_of_all_its_images(tracked, checkpoint, capsys):
+    """A track finds itself, and is the mean of its images."""
+    address, facts, folders = tracked
+    place = folders["visible"] / "cam2" / "1"
+    paths = sorted(path for path in facts if path.startswith(f"{place}/"))
+    (result,) = run_query(address, [place], "--tracks", "mean", "--top", "1", modality="visible")
+    assert (result["queries"], capsys.readouterr().out.splitlines()[-2]) == (paths, f"{place} (visible)")
+    found = result["found"][0]
+    assert (found["camera"], found["track"]) == ("2", f"{folders['visible']}//1")
+    assert found["similarity"] == pytest.approx(1, abs=2e-6)
+    assert run_query(address, [place], modality="visible") == run_query(
+        address, paths, "--combine", "mean", modality="visible"
+    )
+    assert run_query(address, [place, paths[0]], "--combine", "best", modality="visible") == run_query(
+        address, [*paths, paths[0]], "--combine", "best", modality="visible"
+    )
+
+
+def test_the_strip_of_a_track_is_spaced_evenly():
+    images = [{"path": f"/{i}", "stamp": "0 0", "time": f"{i:02d}"} for i in range(21)]
+    facts = finder.track_facts(images)
+    assert [image["path"] for image in facts["strip"]] == ["/0", "/4", "/8", "/12", "/16", "/20"]
+    assert (facts["images"], facts["first"], facts["last"]) == (21, "00", "20")
+    assert [image["path"] for image in finder.track_facts(images[:2])["strip"]] == ["/0", "/1"]
+    assert [image["path"] for image in finder.track_facts(images[:1])["strip"]] == ["/0"]
+
+
 def test_images_in_words():
-    image = {"person": "7", "camera": "3", "time": "2026-11-20 10:00:00", "changed": True}
+    image = {"person": "7", "camera": "3", "track": None, "time": "2026-11-20 10:00:00", "changed": True}
     words = "camera 3, person 7, 2026-11-20 10:00:00, (changed since it was indexed)"
     assert finder.describe(image) == words
-    assert finder.describe(image | {"person": None, "camera": None, "changed": False}) == image["time"]
+    bare = image | {"person": None, "camera": None, "changed": False}
+    assert finder.describe(bare) == image["time"]
+    track = bare | {"track": "/a/b//1/2", "images": 2, "first": "09:00", "last": "10:00"}
+    assert finder.describe(track) == "track 1/2, 2 images, 09:00 to 10:00"
+    assert finder.describe(track | {"images": 1, "first": "10:00"}) == "track 1/2, 1 image, 10:00"
     assert utils.printable("a\udcff.jpg") == "a?.jpg"
 
 
@@ -511,7 +635,10 @@ def test_bad_input_is_one_line_and_status_2(made, pictures, tmp_path, monkeypatc
         (["query", image, *queries, "--save", "a.png", "--top", "101"], "--save: a sheet has room for 100"),
         (["query", copy, *queries, "--save", copy], "copy.png: is a query"),
         (["query", image, *queries, "--save", str(folder / "in.png")], "or an image of the index"),
-        (["query", str(folder), *queries], "mine: is a folder; pass its images"),
+        (["query", str(folder), *queries], "lost.jpg: cannot be read .No such file or directory."),
+        (["query", str(folder / "a"), image, *queries], "a: is a folder; pass it alone, or --combine if all queries"),
+        (["query", str(tmp_path / "empty"), *queries], "empty: contains no image; pass a folder of images"),
+        (["query", image, *queries, "--tracks", "mean", "--rerank"], "--rerank orders images, not means of tracks; p"),
         (["query", image, *queries, "--resume", "a.safetensors"], "a.safetensors: no such file"),
         (["query", image, *queries, "--resume", "no.t"], "no.t: no such file"),
         (["query", image, *queries[:2], "--index", str(tmp_path / "no.db")], "no.db: no such index; make it with"),
@@ -540,6 +667,10 @@ def test_bad_input_is_one_line_and_status_2(made, pictures, tmp_path, monkeypatc
         ),
         (["index", str(folder), "--index", index_path, "--moved_from", "a", *CPU], "has no image there; pass its path"),
         (["index", str(folder), "--index", index_path, "--pattern", "{n}.gif", *CPU], "fits no image of .*, such as"),
+        (
+            ["index", str(folder), "--index", index_path, "--pattern", "{track}.JPG", "--tracks", "folder", *CPU],
+            "--tracks folder: --pattern or --csv names the tracks; leave one of the two out",
+        ),
         (
             ["remove", "nowhere", "--index", index_path],
             "nowhere: .* has no image of it; pass a folder that was indexed",

@@ -21,6 +21,7 @@ import pytest
 
 import utils
 from conftest import save_network
+from drawing import figures
 from tests.oracles import plain_embedding
 from tools import embedder
 from tools.search import __main__ as search
@@ -46,7 +47,7 @@ FORM = {"modality": "infrared", "combine": "mean", "top": "10", "page": "1"}
 
 @pytest.fixture(scope="module")
 def site(sysu_tree, tmp_path_factory):
-    """An index of 14 visible images at two depths, with cameras and times, and its query images."""
+    """An index of 14 visible images of two folders, with cameras, tracks and times, and its query images."""
     place = tmp_path_factory.mktemp("site")
     gallery = []
     for number, source in enumerate(sorted(sysu_tree.glob("cam[12]/*/*.jpg"))[:14]):
@@ -58,6 +59,7 @@ def site(sysu_tree, tmp_path_factory):
         gallery.append(path)
     checkpoint, index = save_network(place / "net.t", seed=0), place / "index.db"
     flags = ["--resume", str(checkpoint), "--modality", "visible", "--pattern", "{camera}/{person}.JPG"]
+    flags += ["--tracks", "folder"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embedder, "computes_bf16", lambda device: False)
         search.main(["index", str(place / "images"), "--index", str(index), "--gpu", "cpu", "--workers", "0", *flags])
@@ -194,6 +196,42 @@ def test_a_line_parts_the_images_that_may_be_the_same_person_from_others(running
     assert "From here on" not in ask_search(running, site.queries[:1], rerank="on")[1]
     monkeypatch.setattr(running.finder, "least", -1)
     assert "From here on" not in ask_search(running, site.queries[:1])[1]
+
+
+def plain_tracks(site, features, query):
+    """[(similarity of the mean feature, rows of the gallery)] of the two tracks, best first."""
+    tracks = []
+    for camera in "ab":
+        rows = [row for row, path in enumerate(site.gallery) if path.parent.name == camera]
+        mean = features[rows].mean(axis=0)
+        tracks.append((float(mean @ query / np.linalg.norm(mean)), rows))
+    return sorted(tracks, reverse=True)
+
+
+def test_a_track_is_one_card_with_a_strip(running, site):
+    embed = plain_embedding(site.checkpoint)
+    features = np.stack([embed(path, "visible") for path in site.gallery])
+    query = embed(site.queries[0], "infrared")
+    expected = [
+        (rank, round(similarity, 3), str(site.gallery[max(rows, key=lambda row: features[row] @ query)]))
+        for rank, (similarity, rows) in enumerate(plain_tracks(site, features, query), 1)
+    ]
+    status, text = ask_search(running, site.queries[:1], group="mean")
+    assert (status, cards(text)) == (200, expected)
+    for part, (_, _, path) in zip(text.split("<figure")[1:], expected, strict=True):
+        camera = Path(path).parent.name
+        rows = [row for row, place in enumerate(site.gallery) if place.parent.name == camera]
+        first, last = (time.strftime("%F %T", time.localtime(10**9 + 3000 * rows[i] ** 2)) for i in (0, -1))
+        assert re.search(rf"camera {camera}, person .*, track {camera}, 7 images, {first}\S+ to {last}\S+<br>", part)
+        strip = re.search(r'<div class="strip">(.*?)</div>', part)[1]
+        shown = [0, 1, 2, 4, 5, 6]  # of seven, evenly
+        assert re.findall('src="(.*?)"', strip) == [figures.data_uri(site.gallery[rows[i]]) for i in shown]
+    assert "the 2 most similar tracks" in text
+    best = ask_search(running, site.queries[:1], group="best", top="1")[1]
+    assert cards(best) == cards(ask_search(running, site.queries[:1], top="1")[1])
+    assert len(cards(ask_search(running, site.queries[:1], [("camera", "b")], group="mean")[1])) == 1
+    answer = ask_search(running, site.queries[:1], group="mean", rerank="on")
+    assert answer == (400, "rerank orders images, not means of tracks; pass --tracks best, or leave it out")
 
 
 @pytest.mark.parametrize("gone", [False, True])
@@ -553,6 +591,17 @@ def test_the_page_in_a_browser(site, browser):
         page.get_by_role("button", name="Next page").click()
         expect_cards(scores, np.argsort(-scores)[10:], 11)
         page.get_by_role("button", name="Previous page").click()
+        expect_cards(scores, np.argsort(-scores)[:10])
+
+        page.get_by_label("Show").select_option("mean")
+        expect(page.locator(".found figure .strip img")).to_have_count(12)  # of two tracks
+        for card, (similarity, _) in zip(
+            shown.all(), plain_tracks(site, features, embed(site.queries[0], "infrared")), strict=True
+        ):
+            assert f"similarity {similarity:.3f}\n" in card.inner_text()
+            assert "7 images" in card.inner_text()
+        assert page.evaluate(f"[...document.querySelectorAll('.found img')].{loaded}")
+        page.get_by_label("Show").select_option("")
         expect_cards(scores, np.argsort(-scores)[:10])
 
         page.get_by_label("Cameras").select_option("b")

@@ -22,7 +22,7 @@ from drawing import figures
 from model import FEATURES, MODALITIES
 from tools.embedder import Embedder  # noqa: F401 (the library)
 from tools.search.finder import Finder, describe
-from tools.search.indexer import index_folder, remove_folder
+from tools.search.indexer import index_folder, list_images, remove_folder
 from utils import ArgumentParser, InputError, bounded, cli, printable
 
 SHEET_LIMIT = 100  # queries, and images of each, that fit on a sheet
@@ -38,7 +38,9 @@ def get_args_parser():
     labels = group.add_mutually_exclusive_group()
     text = "what paths below FOLDER say, such as cam{camera}/{person}/{time:%%Y%%m%%d_%%H%%M%%S}_{n}.jpg"
     labels.add_argument("--pattern", help=text)
-    labels.add_argument("--csv", metavar="FILE", help="table with the columns path, camera, person, time")
+    labels.add_argument("--csv", metavar="FILE", help="table with the columns path, camera, person, time, track")
+    text = "each folder of images is a track, named by its path below FOLDER"
+    group.add_argument("--tracks", choices=("folder",), help=text)
     group.add_argument("--moved_from", metavar="OLD", help="where FOLDER was when it was indexed")
     group.add_argument("--feature", choices=FEATURES, help="feature after or before the bottleneck (default: FC)")
     text = "on a server, for millions of images: make a graph, with which searches are approximate"
@@ -46,7 +48,8 @@ def get_args_parser():
     remove = commands.add_parser("remove", help="take a folder out of an index")
     remove.add_argument("folder", metavar="FOLDER", help="folder that was indexed, or one below it")
     query = commands.add_parser("query", help="rank the images of an index by cosine similarity to others")
-    query.add_argument("images", nargs="+", metavar="IMAGE", help="query images")
+    text = "query images; a folder stands for all its images, which show one person"
+    query.add_argument("images", nargs="+", metavar="IMAGE", help=text)
     group = query.add_argument_group("query")
     group.add_argument("--modality", choices=MODALITIES, required=True, help="modality of the query images")
     text = "all query images show one person: use their mean feature, or the best similarity to one of them"
@@ -62,7 +65,11 @@ def get_args_parser():
     group = query.add_argument_group("result")
     group.add_argument("--top", type=bounded(int, 1, 10**6), default=10, help="number of images to find")
     group.add_argument("--page", type=bounded(int, 1, 10**6), default=1, help="2: the next --top images, and so on")
-    group.add_argument("--group", action="store_true", help="show each known person once, by the most similar image")
+    once = group.add_mutually_exclusive_group()
+    text = "show each known person once, by the most similar image"
+    once.add_argument("--group", action="store_const", const="person", help=text)
+    text = "show tracks in place of images, by the mean feature of a track or by its most similar image"
+    once.add_argument("--tracks", dest="group", choices=("mean", "best"), help=text)
     text = "k-reciprocal re-ranking of the hundred most similar images"
     group.add_argument("--rerank", action="store_true", help=text)
     serve = commands.add_parser("serve", help="a local web page to search with, which only this machine can reach")
@@ -128,6 +135,7 @@ def run_serve(args):
 
 def run_query(args):
     """Returns for each image (with --combine, for all) {"queries": paths, "modality", "found": of `Finder`}."""
+    given, args.images = args.images, query_images(args)
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):  # keeps warnings out of the JSON
         finder = Finder(args)
         check_sheet(args, finder)
@@ -148,14 +156,31 @@ def run_query(args):
         print(json.dumps(results, indent=1))
         return results
     for result in results:
-        print(f"{', '.join(result['queries'])} ({args.modality})")
+        print(f"{', '.join(given if args.combine else result['queries'])} ({args.modality})")
         if not result["found"]:
-            print(f"  none: no image has a similarity of {finder.least:.3f}")
+            kind = "track" if args.group in ("mean", "best") else "image"
+            print(f"  none: no {kind} has a similarity of {finder.least:.3f}")
         for image in result["found"]:
             print(f"{image['rank']:>4}  {image['similarity']:6.3f}  {image['path']}  {describe(image)}")
     if args.save:
         print(args.save)
     return results
+
+
+def query_images(args):
+    """The query images, with those of folders in their place. Sets --combine, as a folder is a query of one person."""
+    images = []
+    for name in args.images:
+        files = [name]
+        if os.path.isdir(name):
+            files, unreadable, *_ = list_images(name)
+            if unreadable or not files:
+                raise InputError(next(iter(unreadable), f"{name}: contains no image; pass a folder of images"))
+            if len(args.images) > 1 and not args.combine:
+                raise InputError(f"{name}: is a folder; pass it alone, or --combine if all queries show one person")
+            args.combine = args.combine or "mean"
+        images += files
+    return images
 
 
 def check_sheet(args, finder):

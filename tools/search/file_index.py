@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from core.files import check_output
-from tools.search.index import BLOCK, Entry, Filter, Index, damaged, tables
+from tools.search.index import BLOCK, TRACK, UPDATES, Entry, Filter, Index, damaged, tables
 from utils import InputError
 
 
@@ -42,14 +42,24 @@ class FileIndex(Index):
     def _check_tables(self, create):
         """Make the tables of an empty file; refuse a file with others, whatever they would run."""
         ours = tables(serial="INTEGER PRIMARY KEY AUTOINCREMENT", vector="BLOB", strict=" STRICT")
+        # As they were before there were tracks.
+        old = [sql.replace(", track TEXT", "") for sql in ours if sql != UPDATES[-1]]
         with self.transaction(write=create):
-            read = "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND name <> 'sqlite_sequence'"
-            found = [sql for (sql,) in self._run(read)]
+            found = self._found_tables()
             if create and not found:
-                for sql in ours:
+                for sql in (found := ours):
                     self._run(sql)
-            elif sorted(found) != sorted(ours):
-                raise InputError(f"{self.uri}: is not an index, or was written by another program; choose another file")
+        if sorted(found) == sorted(old):
+            with self.transaction():
+                if sorted(self._found_tables()) == sorted(old):  # else another process has been faster
+                    for sql in UPDATES:
+                        self._run(sql)
+        elif sorted(found) != sorted(ours):
+            raise InputError(f"{self.uri}: is not an index, or was written by another program; choose another file")
+
+    def _found_tables(self):
+        read = "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND name <> 'sqlite_sequence'"
+        return [sql for (sql,) in self._run(read)]
 
     @staticmethod
     def _remedy(error):
@@ -89,12 +99,45 @@ class FileIndex(Index):
                 condition, values = where.where(version)
                 chosen = self._ids(f"SELECT id FROM images WHERE {condition}", values)
             similarities, ids = self._nearest(queries, top, chosen)
-            names = ("id", *Entry._fields)
-            # As JSON: there is a limit to a statement's values.
-            sql = f"SELECT {', '.join(names)} FROM images WHERE id IN (SELECT value FROM json_each(?))"
-            rows = self._run(sql, (json.dumps(np.unique(ids).tolist()),)).fetchall()
-            entries = self._checked([row[1:] for row in rows], Entry)
-            found = {row[0]: {"id": row[0]} | entry._asdict() for row, entry in zip(rows, entries, strict=True)}
+            return self._results(ids, similarities)
+
+    def search_tracks(self, version, queries, top, where=Filter()):  # noqa: B008 (a constant)
+        """As `search`, of the tracks that the filter leaves, by the direction of the mean of their vectors: each as its
+        most similar image, with the similarity of the mean."""
+        with self.transaction(write=False):
+            self._read(version)
+            condition, values = where.where(version)
+            number = f"dense_rank() OVER (ORDER BY modality, camera, {TRACK}) - 1"
+            rows = self._run(f"SELECT id, {number} FROM images WHERE {condition} ORDER BY id", values)
+            ids, tracks = np.fromiter(rows, np.dtype((np.int64, 2))).T
+            sums = np.zeros((tracks.max(initial=-1) + 1, queries.shape[1]), np.float32)
+            scores = np.empty((len(queries), len(ids)), np.float32)
+            for block, vectors in self.blocks:
+                inside = np.isin(block, ids)
+                if inside.any():
+                    places, vectors = np.searchsorted(ids, block[inside]), vectors[inside]
+                    scores[:, places] = queries @ vectors.T
+                    order = np.argsort(tracks[places], kind="stable")
+                    present, starts = np.unique(tracks[places][order], return_index=True)
+                    sums[present] += np.add.reduceat(vectors[order], starts)
+            means = queries @ sums.T / np.maximum(np.linalg.norm(sums, axis=1), 1e-6)  # 0 where they cancel out
+            nearest = np.argsort(-means, axis=1, kind="stable")[:, :top]
+            best = np.empty_like(nearest)
+            for row, chosen in enumerate(nearest):
+                inside = np.flatnonzero(np.isin(tracks, chosen))
+                inside = inside[np.lexsort((-scores[row, inside], tracks[inside]))]
+                present, first = np.unique(tracks[inside], return_index=True)
+                best[row] = ids[inside[first]][np.searchsorted(present, chosen)]
+            return self._results(best, np.take_along_axis(means, nearest, 1))
+
+    def _results(self, ids, similarities):
+        """Both [Q, K] -> what `search` returns."""
+        names = ("id", *Entry._fields)
+        # As JSON: there is a limit to a statement's values.
+        sql = f"SELECT {', '.join(names)} FROM images WHERE id IN (SELECT value FROM json_each(?))"
+        rows = self._run(sql, (json.dumps(np.unique(ids).tolist()),)).fetchall()
+        entries = self._checked([row[1:] for row in rows], Entry)
+        found = {row[0]: {"id": row[0]} | entry._asdict() for row, entry in zip(rows, entries, strict=True)}
         return [
             [found[i] | {"similarity": similarity} for i, similarity in zip(*ranked, strict=True)]
             for ranked in zip(ids.tolist(), similarities.tolist(), strict=True)

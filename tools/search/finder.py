@@ -2,26 +2,29 @@
 
 import itertools
 import os
+from operator import itemgetter
 
 import numpy as np
 
 from testing.re_rank import k_reciprocal
 from testing.verification import least_similarity
 from tools.search.address import open_index
-from tools.search.index import REPLACED, Filter
+from tools.search.index import REPLACED, Filter, track_key
 from tools.search.indexer import file_stamp, load_embedder
 from tools.search.labels import parse_time
 from utils import InputError
 
 RERANKED = 100  # so many of the nearest images are ordered anew
+STRIP = 6  # images that stand for a track
 
 
 class Finder:
     """An open index: finder(image files, modality, top) -> for each file a list of dicts, best first.
 
     Each has "rank", "similarity", the fields of `Entry`, and "changed": the file differs from the one that was indexed,
-    or is missing. about: the version of the index. least: the similarity from which on images are taken for the same
-    person, -1 without `--min_similarity` and `--false_positives`.
+    or is missing. A track has these of its most similar image, and "images": their number, "first" and "last": times,
+    and "strip": at most STRIP of them, spaced evenly. about: the version of the index. least: the similarity from which
+    on images are taken for the same person, -1 without `--min_similarity` and `--false_positives`.
     """
 
     def __init__(self, args):
@@ -63,9 +66,13 @@ class Finder:
             raise InputError(f"--from {start}: is not before --to {end}; exchange them")
         return Filter(modality or None, tuple(camera), first, last, folder or None)
 
-    def __call__(self, images, modality, top, page=1, where=Filter(), combine=None, rerank=False, group=False):  # noqa: B008
+    def __call__(self, images, modality, top, page=1, where=Filter(), combine=None, rerank=False, group=None):  # noqa: B008
         """page: of `top` images. where: a Filter. combine: all files show one person, which their "mean" feature or
-        the "best" of them finds. rerank: order the first RERANKED anew. group: each known person once."""
+        the "best" of them finds. rerank: order the first RERANKED anew. group: show each known "person" once; or tracks
+        in place of images, by the "mean" feature or the "best" of those images of a track that the Filter leaves."""
+        by_mean, tracks = group == "mean", group in ("mean", "best")
+        if by_mean and rerank:
+            raise InputError("--rerank orders images, not means of tracks; pass --tracks best, or leave it out")
         if self.index.versions()[0]["version"] != self.about["version"]:
             raise InputError(f"{self.index.uri}: {REPLACED}; start again")
         queries, need = self.embedder(images, modality), top * page
@@ -73,24 +80,31 @@ class Finder:
             queries = queries.mean(axis=0, keepdims=True)
             queries /= np.linalg.norm(queries)
         count = max(need, RERANKED) if rerank else need
+        search = self.index.search_tracks if by_mean else self.index.search
         while True:
-            lists = self.index.search(self.about["version"], queries, count, where)
+            lists = search(self.about["version"], queries, count, where)
             whole = min(map(len, lists)) < count  # there are no more
             sets = [queries[row : row + 1] for row in range(len(queries))]
             if combine == "best":
-                lists, sets = [best_of(lists)[:count]], [queries]
+                lists, sets = [best_of(lists, track_key if by_mean else itemgetter("id"))[:count]], [queries]
             if rerank:
                 lists = [self._reranked(*pair) for pair in zip(lists, sets, strict=True)]
-            lists = [grouped(found) for found in lists] if group else lists
+            if group:
+                lists = [grouped(found, track_key if tracks else person_key) for found in lists]
             if whole or min(map(len, lists)) >= need:
                 break
             count *= 4
         if not lists[0]:
             raise InputError(f"{self.index.uri}: none of its images fits all filters; leave one out")
-        return [
-            [self._result(rank, found[rank - 1]) for rank in range(need - top + 1, min(need, len(found)) + 1)]
+        lists = [
+            [{"rank": rank, **compared(image)} for rank, image in enumerate(found[need - top : need], need - top + 1)]
             for found in lists
         ]
+        if tracks:
+            members = self.index.members(self.about["version"], {*map(track_key, itertools.chain(*lists))}, where)
+            # Another process may have removed them meanwhile.
+            lists = [[image | track_facts(members[track_key(image)] or [image]) for image in found] for found in lists]
+        return lists
 
     def _reranked(self, found, queries):
         if not found:
@@ -103,34 +117,52 @@ class Finder:
         order = np.argsort(k_reciprocal(queries, vectors).min(axis=0), kind="stable")
         return [first[row] for row in order] + found[RERANKED:]
 
-    def _result(self, rank, image):
-        stamp = image["stamp"]
-        try:
-            changed = file_stamp(os.stat(image["path"])) != stamp
-        except OSError:
-            changed = True
-        return {"rank": rank, **image, "changed": changed}
+
+def compared(image):
+    """An image of an index with "changed", by a look at its file."""
+    try:
+        changed = file_stamp(os.stat(image["path"])) != image["stamp"]
+    except OSError:
+        changed = True
+    return image | {"changed": changed}
 
 
-def best_of(lists):
-    """The images of several queries, each once with its greatest similarity, best first."""
+def track_facts(images):
+    """What `Finder` says of a track. images: in the order of time."""
+    places = np.linspace(0, len(images) - 1, min(STRIP, len(images))).round().astype(int)
+    strip = [compared(images[place]) for place in places]
+    return {"images": len(images), "first": images[0]["time"], "last": images[-1]["time"], "strip": strip}
+
+
+def best_of(lists, key):
+    """The images of several queries, each key once with its greatest similarity, best first."""
     best = {}
     for image in itertools.chain(*lists):
-        best[image["id"]] = max(image, best.get(image["id"], image), key=lambda image: image["similarity"])
+        best[key(image)] = max(image, best.get(key(image), image), key=itemgetter("similarity"))
     return sorted(best.values(), key=lambda image: -image["similarity"])
 
 
-def grouped(found):
-    """The first image of each known person, and the images of unknown ones."""
+def grouped(found, key):
+    """The first image of each key."""
     first = {}
     for image in found:
-        first.setdefault(image["person"] or image["id"], image)
+        first.setdefault(key(image), image)
     return list(first.values())
 
 
+def person_key(image):
+    """Images of unknown people are of a person each."""
+    return image["person"] or image["id"]
+
+
 def describe(image):
-    """What is known of one of `Finder`'s images, in words."""
+    """What is known of one of `Finder`'s images or tracks, in words."""
     person = f"person {image['person']}" if image["person"] else ""
     camera = f"camera {image['camera']}" if image["camera"] else ""
+    track = f"track {image['track'].partition('//')[2]}" if image["track"] else ""
+    count, time = "", image["time"]
+    if "images" in image:
+        count = f"{image['images']} image{'s' * (image['images'] > 1)}"
+        time = image["first"] + (f" to {image['last']}" if image["last"] != image["first"] else "")
     changed = "(changed since it was indexed)" if image["changed"] else ""
-    return ", ".join(filter(None, (camera, person, image["time"], changed)))
+    return ", ".join(filter(None, (camera, person, track, count, time, changed)))

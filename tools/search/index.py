@@ -20,10 +20,15 @@ TABLES = """
 CREATE TABLE versions (version {serial}, checkpoint TEXT NOT NULL, sha256 TEXT NOT NULL, feature TEXT NOT NULL,
     dim INT NOT NULL, UNIQUE (sha256, feature)){strict};
 CREATE TABLE images (id {serial}, version INT NOT NULL REFERENCES versions ON DELETE CASCADE, path TEXT NOT NULL,
-    stamp TEXT NOT NULL, modality TEXT NOT NULL, camera TEXT, person TEXT, time TEXT NOT NULL, vector {vector} NOT NULL,
+    stamp TEXT NOT NULL, modality TEXT NOT NULL, camera TEXT, person TEXT, time TEXT NOT NULL, \
+vector {vector} NOT NULL, track TEXT,
     UNIQUE (path, version)){strict};
 CREATE INDEX images_by_place ON images (version, camera, time);
+CREATE INDEX images_by_track ON images (version, (COALESCE(track, path)));
 """
+# What brings an index from before there were tracks up to date, in place.
+UPDATES = "ALTER TABLE images ADD COLUMN track TEXT", TABLES.split(";\n")[-2]
+TRACK = "COALESCE(track, path)"  # an image without a track is one by itself
 REPLACED = "another checkpoint has replaced this version"
 TIME = "^[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01]) ([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]([+-][0-9:]{5})?$"
 BLOCK = 8192  # vectors read or compared at a time
@@ -41,7 +46,9 @@ class Version(NamedTuple):
 
 class Entry(NamedTuple):
     """An image of an index. path: absolute; stamp: of the file when it was embedded; time: on the clock of the place,
-    and if it is the file's, the offset from UTC after it, such as +01:00. Compared as text, that does not count."""
+    and if it is the file's, the offset from UTC after it, such as +01:00. Compared as text, that does not count.
+    track: FOLDER//NAME, of the folder that was indexed and the tracker's name; `track_key` says which images share one.
+    """
 
     path: Annotated[str, Meta(pattern=r"^[^\0]+$", max_length=10_000)]
     stamp: str
@@ -49,6 +56,7 @@ class Entry(NamedTuple):
     camera: str | None
     person: str | None
     time: Annotated[str, Meta(pattern=TIME)]
+    track: Text | None = None
 
 
 class Filter(NamedTuple):
@@ -78,8 +86,8 @@ class Filter(NamedTuple):
 
 
 class Index:
-    """What both kinds share. Each method is one transaction. Subclasses give `search` and what talks to the
-    database: `connection`, `driver` (its module) and the `_remedy` of an error."""
+    """What both kinds share. Each method is one transaction. Subclasses give `search`, `search_tracks` and what talks
+    to the database: `connection`, `driver` (its module) and the `_remedy` of an error."""
 
     approximates = False  # whether it has `approximate`
     # What ends a SELECT that locks its rows, and what lets nobody else write. A transaction that writes to a file has
@@ -141,6 +149,20 @@ class Index:
             rows = self._run(f"SELECT {', '.join(Entry._fields)} FROM images WHERE {where}", values).fetchall()
         return {entry.path: entry for entry in self._checked(rows, Entry)}
 
+    def members(self, version, keys, where):
+        """{`track_key`: its images that a Filter chooses, as dicts of the fields of `Entry`, in the order of time}."""
+        condition, values = where.where(version)
+        names, found, rows = sorted({key[-1] for key in keys}), {key: [] for key in keys}, []
+        with self.transaction(write=False):
+            for start in range(0, len(names), BLOCK):  # there is a limit to a statement's values
+                part = names[start : start + BLOCK]
+                some = f"{condition} AND {TRACK} IN ({', '.join('?' * len(part))})"
+                rows += self._run(f"SELECT {', '.join(Entry._fields)} FROM images WHERE {some}", [*values, *part])
+        for entry in sorted(self._checked(rows, Entry), key=lambda entry: (entry.time, entry.path)):
+            if (key := track_key(image := entry._asdict())) in found:
+                found[key].append(image)
+        return found
+
     def counts(self, version, column):
         """{value of a column: number of images}."""
         with self.transaction(write=False):
@@ -161,10 +183,11 @@ class Index:
             self._run_many(sql, rows)
 
     def label(self, version, entries):
-        """Replace camera, person and time of images."""
-        rows = [(entry.camera, entry.person, entry.time, version, entry.path) for entry in entries]
+        """Replace camera, person, time and track of images."""
+        rows = [(entry.camera, entry.person, entry.time, entry.track, version, entry.path) for entry in entries]
+        names = "camera = ?, person = ?, time = ?, track = ?"
         with self.transaction():
-            self._run_many("UPDATE images SET camera = ?, person = ?, time = ? WHERE version = ? AND path = ?", rows)
+            self._run_many(f"UPDATE images SET {names} WHERE version = ? AND path = ?", rows)
 
     def remove(self, paths):
         """Remove images from all versions."""
@@ -179,8 +202,9 @@ class Index:
         # Of two folders, one within the other, images would be in each other's way: they go by a third place.
         nested = old.startswith(new) or new.startswith(old)
         names = ", ".join(("version", *Entry._fields, "vector"))
-        renamed = names.replace("path", "CAST(? AS TEXT) || substr(path, ?)")
-        below = "substr(path, 1, ?) = ?"
+        below, new_name = "substr(path, 1, ?) = ?", "CAST(? AS TEXT) || substr(path, ?)"
+        track = f"CASE WHEN {below} THEN {new_name} ELSE path END".replace("path", "track")
+        renamed = names.replace("track", track).replace("path", new_name)
         with self.transaction():
             if self.lock_images:
                 self._run(self.lock_images)
@@ -188,7 +212,8 @@ class Index:
                 # Not UPDATE: the path says which machine of a cluster has the image.
                 select = f"SELECT {renamed} FROM images WHERE {below}"
                 sql = f"INSERT INTO images ({names}) {select} ON CONFLICT (path, version) DO NOTHING"
-                self._run(sql, (target, len(source) + 1, len(source), source))
+                start, name = (len(source), source), (target, len(source) + 1)
+                self._run(sql, (*name, *start, *name, *start))
                 count = self._run(f"DELETE FROM images WHERE {below}", (len(source), source)).rowcount
         return count
 
@@ -197,6 +222,12 @@ class Index:
         with self.transaction(write=False):
             rows = self._run(f"SELECT id, vector FROM images WHERE id IN ({', '.join('?' * len(ids))})", ids).fetchall()
         return {i: self._decode(value) for i, value in rows}
+
+
+def track_key(image):
+    """What the images of one track have in common: trackers of two cameras may give the same names. image: a dict with
+    the fields of `Entry`."""
+    return image["modality"], image["camera"], image["track"] or image["path"]
 
 
 def damaged(vectors):

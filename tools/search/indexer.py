@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import posixpath
 import stat
 from collections import Counter
 from pathlib import Path
@@ -79,14 +80,24 @@ def places(folder):
 
 
 def label_files(args, files, folder):
-    """-> ({path: labels that --pattern or --csv gives}, paths to which it gives none)."""
+    """-> ({path: labels that --pattern, --csv and --tracks give}, paths to which the first two give none)."""
     read = read_labels(args.pattern, args.csv)
-    labels = {path: read(Path(path).relative_to(folder).as_posix()) for path in files}
+    names = {path: Path(path).relative_to(folder).as_posix() for path in files}
+    labels = {path: read(name) for path, name in names.items()}
     unlabelled = [path for path, found in labels.items() if found is None]
+    for path, name in names.items():
+        found = labels[path] or {}
+        if args.tracks and "track" in found:
+            raise InputError(f"--tracks {args.tracks}: --pattern or --csv names the tracks; leave one of the two out")
+        if args.tracks:
+            found = found | {"track": posixpath.dirname(name) or "."}
+        if "track" in found:
+            labels[path] = found | {"track": f"{folder}//{found['track']}"}
     if len(unlabelled) == len(files):
         flag = f"--pattern {args.pattern}" if args.pattern else f"--csv {args.csv}"
-        name = os.path.relpath(unlabelled[0], folder)
-        raise InputError(f"{flag}: fits no image of {folder}, such as {name}; write it for paths below that folder")
+        raise InputError(
+            f"{flag}: fits no image of {folder}, such as {names[unlabelled[0]]}; write it for paths below that folder"
+        )
     return labels, unlabelled
 
 
@@ -134,9 +145,9 @@ def load_embedder(args, version, uri):
 
 def make_entry(path, stamp, modality, found, before):
     """The Entry of a file. found: its labels; before: as the index has it, or None."""
-    entry = Entry(path, stamp, modality, None, None, file_time(stamp))
+    entry = Entry(path, stamp, modality, None, None, file_time(stamp), None)
     if before:
-        entry = entry._replace(camera=before.camera, person=before.person)
+        entry = entry._replace(camera=before.camera, person=before.person, track=before.track)
         if before.stamp == stamp or before.time == wall_clock(before.time):  # the same file, or a label
             entry = entry._replace(time=before.time)
     return entry._replace(**(found or {}))

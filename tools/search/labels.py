@@ -1,4 +1,4 @@
-"""Camera, person and time of an image: from its path by a pattern, from a CSV file, or its file's time."""
+"""Camera, person, time and track of an image: from its path by a pattern, from a CSV file, or its file's time."""
 
 import csv
 import itertools
@@ -10,10 +10,10 @@ from datetime import UTC, datetime, timedelta, timezone
 from core.files import regular
 from utils import InputError
 
-NAMES = ("camera", "person", "time")
+NAMES = ("camera", "person", "time", "track")
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 FIRST, LAST = ((datetime(*date, tzinfo=UTC) - EPOCH) // timedelta(seconds=1) for date in ((1, 1, 2), (9999, 12, 30)))
-COLUMNS = "path, and any of camera, person and time"
+COLUMNS = "path, and any of camera, person, time and track"
 DIGITS = {"Y": r"\d{4}", "m": r"\d\d", "d": r"\d\d", "H": r"\d\d", "M": r"\d\d", "S": r"\d\d", "f": r"\d{1,6}"}
 
 
@@ -29,7 +29,8 @@ def _pattern_labels(pattern):
     try:
         for literal, name, spec, _ in string.Formatter().parse(pattern):
             value = "[^/]+"
-            if name is not None and not name.isidentifier() or name in NAMES and name in [part[1] for part in parts]:
+            twice = name in NAMES and name != "track" and name in [part[1] for part in parts]
+            if name is not None and not name.isidentifier() or twice:
                 raise ValueError(f"{{{name}}} is no name, or stands twice")
             if name == "time" and not spec:
                 raise ValueError("{time} needs a format, such as {time:%Y%m%d_%H%M%S}")
@@ -47,7 +48,9 @@ def _pattern_labels(pattern):
 
     def labels(path):
         values = _fields(parts, path)
-        found = {name: value for name, value in values.items() if name in NAMES} if values is not None else None
+        found = {name: value for name, value in values if name in NAMES} if values is not None else None
+        if found and "track" in found:
+            found["track"] = "/".join(value for name, value in values if name == "track")
         if found and time_format:
             try:
                 found["time"] = time_text(datetime.strptime(found["time"], time_format))
@@ -59,14 +62,14 @@ def _pattern_labels(pattern):
 
 
 def _fields(parts, path):
-    """The shortest values, from the left, with which a pattern is the whole path: {name: value}, or None.
+    """The shortest values, from the left, with which a pattern is the whole path: [(name, value)], or None.
 
     Like a regular expression, but what has failed once is not tried again: its time would grow with every field."""
     failed = set()
 
     def rest(number, start):
         if number == len(parts):
-            return {} if start == len(path) else None
+            return [] if start == len(path) else None
         literal, name, expression = parts[number]
         begin = start + len(literal)
         if (number, start) in failed or not path.startswith(literal, start):
@@ -74,7 +77,7 @@ def _fields(parts, path):
         for end in [begin] if name is None else range(begin + 1, len(path) + 1):
             if name is None or expression.fullmatch(path, begin, end):
                 if (values := rest(number + 1, end)) is not None:
-                    return values if name is None else {name: path[begin:end]} | values
+                    return values if name is None else [(name, path[begin:end]), *values]
             elif path[end - 1] == "/":
                 break
         failed.add((number, start))

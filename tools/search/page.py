@@ -101,9 +101,10 @@ class Page:
         other = next((name for name in modalities if name not in counts), modalities[0])
         self.about = {"uri": finder.index.uri, "modalities": modalities, "other": other, "counts": counts}
         self.about |= {"cameras": cameras, "top": min(10, sum(counts.values())), "found": None}
+        self.about["tracks"] = any(finder.counts("track"))
         self.choices = {"modality": modalities, "combine": ("mean", "best"), "searched": (None, "", *counts)}
         self.choices |= {"top": [*map(str, range(1, 101))], "page": [*map(str, range(1, 10**4))]}
-        self.choices |= {"group": (None, "on"), "rerank": (None, "on")}
+        self.choices |= {"group": (None, "", "person", "mean", "best"), "rerank": (None, "on")}
         # One thread: the network and the index serve one search at a time. Python does not wait for a daemon when it
         # ends.
         threading.Thread(target=self._search, daemon=True).start()
@@ -176,7 +177,7 @@ class Page:
             if value not in self.choices[name]:
                 raise InputError(f"{name} {value}: is not among the choices; reload the page")
         page, top, names = int(choice["page"]), int(choice["top"]), {}
-        options = {name: choice[name] for name in ("modality", "combine", "rerank", "group")}
+        options = {name: choice[name] or None for name in ("modality", "combine", "rerank", "group")}
         # As text: what the disk has under that name stays unknown.
         below = os.path.abspath(form["folder"]) if form.get("folder") else None
         with tempfile.TemporaryDirectory(dir=self.uploads) as folder:
@@ -196,7 +197,8 @@ class Page:
                     line = line.replace(path, name)
                 raise InputError(line) from error
         page = min(page, -(-len(found) // top))
-        cards = [(image, picture(image)) for image in found[(page - 1) * top : page * top]]
+        shown = found[(page - 1) * top : page * top]
+        cards = [(image, picture(image), [*map(picture, image.get("strip", ()))]) for image in shown]
         values = timeline(found[:TIMELINE]) | {"found": cards, "page": page, "describe": describe}
         # An order that is not by similarity has no line.
         values["least"] = -1 if choice["rerank"] else self.finder.least

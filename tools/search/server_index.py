@@ -3,7 +3,7 @@
 import contextlib
 from urllib.parse import parse_qs, urlsplit
 
-from tools.search.index import Entry, Filter, Index, tables
+from tools.search.index import TRACK, UPDATES, Entry, Filter, Index, tables, track_key
 from utils import InputError
 
 EXACT = 200_000  # where filters leave at most so many images, all are compared: a graph misses most of few among many
@@ -20,7 +20,8 @@ TYPES = {
     "versions": {"version": ("bigint", True), "checkpoint": TEXT, "sha256": TEXT, "feature": TEXT}
     | {"dim": ("integer", True)},
     "images": {"id": ("bigint", True), "version": ("integer", True), "path": TEXT, "stamp": TEXT, "modality": TEXT}
-    | {"camera": ("text", False), "person": ("text", False), "time": TEXT, "vector": ("vector", True)},
+    | {"camera": ("text", False), "person": ("text", False), "time": TEXT, "vector": ("vector", True)}
+    | {"track": ("text", False)},
 }
 SPREAD = (
     "ALTER TABLE images DROP CONSTRAINT images_pkey, REPLICA IDENTITY USING INDEX images_path_version_key",
@@ -68,10 +69,12 @@ class ServerIndex(Index):
                 self._run("CREATE EXTENSION IF NOT EXISTS vector")
                 for sql in (*tables("BIGSERIAL PRIMARY KEY", "vector", ""), *(SPREAD if self.cluster else ())):
                     self._run(sql)
-            if any(
-                self._run(COLUMNS, (name,)).fetchall() != [(n, *t) for n, t in columns.items()]
-                for name, columns in TYPES.items()
-            ):
+            ours = {name: [(n, *t) for n, t in columns.items()] for name, columns in TYPES.items()}
+            found = {name: self._run(COLUMNS, (name,)).fetchall() for name in ours}
+            if found == ours | {"images": ours["images"][:-1]}:  # as they were before there were tracks
+                for sql in UPDATES:
+                    self._run(sql)
+            elif found != ours:
                 raise InputError(
                     f"{self.uri}: its tables are not those of an index; pass another database, or drop the tables "
                     "images and versions"
@@ -151,11 +154,28 @@ class ServerIndex(Index):
                     rows = self._run(by_graph, (query, *values, query, CANDIDATES * top, query, top)).fetchall()
                 if len(rows) < top:  # also where the graph has given up
                     rows = self._run(exact, (query, *values, query, top)).fetchall()
-                entries = self._checked([row[1:-1] for row in rows], Entry)
-                results.append(
-                    [
-                        {"id": row[0], **entry._asdict(), "similarity": row[-1]}
-                        for row, entry in zip(rows, entries, strict=True)
-                    ]
-                )
+                results.append(self._results(rows))
         return results
+
+    def search_tracks(self, version, queries, top, where=Filter()):  # noqa: B008 (a constant)
+        """As `FileIndex.search_tracks`."""
+        condition, values = where.where(version)
+        names, key, results = ("id", *Entry._fields), f"modality, camera, {TRACK}", []
+        mean = f"SELECT {key}, -(l2_normalize(sum(vector)) <#> ?) AS similarity FROM images WHERE {condition} "
+        mean += f"GROUP BY {key} ORDER BY similarity DESC, {key} LIMIT ?"
+        best = f"SELECT DISTINCT ON ({key}) {', '.join(names)}, 0 FROM images WHERE {condition} AND {TRACK} = ANY(?) "
+        best += f"ORDER BY {key}, vector <#> ?, id"
+        with self.transaction(write=False):
+            for query in queries:
+                means = {row[:3]: row[3] for row in self._run(mean, (query, *values, top)).fetchall()}
+                rows = self._run(best, (*values, [name for *_, name in means], query)).fetchall()
+                found = {track_key(image): image for image in self._results(rows)}
+                results.append([found[key] | {"similarity": similarity} for key, similarity in means.items()])
+        return results
+
+    def _results(self, rows):
+        """Rows of id, the fields of `Entry` and a similarity -> dicts."""
+        entries = self._checked([row[1:-1] for row in rows], Entry)
+        return [
+            {"id": row[0], **entry._asdict(), "similarity": row[-1]} for row, entry in zip(rows, entries, strict=True)
+        ]
