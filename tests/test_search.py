@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -25,8 +26,9 @@ import torch
 from PIL import Image
 
 import data_loader
+import testa
 import utils
-from conftest import SIZE, save_network
+from conftest import SIZE, save_network, search_flags
 from core.images import read_image
 from testing.re_rank import k_reciprocal
 from tests.oracles import plain_embedding
@@ -855,6 +857,66 @@ def test_errors_name_the_program_and_not_its_file(tmp_path):
     command = [sys.executable, "-m", "tools.search", *flags]
     result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode, result.stderr.partition(": ")[0]) == (2, "search.py")
+
+
+def section(title):
+    """The commands of a section of docs/search.md, as lists of words after `python`, and the names of its modules."""
+    page = (Path(search.__file__).parents[2] / "docs" / "search.md").read_text()
+    text = page.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)
+    lines = "".join(blocks).replace("\\\n", "").splitlines()
+    return [shlex.split(line)[1:] for line in lines]
+
+
+def crops_of_a_tracker(tree, out):
+    """The layout of the section "Where else was this track seen?": cameras count their tracks from numbers of their
+    own -> {(camera, track): its images}."""
+    tracks, first = {}, {"1": 1, "2": 1, "4": 9, "5": 4, "3": 17, "6": 2}
+    for modality, cameras in (("visible", "1245"), ("infrared", "36")):
+        for camera in cameras:
+            for number, folder in enumerate(sorted((tree / f"cam{camera}").iterdir()), first[camera]):
+                for n, source in enumerate(sorted(folder.glob("*.jpg"))):
+                    name = f"cam{camera}/{number}/20261120_14{number:02d}{n:02d}_{n}.jpg"
+                    path = out / "crops" / modality / name
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    tracks.setdefault((camera, str(number)), []).append(shutil.copy(source, path))
+    return tracks
+
+
+@pytest.mark.slow
+def test_the_way_from_cameras_to_where_a_track_was_seen(sysu_tree, tmp_path, monkeypatch, capsys):
+    """The commands of that section, as they stand there."""
+    monkeypatch.chdir(tmp_path)
+    network = save_network(tmp_path / "net.t", 0, "sysu")
+    (tmp_path / "mydata").symlink_to(sysu_tree)
+    tracks, results = crops_of_a_tracker(sysu_tree, tmp_path), []
+    commands = section("Where else was this track seen?")
+    for words in commands:
+        words = [str(network) if word.startswith("save_model/") else word for word in words]
+        if words[0] == "testa.py":
+            results.append(testa.main([*search_flags("mydata", network), *words[words.index("--calibrate") :]]))
+        else:
+            assert words[:2] == ["-m", "tools.search"]
+            results.append(search.main([*words[2:], *CPU]))
+    assert len(commands) == 4
+    embed, calibrated = plain_embedding(network), json.loads(Path("same.json").read_text())
+    least = calibrated["similarity"][calibrated["false_positives"].index(pytest.approx(0.01))]
+
+    def mean(track, modality):
+        total = sum(embed(path, modality) for path in tracks[track])
+        return total / np.linalg.norm(total)
+
+    query = mean(("3", "17"), "infrared")
+    scores = {number: query @ mean((camera, number), "visible") for camera, number in tracks if camera == "5"}
+    expected = sorted((number for number in scores if scores[number] >= least), key=lambda number: -scores[number])[:10]
+    found = results[-1][0]["found"]
+    assert [image["track"].split("//")[1] for image in found] == expected
+    assert [image["similarity"] for image in found] == pytest.approx([scores[number] for number in expected], abs=2e-6)
+    lines = capsys.readouterr().out.splitlines()
+    assert "crops/infrared/cam3/17 (infrared)" in lines
+    number = int(expected[0])
+    times = f"2026-11-20 14:{number:02d}:00 to 2026-11-20 14:{number:02d}:01"
+    assert lines[-len(found)].endswith(f"  camera 5, track {number}, 2 images, {times}")
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", pytest.param("onnx", marks=pytest.mark.slow)])

@@ -36,7 +36,7 @@ def get_args_parser():
     group = index.add_argument_group("images")
     group.add_argument("--modality", choices=MODALITIES, help="modality of the images (needed for a new folder)")
     labels = group.add_mutually_exclusive_group()
-    text = "what paths below FOLDER say, such as cam{camera}/{person}/{time:%%Y%%m%%d_%%H%%M%%S}_{n}.jpg"
+    text = "what paths below FOLDER say, such as cam{camera}/{track}/{time:%%Y%%m%%d_%%H%%M%%S}_{n}.jpg"
     labels.add_argument("--pattern", help=text)
     labels.add_argument("--csv", metavar="FILE", help="table with the columns path, camera, person, time, track")
     text = "each folder of images is a track, named by its path below FOLDER"
