@@ -354,24 +354,25 @@ def test_tracks_are_found_as_by_plain_loops(tracked, checkpoint, sysu_tree, caps
         return total / np.linalg.norm(total)
 
     def plain(how, fits, asked=(mean,)):
-        """[(similarity, key, its images in the order of time)], best first."""
+        """[(similarity, key, its images in the order of time, the most similar one)], best first."""
         tracks = {}
         for path in filter(fits, facts):
             tracks.setdefault(tuple(facts[path][name] for name in ("modality", "camera", "track")), []).append(path)
         ranked = []
         for key, paths in tracks.items():
             vectors = [unit_mean(paths)] if how == "mean" else [features[path] for path in paths]
-            similarity = max(float(query @ vector) for query in asked for vector in vectors)
-            ranked.append((similarity, key, sorted(paths, key=lambda path: facts[path]["number"])))
+            similarity, nearest = max((float(query @ v), i) for i, query in enumerate(asked) for v in vectors)
+            best = max(paths, key=lambda path: asked[nearest] @ features[path])  # to the query that has found the track
+            ranked.append((similarity, key, sorted(paths, key=lambda path: facts[path]["number"]), best))
         return sorted(ranked, reverse=True)
 
-    def check(found, expected, asked=(mean,)):
+    def check(found, expected):
         assert len(found) == len(expected)
-        for image, (similarity, key, paths) in zip(found, expected, strict=True):
+        for image, (similarity, key, paths, best) in zip(found, expected, strict=True):
             assert image["similarity"] == pytest.approx(similarity, abs=2e-6)
             assert (image["modality"], image["camera"], image["track"]) == key
             assert (image["images"], image["changed"]) == (len(paths), False)
-            assert image["path"] == max(paths, key=lambda path: max(query @ features[path] for query in asked))
+            assert image["path"] == best
             assert [small["path"] for small in image["strip"]] == paths  # no track has more than four
             times = [labels.file_time(f"0 {os.stat(path).st_mtime_ns}") for path in paths]
             assert (image["first"], image["last"]) == (times[0], times[-1])
@@ -390,7 +391,9 @@ def test_tracks_are_found_as_by_plain_loops(tracked, checkpoint, sysu_tree, caps
         least = (expected[1][0] + expected[2][0]) / 2
         check(run_query(*ask, "--min_similarity", least)[0]["found"], expected[:2])
         ask[5] = "best"
-        check(run_query(*ask)[0]["found"], plain(how, everything, queries)[:5], queries)
+        expected = plain(how, everything, queries)
+        check(run_query(*ask)[0]["found"], expected[:5])
+        check(run_query(*ask, "--top", "14")[0]["found"], expected)
     capsys.readouterr()
     (result,) = run_query(*ask)
     best = result["found"][0]
@@ -510,10 +513,11 @@ def test_labels_stay_until_others_are_given(folder, checkpoint, tmp_path):
     flags = ["--resume", checkpoint, "--modality", "visible", "--pattern", "b/{n}.JPG"]
     assert len(run_index(folder, index, *flags)["unlabelled"]) == 11
     os.utime(folder / "00.JPG", (10**9, 10**9))
-    run_index(folder, index, "--pattern", "{camera}/{person}.JPG")
+    run_index(folder, index, "--pattern", "{camera}/{person}.JPG", "--tracks", "folder")
     for _ in range(2):
         entries = {Path(path).name: entry for path, (entry, _) in stored(index).items()}
         assert (entries["01.JPG"].camera, entries["01.JPG"].person) == ("b", "01")
+        assert (entries["01.JPG"].track, entries["00.JPG"].track) == (f"{folder}//b", f"{folder}//.")
         assert (entries["00.JPG"].camera, entries["00.JPG"].time[:4]) == (None, "2001")
         times = {name: entry.time for name, entry in entries.items()}
         assert run_index(folder, index)["embedded"] == 0

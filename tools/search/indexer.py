@@ -21,46 +21,107 @@ from utils import InputError
 def index_folder(args):
     """Returns {"embedded", "changed", "vanished", "images": counts, "unreadable": lines, "unlabelled": paths,
     "others": what else there is, in words}."""
-    folder = os.path.realpath(args.folder)
-    if not os.path.isdir(folder):
-        raise InputError(f"{args.folder}: no such folder; pass a folder of images")
+    folder = existing_folder(args.folder)
     files, unreadable, unchecked, others = list_images(folder)
     if not files:
         found = f" by its name (but {others}; convert these, or give them a suffix)" if others else ""
         raise InputError(next(iter(unreadable), f"{folder}: contains no image{found}; pass a folder of images"))
-    labels, unlabelled = label_files(args, files, folder)
+    labels, unlabelled = label_files(read_labels(args.pattern, args.csv), args.tracks, files, folder)
+    if len(unlabelled) == len(files):
+        flag = f"--pattern {args.pattern}" if args.pattern else f"--csv {args.csv}"
+        name = os.path.relpath(unlabelled[0], folder)
+        raise InputError(f"{flag}: fits no image of {folder}, such as {name}; write it for paths below that folder")
     with contextlib.closing(open_index(args.index, create=True)) as index:
         if args.approximate and not index.approximates:
             raise InputError(f"--approximate: {args.index} is a file, which is searched exactly; leave it out")
-        old = next(iter(index.versions()), None)
         if args.moved_from and not any(index.move(place, folder) for place in places(args.moved_from)):
             raise InputError(
                 f"--moved_from {args.moved_from}: {args.index} has no image there; pass its path at that time"
             )
-        before = index.entries(old["version"], folder) if old else {}
-        modality = folder_modality(args, before, folder, files)
-        version, embedder = begin_version(args, index, old)
-        known = index.entries(version, folder)
-        before |= known
-        entries = [make_entry(path, files[path], modality, labels[path], before.get(path)) for path in files]
-        same = {entry.path for entry in entries if entry.path in known and entry[:3] == known[entry.path][:3]}
-        new = [entry for entry in entries if entry.path not in same]
-        index.label(version, [entry for entry in entries if entry.path in same and entry != known[entry.path]])
-        gone = [path for path in before if path not in files and not path.startswith(unchecked)]
-        index.remove(gone)
-        embedded = embed(embedder, index, version, new, unreadable)
-        index.remove([entry.path for entry in new if entry.path not in embedded])
-        count = len(embedded) + embed_rest(embedder, index, version, unreadable)
+        indexer = Indexer(args, index, folder, files)
+        gone = [path for path in indexer.before if path not in files and not path.startswith(unchecked)]
+        changed = sum(path in indexer.known for path in indexer.new(files))
+        count = len(indexer.update(files, labels, gone, unreadable)) + indexer.embed_rest(unreadable)
         if args.approximate:
-            index.approximate(version, embedder.dim)
-        images = sum(index.counts(version, "modality").values())
+            index.approximate(indexer.version, indexer.embedder.dim)
+        images = sum(index.counts(indexer.version, "modality").values())
     if not images and unreadable:
         raise InputError(f"{folder}: none of its {len(files)} images can be read: {unreadable[0]}")
     if not images:
         raise InputError(f"{args.index}: {REPLACED}; run again")
-    changed = sum(entry.path in known for entry in new)
     counts = {"embedded": count, "changed": changed, "vanished": len(gone), "images": images}
     return counts | {"unreadable": unreadable, "unlabelled": unlabelled, "others": others}
+
+
+class Indexer:
+    """A folder in an open index. files: those that it has now. before: {path: Entry} as the index has its images;
+    known: the same of those that the checkpoint has embedded already."""
+
+    def __init__(self, args, index, folder, files):
+        self.index, old = index, next(iter(index.versions()), None)
+        self.before = index.entries(old["version"], folder) if old else {}
+        self.modality = folder_modality(args, self.before, folder, files)
+        self.version, self.embedder = begin_version(args, index, old)
+        self.known = index.entries(self.version, folder)
+        self.before |= self.known
+
+    def new(self, files):
+        """The paths of files that have to be embedded."""
+        known = {path: self.known[path][:3] for path in files if path in self.known}
+        return {path for path, stamp in files.items() if known.get(path) != (path, stamp, self.modality)}
+
+    def update(self, files, labels, gone, unreadable, report=None):
+        """Bring the index up to date with some files, {path: stamp}, and with others that are gone -> paths of those
+        that were embedded now. labels: of `label_files`; unreadable: a list that gets lines; report: a function that
+        is called with Entries and their features, before these are added."""
+        entries = [make_entry(path, files[path], self.modality, labels[path], self.before.get(path)) for path in files]
+        new = self.new(files)
+        labelled = [entry for entry in entries if entry.path not in new and entry != self.known[entry.path]]
+        self.index.label(self.version, labelled)
+        self.index.remove(gone)
+        embedded = self._embed([entry for entry in entries if entry.path in new], unreadable, report)
+        self.index.remove(new - embedded)
+        for path in (*gone, *(new - embedded)):
+            self.known.pop(path, None)
+        current = {entry.path: entry for entry in entries if entry.path not in new or entry.path in embedded}
+        self.known |= current
+        self.before |= current
+        return embedded
+
+    def _embed(self, entries, unreadable, report=None):
+        """Embed images and add them to the index, batch by batch -> the set of their paths."""
+        embedded = set()
+        for modality in MODALITIES:
+            part = [entry for entry in entries if entry.modality == modality]
+            batches = self.embedder.batches([entry.path for entry in part], modality) if part else ()
+            for rows, features, failed in batches:
+                batch = [part[row] for row in rows]
+                if report:
+                    report(batch, features)
+                self.index.add(self.version, batch, features)
+                embedded.update(entry.path for entry in batch)
+                unreadable += failed
+        return embedded
+
+    def embed_rest(self, unreadable):
+        """Embed what older versions have and a new one lacks, until it has taken their place -> number of images."""
+        count = 0
+        while missing := self.index.switch(self.version):
+            embedded = len(self._embed(missing, unreadable))
+            if not embedded:
+                raise InputError(
+                    f"{self.index.uri}: {len(missing)} images, such as {missing[0].path}, cannot be read, so the old "
+                    "features still serve; restore them, or index their folder again to drop them; then run this again"
+                )
+            count += embedded
+        return count
+
+
+def existing_folder(folder):
+    """The absolute path of a folder, without links. InputError if there is none."""
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder}: no such folder; pass a folder of images")
+    return os.path.realpath(folder)
 
 
 def remove_folder(args):
@@ -79,25 +140,23 @@ def places(folder):
     return os.path.abspath(folder), os.path.realpath(folder)
 
 
-def label_files(args, files, folder):
-    """-> ({path: labels that --pattern, --csv and --tracks give}, paths to which the first two give none)."""
-    read = read_labels(args.pattern, args.csv)
-    names = {path: Path(path).relative_to(folder).as_posix() for path in files}
-    labels = {path: read(name) for path, name in names.items()}
-    unlabelled = [path for path, found in labels.items() if found is None]
-    for path, name in names.items():
-        found = labels[path] or {}
-        if args.tracks and "track" in found:
-            raise InputError(f"--tracks {args.tracks}: --pattern or --csv names the tracks; leave one of the two out")
-        if args.tracks:
-            found = found | {"track": posixpath.dirname(name) or "."}
+def label_files(read, tracks, files, folder):
+    """-> ({path: labels}, paths to which a pattern or a table gives none). read: of `read_labels`; tracks: the value of
+    --tracks."""
+    labels, unlabelled = {}, []
+    for path in files:
+        name = Path(path).relative_to(folder).as_posix()
+        found = read(name)
+        if found is None:
+            unlabelled.append(path)
+        found = dict(found or {})
+        if tracks and "track" in found:
+            raise InputError(f"--tracks {tracks}: --pattern or --csv names the tracks; leave one of the two out")
+        if tracks:
+            found["track"] = posixpath.dirname(name) or "."
         if "track" in found:
-            labels[path] = found | {"track": f"{folder}//{found['track']}"}
-    if len(unlabelled) == len(files):
-        flag = f"--pattern {args.pattern}" if args.pattern else f"--csv {args.csv}"
-        raise InputError(
-            f"{flag}: fits no image of {folder}, such as {names[unlabelled[0]]}; write it for paths below that folder"
-        )
+            found["track"] = f"{folder}//{found['track']}"
+        labels[path] = found
     return labels, unlabelled
 
 
@@ -150,34 +209,7 @@ def make_entry(path, stamp, modality, found, before):
         entry = entry._replace(camera=before.camera, person=before.person, track=before.track)
         if before.stamp == stamp or before.time == wall_clock(before.time):  # the same file, or a label
             entry = entry._replace(time=before.time)
-    return entry._replace(**(found or {}))
-
-
-def embed(embedder, index, version, entries, unreadable):
-    """Embed images and add them to an index, batch by batch -> the set of their paths."""
-    embedded = set()
-    for modality in MODALITIES:
-        part = [entry for entry in entries if entry.modality == modality]
-        batches = embedder.batches([entry.path for entry in part], modality) if part else ()
-        for rows, features, failed in batches:
-            index.add(version, [part[row] for row in rows], features)
-            embedded.update(part[row].path for row in rows)
-            unreadable += failed
-    return embedded
-
-
-def embed_rest(embedder, index, version, unreadable):
-    """Embed what older versions have and a new one lacks, until it has taken their place -> number of images."""
-    count = 0
-    while missing := index.switch(version):
-        embedded = len(embed(embedder, index, version, missing, unreadable))
-        if not embedded:
-            raise InputError(
-                f"{index.uri}: {len(missing)} images, such as {missing[0].path}, cannot be read, so the old features "
-                "still serve; restore them, or index their folder again to drop them; then run this again"
-            )
-        count += embedded
-    return count
+    return entry._replace(**found)
 
 
 def list_images(folder):
