@@ -1,6 +1,7 @@
 """Find a person among your own images.
 
     python -m tools.search index FOLDER --resume save_model/..._best.t --modality visible --index INDEX
+    python -m tools.search watch FOLDER --index INDEX
     python -m tools.search query IMAGE... --modality infrared --index INDEX
     python -m tools.search serve --index INDEX
 
@@ -23,6 +24,7 @@ from model import FEATURES, MODALITIES
 from tools.embedder import Embedder  # noqa: F401 (the library)
 from tools.search.finder import Finder, describe
 from tools.search.indexer import index_folder, list_images, remove_folder
+from tools.search.watcher import watch_folder
 from utils import ArgumentParser, InputError, bounded, cli, printable
 
 SHEET_LIMIT = 100  # queries, and images of each, that fit on a sheet
@@ -32,19 +34,29 @@ def get_args_parser():
     parser = ArgumentParser(prog="search.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     index = commands.add_parser("index", help="embed a folder's images; later, new and changed ones; drop deleted ones")
-    index.add_argument("folder", metavar="FOLDER", help="images at any depth; links to folders are not followed")
-    group = index.add_argument_group("images")
-    group.add_argument("--modality", choices=MODALITIES, help="modality of the images (needed for a new folder)")
-    labels = group.add_mutually_exclusive_group()
-    text = "what paths below FOLDER say, such as cam{camera}/{track}/{time:%%Y%%m%%d_%%H%%M%%S}_{n}.jpg"
-    labels.add_argument("--pattern", help=text)
-    labels.add_argument("--csv", metavar="FILE", help="table with the columns path, camera, person, time, track")
-    text = "each folder of images is a track, named by its path below FOLDER"
-    group.add_argument("--tracks", choices=("folder",), help=text)
-    group.add_argument("--moved_from", metavar="OLD", help="where FOLDER was when it was indexed")
-    group.add_argument("--feature", choices=FEATURES, help="feature after or before the bottleneck (default: FC)")
-    text = "on a server, for millions of images: make a graph, with which searches are approximate"
-    group.add_argument("--approximate", action="store_true", help=text)
+    watch = commands.add_parser("watch", help="index a folder that grows, within seconds, until it is stopped")
+    for command in (index, watch):
+        text = "images at any depth; links to folders are not followed"
+        command.add_argument("folder", metavar="FOLDER", help=text)
+        group = command.add_argument_group("images")
+        text = "modality of the images (needed for a new folder)"
+        group.add_argument("--modality", choices=MODALITIES, help=text)
+        labels = group.add_mutually_exclusive_group()
+        text = "what paths below FOLDER say, such as cam{camera}/{track}/{time:%%Y%%m%%d_%%H%%M%%S}_{n}.jpg"
+        labels.add_argument("--pattern", help=text)
+        labels.add_argument("--csv", metavar="FILE", help="table with the columns path, camera, person, time, track")
+        text = "each folder of images is a track, named by its path below FOLDER"
+        group.add_argument("--tracks", choices=("folder",), help=text)
+        text = "feature after or before the bottleneck (default: FC)"
+        group.add_argument("--feature", choices=FEATURES, help=text)
+        if command is index:
+            group.add_argument("--moved_from", metavar="OLD", help="where FOLDER was when it was indexed")
+            text = "on a server, for millions of images: make a graph, with which searches are approximate"
+            group.add_argument("--approximate", action="store_true", help=text)
+    group = watch.add_argument_group("watched people")
+    text = "folder of people: each folder in it, and each image beside them, is one; print new images of them as JSON"
+    group.add_argument("--watch_for", metavar="DIR", help=text)
+    group.add_argument("--watch_modality", choices=MODALITIES, help="modality of the images in DIR")
     remove = commands.add_parser("remove", help="take a folder out of an index")
     remove.add_argument("folder", metavar="FOLDER", help="folder that was indexed, or one below it")
     query = commands.add_parser("query", help="rank the images of an index by cosine similarity to others")
@@ -78,6 +90,7 @@ def get_args_parser():
     for command, text in (
         (query, "leave out images that are less similar"),
         (serve, "draw a line above images that are"),
+        (watch, "print images that are not less similar"),
     ):
         group = command.add_argument_group("same person or not")
         least = group.add_mutually_exclusive_group()
@@ -85,10 +98,10 @@ def get_args_parser():
         text = "so that at most this share of other people is taken for the same one; needs --calibration"
         least.add_argument("--false_positives", type=bounded(float, 0, 1), metavar="SHARE", help=text)
         group.add_argument("--calibration", metavar="FILE", help="file of testa.py --calibrate, of the same checkpoint")
-    for command in (index, remove, query, serve):
+    for command in (index, watch, remove, query, serve):
         text = "file, or postgresql://USER@HOST:PORT/DATABASE (password: PGPASSWORD)"
         command.add_argument("--index", required=True, metavar="INDEX", help=text)
-    for command in (index, query, serve):
+    for command in (index, watch, query, serve):
         group = command.add_argument_group("network")
         text = "checkpoint, or an .onnx of tools.export (default: the one that made the index)"
         group.add_argument("--resume", metavar="CKPT", help=text)
@@ -101,9 +114,9 @@ def get_args_parser():
 
 
 def main(argv=None):
-    """Returns what the command's function returns; `serve` runs until it is stopped."""
+    """Returns what the command's function returns; `serve` and `watch` run until they are stopped."""
     args = get_args_parser().parse_args(argv)
-    run = {"index": run_index, "remove": run_remove, "query": run_query, "serve": run_serve}
+    run = {"index": run_index, "watch": watch_folder, "remove": run_remove, "query": run_query, "serve": run_serve}
     return run[args.command](args)
 
 

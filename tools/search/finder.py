@@ -38,15 +38,7 @@ class Finder:
                 f"{self.embedder.path}: is not the checkpoint that made {args.index}; pass {self.about['checkpoint']} "
                 f"(sha256 {self.about['sha256'][:12]}...) with --resume, or index with the new one"
             )
-        self.least = self._least(args)
-
-    def _least(self, args):
-        share, file = args.false_positives, args.calibration
-        if (share is None) != (file is None):
-            raise InputError("--false_positives and --calibration belong together; pass both, or --min_similarity")
-        if share is not None:
-            return least_similarity(file, share, self.about["sha256"], self.about["feature"])
-        return -1 if args.min_similarity is None else args.min_similarity
+        self.least = least_similarity_of(args, self.about)
 
     def counts(self, column):
         """{value of a column: number of images}."""
@@ -77,8 +69,7 @@ class Finder:
             raise InputError(f"{self.index.uri}: {REPLACED}; start again")
         queries, need = self.embedder(images, modality), top * page
         if combine == "mean":
-            queries = queries.mean(axis=0, keepdims=True)
-            queries /= np.linalg.norm(queries)
+            queries = unit_mean(queries)
         count = max(need, RERANKED) if rerank else need
         search = self.index.search_tracks if by_mean else self.index.search
         while True:
@@ -116,6 +107,23 @@ class Finder:
         vectors = np.stack([vectors[image["id"]] for image in first])
         order = np.argsort(k_reciprocal(queries, vectors).min(axis=0), kind="stable")
         return [first[row] for row in order] + found[RERANKED:]
+
+
+def least_similarity_of(args, about):
+    """The value of the flags that say which similarity is enough, or -1. about: "sha256" of the checkpoint and
+    "feature"."""
+    share, file = args.false_positives, args.calibration
+    if (share is None) != (file is None):
+        raise InputError("--false_positives and --calibration belong together; pass both, or --min_similarity")
+    if share is not None:
+        return least_similarity(file, share, about["sha256"], about["feature"])
+    return -1 if args.min_similarity is None else args.min_similarity
+
+
+def unit_mean(features):
+    """Features [N, C] -> the direction of their mean [1, C]."""
+    mean = features.mean(axis=0, keepdims=True)
+    return mean / np.linalg.norm(mean)
 
 
 def compared(image):
