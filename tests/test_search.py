@@ -34,7 +34,7 @@ from testing.re_rank import k_reciprocal
 from tests.oracles import plain_embedding
 from tools import embedder, export
 from tools.search import __main__ as search
-from tools.search import finder, indexer, labels
+from tools.search import finder, indexer, labels, watcher
 from tools.search import page as search_page
 from tools.search.address import open_index
 from tools.search.file_index import FileIndex
@@ -872,6 +872,16 @@ def section(title):
     return [shlex.split(line)[1:] for line in lines]
 
 
+def run_section(title, checkpoint):
+    """Run the searches of a section in the working folder -> what they return."""
+    commands = [words for words in section(title) if words[0] == "-m"]
+    assert all(words[:2] == ["-m", "tools.search"] for words in commands)
+    return [
+        search.main([str(checkpoint) if word.startswith("save_model/") else word for word in words[2:]] + CPU)
+        for words in commands
+    ]
+
+
 def crops_of_a_tracker(tree, out):
     """The layout of the section "Where else was this track seen?": cameras count their tracks from numbers of their
     own -> {(camera, track): its images}."""
@@ -885,6 +895,61 @@ def crops_of_a_tracker(tree, out):
                     path.parent.mkdir(parents=True, exist_ok=True)
                     tracks.setdefault((camera, str(number)), []).append(shutil.copy(source, path))
     return tracks
+
+
+@pytest.mark.slow
+def test_the_commands_on_tracks(sysu_tree, checkpoint, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tracks = crops_of_a_tracker(sysu_tree, tmp_path)
+    (tmp_path / "crops" / "infrared").rename(tmp_path / "night")
+    for camera in (tmp_path / "crops" / "visible").iterdir():
+        camera.rename(tmp_path / "crops" / camera.name)
+    (tmp_path / "crops" / "visible").rmdir()
+    shutil.copy(pictures[1][0], "a.jpg")
+    made = run_index("crops/cam1", "site.db", "--modality", "visible", "--resume", checkpoint)["embedded"]
+    visible, infrared, by_track, by_image = run_section("Tracks", checkpoint)
+    counts = [sum(len(paths) for (camera, _), paths in tracks.items() if camera in part) for part in ("1245", "36")]
+    assert [visible["images"], infrared["images"] - visible["images"]] == counts
+    assert (visible["unlabelled"], visible["embedded"], infrared["embedded"]) == ([], counts[0] - made, counts[1])
+    first = by_track[0]["found"][0]
+    assert (first["track"], first["similarity"]) == (f"{tmp_path}/night//cam3/17", pytest.approx(1, abs=2e-6))
+    assert by_image[0]["found"] == []  # there is no second page of camera 5
+
+
+@pytest.mark.slow
+def test_the_commands_that_watch(sysu_tree, tmp_path, monkeypatch, capsys):
+    """Each until it has looked once; before the second one, a new crop comes."""
+    monkeypatch.chdir(tmp_path)
+    network = save_network(tmp_path / "net.t", 0, "sysu")
+    testa.main(search_flags(sysu_tree, network, "--calibrate", "same.json"))
+    least = json.loads(Path("same.json").read_text())
+    least = least["similarity"][least["false_positives"].index(pytest.approx(0.01))]
+    tracks = crops_of_a_tracker(sysu_tree, tmp_path)
+    Path("people").mkdir()
+    shutil.copy(tracks["3", "17"][0], "people/ann.jpg")
+    run_index("crops/infrared", "site.db", "--modality", "infrared", "--resume", network)
+    new = tracks["5", "4"][0].relative_to(tmp_path / "crops" / "visible")
+    Path("crops/visible", new).rename("new.jpg")
+    Path("crops.csv").write_text(f"path,camera,track\n{new},5,four\n")
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(watcher.time, "sleep", stop)
+    with pytest.raises(KeyboardInterrupt):
+        search.main([*section("Watch a folder")[0][2:], *CPU])
+    shutil.move("new.jpg", Path("crops/visible", new))
+    capsys.readouterr()
+    with pytest.raises(KeyboardInterrupt):
+        search.main([*section("Watch a folder")[1][2:], *CPU])
+    embed = plain_embedding(network)
+    similarity = float(embed("people/ann.jpg", "infrared") @ embed(Path("crops/visible", new), "visible"))
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["path"] for line in lines] == [str(tmp_path / "crops" / "visible" / new)] * (similarity >= least)
+    entries = {path: entry for path, (entry, _) in stored("site.db").items()}
+    assert {*entries} == {str(path) for paths in tracks.values() for path in paths}
+    assert entries[str(tracks["5", "4"][0])].track == f"{tmp_path}/crops/visible//four"
+    assert entries[str(tracks["5", "4"][1])].track == f"{tmp_path}/crops/visible//4"
 
 
 @pytest.mark.slow
