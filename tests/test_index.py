@@ -15,6 +15,7 @@ import pytest
 
 from tools.search import server_index
 from tools.search.address import open_index
+from tools.search.file_index import FileIndex
 from tools.search.index import Entry, Filter
 from tools.search.labels import parse_time, read_labels
 from utils import InputError
@@ -214,6 +215,23 @@ def test_an_index_from_before_there_were_tracks_is_taken_over(address):
     with contextlib.closing(open_index(address)) as index:
         index.add(1, tracked, vectors[5:])
         check_tracks(index, 1, dict(zip([*entries[:5], *tracked], vectors, strict=True)))
+
+
+def test_two_processes_take_an_old_index_over_at_once(tmp_path, monkeypatch):
+    """Both have seen the old tables before one of them changes these."""
+    path, found_tables = str(tmp_path / "index.db"), FileIndex._found_tables
+    with contextlib.closing(sqlite3.connect(path)) as old:
+        old.executescript(f"PRAGMA journal_mode = WAL; {OLD_TABLES}")
+
+    def found_slowly(index):
+        found = found_tables(index)
+        monkeypatch.undo()
+        open_index(path).close()  # the other one
+        return found
+
+    monkeypatch.setattr(FileIndex, "_found_tables", found_slowly)
+    with contextlib.closing(open_index(path)) as index:
+        assert index.versions() == []
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, 1e30])
