@@ -20,7 +20,9 @@ import torch
 
 import data_loader
 import utils
-from conftest import save_network
+from conftest import SIZE
+from core.checkpoint import save_checkpoint
+from model import GFMNet
 from tests.oracles import plain_embedding
 from tools import embedder
 from tools.search import __main__ as search
@@ -43,7 +45,14 @@ def in_float32():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return save_network(tmp_path_factory.mktemp("network") / "net.t", seed=0)
+    """A network whose streams differ, as they do after a training."""
+    torch.manual_seed(0)
+    net = GFMNet(num_classes=4, arch="resnet18")
+    torch.nn.init.normal_(net.infrared.conv1.weight, std=0.05)
+    path = tmp_path_factory.mktemp("network") / "net.t"
+    content = {"net": net.state_dict(), "options": net.options, "image_size": list(SIZE), "args": {"dataset": None}}
+    save_checkpoint(content, path)
+    return path
 
 
 @pytest.fixture(scope="module")
