@@ -234,7 +234,8 @@ def test_new_images_of_watched_people_are_printed(site, checkpoint, pictures, tm
         assert {"camera", "time", "modality", "person"} <= line.keys()
 
 
-def test_flags_that_do_not_fit_are_one_line(site, tmp_path):
+def test_flags_that_do_not_fit_are_one_line(site, tmp_path, monkeypatch):
+    monkeypatch.setattr(watcher.time, "sleep", lambda _: pytest.fail("watches"))
     (tmp_path / "empty").mkdir()
     together = "--watch_for, --watch_modality and --min_similarity, or .* belong together; pass all or none"
     for more, words in (
