@@ -272,7 +272,8 @@ def test_filters_groups_pages_and_several_queries(cameras, checkpoint, sysu_tree
 
 
 def test_lists_of_made_up_features_are_those_of_plain_loops(tmp_path, monkeypatch):
-    """Every way to combine queries, order anew, group and turn pages; of 40 images, every fifth of nobody known."""
+    """Every way to combine queries, order anew, group and turn pages; of 40 images, every fifth is of nobody known and
+    every seventh of no track."""
     monkeypatch.setattr(finder, "RERANKED", 12)
     queries, vectors = np.split(np.random.default_rng(0).normal(size=(43, 5)), [3])
     queries, vectors = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, vectors))
@@ -312,6 +313,30 @@ def test_lists_of_made_up_features_are_those_of_plain_loops(tmp_path, monkeypatc
             assert all(facts <= image.keys() for image in found)
             found = [{name: value for name, value in image.items() if name not in facts} for image in found]
             assert found == expected[6 * page - 6 : 6 * page]
+
+    def tracks(query):
+        """[(similarity of the mean, key, best image)], best first."""
+        rows, found = {}, []
+        for i, image in enumerate(images):
+            rows.setdefault((image["camera"], image["track"] or image["id"]), []).append(i)
+        for key, members in rows.items():
+            total = vectors[members].sum(axis=0)
+            best = images[max(members, key=lambda i: vectors[i] @ query)]
+            found.append((round(float(total @ query / np.linalg.norm(total)), 9), key, best))
+        return sorted(found, key=lambda track: -track[0])
+
+    mine.index.search_tracks = lambda version, queries, count, where: [
+        [image | {"similarity": similarity} for similarity, _, image in tracks(query)[:count]] for query in queries
+    ]
+    for combine, (top, page) in itertools.product(whole, ((6, 1), (6, 3), (30, 1))):
+        lists = mine([], "visible", top, page, combine=combine, group="mean")
+        for found, asked in zip(lists, whole[combine], strict=True):
+            best = {}
+            for similarity, key, _ in itertools.chain(*map(tracks, asked)):
+                best[key] = max(similarity, best.get(key, -1))
+            plain = sorted(best.items(), key=lambda item: -item[1])[top * (page - 1) : top * page]
+            assert [(image["camera"], image["track"] or image["id"]) for image in found] == [key for key, _ in plain]
+            assert [image["similarity"] for image in found] == [similarity for _, similarity in plain]
     mine.index.vectors = lambda ids: {}  # another process has removed them
     assert mine([], "visible", 6, rerank=True) == mine([], "visible", 6)
     mine.index.search = lambda *_: [[]] * 3

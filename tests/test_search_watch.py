@@ -135,6 +135,11 @@ def test_each_look_sees_what_has_changed_and_costs_nothing_else(site, checkpoint
     assert {Path(path).name for path in entries} == {"1.jpg", "2.jpg", "stray.jpg"}
     for path, (_, vector) in entries.items():
         np.testing.assert_allclose(vector, embed(path, "visible"), atol=2e-6)
+    away = (place / "2.jpg").rename(site.folder.with_name("away"))  # and comes back as it was
+    crops.look()
+    away.rename(place / "2.jpg")
+    crops.look()
+    assert len(stored(site.uri)) == 3
     # A second start goes on from there; and a folder that is not mounted has not been deleted.
     seen.clear()
     again = site.watch()
