@@ -239,6 +239,22 @@ def test_new_images_of_watched_people_are_printed(site, checkpoint, pictures, tm
         assert {"camera", "time", "modality", "person"} <= line.keys()
 
 
+def test_an_image_is_reported_before_it_is_indexed(site, pictures, tmp_path, monkeypatch, capsys):
+    """So that a kill between the two loses no report."""
+    (tmp_path / "people").mkdir()
+    for place in (tmp_path / "people", site.folder):
+        shutil.copy(pictures[0], place / "ann.jpg")
+    crops = site.watch("--watch_for", tmp_path / "people", "--watch_modality", "visible", "--min_similarity", "0.9")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Index, "add", killed)
+    with pytest.raises(KeyboardInterrupt):
+        crops.look()
+    assert json.loads(capsys.readouterr().out)["path"] == str(site.folder / "ann.jpg")
+
+
 def test_flags_that_do_not_fit_are_one_line(site, tmp_path, monkeypatch):
     monkeypatch.setattr(watcher.time, "sleep", lambda _: pytest.fail("watches"))
     (tmp_path / "empty").mkdir()
@@ -282,6 +298,7 @@ def test_a_signal_ends_it_cleanly(site, pictures, tmp_path, stop):
     command = [sys.executable, "-m", "tools.search", *flags]
     root = Path(utils.__file__).parent
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes["env"] = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with subprocess.Popen(command, cwd=root, **pipes) as process:
         assert process.stderr.readline() == f"{site.folder}: watched (Ctrl-C stops it)\n"
         start = time.monotonic()
