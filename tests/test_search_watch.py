@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -288,6 +289,18 @@ def wait_for(condition, seconds=60):
         time.sleep(0.05)
 
 
+@contextlib.contextmanager
+def killed_after(process, seconds):
+    """So that a test that waits for what it prints ends."""
+    timer = threading.Timer(seconds, process.kill)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        process.kill()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_cleanly(site, pictures, tmp_path, stop):
@@ -299,7 +312,7 @@ def test_a_signal_ends_it_cleanly(site, pictures, tmp_path, stop):
     root = Path(utils.__file__).parent
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     pipes["env"] = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    with subprocess.Popen(command, cwd=root, **pipes) as process:
+    with subprocess.Popen(command, cwd=root, **pipes) as process, killed_after(process, 60):
         assert process.stderr.readline() == f"{site.folder}: watched (Ctrl-C stops it)\n"
         start = time.monotonic()
         shutil.copy(pictures[0], site.folder / "a.jpg")
