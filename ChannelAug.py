@@ -289,10 +289,10 @@ AUGMENTATIONS = {
     "shift_regdb": ((1, 1), [_EARLY, to_input, _EXCHANGE]),
     "shift_llcm": ((1, 1), [colour(random_hue, "infrared"), to_input, _LATE, _EXCHANGE]),
     # RLE (Tan et al., NeurIPS 2024), which fills images before they are normalised.
-    "linear": ((1, 1), [*_RLE, to_input]),
-    "linear_gray": ((1, 1), [colour(random_gray), *_RLE, to_input]),
+    "rle": ((1, 1), [*_RLE, to_input]),
+    "rle_gray": ((1, 1), [colour(random_gray), *_RLE, to_input]),
     # MSCMNet (Hua et al., Pattern Recognition 2025): two views of each image, erased after they are normalised.
-    "four": (
+    "mscmnet": (
         (2, 2),
         [
             *(colour(random_gray, "first visible"), colour(random_brightness, "second infrared"), to_input, _LATE),

@@ -270,29 +270,32 @@ def vcm_tracks(data_path, split):
     return by_modality(tracks, file), notes
 
 
-def bupt_tracks(data_path, name):
-    """BUPTCampus's tracks of `{name}.txt`, "train", "query" or "gallery", as `by_modality` gives them.
+def bupt_tracks(data_path, *names):
+    """BUPTCampus's tracks of each `{name}.txt`, "train", "query" or "gallery": a list of what `by_modality` gives.
 
-    Its lines are "person modality camera track", where the modality is RGB, IR or RGB/IR, both. `data_paths.json` has
-    the frames of each, by these four, below `DATA/`.
+    Its lines are "person modality camera track", where the modality is RGB, IR or RGB/IR, both. `data_paths.json`, a
+    large file, has the frames of each, by these four, below `DATA/`.
     """
     check_data_folder(data_path)
-    listing, index = Path(data_path) / f"{name}.txt", Path(data_path) / "data_paths.json"
-    root, tracks = os.path.realpath(data_path), []
+    index, root, found = Path(data_path) / "data_paths.json", os.path.realpath(data_path), []
     form = f"'person modality camera track', with RGB, IR or RGB/IR and a camera of {', '.join(BUPT_CAMERAS)}"
-    rows = _fields(data_path, listing, rf"({NUMBER}) (RGB|IR|RGB/IR) ({'|'.join(BUPT_CAMERAS)}) (\w+)", form)
+    line = rf"({NUMBER}) (RGB|IR|RGB/IR) ({'|'.join(BUPT_CAMERAS)}) (\w+)"
+    listings = {name: _fields(data_path, Path(data_path) / f"{name}.txt", line, form) for name in names}
     frames = read_json(index, BuptFrames, "put the data set's list of frames there")
-    for number, (person, modalities, camera, track) in enumerate(rows, 1):
-        for modality in modalities.split("/"):
-            some = frames.get(person, {}).get(modality, {}).get(camera, {}).get(track)
-            if not some:
-                problem = f"{index.name} has no frames of {person} {modality} {camera} {track}"
-                raise InputError(f"{listing}, line {number}: {problem}; copy both again")
-            some = evenly(some, TRACK_FRAMES["train" if name == "train" else "test"])
-            some = [_below(data_path, root, f"DATA/{frame}", index) for frame in some]
-            number_of_camera = 1 + BUPT_CAMERAS.index(camera)
-            tracks.append(("infrared" if modality == "IR" else "visible", some, int(person), number_of_camera))
-    return by_modality(tracks, listing)
+    for name, rows in listings.items():
+        listing, tracks = Path(data_path) / f"{name}.txt", []
+        for number, (person, modalities, camera, track) in enumerate(rows, 1):
+            for modality in modalities.split("/"):
+                some = frames.get(person, {}).get(modality, {}).get(camera, {}).get(track)
+                if not some:
+                    problem = f"{index.name} has no frames of {person} {modality} {camera} {track}"
+                    raise InputError(f"{listing}, line {number}: {problem}; copy both again")
+                some = evenly(some, TRACK_FRAMES["train" if name == "train" else "test"])
+                some = [_below(data_path, root, f"DATA/{frame}", index) for frame in some]
+                number_of_camera = 1 + BUPT_CAMERAS.index(camera)
+                tracks.append(("infrared" if modality == "IR" else "visible", some, int(person), number_of_camera))
+        found.append(by_modality(tracks, listing))
+    return found
 
 
 def by_modality(tracks, file):

@@ -358,12 +358,12 @@ def vcm_searches(data_path, directions=BOTH[:1], trials=(0,)):
 
 
 def bupt_training(data_path):  # without the auxiliary tracks, as M3-ReID
-    return data_manager.track_images("train", data_manager.bupt_tracks(data_path, "train"))
+    return data_manager.track_images("train", *data_manager.bupt_tracks(data_path, "train"))
 
 
 def bupt_searches(data_path, directions=BOTH[:1], trials=(0,)):
     """BUPTCampus's search of each direction: the queries of one modality among the gallery's tracks of the other."""
-    tracks = (data_manager.bupt_tracks(data_path, name) for name in ("query", "gallery"))
+    tracks = data_manager.bupt_tracks(data_path, "query", "gallery")
     return track_searches("buptcampus", *tracks, directions, trials)
 
 

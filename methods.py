@@ -15,7 +15,7 @@ from parts.distances import euclidean, same_identity
 from parts.dns import AlignmentLoss, CircleLoss, DistillationLoss
 from parts.quad import QuadCentreLoss
 from parts.rle import THIRDS
-from utils import full_precision
+from utils import InputError, full_precision
 
 
 class Losses(NamedTuple):
@@ -49,7 +49,7 @@ def _squared(alpha, gamma, square, weighting, **_):
 
 class Batch(NamedTuple):
     """What the terms of a method see. embeddings [N, E, 2, C], identities [N]: of N pairs of a visible (0) and an
-    infrared (1) image of all processes, E embeddings each, those of an image in its first view; output
+    infrared (1) view of all processes, E embeddings each; where there are more visible views, of the first ones; output
     (`model.Output`), labels: of the images of this process."""
 
     embeddings: torch.Tensor
@@ -131,8 +131,8 @@ METHODS = {
         _BASE | {"thirds": True},
         lambda margin, **_: HardTripletLoss(margin),
         terms={"thirds_identity": (1.0, _thirds_identity), "thirds_triplet": (1.0, _thirds_triplet)},
-        augmentation="linear",
-        augmentations={"regdb": "linear_gray", "llcm": "linear_gray"},
+        augmentation="rle",
+        augmentations={"regdb": "rle_gray", "llcm": "rle_gray"},
         rates={"thirds": 1.0},
         recipe={"img_h": 384, "img_w": 192, "batch_size": 6, "share_net": 1, "epochs": 151}
         | {"milestones": [20, 80, 120]},
@@ -142,7 +142,7 @@ METHODS = {
     "quad": Method(
         _AGW | {"non_local": "half", "twins": True},
         lambda margin, **_: QuadCentreLoss(margin),
-        augmentation="four",
+        augmentation="mscmnet",
         recipe={"img_h": 384, "img_w": 192, "batch_size": 6, "share_net": 1, "epochs": 150, "eval_every": 1}
         | {"milestones": [25, 90, 120], "margin": 0.7, "amp": "bf16"},
     ),
@@ -194,6 +194,10 @@ class MethodLoss(nn.Module):
             rows = labels.repeat(len(output.pooled) // len(labels))
             identity = F.cross_entropy(full_precision(output.logits), rows)
             pooled, all_rows = (_gather(values, output.visible) for values in (self._features(output), rows))
+            if isinstance(self.triplet, QuadCentreLoss) and 2 * output.visible != len(labels):
+                raise InputError(
+                    "QuadCentreLoss: needs as many views of infrared as of visible images; choose such an augmentation"
+                )
             triplet, correct = self.triplet(pooled, all_rows)
             local = torch.zeros_like(triplet)
             if self.local is not None and output.local is not None:
@@ -206,12 +210,11 @@ class MethodLoss(nn.Module):
     def _weighted_terms(self, output, labels):
         if not self.terms:
             return []
-        pairs, embeddings = (len(labels) - output.visible) // output.views, full_precision(output.pooled)
+        pairs, embeddings = len(labels) - output.visible, full_precision(output.pooled)
         if output.domain is not None:
             embeddings = torch.cat([embeddings, full_precision(output.domain.shifted)])
         views = len(labels) // pairs
-        first = slice(None, None, views - output.views)  # the first view of the visible image, and of the infrared one
-        embeddings = embeddings.unflatten(0, (-1, views, pairs))[:, first][:, :2].movedim(2, 0)
+        embeddings = embeddings.unflatten(0, (-1, views, pairs))[:, :: views - 1].movedim(2, 0)  # the first, the last
         batch = Batch(gather(embeddings), gather(labels[:pairs]), output, labels)
         return [weight * term(batch) for weight, term in self.terms.values()]
 

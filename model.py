@@ -45,8 +45,7 @@ class Output(NamedTuple):
     """pooled [A+B, C], logits [A+B, K], local [A+B, 128, P] or None: the visible images' rows first.
 
     With expansion there are 3 (A+B) rows: those of the embeddings, then of the first, then of the second expansion.
-    domain: with shift, what `DomainBranch` gives. thirds: with thirds, what `ThirdsBranch` gives. visible: A. views: of
-    each infrared image among the B.
+    domain: with shift, what `DomainBranch` gives. thirds: with thirds, what `ThirdsBranch` gives. visible: A.
     """
 
     pooled: torch.Tensor
@@ -55,7 +54,6 @@ class Output(NamedTuple):
     domain: Domain | None = None
     thirds: Thirds | None = None
     visible: int = 0
-    views: int = 1
 
 
 class Attention(nn.Module):
@@ -138,8 +136,9 @@ class GFMNet(nn.Module):
     shift: DNS's parts: a `SpaceShift` after stages 3 and 4, a bottleneck with a bias, and a `DomainBranch`.
     gray: the network takes the luminance of visible images instead of their colours (gfm2).
     thirds: RLE's `ThirdsBranch`: `embed` then gives the features of the whole map and of its thirds, side by side.
-    twins: MSCMNet's streams: a modality has its own parts twice. In training, the first half of its images, their first
-        views, goes through the first, the other half through the second; `embed` takes the mean of both.
+    twins: MSCMNet's streams: a modality has its own parts twice. In training, which needs two views of each image, the
+        first half of its images, their first views, goes through the first, the other half through the second; `embed`
+        takes the mean of both.
     stages: of the backbone, 4, or 3 to leave out the last (DEEN on RegDB).
     weights: what the backbone starts from: None (random), "imagenet" (torchvision's V1), torchvision's name of others,
         such as "IMAGENET1K_V2", or the path of a state dict of its network. Both streams start from the same values.
@@ -243,7 +242,7 @@ class GFMNet(nn.Module):
                 domain = self.domain(maps.mean(dim=(2, 3)), normed, len(visible))
             thirds = None if self.thirds is None else self.thirds(maps)
         local = None if self.local is None else self.local(x)
-        return Output(pooled, logits, local, domain, thirds, len(visible), views=2 if self.twins else 1)
+        return Output(pooled, logits, local, domain, thirds, len(visible))
 
     def embed(self, images: Tensor, modality: str) -> tuple[Tensor, Tensor]:
         """images [B, 3, H, W], normalised, of one modality, "visible" or "infrared" -> (pooled, normed).
@@ -398,8 +397,8 @@ def load_network(checkpoint, path):
         if is_published(state):
             options = published_options(state)
             known_as = partial(published_name, shift=options["shift"], thirds=options["thirds"])
-            size = (384, 144) if options["expansion"] else (288, 144)  # DEEN's, and others'; the file does not say
-            size = (384, 192) if options["thirds"] else size
+            # DEEN's, RLE's, and all others'; the file does not say.
+            size = (384, 144) if options["expansion"] else (384, 192) if options["thirds"] else (288, 144)
             state = convert_published_state(state)
         elif "options" in checkpoint and "image_size" in checkpoint:
             options, size = checkpoint["options"], checkpoint["image_size"]

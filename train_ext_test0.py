@@ -1,4 +1,4 @@
-"""Train GFMNet, one of its forerunners, DEEN, DNS, RLE or gfm2 on a data set, testing as it goes.
+"""Train GFMNet, one of its forerunners, DEEN, DNS, RLE, quad or gfm2 on a data set, testing as it goes.
 
     python train_ext_test0.py --dataset sysu --gpu 1
 
@@ -275,6 +275,10 @@ def build_step(args, net, device):
     criterion = MethodLoss(args.method, args.margin, args.alpha, args.gamma, args.square, args.weighting)
     augmentation = method.augmentations.get(args.dataset, method.augmentation)
     augment = TrainAugmentation(args.augc, args.rande, args.padding, args.erase_area, augmentation)
+    if method.network["twins"] and augment.views != (2, 2):
+        raise InputError(
+            f"--method {args.method}: has two streams for each modality; choose an augmentation of two views"
+        )
     if process_count() > 1:
         # The main process's running statistics are shared where they are needed: in `test_epoch`.
         net = DistributedDataParallel(net, [device] if device.type == "cuda" else None, broadcast_buffers=False)

@@ -7,10 +7,11 @@ import torch.nn.functional as F
 
 
 class PooledConv2d(nn.Conv2d):
-    """A 1x1 convolution of the means of squares as wide as its stride."""
+    """A 1x1 convolution of the means of squares as wide as its stride. An odd last row or column counts by itself, so
+    that maps have the sizes that strides give; CLIP's own are even."""
 
     def forward(self, x):
-        return F.conv2d(F.avg_pool2d(x, self.stride), self.weight)
+        return F.conv2d(F.avg_pool2d(x, self.stride, ceil_mode=True), self.weight)
 
 
 def clip_resnet(network):
@@ -25,7 +26,7 @@ def clip_resnet(network):
         stem[f"conv{i}"] = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
         stem[f"bn{i}"] = nn.BatchNorm2d(width)
         stem[f"relu{i}"] = nn.ReLU(inplace=True)
-    stem["avgpool"] = nn.AvgPool2d(2)
+    stem["avgpool"] = nn.AvgPool2d(2, ceil_mode=True)
     stages = [(f"layer{i}", getattr(network, f"layer{i}")) for i in range(1, 5)]
     end = [("pool", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten()), ("fc", network.fc)]
     return nn.Sequential(OrderedDict([*stem.items(), *stages, *end]))

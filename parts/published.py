@@ -1,5 +1,5 @@
-"""Checkpoints of the published code of this family (two-stream baseline, AGW, CAJ, DEEN, DNS, RLE, GFMNet, and the four
-streams of MSCMNet): their names and options.
+"""Checkpoints of the published code of this family (two-stream baseline, AGW, CAJ, DEEN, DNS, RLE, GFMNet): their names
+and options.
 
 A network is two streams and a shared ResNet. GFMNet's code gives a stream exactly the stages that are not shared.
 That of the baseline, AGW, CAJ, DEEN and RLE keeps a whole ResNet in all three, and runs only the stem of a stream's and
@@ -13,7 +13,6 @@ import re
 from utils import InputError
 
 _RESNETS = {"visible_module.visible": "visible", "thermal_module.thermal": "infrared", "base_resnet.base": "shared"}
-_RESNETS |= {"visible_moduleA.visible": "twins.visible", "thermal_moduleA.thermal": "twins.infrared"}
 _DNS_RESNETS = {"visible.visible": "visible", "thermal.thermal": "infrared", "base.base": "shared"}
 _NON_LOCAL_BLOCKS = {f"NL_{n}.{i}": f"shared.layer{n}.non_local.{i}" for n in (2, 3) for i in range(n)}
 _NON_LOCAL_BLOCKS |= {"afam.non_local": "attention.non_local"}
@@ -73,7 +72,7 @@ _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 _THEIRS_OF_DNS = _THEIRS | {ours: theirs for theirs, ours in _resnet_names(_DNS_RESNETS).items()}
 _THEIRS_OF_RLE = _THEIRS | {ours: theirs for theirs, ours in _OURS_OF_RLE.items()}
 
-_STREAM = r"(?:visible(?:_moduleA?)?\.visible|thermal(?:_moduleA?)?\.thermal)"
+_STREAM = r"(?:visible(?:_module)?\.visible|thermal(?:_module)?\.thermal)"
 _SHARED = r"base(?:_resnet)?\.base"
 _STAGE = r"layer[1-4]\.\d+\.(?:conv[1-3]|bn[1-3]|downsample\.[01])"
 _VALUE = r"(?:weight|bias|running_mean|running_var|num_batches_tracked)"
@@ -112,19 +111,18 @@ def published_options(state):
     depth = max((int(m[1]) for name in state if (m := re.search(r"\.layer3\.(\d+)\.", name))), default=0) + 1
     small, its_depth, large = ("resnet50", 6, "resnet101") if _wide(state) else ("resnet18", 2, "resnet34")
     classifier = _classifier(state)
-    shift, twins, non_local = (_has(state, name) for name in ("base.HSS", "visible_moduleA.", "NL_"))
+    shift = _has(state, "base.HSS")
     return {
         "num_classes": 1 if classifier is None or classifier.ndim == 0 else len(classifier),
         "arch": small if depth <= its_depth else large,
         "share_net": 1 + len(_stages(_STREAM, state) - _stages(_SHARED, state)),
         "attention": _has(state, "afam."),
-        "non_local": "half" if non_local and twins else non_local,
+        "non_local": (non_local := _has(state, "NL_")),
         "pool": "gem" if non_local or shift else "avg",  # the published code turns both on together
         "local": _has(state, ("bn.", "conv1.")),
         "expansion": _has(state, "DEE."),
         "shift": shift,
         "thirds": _has(state, "bottleneckg."),
-        "twins": twins,
         "stages": 3 if _without_last(state) else 4,
     }
 

@@ -162,7 +162,8 @@ def print_results(results, full=False, files=()):
             beside[row["model"] if plain else row["reranking"]] = row["mean"]["Rank-1"]
     beside["chance"] = np.mean([trial["chance"] for trial in trials])
     queries = f"{trials[0]['evaluated']} {own[0]['direction'].split()[0]} queries"
-    print(f"{mean['Rank-1']:.1f} % of {queries} have an image of their person in first place (Rank-1).")
+    kind = "a track" if DATASETS[own[0]["dataset"]].tracks else "an image"
+    print(f"{mean['Rank-1']:.1f} % of {queries} have {kind} of their person in first place (Rank-1).")
     print("Beside it: " + ", ".join(f"{name} {value:.1f}" for name, value in beside.items() if name != model))
 
     shared, columns, rows = table_parts(results if full else own)

@@ -1,6 +1,7 @@
 """What every method must do: agree with values of its published code, and go through the programs."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -60,8 +61,9 @@ def golden_steps(views, height, width, seed, base_seed):
         yield torch.from_numpy(images).double(), (3 * step + torch.arange(3).repeat_interleave(2)).repeat(views)
 
 
-def trains_as_published(net, criterion, steps, terms, trajectory, names, norms, lr=5e-4, rates=()):
-    """SGD steps: the losses `terms` of each, and the norms of all gradients at the first."""
+def trains_as_published(net, criterion, steps, terms, trajectory, names, norms, lr=5e-4, rates=(), theirs=None):
+    """SGD steps: the losses `terms` of each, and the norms of all gradients at the first. theirs: a function from our
+    name of a parameter to the published one."""
     optimizer, first = build_optimizer(net, "sgd", lr, rates), None
     for group in optimizer.param_groups:
         group["lr"] *= group["lr_scale"]
@@ -75,7 +77,8 @@ def trains_as_published(net, criterion, steps, terms, trajectory, names, norms, 
         assert [getattr(losses, term).item() for term in terms] == pytest.approx(expected, rel=1e-6)
     norm = dict(zip(names.tolist(), norms.tolist(), strict=True))
     other = {code: net.options[code] for code in ("shift", "thirds")}
-    ours = {name: published.published_name(name, **other) for name in first}
+    theirs = theirs or partial(published.published_name, **other)
+    ours = {name: theirs(name) for name in first}
     assert sorted(ours.values()) == sorted(norm)
     # Below 1e-8 are the biases before a batch norm, which takes them out again: what they have is rounding.
     assert first == pytest.approx({name: norm[theirs] for name, theirs in ours.items()}, rel=1e-3, abs=1e-8)

@@ -87,11 +87,20 @@ def test_maps_are_those_of_the_definition(arch, tmp_path):
 
 
 def test_every_method_takes_it():
-    """DEEN asks for the strides, which are in the means here."""
+    """DEEN asks for the strides, which are in the means here, and for maps of the sizes that strides give."""
     for method in ("deen", "dns", "quad"):
         net = model.GFMNet(5, "clip_resnet50", share_net=1, **METHODS[method].network).eval()
         with torch.inference_mode():
-            assert net.embed(torch.rand(1, 3, 64, 32), "visible")[0].isfinite().all()
+            assert net.embed(torch.rand(1, 3, 64, 40), "visible")[0].isfinite().all()
+
+
+def test_maps_of_odd_sizes_are_as_large_as_those_of_strides():
+    images, sizes = torch.rand(1, 3, 75, 42), []
+    for arch in ("resnet18", "clip_resnet50"):
+        net = model.GFMNet(5, arch, **METHODS["base"].network).eval()
+        with torch.inference_mode():
+            sizes.append(net.shared(net.visible(images)).shape[2:])
+    assert sizes[0] == sizes[1] == (5, 3)
 
 
 def test_other_weights_are_refused(tmp_path):

@@ -12,18 +12,28 @@ import train_ext_test0
 from ChannelAug import green_or_gray, random_brightness, random_scale
 from conftest import TINY, parse, tiny_flags
 from methods import METHODS, MethodLoss, method_name
+from parts import published
 from parts.quad import QuadCentreLoss
 from training.optim import learning_rate
 from utils import InputError
 
 GOLDEN = np.load(checks.GOLDEN / "quad.npz")
 NETWORK = METHODS["quad"].network
-UNUSED = ("visible_moduleA.visible.layer1.0.conv1.weight", "thermal_module.thermal.layer4.1.conv1.weight")
+TWINS = {"twins.visible": "visible_moduleA.visible", "twins.infrared": "thermal_moduleA.thermal"}
+
+
+def theirs(name):
+    """The published name of a tensor of ours."""
+    for ours, other in TWINS.items():
+        if name.startswith(f"{ours}."):
+            return other + name.removeprefix(ours)
+    return published.published_name(name)
 
 
 def golden_network():
-    net, size = model.load_network({"net": checks.published_weights("agw", "quad"), "epoch": 30}, "x.t")
-    assert size == (288, 144)  # the file does not say
+    weights = checks.published_weights("agw", "quad")
+    net = model.GFMNet(395, **NETWORK, share_net=1)
+    net.load_state_dict({name: weights[theirs(name)] for name in net.state_dict()})
     return net.double()
 
 
@@ -62,7 +72,7 @@ def test_trajectory_golden():
     net, criterion = golden_network().train(), MethodLoss("quad", margin=0.7)
     golden = {name: GOLDEN[name] for name in ("trajectory", "names", "norms")}
     steps = checks.golden_steps(4, 48, 24, 2100, 6100)
-    checks.trains_as_published(net, criterion, steps, ("total", "identity", "triplet"), **golden)
+    checks.trains_as_published(net, criterion, steps, ("total", "identity", "triplet"), **golden, theirs=theirs)
 
 
 def test_views_are_distributed_as_the_published_ones():
@@ -189,13 +199,22 @@ def test_training_testing_and_export(tiny_tree, tmp_path):
     assert list(file.net.twins) == ["infrared"]
 
 
-def test_a_published_checkpoint_loads_and_is_tested(sysu_tree, tmp_path):
-    """Without MSCMNet's attention, with which a file is refused."""
-    net, path = tiny(), tmp_path / "sysu_quad_best.t"
-    state = checks.write_published(net, UNUSED, path)
-    needed = ["visible_moduleA.visible.bn1.bias", "NL_3.1.phi.bias"]
-    checks.published_file_loads(path, net, (288, 144), "quad, resnet18, 288x144, epoch 7", needed)
-    checks.published_file_is_tested_and_exported(path, sysu_tree, tmp_path)
-    torch.save({"net": state | {"layerATT0.ln_1.weight": torch.ones(8)}}, path)
-    with pytest.raises(InputError, match=r"sysu_quad_best\.t: 'layerATT0\.ln_1\.weight' is no tensor of the published"):
-        model.load_network(torch.load(path, weights_only=False), path)
+def test_a_checkpoint_of_the_whole_mscmnet_is_refused():
+    """It has attention that is left out here."""
+    state = {theirs(name): value for name, value in tiny().state_dict().items()}
+    with pytest.raises(
+        InputError, match=r"x\.t: 'visible_moduleA\.visible\.conv1\.weight' is no tensor of the published"
+    ):
+        model.load_network({"net": state, "epoch": 3}, "x.t")
+
+
+def test_views_that_do_not_fit_are_refused(monkeypatch):
+    """Two streams with one view; QCT with more visible than infrared views."""
+    spec = METHODS["quad"]
+    monkeypatch.setitem(METHODS, "quad", spec._replace(augmentation="rle"))
+    with pytest.raises(InputError, match="--method quad: .* choose an augmentation of two views"):
+        train_ext_test0.build_step(parse("--method", "quad"), tiny(), torch.device("cpu"))
+    monkeypatch.setitem(METHODS, "agw", METHODS["agw"]._replace(triplet=spec.triplet))
+    output = model.Output(torch.rand(12, 8), torch.rand(12, 3), None, visible=8)
+    with pytest.raises(InputError, match="QuadCentreLoss: needs as many views of infrared as of visible images"):
+        MethodLoss("agw")(output, torch.arange(2).repeat_interleave(2).repeat(3))

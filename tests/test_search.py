@@ -1009,7 +1009,7 @@ def test_the_way_from_cameras_to_where_a_track_was_seen(sysu_tree, tmp_path, mon
     lines = capsys.readouterr().out.splitlines()
     assert "crops/infrared/cam3/17 (infrared)" in lines
     number = int(expected[0])
-    times = f"2026-11-20 14:{number:02d}:00 to 2026-11-20 14:{number:02d}:01"
+    times = f"2026-11-20 14:{number:02d}:00 to 14:{number:02d}:01"
     assert lines[-len(found)].endswith(f"  camera 5, track {number}, 2 images, {times}")
 
 

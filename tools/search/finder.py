@@ -171,6 +171,7 @@ def describe(image):
     count, time = "", image["time"]
     if "images" in image:
         count = f"{image['images']} image{'s' * (image['images'] > 1)}"
-        time = image["first"] + (f" to {image['last']}" if image["last"] != image["first"] else "")
+        last = image["last"].removeprefix(image["first"][:11])  # without a date that is there already
+        time = image["first"] + (f" to {last}" if image["last"] != image["first"] else "")
     changed = "(changed since it was indexed)" if image["changed"] else ""
     return ", ".join(filter(None, (camera, person, track, count, time, changed)))
