@@ -14,7 +14,8 @@ from utils import seed_everything
 
 
 def bench_embed(args, device):
-    """Images embedded from files: PyTorch in float32 and bf16, ONNX Runtime; how far the features differ."""
+    """Images embedded from files: PyTorch in float32 and bf16, ONNX Runtime; the same as arrays, as a tracker has them;
+    how far the features differ."""
     from tools import export  # only here: the other benchmarks need no ONNX
 
     with tempfile.TemporaryDirectory() as folder:
@@ -30,9 +31,12 @@ def bench_embed(args, device):
             "PyTorch bf16": embedder(checkpoint, amp="bf16"),
             "ONNX Runtime float32": embedder(exported["path"]),
         }
-        runs = [partial(embed, paths, "visible") for embed in embedders.values()]
-        features, results = [run() for run in runs], {}
-        for name, own, seconds in zip(embedders, features, alternate(runs, args.repeats, device), strict=True):
+        runs = {name: partial(embed, paths, "visible") for name, embed in embedders.items()}
+        crops = [np.asarray(Image.open(path)) for path in paths]
+        runs["arrays, PyTorch bf16"] = partial(embedders["PyTorch bf16"].embed_crops, crops, "visible", "RGB")
+        features, times = [run() for run in runs.values()], alternate([*runs.values()], args.repeats, device)
+        results = {}
+        for name, own, seconds in zip(runs, features, times, strict=True):
             cosine = float((own * features[0]).sum(axis=1).min())
             results[name] = {"images_per_second": len(paths) / seconds, "cosine": cosine}
             print(f"{name}: {len(paths) / seconds:.1f} images/s; smallest cosine to float32 {cosine:.4f}")
