@@ -14,6 +14,8 @@ from ChannelAug import moderate_rle, radical_rle
 from conftest import TINY, parse, tiny_flags
 from methods import METHODS, MethodLoss, method_name
 from parts.rle import Thirds, ThirdsBranch
+from tools import export
+from tools.benchmarks.plain import plain_features
 from training.optim import learning_rate
 
 GOLDEN = np.load(checks.GOLDEN / "rle.npz")
@@ -184,3 +186,12 @@ def test_a_published_checkpoint_loads_and_is_tested(sysu_tree, tmp_path):
     needed = ["bottleneckg.bias", "classifier2.weight", "bottleneck2.running_mean"]
     checks.published_file_loads(path, net, (384, 192), "rle, resnet18, 384x192, epoch 7", needed)
     checks.published_file_is_tested_and_exported(path, sysu_tree, tmp_path)
+
+
+def test_what_does_not_make_a_feature_is_not_exported():
+    for feature, left in (("POOL", set()), ("FC", {"bottleneck", "thirds"})):
+        file = export.Embedding(tiny(), {"modality": "visible", "feature": feature, "input": "uint8"})
+        parts = {name.split(".")[1] for name in file.state_dict()}
+        assert parts == {"visible", "shared"} | left
+        images = torch.randint(256, (2, 3, 48, 16), dtype=torch.uint8)
+        torch.testing.assert_close(file(images), plain_features(tiny().eval(), images, "visible", feature))
