@@ -1051,3 +1051,51 @@ def test_crops_of_another_kind_are_refused(checkpoint):
             embed.embed_crops([good, bad], "visible", "RGB")
     with pytest.raises(InputError, match="colours 'rgb': pass 'RGB' or 'BGR'"):
         embed.embed_crops([good], "visible", "rgb")
+
+
+def test_tracks_without_a_camera_are_told(site_tracks, capsys):
+    """The same name in two folders may be of two cameras; and a call that forgets the pattern lists what is new."""
+    folder, db, resume = site_tracks
+    index = ["index", str(folder), "--index", str(db), "--gpu", "cpu"]
+    pattern = ["--pattern", "{c}/{track}/{n}.jpg"]
+    search.main([*index, "--resume", str(resume), "--modality", "visible", *pattern])
+    assert "note: 1 tracks, such as 7, have images in several folders, but no camera; " in capsys.readouterr().out
+    search.main([*index, "--pattern", "{camera}/{track}/{n}.jpg"])
+    out = capsys.readouterr().out
+    assert "note:" not in out
+    assert "without labels" not in out
+    shutil.copy(folder / "a/7/1.jpg", folder / "a/7/2.jpg")
+    search.main(index)
+    assert f"without labels: {folder}/a/7/2.jpg\n" in capsys.readouterr().out
+
+
+def test_a_part_of_a_folder_with_tracks_does_not_move(site_tracks, tmp_path):
+    folder, db, resume = site_tracks
+    index = ["--index", str(db), "--gpu", "cpu", "--resume", str(resume), "--modality", "visible"]
+    search.main(["index", str(folder), *index, "--pattern", "{camera}/{track}/{n}.jpg"])
+    shutil.move(folder / "b", tmp_path / "b")
+    with pytest.raises(
+        InputError, match=f"--moved_from {folder}/b: is a part of {folder}, which was indexed with tracks"
+    ):
+        search.main(["index", str(tmp_path / "b"), *index, "--moved_from", str(folder / "b")])
+    shutil.move(tmp_path / "b", folder / "b")
+    shutil.move(folder, tmp_path / "moved")
+    counts = search.main(["index", str(tmp_path / "moved"), *index, "--moved_from", str(folder)])
+    assert (counts["embedded"], counts["vanished"]) == (0, 0)
+
+
+@pytest.fixture
+def site_tracks(tmp_path):
+    """Two cameras whose trackers both have a track 7, an index to be made, and a checkpoint."""
+    for name, color in (("a", 50), ("b", 150)):
+        (tmp_path / f"site/{name}/7").mkdir(parents=True)
+        Image.new("RGB", (16, 48), (color, 0, 0)).save(tmp_path / f"site/{name}/7/1.jpg")
+    return tmp_path / "site", tmp_path / "index.db", save_network(tmp_path / "net.t", 0, "sysu")
+
+
+def test_control_characters_are_no_labels(tmp_path):
+    (tmp_path / "t.csv").write_text('path,track\n1.jpg,"unclosed\n2.jpg,3\n')
+    with pytest.raises(
+        InputError, match=r"line 3: track 'unclosed.n2.jpg,3.n' has a line break .*; take it out, or close"
+    ):
+        labels.read_labels(None, str(tmp_path / "t.csv"))

@@ -126,6 +126,12 @@ def run_index(args):
         print(f"unreadable: {line}")
     for path in counts["unlabelled"]:
         print(f"without labels: {path}")
+    if counts["spread"]:
+        some = ", ".join(counts["spread"][:3])
+        print(
+            f"note: {len(counts['spread'])} tracks, such as {some}, have images in several folders, but no camera; if "
+            "these are of several cameras, name them as {camera} in --pattern, or in the table of --csv"
+        )
     if counts["others"]:
         print(f"left out, as no images by their names: {counts['others']}")
     print(
@@ -172,7 +178,8 @@ def run_query(args):
         print(f"{', '.join(given if args.combine else result['queries'])} ({args.modality})")
         if not result["found"]:
             kind = "track" if args.group in ("mean", "best") else "image"
-            print(f"  none: no {kind} has a similarity of {finder.least:.3f}")
+            beyond = f"page {args.page} is beyond the last {kind}"
+            print(f"  none: {beyond if args.page > 1 else f'no {kind} has a similarity of {finder.least:.3f}'}")
         for image in result["found"]:
             print(f"{image['rank']:>4}  {image['similarity']:6.3f}  {image['path']}  {describe(image)}")
     if args.save:

@@ -19,8 +19,8 @@ from utils import InputError
 
 
 def index_folder(args):
-    """Returns {"embedded", "changed", "vanished", "images": counts, "unreadable": lines, "unlabelled": paths,
-    "others": what else there is, in words}."""
+    """Returns {"embedded", "changed", "vanished", "images": counts, "unreadable": lines, "unlabelled": paths, "spread":
+    names of tracks without a camera that several folders have, "others": what else there is, in words}."""
     folder = existing_folder(args.folder)
     files, unreadable, unchecked, others = list_images(folder)
     if not files:
@@ -34,11 +34,16 @@ def index_folder(args):
     with contextlib.closing(open_index(args.index, create=True)) as index:
         if args.approximate and not index.approximates:
             raise InputError(f"--approximate: {args.index} is a file, which is searched exactly; leave it out")
+        for place in places(args.moved_from) if args.moved_from else ():
+            check_whole(args, index, place)
         if args.moved_from and not any(index.move(place, folder) for place in places(args.moved_from)):
             raise InputError(
                 f"--moved_from {args.moved_from}: {args.index} has no image there; pass its path at that time"
             )
         indexer = Indexer(args, index, folder, files)
+        known = any(entry.camera or entry.person or entry.track for entry in indexer.before.values())
+        if known and not (args.pattern or args.csv or args.tracks):
+            unlabelled += [path for path in files if path not in indexer.before]
         gone = [path for path in indexer.before if path not in files and not path.startswith(unchecked)]
         changed = sum(path in indexer.known for path in indexer.new(files))
         count = len(indexer.update(files, labels, gone, unreadable)) + indexer.embed_rest(unreadable)
@@ -50,7 +55,31 @@ def index_folder(args):
     if not images:
         raise InputError(f"{args.index}: {REPLACED}; run again")
     counts = {"embedded": count, "changed": changed, "vanished": len(gone), "images": images}
-    return counts | {"unreadable": unreadable, "unlabelled": unlabelled, "others": others}
+    spread = spread_tracks(labels)
+    return counts | {"unreadable": unreadable, "unlabelled": unlabelled, "spread": spread, "others": others}
+
+
+def spread_tracks(labels):
+    """Names of tracks without a camera that have images in several folders: perhaps of several cameras, each counting
+    its own tracks. labels: of `label_files`."""
+    places = {}
+    for path, found in labels.items():
+        if found.get("track") and not found.get("camera"):
+            places.setdefault(found["track"].partition("//")[2], set()).add(os.path.dirname(path))
+    return [name for name, folders in places.items() if len(folders) > 1]
+
+
+def check_whole(args, index, place):
+    """Raise InputError if a folder that has moved is a part of the one whose images have the names of its tracks: new
+    tracks there might get the same names."""
+    for version in index.versions():
+        for entry in index.entries(version["version"], place).values():
+            if entry.track and not entry.track.startswith(f"{place}/"):
+                whole = entry.track.partition("//")[0]
+                raise InputError(
+                    f"--moved_from {args.moved_from}: is a part of {whole}, which was indexed with tracks; move the "
+                    "whole, or remove the part and index it anew"
+                )
 
 
 class Indexer:

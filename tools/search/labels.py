@@ -98,6 +98,9 @@ def _table_labels(file):
             labels = {}
             for row in rows:
                 found = {name: row[name] for name in NAMES if row.get(name)}
+                if wrong := [name for name, value in found.items() if not value.isprintable()]:
+                    problem = f"{wrong[0]} {found[wrong[0]]!r:.80} has a line break or another control character"
+                    raise InputError(f"--csv {file}, line {rows.line_num}: {problem}; take it out, or close the quotes")
                 if "time" in found:
                     found["time"] = parse_time(found["time"], f"--csv {file}, line {rows.line_num}: time")
                 path = posixpath.normpath((row["path"] or "").replace("\\", "/"))
