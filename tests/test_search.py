@@ -425,7 +425,7 @@ def test_tracks_are_found_as_by_plain_loops(tracked, checkpoint, sysu_tree, caps
     line = capsys.readouterr().out.splitlines()[1]
     assert line.startswith(f"   1  {best['similarity']:6.3f}  {best['path']}  ")
     assert line.endswith(
-        f"track {best['track'].split('//')[1]}, {best['images']} images, {best['first']} to {best['last']}"
+        f"track {best['track'].split('//')[1]}, {best['images']} images, {best['first']} to {best['last'][11:]}"
     )
     assert run_query(*ask, "--json") == json.loads(capsys.readouterr().out)
     run_query(*ask, "--min_similarity", "1")
