@@ -25,13 +25,17 @@ class NonLocal(NonLocalParts):
 
     The published block forms the affinity theta_i phi_j / N of all N = H W positions and applies it to g:
     y_i = sum_j theta_i phi_j g_j / N. theta_i leaves the sum, y_i = (sum_j g_j phi_j / N) theta_i: the same value by a
-    matrix of the inner channels instead of the N x N positions.
+    matrix of the inner channels instead of the N x N positions; with one channel, by a number.
     """
 
     def __init__(self, channels, inner=1):
         super().__init__(channels, channels, inner)
 
     def forward(self, x):
-        theta, phi, g = (part(x).flatten(2) for part in (self.theta, self.phi, self.g))
-        y = (g @ phi.mT / g.shape[2]) @ theta
-        return x + self.norm(self.out(y.unflatten(2, x.shape[2:])))
+        theta, phi, g = self.theta(x), self.phi(x), self.g(x)
+        if g.shape[1] == 1:
+            y = theta * (phi * g).mean(dim=(2, 3), keepdim=True)
+        else:
+            theta, phi, g = (part.flatten(2) for part in (theta, phi, g))
+            y = ((g @ phi.mT / g.shape[2]) @ theta).unflatten(2, x.shape[2:])
+        return x + self.norm(self.out(y))
