@@ -312,6 +312,7 @@ def test_a_signal_ends_it_cleanly(site, pictures, tmp_path, stop):
     root = Path(utils.__file__).parent
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     pipes["env"] = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # in the background, it is ignored
     with subprocess.Popen(command, cwd=root, **pipes) as process, killed_after(process, 60):
         assert process.stderr.readline() == f"{site.folder}: watched (Ctrl-C stops it)\n"
         start = time.monotonic()
