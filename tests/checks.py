@@ -14,6 +14,7 @@ import testa
 from ChannelAug import TrainAugmentation
 from conftest import log_entries, parse, search_flags
 from methods import METHODS
+from model import GFMNet
 from parts import published
 from testing import evaluation
 from tools import export
@@ -23,6 +24,12 @@ from utils import InputError
 
 GOLDEN = Path(__file__).parent / "golden"
 BATCHES = ((3, 2, 16, 1.0), (6, 4, 8, 0.6), (4, 3, 12, 3.0))  # identities, images of each, width, spread
+
+
+def tiny(method, **options):
+    """A small network of a method, untrained; the same at each call."""
+    torch.manual_seed(0)
+    return GFMNet(7, "resnet18", **METHODS[method].network | options)
 
 
 # ---- golden values of the published code; tests/golden/README.md describes them

@@ -21,7 +21,7 @@ import utils
 from core.checkpoint import save_checkpoint
 from data_loader import TrainData
 from model import GFMNet
-from tools import demo_data
+from tools import demo_data, embedder
 
 pytest.register_assert_rewrite("checks")
 
@@ -134,36 +134,28 @@ def trained(sysu_tree, tmp_path_factory):
     return train_ext_test0.main(flags(sysu_tree, out, *more)), out
 
 
-@pytest.fixture(scope="session")
-def regdb_tree(tmp_path_factory):
-    """A small demo tree in RegDB's layout. Shared: tests must not change it."""
-    tree = tmp_path_factory.mktemp("demo") / "regdb"
-    demo_data.main(["--out", str(tree), "--layout", "regdb", "--ids", "12", "--images", "3", "--seed", "1"])
+def small_tree(layout, *flags):
+    """A fixture: a small demo tree of a layout. Shared: tests must not change it."""
+
+    @pytest.fixture(scope="session", name=f"{layout}_tree")
+    def tree(tmp_path_factory):
+        folder = tmp_path_factory.mktemp("demo") / layout
+        demo_data.main(["--out", str(folder), "--layout", layout, *flags, "--seed", "1"])
+        return folder
+
     return tree
 
 
-@pytest.fixture(scope="session")
-def llcm_tree(tmp_path_factory):
-    """A small demo tree in LLCM's layout. Shared: tests must not change it."""
-    tree = tmp_path_factory.mktemp("demo") / "llcm"
-    demo_data.main(["--out", str(tree), "--layout", "llcm", "--ids", "12", "--images", "2", "--seed", "1"])
-    return tree
+regdb_tree = small_tree("regdb", "--ids", "12", "--images", "3")
+llcm_tree = small_tree("llcm", "--ids", "12", "--images", "2")
+vcm_tree = small_tree("vcm", "--ids", "6")
+buptcampus_tree = small_tree("buptcampus", "--ids", "12", "--images", "4")  # of short tracks
 
 
-@pytest.fixture(scope="session")
-def vcm_tree(tmp_path_factory):
-    """A small demo tree in HITSZ-VCM's layout. Shared: tests must not change it."""
-    tree = tmp_path_factory.mktemp("demo") / "vcm"
-    demo_data.main(["--out", str(tree), "--layout", "vcm", "--ids", "6", "--seed", "1"])
-    return tree
-
-
-@pytest.fixture(scope="session")
-def buptcampus_tree(tmp_path_factory):
-    """A small demo tree in BUPTCampus's layout, of short tracks. Shared: tests must not change it."""
-    tree = tmp_path_factory.mktemp("demo") / "buptcampus"
-    demo_data.main(["--out", str(tree), "--layout", "buptcampus", "--ids", "12", "--images", "4", "--seed", "1"])
-    return tree
+@pytest.fixture
+def in_float32(monkeypatch):
+    """Features of image files in float32, also where the CPU computes in bfloat16."""
+    monkeypatch.setattr(embedder, "computes_bf16", lambda device: False)
 
 
 @pytest.fixture(scope="session")

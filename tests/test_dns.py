@@ -1,6 +1,7 @@
 """DNS against values of its published code, torchvision and plain loops; its recipe; its way through the programs."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -37,9 +38,7 @@ def without_dropout(net):
     return net.train()
 
 
-def tiny(**options):
-    torch.manual_seed(0)
-    return model.GFMNet(7, "resnet18", **{"share_net": 3, **NETWORK, **options})
+tiny = partial(checks.tiny, "dns", share_net=3)
 
 
 # ---- golden values

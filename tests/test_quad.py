@@ -1,5 +1,7 @@
 """Four streams against values of MSCMNet's published code and plain loops; recipe; way through the programs."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -37,9 +39,7 @@ def golden_network():
     return net.double()
 
 
-def tiny(**options):
-    torch.manual_seed(0)
-    return model.GFMNet(7, "resnet18", **{"share_net": 1, **NETWORK, **options})
+tiny = partial(checks.tiny, "quad", share_net=1)
 
 
 # ---- golden values

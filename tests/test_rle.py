@@ -1,5 +1,7 @@
 """RLE against values of its published code and plain loops; its recipe; its way through the programs."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -31,9 +33,7 @@ def golden_network(data):
     return net.double()
 
 
-def tiny(**options):
-    torch.manual_seed(0)
-    return model.GFMNet(7, "resnet18", **{"share_net": 1, **NETWORK, **options})
+tiny = partial(checks.tiny, "rle", share_net=1)
 
 
 # ---- golden values

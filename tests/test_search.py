@@ -45,14 +45,7 @@ from utils import InputError
 PROCESSES = multiprocessing.get_context("forkserver")  # forked from a process that has imported everything
 PROCESSES.set_forkserver_preload(["tools.search"])
 CPU = ["--gpu", "cpu", "--workers", "0"]
-
-
-@pytest.fixture(autouse=True)
-def same_on_all_cpus():
-    """Features in float32, also where the CPU computes in bfloat16."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embedder, "computes_bf16", lambda device: False)
-        yield
+pytestmark = pytest.mark.usefixtures("in_float32")
 
 
 @pytest.fixture(scope="module")

@@ -35,13 +35,7 @@ from utils import InputError
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tools.search.__main__"])
 CPU = ["--gpu", "cpu", "--workers", "0"]
-
-
-@pytest.fixture(autouse=True)
-def in_float32():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embedder, "computes_bf16", lambda device: False)
-        yield
+pytestmark = pytest.mark.usefixtures("in_float32")
 
 
 @pytest.fixture(scope="module")

@@ -34,12 +34,8 @@ def index_folder(args):
     with contextlib.closing(open_index(args.index, create=True)) as index:
         if args.approximate and not index.approximates:
             raise InputError(f"--approximate: {args.index} is a file, which is searched exactly; leave it out")
-        for place in places(args.moved_from) if args.moved_from else ():
-            check_whole(args, index, place)
-        if args.moved_from and not any(index.move(place, folder) for place in places(args.moved_from)):
-            raise InputError(
-                f"--moved_from {args.moved_from}: {args.index} has no image there; pass its path at that time"
-            )
+        if args.moved_from:
+            move_folder(args, index, folder)
         indexer = Indexer(args, index, folder, files)
         known = any(entry.camera or entry.person or entry.track for entry in indexer.before.values())
         if known and not (args.pattern or args.csv or args.tracks):
@@ -69,17 +65,21 @@ def spread_tracks(labels):
     return [name for name, folders in places.items() if len(folders) > 1]
 
 
-def check_whole(args, index, place):
-    """Raise InputError if a folder that has moved is a part of the one whose images have the names of its tracks: new
-    tracks there might get the same names."""
-    for version in index.versions():
-        for entry in index.entries(version["version"], place).values():
-            if entry.track and not entry.track.startswith(f"{place}/"):
-                whole = entry.track.partition("//")[0]
-                raise InputError(
-                    f"--moved_from {args.moved_from}: is a part of {whole}, which was indexed with tracks; move the "
-                    "whole, or remove the part and index it anew"
-                )
+def move_folder(args, index, folder):
+    """Tell the index that --moved_from is now `folder`. A part of a folder that was indexed with tracks is an
+    InputError: its tracks would keep their names, which new ones in its place might get, too."""
+    for place in dict.fromkeys(places(args.moved_from)):
+        for version in index.versions():
+            for entry in index.entries(version["version"], place).values():
+                if entry.track and not entry.track.startswith(f"{place}/"):
+                    whole = entry.track.partition("//")[0]
+                    raise InputError(
+                        f"--moved_from {args.moved_from}: is a part of {whole}, which was indexed with tracks; move "
+                        "the whole, or remove the part and index it anew"
+                    )
+        if index.move(place, folder):
+            return
+    raise InputError(f"--moved_from {args.moved_from}: {args.index} has no image there; pass its path at that time")
 
 
 class Indexer:
