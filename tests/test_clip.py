@@ -99,8 +99,9 @@ def test_maps_of_odd_sizes_are_as_large_as_those_of_strides():
     for arch in ("resnet18", "clip_resnet50"):
         net = model.GFMNet(5, arch, **METHODS["base"].network).eval()
         with torch.inference_mode():
-            sizes.append(net.shared(net.visible(images)).shape[2:])
-    assert sizes[0] == sizes[1] == (5, 3)
+            maps = net.visible(images)
+            sizes.append((maps.shape[2:], net.shared(maps).shape[2:]))
+    assert sizes[0] == sizes[1] == ((19, 11), (5, 3))
 
 
 def test_other_weights_are_refused(tmp_path):

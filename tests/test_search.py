@@ -1060,6 +1060,9 @@ def test_tracks_without_a_camera_are_told(site_tracks, capsys):
     shutil.copy(folder / "a/7/1.jpg", folder / "a/7/2.jpg")
     search.main(index)
     assert f"without labels: {folder}/a/7/2.jpg\n" in capsys.readouterr().out
+    query = ["query", str(folder / "a/7"), "--modality", "visible", "--index", str(db), "--gpu", "cpu"]
+    search.main([*query, "--tracks", "mean", "--page", "9"])
+    assert "  none: page 9 is beyond the last track\n" in capsys.readouterr().out
 
 
 def test_a_part_of_a_folder_with_tracks_does_not_move(site_tracks, tmp_path):
