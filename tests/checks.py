@@ -1,5 +1,6 @@
 """What every method must do: agree with values of its published code, and go through the programs."""
 
+import contextlib
 import json
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,8 @@ from parts import published
 from testing import evaluation
 from tools import export
 from tools.benchmarks.plain import plain_features
+from tools.search.address import open_index
+from tools.search.index import Entry
 from training.optim import build_optimizer
 from utils import InputError
 
@@ -166,3 +169,14 @@ def published_file_is_tested_and_exported(path, tree, out):
         json.loads(entry.value) for entry in onnx.load(exported["path"]).metadata_props if entry.key == "gfmnet"
     )
     assert (about["flags"], about["dataset"], about["epoch"]) == ({}, None, 7)
+
+
+def stored(address):
+    """{path: (Entry, its vector)} of the version of an index that serves; fails for a path that is there twice."""
+    with contextlib.closing(open_index(str(address))) as index:
+        version = index.versions()[0]
+        (found,) = index.search(version["version"], np.ones((1, version["dim"]), np.float32), 10**4)
+        vectors = index.vectors([image["id"] for image in found])
+    assert len({image["path"] for image in found}) == len(found)
+    names = Entry._fields
+    return {image["path"]: (Entry(*(image[name] for name in names)), vectors[image["id"]].tolist()) for image in found}

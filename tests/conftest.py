@@ -153,9 +153,11 @@ buptcampus_tree = small_tree("buptcampus", "--ids", "12", "--images", "4")  # of
 
 
 @pytest.fixture
-def in_float32(monkeypatch):
-    """Features of image files in float32, also where the CPU computes in bfloat16."""
-    monkeypatch.setattr(embedder, "computes_bf16", lambda device: False)
+def in_float32():
+    """Features of image files in float32, also where the CPU computes in bfloat16, and after `monkeypatch.undo()`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embedder, "computes_bf16", lambda device: False)
+        yield
 
 
 @pytest.fixture(scope="session")

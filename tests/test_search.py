@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import re
-import shlex
 import shutil
 import signal
 import socket
@@ -26,15 +25,15 @@ import torch
 from PIL import Image
 
 import data_loader
-import testa
 import utils
-from conftest import SIZE, save_network, search_flags
+from checks import stored
+from conftest import SIZE, save_network
 from core.images import read_image
 from testing.re_rank import k_reciprocal
 from tests.oracles import plain_embedding
 from tools import embedder, export
 from tools.search import __main__ as search
-from tools.search import finder, indexer, labels, watcher
+from tools.search import finder, indexer, labels
 from tools.search import page as search_page
 from tools.search.address import open_index
 from tools.search.file_index import FileIndex
@@ -117,16 +116,6 @@ def check_found(results, expected, top=None):
         for image, (_, similarity) in zip(result["found"], ranked[:top], strict=True):
             assert image["similarity"] == pytest.approx(similarity, abs=2e-6)
             assert image["similarity"] == pytest.approx(scores[image["path"]], abs=2e-6)
-
-
-def stored(index):
-    """{path: (Entry, its vector)} of the version that serves."""
-    with contextlib.closing(open_index(str(index))) as index:
-        version = index.versions()[0]
-        found = index.search(version["version"], np.ones((1, version["dim"]), np.float32), 10**4)[0]
-        vectors = index.vectors([image["id"] for image in found])
-    names = Entry._fields
-    return {image["path"]: (Entry(*(image[name] for name in names)), vectors[image["id"]].tolist()) for image in found}
 
 
 def embedded_images(monkeypatch):
@@ -879,131 +868,6 @@ def test_errors_name_the_program_and_not_its_file(tmp_path):
     command = [sys.executable, "-m", "tools.search", *flags]
     result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode, result.stderr.partition(": ")[0]) == (2, "search.py")
-
-
-def section(title):
-    """The commands of a section of docs/search.md, as lists of words after `python`, and the names of its modules."""
-    page = (Path(search.__file__).parents[2] / "docs" / "search.md").read_text()
-    text = page.split(f"\n## {title}\n")[1].split("\n## ")[0]
-    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)
-    lines = "".join(blocks).replace("\\\n", "").splitlines()
-    return [shlex.split(line)[1:] for line in lines]
-
-
-def run_section(title, checkpoint):
-    """Run the searches of a section in the working folder -> what they return."""
-    commands = [words for words in section(title) if words[0] == "-m"]
-    assert all(words[:2] == ["-m", "tools.search"] for words in commands)
-    return [
-        search.main([str(checkpoint) if word.startswith("save_model/") else word for word in words[2:]] + CPU)
-        for words in commands
-    ]
-
-
-def crops_of_a_tracker(tree, out):
-    """The layout of the section "Where else was this track seen?": cameras count their tracks from numbers of their
-    own -> {(camera, track): its images}."""
-    tracks, first = {}, {"1": 1, "2": 1, "4": 9, "5": 4, "3": 17, "6": 2}
-    for modality, cameras in (("visible", "1245"), ("infrared", "36")):
-        for camera in cameras:
-            for number, folder in enumerate(sorted((tree / f"cam{camera}").iterdir()), first[camera]):
-                for n, source in enumerate(sorted(folder.glob("*.jpg"))):
-                    name = f"cam{camera}/{number}/20261120_14{number:02d}{n:02d}_{n}.jpg"
-                    path = out / "crops" / modality / name
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    tracks.setdefault((camera, str(number)), []).append(shutil.copy(source, path))
-    return tracks
-
-
-@pytest.mark.slow
-def test_the_commands_on_tracks(sysu_tree, checkpoint, pictures, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    tracks = crops_of_a_tracker(sysu_tree, tmp_path)
-    (tmp_path / "crops" / "infrared").rename(tmp_path / "night")
-    for camera in (tmp_path / "crops" / "visible").iterdir():
-        camera.rename(tmp_path / "crops" / camera.name)
-    (tmp_path / "crops" / "visible").rmdir()
-    shutil.copy(pictures[1][0], "a.jpg")
-    made = run_index("crops/cam1", "site.db", "--modality", "visible", "--resume", checkpoint)["embedded"]
-    visible, infrared, by_track, by_image = run_section("Tracks", checkpoint)
-    counts = [sum(len(paths) for (camera, _), paths in tracks.items() if camera in part) for part in ("1245", "36")]
-    assert [visible["images"], infrared["images"] - visible["images"]] == counts
-    assert (visible["unlabelled"], visible["embedded"], infrared["embedded"]) == ([], counts[0] - made, counts[1])
-    first = by_track[0]["found"][0]
-    assert (first["track"], first["similarity"]) == (f"{tmp_path}/night//cam3/17", pytest.approx(1, abs=2e-6))
-    assert by_image[0]["found"] == []  # there is no second page of camera 5
-
-
-@pytest.mark.slow
-def test_the_commands_that_watch(sysu_tree, tmp_path, monkeypatch, capsys):
-    """Each until it has looked once; before the second one, a new crop comes."""
-    monkeypatch.chdir(tmp_path)
-    network = save_network(tmp_path / "net.t", 0, "sysu")
-    testa.main(search_flags(sysu_tree, network, "--calibrate", "same.json"))
-    least = json.loads(Path("same.json").read_text())
-    least = least["similarity"][least["false_positives"].index(pytest.approx(0.01))]
-    tracks = crops_of_a_tracker(sysu_tree, tmp_path)
-    Path("people").mkdir()
-    shutil.copy(tracks["3", "17"][0], "people/ann.jpg")
-    run_index("crops/infrared", "site.db", "--modality", "infrared", "--resume", network)
-    new = tracks["5", "4"][0].relative_to(tmp_path / "crops" / "visible")
-    Path("crops/visible", new).rename("new.jpg")
-    Path("crops.csv").write_text(f"path,camera,track\n{new},5,four\n")
-
-    def stop(_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(watcher.time, "sleep", stop)
-    with pytest.raises(KeyboardInterrupt):
-        search.main([*section("Watch a folder")[0][2:], *CPU])
-    shutil.move("new.jpg", Path("crops/visible", new))
-    capsys.readouterr()
-    with pytest.raises(KeyboardInterrupt):
-        search.main([*section("Watch a folder")[1][2:], *CPU])
-    embed = plain_embedding(network)
-    similarity = float(embed("people/ann.jpg", "infrared") @ embed(Path("crops/visible", new), "visible"))
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["path"] for line in lines] == [str(tmp_path / "crops" / "visible" / new)] * (similarity >= least)
-    entries = {path: entry for path, (entry, _) in stored("site.db").items()}
-    assert {*entries} == {str(path) for paths in tracks.values() for path in paths}
-    assert entries[str(tracks["5", "4"][0])].track == f"{tmp_path}/crops/visible//four"
-    assert entries[str(tracks["5", "4"][1])].track == f"{tmp_path}/crops/visible//4"
-
-
-@pytest.mark.slow
-def test_the_way_from_cameras_to_where_a_track_was_seen(sysu_tree, tmp_path, monkeypatch, capsys):
-    """The commands of that section, as they stand there."""
-    monkeypatch.chdir(tmp_path)
-    network = save_network(tmp_path / "net.t", 0, "sysu")
-    (tmp_path / "mydata").symlink_to(sysu_tree)
-    tracks, results = crops_of_a_tracker(sysu_tree, tmp_path), []
-    commands = section("Where else was this track seen?")
-    for words in commands:
-        words = [str(network) if word.startswith("save_model/") else word for word in words]
-        if words[0] == "testa.py":
-            results.append(testa.main([*search_flags("mydata", network), *words[words.index("--calibrate") :]]))
-        else:
-            assert words[:2] == ["-m", "tools.search"]
-            results.append(search.main([*words[2:], *CPU]))
-    assert len(commands) == 4
-    embed, calibrated = plain_embedding(network), json.loads(Path("same.json").read_text())
-    least = calibrated["similarity"][calibrated["false_positives"].index(pytest.approx(0.01))]
-
-    def mean(track, modality):
-        total = sum(embed(path, modality) for path in tracks[track])
-        return total / np.linalg.norm(total)
-
-    query = mean(("3", "17"), "infrared")
-    scores = {number: query @ mean((camera, number), "visible") for camera, number in tracks if camera == "5"}
-    expected = sorted((number for number in scores if scores[number] >= least), key=lambda number: -scores[number])[:10]
-    found = results[-1][0]["found"]
-    assert [image["track"].split("//")[1] for image in found] == expected
-    assert [image["similarity"] for image in found] == pytest.approx([scores[number] for number in expected], abs=2e-6)
-    lines = capsys.readouterr().out.splitlines()
-    assert "crops/infrared/cam3/17 (infrared)" in lines
-    number = int(expected[0])
-    times = f"2026-11-20 14:{number:02d}:00 to 14:{number:02d}:01"
-    assert lines[-len(found)].endswith(f"  camera 5, track {number}, 2 images, {times}")
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", pytest.param("onnx", marks=pytest.mark.slow)])

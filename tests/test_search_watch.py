@@ -21,6 +21,7 @@ import torch
 
 import data_loader
 import utils
+from checks import stored
 from conftest import SIZE
 from core.checkpoint import save_checkpoint
 from model import GFMNet
@@ -69,17 +70,6 @@ def site(checkpoint, tmp_path):
             return watcher.Watcher(args, index, os.path.realpath(folder))
 
         yield SimpleNamespace(folder=folder, uri=uri, flags=flags, watch=watch)
-
-
-def stored(uri):
-    """{path: (Entry, vector)} of an index of one version; fails for a path that is there twice."""
-    with contextlib.closing(open_index(uri)) as index:
-        (version,) = index.versions()
-        (found,) = index.search(version["version"], np.ones((1, version["dim"]), np.float32), 10**4)
-        vectors = index.vectors([image["id"] for image in found])
-        entries = index.entries(version["version"])
-    assert len({image["path"] for image in found}) == len(found) == len(entries)
-    return {image["path"]: (entries[image["path"]], vectors[image["id"]]) for image in found}
 
 
 def decoded(monkeypatch):
