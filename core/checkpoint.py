@@ -181,4 +181,6 @@ def check_state(state, path):
             raise InputError(
                 f"{path}: {name!r:.120} holds {', '.join(map(str, kinds))} values; save it as a dense float32 tensor"
             )
+        if value.nbytes - value.untyped_storage().nbytes() > 2**28:  # a view that repeats a number: a copy is large
+            raise InputError(f"{path}: {name!r:.120} repeats its values; save it as a dense float32 tensor")
     return {re.sub(r"^((module|_orig_mod|model)\.)+", "", name): value for name, value in state.items()}

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import socket
 import stat
 import tempfile
@@ -19,25 +20,30 @@ from utils import InputError
 def atomic(path):
     """Give a temporary path beside `path`; move it there when the block ends, remove it if the block fails.
 
-    Temporaries that killed processes have left there are removed. Raises InputError when the disk is full.
+    Raises InputError when the disk is full.
     """
-    path = Path(path)
     check_output(path)
+    temporary = temporary_name(path)
+    try:
+        with writing(path):
+            open(temporary, "xb").close()
+            yield temporary
+            flush(temporary)
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def temporary_name(path):
+    """A name beside `path`, until it is complete. What killed processes have left under such names is removed."""
+    path = Path(path)
     # File systems allow 255 bytes; host, process and a random part come after the name.
     name = path.name if len(os.fsencode(path.name)) < 150 else hashlib.sha256(os.fsencode(path.name)).hexdigest()
     prefix = f".{name}.{socket.gethostname()}."
     for other in path.parent.glob(f"{glob.escape(prefix)}*"):
         if not _is_alive(other.name.removeprefix(prefix).split(".")[0]):
-            other.unlink(missing_ok=True)
-    temporary = f"{path.parent / prefix}{os.getpid()}.{secrets.token_hex(4)}"
-    try:
-        with writing(path):
-            open(temporary, "xb").close()
-            yield Path(temporary)
-            flush(temporary)
-            os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+            shutil.rmtree(other) if other.is_dir() else other.unlink(missing_ok=True)
+    return path.parent / f"{prefix}{os.getpid()}.{secrets.token_hex(4)}"
 
 
 def flush(path):

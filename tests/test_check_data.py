@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -270,3 +271,26 @@ def test_lists_with_an_image_twice(dataset, name, request, tmp_path):
     test = DATASETS[dataset].searches(tree).paths["visible"][0]
     file.write_text(f"{whole}{os.path.relpath(test, tree)} 3\n")
     assert "is listed for training and for the test" in check(tree, dataset)[0]["lists"][1]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "name", "place"),
+    [
+        ("regdb", "train_thermal_3", "training, trial 3"),
+        ("regdb", "test_visible_1", "test, trial 1"),
+        ("llcm", "train_nir", "training"),
+    ],
+)
+def test_lists_that_pair_strangers(dataset, name, place, request, tmp_path):
+    """Of two people, one modality of each has the label of the other."""
+    tree = shutil.copytree(request.getfixturevalue(f"{dataset}_tree"), tmp_path / "own")
+    assert check(tree, dataset)[0]["people"] == ("ok", "the lists pair folders of one name")
+    file = tree / "idx" / f"{name}.txt"
+    lines = [line.rsplit(" ", 1) for line in file.read_text().splitlines()]
+    first, second = sorted({int(label) for _, label in lines})[:2]
+    swapped = {str(first): second, str(second): first}
+    file.write_text("".join(f"{image} {swapped.get(label, label)}\n" for image, label in lines))
+    state, text = check(tree, dataset)[0]["people"]
+    assert state == "WRONG"
+    assert f" ({place}), unlike others of this id or folder" in text
+    assert re.search(rf" id ({first}|{second}) ", text)

@@ -165,6 +165,7 @@ def test_curves_by_kind_against_a_plain_loop(sysu_tree):
     assert any(None in values for values in table.values())  # no image, no value
 
 
+@pytest.mark.slow
 def test_rows_of_corrupted_images_against_plain_steps(sysu_tree, tmp_path, monkeypatch, capsys):
     """Repetition r is in the gallery of trial r. The other rows, and what --features saves, are as without it."""
     assert corruptions.REPETITIONS == 10

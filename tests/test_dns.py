@@ -244,6 +244,7 @@ def test_a_rate_of_a_part_that_is_not_there_is_refused():
         train_ext_test0.build_optimizer(tiny(share_net=4), "sgd", 0.1, METHODS["dns"].rates)
 
 
+@pytest.mark.slow
 def test_training_testing_and_export(tiny_tree, tmp_path):
     result = train_ext_test0.main(dns_flags(tiny_tree, tmp_path, "--epochs", "1"))
     file = checks.run_is_tested_and_exported(result, tiny_tree, TINY, ("alignment", "distillation"), tmp_path)

@@ -16,9 +16,11 @@ def test_temporaries_of_killed_processes_are_removed_by_the_next_write(tmp_path)
     left += [tmp_path / f".last.t_2.{host}.{gone.pid}.abc", tmp_path / f".last.t.elsewhere.{gone.pid}.abc"]
     for file in left:
         file.touch()
+    folder = tmp_path / f".last.t.{host}.{gone.pid}.def"
+    (folder / "demo" / "cam1").mkdir(parents=True)
     with atomic(tmp_path / "last.t"):
         pass
-    assert [file.exists() for file in left] == [False, True, True, True]
+    assert [file.exists() for file in [*left, folder]] == [False, True, True, True, False]
 
 
 def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):

@@ -98,7 +98,7 @@ def try_all(strategy, write, use, names, examples):
     """`use` of what `write` has written gives an answer, or an InputError of one line with one of `names` in it."""
     refused, codes = [], []
 
-    @settings(max_examples=examples, deadline=20_000, suppress_health_check=list(HealthCheck), derandomize=True)
+    @settings(max_examples=examples, deadline=60_000, suppress_health_check=list(HealthCheck), derandomize=True)
     @given(strategy)
     def one(value):
         write(value)
@@ -204,6 +204,13 @@ def test_other_kinds_of_tensors_are_no_weights(checkpoint, tmp_path, kind):
     net = checkpoint["net"]
     torch.save(checkpoint | {"net": net | {"classifier.weight": kind(torch.zeros(4, 512))}}, tmp_path / "c.t")
     with pytest.raises(InputError, match=r"c\.t: 'classifier.weight' holds torch.* values; save it as a dense float32"):
+        use_checkpoint(tmp_path / "c.t", tmp_path)
+
+
+def test_a_tensor_that_is_larger_than_its_file_is_no_weight(checkpoint, tmp_path):
+    large = torch.zeros(1, 512).expand(10**8, -1)
+    torch.save(checkpoint | {"net": checkpoint["net"] | {"classifier.weight": large}}, tmp_path / "c.t")
+    with pytest.raises(InputError, match=r"c\.t: 'classifier.weight' repeats its values; save it as a dense float32"):
         use_checkpoint(tmp_path / "c.t", tmp_path)
 
 

@@ -94,6 +94,7 @@ def test_colour_does_not_reach_the_features():
     assert method_name(net.options) == "gfm2"
 
 
+@pytest.mark.slow
 def test_training_testing_and_export(tiny_tree, tmp_path):
     flags = tiny_flags(tiny_tree, tmp_path, "--method", "gfm2", "--epochs", "1", "--warmup", "0")
     checks.run_is_tested_and_exported(train_ext_test0.main(flags), tiny_tree, TINY, (), tmp_path)

@@ -62,7 +62,7 @@ def test_too_few_people_are_told_before_the_training(tmp_path, monkeypatch):
         start(folder, tmp_path / "w.pt", 12, 1)
 
 
-@pytest.mark.parametrize("triplet", [34.5, 12])
+@pytest.mark.parametrize("triplet", [34.5, pytest.param(12, marks=pytest.mark.slow)])
 def test_a_training_begins_with_the_triplet_that_was_asked_for(triplet, others, tmp_path):
     assert start(others, tmp_path / "start.pt", triplet, steps=2) == pytest.approx(triplet, abs=0.01)
     flags = ["--data_path", str(others), "--gpu", "cpu", "--arch", "resnet18", "--weights", str(tmp_path / "start.pt")]

@@ -67,7 +67,9 @@ def test_trajectory_golden(data):
     checks.trains_as_published(net, criterion, steps, terms, **golden, rates=METHODS["rle"].rates)
 
 
-@pytest.mark.parametrize("dataset", ["sysu", "regdb", "llcm"])
+@pytest.mark.parametrize(
+    "dataset", ["sysu", *(pytest.param(name, marks=pytest.mark.slow) for name in ("regdb", "llcm"))]
+)
 def test_views_are_distributed_as_the_published_ones(dataset):
     """Padded by 1: the published code makes images NaN that have a rectangle of black, such as the padding's."""
     moments = 2 * [f"{'sysu' if dataset == 'sysu' else 'regdb'}"]
@@ -168,6 +170,7 @@ def test_defaults_are_the_published_recipe():
 # ---- through the programs
 
 
+@pytest.mark.slow
 def test_training_testing_and_export(tiny_tree, tmp_path):
     flags = tiny_flags(tiny_tree, tmp_path, "--method", "rle", "--epochs", "1")
     result = train_ext_test0.main(flags)
@@ -176,16 +179,27 @@ def test_training_testing_and_export(tiny_tree, tmp_path):
     assert file.net.thirds.classifiers is None
 
 
-def test_a_published_checkpoint_loads_and_is_tested(sysu_tree, tmp_path):
+@pytest.fixture
+def published_file(tmp_path):
+    """A small network's checkpoint as the published code writes it -> (path, the network)."""
     net, path = tiny(), tmp_path / "sysu_RLE_best.t"
     state = checks.write_published(net, UNUSED, path, thirds=True)
     assert {name.split(".")[0] for name in state} == {
         "visible_module", "thermal_module", "base_resnet", "middle_module",
         *(f"{part}{end}" for part in ("bottleneck", "classifier") for end in "123g")
     }  # fmt: skip
+    return path, net
+
+
+def test_a_published_checkpoint_loads(published_file):
+    path, net = published_file
     needed = ["bottleneckg.bias", "classifier2.weight", "bottleneck2.running_mean"]
     checks.published_file_loads(path, net, (384, 192), "rle, resnet18, 384x192, epoch 7", needed)
-    checks.published_file_is_tested_and_exported(path, sysu_tree, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_published_checkpoint_through_the_programs(published_file, sysu_tree, tmp_path):
+    checks.published_file_is_tested_and_exported(published_file[0], sysu_tree, tmp_path)
 
 
 def test_what_does_not_make_a_feature_is_not_exported():

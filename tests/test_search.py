@@ -593,7 +593,7 @@ def _search_until(argv, statement, environment):
     search.main(argv)
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_killed_index_goes_on_and_ends_as_an_unbroken_one(folder, checkpoint, pictures, address, tmp_path, kills):
     flags = ["--resume", checkpoint, "--modality", "visible", "--batch", "2"]
     argv = ["index", str(folder), "--index", address, *CPU, *map(str, flags)]

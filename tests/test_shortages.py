@@ -111,7 +111,7 @@ class Unsent:
 @needs_fork
 @pytest.mark.parametrize("act", [Unsent, lambda: os.kill(os.getpid(), signal.SIGKILL)], ids=["unsent", "killed"])
 def test_a_loading_process_that_cannot_go_on_is_no_wait_for_ever(act, capfd):
-    loader = torch.utils.data.DataLoader(Batches(act), batch_size=None, timeout=30, **data_loader.worker_options(1))
+    loader = torch.utils.data.DataLoader(Batches(act), batch_size=None, timeout=3, **data_loader.worker_options(1))
     assert exit_status(script(lambda: next(iter(loader)), "--workers"), []) == 2
     line = capfd.readouterr().err
     assert line.count("\n") == 1

@@ -87,6 +87,7 @@ def test_means_over_searches():
     assert verification.mean_rates(several) == {"same": 3, "true_positives": [0.25, 1.0]}
 
 
+@pytest.mark.slow
 def test_from_a_test_to_a_search(sysu_tree, tmp_path, capsys):
     checkpoint, file, page = save_network(tmp_path / "net.t", 0, "sysu"), tmp_path / "c.json", tmp_path / "page"
     results = tmp_path / "r.json"

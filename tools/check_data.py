@@ -57,6 +57,8 @@ def main(argv=None):
     if args.dataset == "sysu":
         checks += [("ids", partial(check_ids, path)), ("folders", partial(check_folders, path))]
         checks += [("prepared arrays", partial(check_arrays, path, listed))]
+    if args.dataset in ("regdb", "llcm"):
+        checks.append(("people", partial(check_people, listed)))
     checks += [("images", partial(check_images, listed, args.workers)), ("device", partial(check_gpu, args.gpu))]
     checks += [("disk", partial(check_disk, args.model_path)), ("weights", partial(check_weights, args.arch))]
     for name, check in checks:
@@ -167,9 +169,9 @@ def check_lists(listed):
     return f"note: {'; '.join(notes)}" if notes else "no image is there twice, or for training and for the test"
 
 
-def check_images(listed, workers):
-    """All can be read; no two people have the same one, nor have training and test."""
-    people = defaultdict(dict)  # image -> {(trial, part): id}: each list numbers its own people
+def people_of(listed):
+    """{image: {(trial, "training" or "test"): id}}: each list numbers its own people."""
+    people = defaultdict(dict)
     for trial, (training, test) in listed.items():
         for paths, ids in training.values():
             for image, identity in zip(paths, ids.tolist(), strict=True):
@@ -179,6 +181,26 @@ def check_images(listed, workers):
             for rows, identity in zip(images.rows.tolist(), images.ids.tolist(), strict=True):
                 for row in np.ravel(rows):
                     people[paths[images.modality][row]][trial, "test"] = identity
+    return people
+
+
+def check_people(listed):
+    """Where a person has a folder of one name in each modality, the lists pair these folders, and no others."""
+    folders = {}
+    for image, places in sorted(people_of(listed).items()):
+        for place, identity in places.items():
+            name = Path(image).parent.name
+            for known, value in (((*place, identity), name), ((*place, f"folder {name}"), identity)):
+                if folders.setdefault(known, value) != value:
+                    trial, part, _ = known
+                    of = f"{identity} ({part if trial is None else f'{part}, trial {trial}'})"
+                    raise InputError(f"{image}: is of id {of}, unlike others of this id or folder; copy idx/ again")
+    return "the lists pair folders of one name"
+
+
+def check_images(listed, workers):
+    """All can be read; no two people have the same one, nor have training and test."""
+    people = people_of(listed)
     same, unreadable = defaultdict(list), []
     with map_processes(read_and_hash, sorted(people), workers) as done:
         for image, digest, error in progress(done, total=len(people), desc="images", unit="img"):

@@ -12,11 +12,12 @@ Lengths are in body heights, angles in radians, tones and noise in 0..1.
 """
 
 import colorsys
+import contextlib
 import io
 import json
 import math
 import operator
-import tempfile
+import shutil
 from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from scipy.io import loadmat, savemat
 
 import utils
-from core.files import check_output
+from core.files import check_output, temporary_name
 from data_manager import BUPT_CAMERAS, DEMO_FILE, VCM_FEWEST, load_permutations
 
 SPECTRA = {  # layout -> camera -> spectrum
@@ -779,12 +780,14 @@ def main(argv=None) -> dict:
         check_output(args.sheet)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        place = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=".unfinished")
+        beside = temporary_name(out)
+        beside.mkdir()
     except OSError as error:
         reason = f"{error.strerror}: {error.filename}"
         raise utils.InputError(f"--out {args.out}: {reason}; choose a folder that can be created") from error
-    with place as beside:
-        unfinished = Path(beside, out.name)  # takes its place when it is complete
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, beside, ignore_errors=True)
+        unfinished = beside / out.name  # takes its place when it is complete
         jobs = [(unfinished, layout, args.seed, people[folder.identity], folder) for folder in folders]
         with utils.map_processes(render_folder, jobs, args.workers) as done:
             images = sum(utils.progress(done, total=len(jobs), unit="folder"))
