@@ -39,5 +39,5 @@ def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", record_replace)
     with atomic(tmp_path / "last.t") as temporary:
         temporary.write_bytes(b"new")
-    assert events == [("fsync", str(temporary)), ("replace", str(temporary))]
+    assert events == [("fsync", str(temporary)), ("replace", temporary)]
     assert (tmp_path / "last.t").read_bytes() == b"new"

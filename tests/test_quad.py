@@ -191,6 +191,7 @@ def test_defaults_are_the_published_recipe():
 # ---- through the programs
 
 
+@pytest.mark.slow
 def test_training_testing_and_export(tiny_tree, tmp_path):
     result = train_ext_test0.main(
         tiny_flags(tiny_tree, tmp_path, "--method", "quad", "--amp", "off", "--warmup", "0", "--epochs", "1")

@@ -89,6 +89,7 @@ def test_ten_trials_in_one_table(regdb_tree, tmp_path):
         search_regdb(regdb_tree, networks)
 
 
+@pytest.mark.slow
 def test_a_network_of_another_data_set_is_tested_on_all_trials(regdb_tree, tmp_path, capsys):
     """As one without a data set is on each, and the table says what it was trained on."""
     own, foreign = (save_network(tmp_path / f"{name}.t", 0, dataset=name) for name in (None, "sysu"))

@@ -67,9 +67,8 @@ def test_trajectory_golden(data):
     checks.trains_as_published(net, criterion, steps, terms, **golden, rates=METHODS["rle"].rates)
 
 
-@pytest.mark.parametrize(
-    "dataset", ["sysu", *(pytest.param(name, marks=pytest.mark.slow) for name in ("regdb", "llcm"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset", ["sysu", "regdb", "llcm"])
 def test_views_are_distributed_as_the_published_ones(dataset):
     """Padded by 1: the published code makes images NaN that have a rectangle of black, such as the padding's."""
     moments = 2 * [f"{'sysu' if dataset == 'sysu' else 'regdb'}"]

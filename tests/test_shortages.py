@@ -159,6 +159,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_processes_end_when_the_main_one_is_killed(tmp_path):
     (tmp_path / "work.py").write_text(WORK)
     environment = os.environ | {"PYTHONPATH": str(Path(utils.__file__).parent)}

@@ -362,8 +362,8 @@ def test_bad_input_of_the_commands(sysu_tree, checkpoint, results, logs, tmp_pat
 @pytest.mark.parametrize(
     ("command", "dataset"),
     [
-        ("ranking", "regdb"),
-        ("ranking", "llcm"),
+        pytest.param("ranking", "regdb", marks=pytest.mark.slow),
+        pytest.param("ranking", "llcm", marks=pytest.mark.slow),
         ("heatmap", "regdb"),
         ("tsne", "llcm"),
         ("distances", "regdb"),
