@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 
+import data_loader
 import published_state
 import testa
 from ChannelAug import TrainAugmentation
@@ -180,3 +181,15 @@ def stored(address):
     assert len({image["path"] for image in found}) == len(found)
     names = Entry._fields
     return {image["path"]: (Entry(*(image[name] for name in names)), vectors[image["id"]].tolist()) for image in found}
+
+
+def embedded_images(monkeypatch):
+    """A list that gets the file names of all images that are decoded from now on (without loading processes)."""
+    seen, read = [], data_loader.ImageFiles.__getitem__
+
+    def counted(self, index):
+        seen.append(Path(self.paths[index]).name)
+        return read(self, index)
+
+    monkeypatch.setattr(data_loader.ImageFiles, "__getitem__", counted)
+    return seen

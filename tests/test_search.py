@@ -24,9 +24,8 @@ import pytest
 import torch
 from PIL import Image
 
-import data_loader
 import utils
-from checks import stored
+from checks import embedded_images, stored
 from conftest import SIZE, save_network
 from core.images import read_image
 from testing.re_rank import k_reciprocal
@@ -116,18 +115,6 @@ def check_found(results, expected, top=None):
         for image, (_, similarity) in zip(result["found"], ranked[:top], strict=True):
             assert image["similarity"] == pytest.approx(similarity, abs=2e-6)
             assert image["similarity"] == pytest.approx(scores[image["path"]], abs=2e-6)
-
-
-def embedded_images(monkeypatch):
-    """A list that gets the file names of all images that are decoded from now on (without loading processes)."""
-    seen, read = [], data_loader.ImageFiles.__getitem__
-
-    def counted(self, index):
-        seen.append(Path(self.paths[index]).name)
-        return read(self, index)
-
-    monkeypatch.setattr(data_loader.ImageFiles, "__getitem__", counted)
-    return seen
 
 
 def test_a_query_finds_what_a_plain_loop_finds(folder, checkpoint, pictures, tmp_path, capsys):

@@ -19,9 +19,8 @@ import numpy as np
 import pytest
 import torch
 
-import data_loader
 import utils
-from checks import stored
+from checks import embedded_images, stored
 from conftest import SIZE
 from core.checkpoint import save_checkpoint
 from model import GFMNet
@@ -72,18 +71,6 @@ def site(checkpoint, tmp_path):
         yield SimpleNamespace(folder=folder, uri=uri, flags=flags, watch=watch)
 
 
-def decoded(monkeypatch):
-    """A list that gets the names of all images that are decoded from now on."""
-    seen, read = [], data_loader.ImageFiles.__getitem__
-
-    def counted(self, index):
-        seen.append(Path(self.paths[index]).name)
-        return read(self, index)
-
-    monkeypatch.setattr(data_loader.ImageFiles, "__getitem__", counted)
-    return seen
-
-
 def test_each_look_sees_what_has_changed_and_costs_nothing_else(site, checkpoint, pictures, monkeypatch, capsys):
     crops = site.watch("--pattern", "cam{camera}/{track}/{n}.jpg")
     crops.look()
@@ -93,7 +80,7 @@ def test_each_look_sees_what_has_changed_and_costs_nothing_else(site, checkpoint
     for number in range(3):
         shutil.copy(pictures[number], place / f"{number}.jpg")
     shutil.copy(pictures[3], site.folder / "stray.jpg")
-    seen = decoded(monkeypatch)
+    seen = embedded_images(monkeypatch)
     crops.look()
     assert sorted(seen) == ["0.jpg", "1.jpg", "2.jpg", "stray.jpg"]
     assert capsys.readouterr().err.splitlines() == [
@@ -157,7 +144,7 @@ def test_a_crop_that_is_still_written_is_tried_again_and_a_damaged_one_listed_on
     (line,) = capsys.readouterr().err.splitlines()
     assert re.match(rf"{damaged}: cannot be read as an image \(", line)
     written.write_bytes(content)
-    seen = decoded(monkeypatch)
+    seen = embedded_images(monkeypatch)
     for now in (14.0, 30.0, 60.0):  # noqa: B007 (read above)
         crops.look()
     assert seen == ["written.jpg"]
@@ -179,7 +166,7 @@ def test_a_table_of_labels_that_grows_is_read_again(site, pictures, tmp_path, mo
         shutil.copy(source, site.folder / f"{name}.jpg")
     crops = site.watch("--csv", table)
     crops.look()
-    seen = decoded(monkeypatch)
+    seen = embedded_images(monkeypatch)
     table.write_text(table.read_text() + "b.jpg,5,4,2026-1")
     crops.look()
     crops.look()
