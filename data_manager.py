@@ -370,6 +370,8 @@ def read_list(data_path, name):
 def _below(data_path, root, file, place):
     """The path of a listed file. root: the real path of the folder; place: of the list. A file that leads out of the
     folder, also through links, is an InputError."""
+    if not file.isprintable():
+        raise InputError(f"{place}: {file!r:.200} has a control character; correct it")
     outside = Path(file).is_absolute() or ".." in Path(file).parts
     if outside or not os.path.realpath(Path(data_path) / file).startswith(root + os.sep):
         raise InputError(f"{place}: {file} is outside {data_path}; move it there")
@@ -390,7 +392,7 @@ def _read(data_path, path):
     """The text of one of the data set's lists."""
     check_data_folder(data_path)
     try:
-        return regular(path).read_text(encoding="utf-8-sig")
+        return regular(path, text=True).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"{path}: cannot be read ({type(error).__name__}); put the data set's list of ids or images there"

@@ -66,6 +66,12 @@ class DataSet:
         """Those of the flags that are options of this data set."""
         return {flag: value for flag, value in flags.items() if flag in self.options}
 
+    def check_no_list(self, output, data_path):
+        """Raise InputError if a file to be written is one of the data set's lists."""
+        for top, pattern in itertools.product(self.folders(data_path or self.path), self.lists):
+            if os.path.realpath(output) in map(os.path.realpath, Path(top).glob(pattern)):
+                raise InputError(f"{output}: is a list of the data set; choose another file")
+
     def folders(self, data_path):
         """The folders that have the lists: the data set's own, or in it those of the parts."""
         return [os.path.join(data_path, Path(DATASETS[part].path).name) for part in self.parts] or [data_path]

@@ -175,9 +175,10 @@ def _stop(number, _):
 
 
 def _one_line_exit(program, message):
-    # An error from a loading process arrives with that process's traceback around it: its last line is the error.
-    line = str(message).strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.InputError: ")
-    print(f"{program}: error: {line}", file=sys.stderr)
+    text = str(message).strip()
+    if "\nOriginal Traceback (most recent call last):\n" in text:  # of a loading process: its last line is the error
+        text = text.splitlines()[-1].removeprefix(f"{InputError.__module__}.InputError: ")
+    print(f"{program}: error: {one_line(text)}", file=sys.stderr)
     return 2
 
 

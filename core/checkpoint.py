@@ -1,6 +1,7 @@
 """Checkpoint files: their fields, written whole, read without executing anything."""
 
 import re
+import warnings
 import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -149,7 +150,7 @@ def load_weights(path):
                     raise ValueError("holds more than its size")
                 if damaged := archive.testzip():  # torch.load does not look at the checksums
                     raise ValueError(f"{damaged} has changed")
-        with torch.serialization.safe_globals(_NUMPY_PICKLES):
+        with torch.serialization.safe_globals(_NUMPY_PICKLES), warnings.catch_warnings(action="ignore"):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the reader raises anything when a file is damaged
         raise InputError(

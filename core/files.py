@@ -15,6 +15,8 @@ from pathlib import Path
 
 from utils import InputError
 
+LARGEST_TEXT = 2**29  # bytes; BUPTCampus's list of its 1.9 million frames may have a fifth of it
+
 
 @contextlib.contextmanager
 def atomic(path):
@@ -113,10 +115,15 @@ def file_sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def regular(path):
-    """`path`, for a reader. OSError if it is a pipe, socket or device: a pipe is waited for until somebody writes."""
+def regular(path, text=False):
+    """`path`, for a reader. OSError if it is a pipe, socket or device: a pipe is waited for until somebody writes.
+
+    text: it is read whole, so a larger file than any list is an InputError.
+    """
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         raise OSError("is no regular file")
+    if text and os.path.isfile(path) and os.path.getsize(path) > LARGEST_TEXT:
+        raise InputError(f"{path}: has more than {LARGEST_TEXT >> 20} MiB, which no list has; pass another")
     return path
 
 

@@ -42,8 +42,10 @@ def checked(value, kind, place, remedy):
 def read_json(path, kind, remedy):
     """The content of a JSON file, as `checked` gives it. Raises InputError for any other file, and for none."""
     try:
-        value = json.loads(Path(regular(path)).read_text(encoding="utf-8"))
+        value = json.loads(Path(regular(path, text=True)).read_text(encoding="utf-8"))
         json.dumps(value, ensure_ascii=False).encode()  # text that cannot be written anywhere is a ValueError
+    except InputError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({type(error).__name__}); {remedy}") from error
     return checked(value, kind, path, remedy)

@@ -10,7 +10,7 @@ import numpy as np
 from msgspec import Meta
 
 from core.files import file_sha256
-from core.formats import Number, Text, read_json
+from core.formats import Text, read_json
 from datasets import search_title
 from testing.results import pair_distances
 from utils import InputError
@@ -76,7 +76,7 @@ class Calibration(TypedDict):
     data: Text
     setting: Text
     false_positives: Annotated[list[Rate], Meta(min_length=1, max_length=1000)]
-    similarity: Annotated[list[Number], Meta(min_length=1, max_length=1000)]
+    similarity: Annotated[list[Annotated[float, Meta(ge=-1.001, le=1.001)]], Meta(min_length=1, max_length=1000)]
 
 
 def calibration(path, data, setting, feature, rates):
@@ -91,8 +91,11 @@ def least_similarity(file, share, sha256, feature):
     content = read_json(file, Calibration, "make it with testa.py --calibrate")
     if (content["sha256"], content["feature"]) != (sha256, feature):
         raise InputError(f"{file}: is of another checkpoint or feature, {content['checkpoint']}; calibrate this one")
-    pairs = zip(content["false_positives"], content["similarity"], strict=False)
-    values = [similarity for rate, similarity in pairs if rate <= share * (1 + 1e-9)]
+    rates, similarities = content["false_positives"], content["similarity"]
+    if len(rates) != len(similarities) or rates != sorted(rates) or similarities != sorted(similarities, reverse=True):
+        problem = "its similarities do not fall as its false positives rise"
+        raise InputError(f"{file}: {problem}; make it with testa.py --calibrate")
+    values = [similarity for rate, similarity in zip(rates, similarities, strict=True) if rate <= share * (1 + 1e-9)]
     if not values:
-        raise InputError(f"--false_positives {share}: {file} begins at {min(content['false_positives']):g}; pass more")
-    return min(values)
+        raise InputError(f"--false_positives {share}: {file} begins at {rates[0]:g}; pass more")
+    return values[-1]

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import pre_process_sysu
+import testa
 import train_ext_test0
 from conftest import SIZE, exit_status, parse
 from data_manager import DEMO_FILE, list_folders, read_splits
@@ -294,3 +295,48 @@ def test_lists_that_pair_strangers(dataset, name, place, request, tmp_path):
     assert state == "WRONG"
     assert f" ({place}), unlike others of this id or folder" in text
     assert re.search(rf" id ({first}|{second}) ", text)
+
+
+def test_tracks_of_other_people(vcm_tree, buptcampus_tree, tmp_path):
+    """VCM: the lines of one track name another person. BUPTCampus: a track has the frames of another person."""
+    vcm, bupt = (shutil.copytree(tree, tmp_path / tree.name) for tree in (vcm_tree, buptcampus_tree))
+    for tree in (vcm, bupt):
+        assert check(tree, tree.name)[0]["people"] == ("ok", "the lists pair folders of one name")
+    file = vcm / "info" / "track_test_info.txt"
+    rows = [line.split() for line in file.read_text().splitlines()]
+    other = next(person for *_, person, _ in rows if person != rows[0][3])
+    rows[0][3] = other
+    file.write_text("".join(f"{' '.join(row)}\n" for row in rows))
+    file = bupt / "data_paths.json"
+    frames = json.loads(file.read_text())
+    person, modality, camera, track = next(
+        words for words in map(str.split, (bupt / "query.txt").read_text().splitlines()) if "/" not in words[1]
+    )
+    other = next(one for one in frames if one != person and modality in frames[one])
+    ((taken, *_), *_) = (list(tracks.values()) for tracks in frames[other][modality].values())
+    frames[person][modality][camera][track] = taken
+    file.write_text(json.dumps(frames))
+    for tree in (vcm, bupt):
+        state, text = check(tree, tree.name)[0]["people"]
+        assert state == "WRONG"
+        assert " (test), unlike others of this id or folder; copy the lists" in text
+
+
+def test_test_tracks_that_are_listed_twice(buptcampus_tree, tmp_path):
+    tree = shutil.copytree(buptcampus_tree, tmp_path / "own")
+    file = tree / "gallery.txt"
+    file.write_text(2 * (file.read_text().rstrip() + "\n"))
+    state, text = check(tree, "buptcampus")[0]["lists"]
+    assert (state, "is listed 2 times for one test; list it once" in text) == ("WRONG", True)
+
+
+def test_no_output_replaces_a_list(buptcampus_tree, tmp_path):
+    tree = shutil.copytree(buptcampus_tree, tmp_path / "own")
+    (tmp_path / "link").symlink_to(tree)
+    for name in ("query.txt", "data_paths.json"):
+        before = (tree / name).read_bytes()
+        flags = ["--dataset", "buptcampus", "--data_path", str(tree), "--gpu", "cpu"]
+        for main, more in ((check_data.main, []), (testa.main, ["--resume", "x.t"])):
+            with pytest.raises(InputError, match=f"{name}: is a list of the data set; choose another file"):
+                main([*flags, *more, "--json", str(tmp_path / "link" / name)])
+        assert (tree / name).read_bytes() == before

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from conftest import parse, result_row, train_data
 from core.checkpoint import load_checkpoint
-from core.formats import Flags, Numbers, checked
+from core.formats import Flags, Numbers, checked, read_json
 from data_loader import sysu_train
+from data_manager import read_list
 from drawing import figures
 from methods import Losses
 from model import GFMNet, load_network
@@ -29,6 +30,7 @@ from testing.results import read_results
 from tools import sweep
 from tools.search.address import open_index
 from tools.search.index import Entry, Filter, track_key
+from tools.search.labels import read_labels
 from training.optim import build_optimizer, load_moments
 from training.run import Run
 from utils import InputError
@@ -514,3 +516,18 @@ def test_rows_and_bytes_of_an_index(tmp_path, examples):
         with contextlib.suppress(InputError):
             use_index(path)
     assert try_all(with_wrong_bytes(good.read_bytes()), write, lambda: use_index(path), ["i.db"], examples)
+
+
+def test_a_text_that_no_memory_holds_is_not_read(tmp_path):
+    """A file with a hole: it takes no room on the disk."""
+    path = tmp_path / "large.json"
+    with path.open("w") as file:
+        file.truncate(2**40)
+    with pytest.raises(InputError, match="large.json: has more than 512 MiB, which no list has; pass another"):
+        read_json(path, dict, "r")
+    (tmp_path / "idx").mkdir()
+    path.rename(tmp_path / "idx" / "a.txt")
+    with pytest.raises(InputError, match="a.txt: has more than 512 MiB"):
+        read_list(tmp_path, "a")
+    with pytest.raises(InputError, match="a.txt: has more than 512 MiB"):
+        read_labels(None, str(tmp_path / "idx" / "a.txt"))

@@ -149,3 +149,23 @@ def test_records_of_a_sweep(tmp_path, monkeypatch):
         records.main([*flags, "--add", str(tmp_path / "s"), "--data", "x", "--hardware", "y", "--by", "z"])
     with pytest.raises(InputError, match="table.json: cannot be read"):
         records.main([*flags, "--add", str(tmp_path), "--data", "x", "--hardware", "y", "--by", "z"])
+
+
+def test_a_page_replaces_no_record_and_needs_records(tmp_path):
+    write(tmp_path / "r", a=FULL)
+    before = (tmp_path / "r" / "a.json").read_bytes()
+    with pytest.raises(InputError, match="a.json: is a record; choose another file"):
+        records.main(["--folder", str(tmp_path / "r"), "--page", str(tmp_path / "r" / ".." / "r" / "a.json")])
+    assert (tmp_path / "r" / "a.json").read_bytes() == before
+    (tmp_path / "page.md").write_text("old")
+    with pytest.raises(InputError, match="none: has no records; pass the folder that has them"):
+        records.main(["--folder", str(tmp_path / "none"), "--page", str(tmp_path / "page.md")])
+    assert (tmp_path / "page.md").read_text() == "old"
+
+
+def test_what_a_record_says_is_no_markup(tmp_path):
+    flags = write(tmp_path / "r", a=FULL | {"by": "<b>[me](javascript:1)</b>", "row": "a_b [x](y)"})
+    records.main(flags)
+    text = (tmp_path / "r" / "page.md").read_text()
+    assert r"&lt;b&gt;\[me\](javascript:1)&lt;/b&gt;" in text
+    assert r"[a\_b \[x\](y)](../records/a.json)" in text

@@ -148,6 +148,14 @@ def test_buptcampus_by_hand(tmp_path):
         there.check_matches()
 
 
+def test_a_frame_whose_name_no_file_has(tmp_path):
+    folder = bupt(tmp_path)
+    file = folder / "data_paths.json"
+    file.write_text(file.read_text().replace("21/d.jpg", "21/\\u0000.jpg"))
+    with pytest.raises(InputError, match=r"data_paths.json: 'DATA/21/\\x00.jpg' has a control character; correct it"):
+        DATASETS["buptcampus"].training(folder)
+
+
 @pytest.mark.parametrize("dataset", TREES)
 def test_training_arrays_are_the_listed_frames(dataset, tree):
     spec, size = DATASETS[dataset], (32, 16)

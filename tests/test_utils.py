@@ -87,6 +87,11 @@ def test_an_error_of_a_loading_process_is_its_one_line(capsys):
     assert capsys.readouterr().err == "script.py: error: a.jpg: no image; remove it\n"
 
 
+def test_a_line_break_in_a_name_cuts_nothing_off(capsys):
+    assert exit_status(Script(InputError("a\nb.jpg: no image; remove it")), []) == 2
+    assert capsys.readouterr().err == "script.py: error: a?b.jpg: no image; remove it\n"
+
+
 def test_other_errors_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         exit_status(Script(ZeroDivisionError()), [])

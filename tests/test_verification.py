@@ -137,3 +137,23 @@ def test_what_calibration_needs(tmp_path, capsys):
     for flags in (["--from_features", "f.npz"], ["--dataset", "regdb", "--resume", "x_{trial}.t"]):
         assert exit_status(testa, [*flags, "--gpu", "cpu", "--calibrate", tmp_path / "c.json"]) == 2
         assert "is of one checkpoint; pass one with --resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rates", "similarities", "words"),
+    [
+        ([0.01, 0.1, 1.0], [0.9, 0.7], "do not fall as its false positives rise"),
+        ([0.01, 0.1], [0.9, 0.7, 0.1], "do not fall as its false positives rise"),
+        ([0.01, 0.1], [0.7, 0.9], "do not fall as its false positives rise"),
+        ([0.1, 0.01], [0.9, 0.7], "do not fall as its false positives rise"),
+        ([0.01, 0.1], [5.0, 0.7], r"similarity\[0\]: expected float <= 1.001"),
+    ],
+)
+def test_a_calibration_that_contradicts_itself(rates, similarities, words, tmp_path):
+    about = dict.fromkeys(("checkpoint", "feature", "data", "setting", "sha256"), "x")
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps(about | {"false_positives": [0.01, 0.1, 1.0], "similarity": [0.9, 0.7, -1.0]}))
+    assert [verification.least_similarity(file, share, "x", "x") for share in (0.01, 0.5, 1)] == [0.9, 0.7, -1.0]
+    file.write_text(json.dumps(about | {"false_positives": rates, "similarity": similarities}))
+    with pytest.raises(InputError, match=words):
+        verification.least_similarity(file, 0.1, "x", "x")

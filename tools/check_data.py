@@ -30,6 +30,8 @@ from utils import ArgumentParser, InputError, bounded, cli, computes_bf16, cores
 SYSU_IDS = "d906b78d2b201ce9a950c3602992c9243dfe5f702c548ae58e03eae9da65e018"
 SYSU_PERMUTATIONS = "90402382dd587e05b615dcee35637fee9ad61e56e26ac86988a00a43997ac0a7"
 DISK = 5 * 2**30  # bytes that checkpoints and logs of a run may take
+# Which folder above an image names its person, where lists name them too: 0 for the nearest.
+PERSON_FOLDER = {"regdb": 0, "llcm": 0, "vcm": 2, "buptcampus": 2}
 SHOWN = 5  # findings of a kind
 
 
@@ -52,13 +54,14 @@ def main(argv=None):
     path, lines = args.data_path or DATASETS[args.dataset].path, []
     if args.json:
         check_output(args.json)
+        DATASETS[args.dataset].check_no_list(args.json, path)
     listed = read_lists(args.dataset, path)  # an InputError ends all: without lists there is nothing to check
     checks = [("lists", partial(check_lists, listed)), ("counts", partial(check_counts, args.dataset, path, listed))]
     if args.dataset == "sysu":
         checks += [("ids", partial(check_ids, path)), ("folders", partial(check_folders, path))]
         checks += [("prepared arrays", partial(check_arrays, path, listed))]
-    if args.dataset in ("regdb", "llcm"):
-        checks.append(("people", partial(check_people, listed)))
+    if args.dataset in PERSON_FOLDER:
+        checks.append(("people", partial(check_people, listed, PERSON_FOLDER[args.dataset])))
     checks += [("images", partial(check_images, listed, args.workers)), ("device", partial(check_gpu, args.gpu))]
     checks += [("disk", partial(check_disk, args.model_path)), ("weights", partial(check_weights, args.arch))]
     for name, check in checks:
@@ -159,6 +162,11 @@ def check_lists(listed):
     """No list of training images has one twice, or one of the test."""
     for training, test in listed.values():
         tested = {image for paths in test.paths.values() for image in paths}
+        for images in (images for search in test.searches for images in (search.query, search.gallery)):
+            rows, counts = np.unique(images.rows, axis=0, return_counts=True)
+            if counts[most := counts.argmax()] > 1:
+                image = test.paths[images.modality][np.ravel(rows[most])[0]]
+                raise InputError(f"{image}: is listed {counts[most]} times for one test; list it once")
         for paths, _ in training.values():
             image, count = Counter(paths).most_common(1)[0]
             if count > 1:
@@ -184,17 +192,17 @@ def people_of(listed):
     return people
 
 
-def check_people(listed):
-    """Where a person has a folder of one name in each modality, the lists pair these folders, and no others."""
+def check_people(listed, level):
+    """A person's folders have one name in both modalities, and the lists pair these, and no others."""
     folders = {}
     for image, places in sorted(people_of(listed).items()):
         for place, identity in places.items():
-            name = Path(image).parent.name
+            name = Path(image).parents[level].name
             for known, value in (((*place, identity), name), ((*place, f"folder {name}"), identity)):
                 if folders.setdefault(known, value) != value:
                     trial, part, _ = known
                     of = f"{identity} ({part if trial is None else f'{part}, trial {trial}'})"
-                    raise InputError(f"{image}: is of id {of}, unlike others of this id or folder; copy idx/ again")
+                    raise InputError(f"{image}: is of id {of}, unlike others of this id or folder; copy the lists")
     return "the lists pair folders of one name"
 
 

@@ -6,6 +6,7 @@
 `--add` makes a record of each row of a sweep (tools.sweep). A record that lacks something is refused.
 """
 
+import html
 import itertools
 import re
 import shlex
@@ -96,6 +97,10 @@ def main(argv=None):
             save_json(checked(record, Record, name, REMEDY), file)
             print(file)
     records = {file: read_json(file, Record, REMEDY) for file in sorted(args.folder.glob("*.json"))}
+    if not records:
+        raise InputError(f"{args.folder}: has no records; pass the folder that has them")
+    if args.page.resolve() in map(Path.resolve, records):
+        raise InputError(f"--page {args.page}: is a record; choose another file")
     text = page(dict(sorted(records.items(), key=lambda item: item[1]["date"], reverse=True)))
     if args.check:
         if not args.page.is_file() or args.page.read_text(encoding="utf-8") != text:
@@ -179,7 +184,7 @@ def page(records):
         for file, record in rows:
             first = next(iter(record["scores"].values()))
             cells = [score_text(first[metric]) if metric in first else "" for metric in METRICS]
-            what = f"[{record['row']}](../records/{file.name})"
+            what = f"[{inert(record['row'])}](../records/{file.name})"
             after = [
                 len(record["seeds"]),
                 f"{record['hours']:.2g}",
@@ -187,11 +192,16 @@ def page(records):
                 record["commit"][:7],
                 record["by"],
             ]
-            line = [record["date"], record["data"], what, *cells, *after]
-            lines.append("| " + " | ".join(one_line(str(cell)).replace("|", "\\|") for cell in line) + " |")
+            line = [inert(record["date"]), inert(record["data"]), what, *cells, *map(inert, after)]
+            lines.append(f"| {' | '.join(line)} |")
         protocols = sorted({next(iter(record["scores"])) for _, record in rows})
         lines += ["", "The numbers are those of " + "; ".join(protocols) + "."]
     return "\n".join(lines) + "\n"
+
+
+def inert(value):
+    """A value of a record as text of a table, without markup."""
+    return re.sub(r"([|\[\]*_`\\])", r"\\\1", html.escape(one_line(str(value)), quote=False))
 
 
 def score_text(score):

@@ -58,7 +58,7 @@ def get_args_parser():
     group.add_argument("--watch_for", metavar="DIR", help=text)
     group.add_argument("--watch_modality", choices=MODALITIES, help="modality of the images in DIR")
     remove = commands.add_parser("remove", help="take a folder out of an index")
-    remove.add_argument("folder", metavar="FOLDER", help="folder that was indexed, or one below it")
+    remove.add_argument("folder", metavar="FOLDER", help="all images in it, at any depth, are taken out")
     query = commands.add_parser("query", help="rank the images of an index by cosine similarity to others")
     text = "query images; a folder stands for all its images, which show one person"
     query.add_argument("images", nargs="+", metavar="IMAGE", help=text)

@@ -88,15 +88,20 @@ def _fields(parts, path):
 
 def _table_labels(file):
     try:
-        with open(regular(file), newline="", encoding="utf-8-sig") as lines:
+        with open(regular(file, text=True), newline="", encoding="utf-8-sig") as lines:
             first = lines.readline()
             separator = max(",;\t", key=first.count)  # spreadsheets write what the language of the machine asks for
             rows = csv.DictReader(itertools.chain([first], lines), delimiter=separator, skipinitialspace=True)
             columns = rows.fieldnames or ()
             if "path" not in columns or not {*NAMES} & {*columns}:
                 raise InputError(f"--csv {file}: its first line must name its columns: {COLUMNS}")
+            if twice := [name for name in columns if name and columns.count(name) > 1]:
+                raise InputError(f"--csv {file}: has two columns {twice[0]}; keep one")
             labels = {}
             for row in rows:
+                if any(row.get(None, ())):
+                    problem = "has more fields than columns"
+                    raise InputError(f"--csv {file}, line {rows.line_num}: {problem}; put quotes around it")
                 found = {name: row[name] for name in NAMES if row.get(name)}
                 if wrong := [name for name, value in found.items() if not value.isprintable()]:
                     problem = f"{wrong[0]} {found[wrong[0]]!r:.80} has a line break or another control character"
