@@ -159,7 +159,7 @@ def check_arrays(path, listed):
 
 
 def check_lists(listed):
-    """No list of training images has one twice, or one of the test."""
+    """No list has an image or track twice, and none of the training one of the test."""
     for training, test in listed.values():
         tested = {image for paths in test.paths.values() for image in paths}
         for images in (images for search in test.searches for images in (search.query, search.gallery)):
