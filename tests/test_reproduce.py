@@ -258,15 +258,17 @@ def test_a_method_whose_runs_fail_has_no_record_and_stops_no_other(regdb, tmp_pa
     regdb("--method", "base", "--seeds", "0")
 
 
-def test_flags_that_do_not_go_together(regdb):
+def test_flags_that_do_not_go_together(regdb, tmp_path):
     for flags, text in (
         (["--gpu", "cpu", "0"], "--gpu cpu 0: pass numbers of GPUs, or cpu alone"),
         (["--by", " "], "--by: is empty"),
         (["--", "--method=adp"], "-- --method: is set by this program"),
         (["--", "--trial", "2"], "-- --trial: is set by this program"),
+        (["--method", "adp", "base", "--", "--afam", "0"], "--afam 0: --method base has no such part"),
     ):
         with pytest.raises(InputError, match=text):
             regdb(*flags)
+    assert not (tmp_path / "runs").exists()  # not even of the first method
 
 
 def flags(tree, out, *more):

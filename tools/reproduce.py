@@ -87,21 +87,24 @@ def main(argv=None):
     spec, commit, found, failed = DATASETS[args.dataset], records.commit(), [], []
     args.data_path = args.data_path or spec.path
     check_output(args.out / "record.json")
+    common = [f"--dataset={args.dataset}", f"--data_path={args.data_path}", *more]
+    trainings = {method: parsed([f"--method={method}", *common]) for method in args.method}
     checks = [f"--dataset={args.dataset}", f"--data_path={args.data_path}", f"--gpu={args.gpu[0]}"]
     in_a_process(check_data.main, [*checks, f"--model_path={args.runs}"])
     for method in args.method:
-        flags = [f"--method={method}", f"--dataset={args.dataset}", f"--data_path={args.data_path}", *more]
+        flags = [f"--method={method}", *common]
         folder = args.runs / f"{args.dataset}_{method}"
         rows = {f"trial_{trial}": f"--trial {trial}" for trial in spec.options.get("trial", ())} or {method: ""}
         runs = {(row, seed): folder / row / f"seed_{seed}" for row in rows for seed in args.seeds}
         if left := len(missing(runs, "last")):
-            announce(args, method, prepare(flags), left)
+            prepare(trainings[method])
+            announce(args, method, trainings[method], left)
         device = ["--gpu=cpu"] if args.gpu == ["cpu"] else []
-        common = [f"--out={folder}", *chain(*(("--row", f"{row}: {own}") for row, own in rows.items()))]
-        common += ["--seeds", *map(str, args.seeds), *([] if device else ["--gpus", *args.gpu]), "--retry"]
+        runner = [f"--out={folder}", *chain(*(("--row", f"{row}: {own}") for row, own in rows.items()))]
+        runner += ["--seeds", *map(str, args.seeds), *([] if device else ["--gpus", *args.gpu]), "--retry"]
         for checkpoint in reversed(CHECKPOINTS):  # the tables that stay are those of the published way
             try:
-                table = sweep.main([*common, f"--checkpoint={checkpoint}", "--test", "--all", "--", *flags, *device])
+                table = sweep.main([*runner, f"--checkpoint={checkpoint}", "--test", "--all", "--", *flags, *device])
                 unfinished = missing(runs, checkpoint)
                 reasons = [f"{run['row']}, seed {run['seed']} failed: {run['line']}" for run in table["failed"]]
             except InputError as reason:  # none has finished, or other runs are there
@@ -149,17 +152,21 @@ def in_a_process(function, *arguments):
 # --------------------------------------------------------------------------------------------------------------- before
 
 
-def prepare(flags):
-    """Prepare SYSU-MM01's arrays unless they are there, in the size of these flags of training -> the flags, parsed."""
+def parsed(flags):
+    """Flags of training, parsed and checked."""
     args = train_ext_test0.get_args_parser().parse_args(flags)
     train_ext_test0.check_flags(args)
+    return args
+
+
+def prepare(args):
+    """Prepare SYSU-MM01's arrays unless they are there, in the size of these flags of training."""
     if args.dataset == "sysu":
         try:
             sysu_train(args.data_path, (args.img_h, args.img_w))
         except InputError as reason:
             print(f"preparing, as {reason}")
             pre_process_sysu.main([f"--data_path={args.data_path}", f"--img_h={args.img_h}", f"--img_w={args.img_w}"])
-    return args
 
 
 def announce(args, method, training, left):
