@@ -68,7 +68,7 @@ class DataSet:
 
     def check_no_list(self, output, data_path):
         """Raise InputError if a file to be written is one of the data set's lists."""
-        for top, pattern in itertools.product(self.folders(data_path or self.path), self.lists):
+        for top, pattern in itertools.product(self.folders(data_path or self.path), (*self.lists, "exp/*.mat")):
             if os.path.realpath(output) in map(os.path.realpath, Path(top).glob(pattern)):
                 raise InputError(f"{output}: is a list of the data set; choose another file")
 

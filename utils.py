@@ -176,8 +176,8 @@ def _stop(number, _):
 
 def _one_line_exit(program, message):
     text = str(message).strip()
-    if "\nOriginal Traceback (most recent call last):\n" in text:  # of a loading process: its last line is the error
-        text = text.splitlines()[-1].removeprefix(f"{InputError.__module__}.InputError: ")
+    if "\nOriginal Traceback (most recent call last):\n" in text:  # of a loading process: the error is at its end
+        *_, text = re.split(r"\n(?:\w+\.)*InputError: ", text) if "InputError: " in text else text.splitlines()
     print(f"{program}: error: {one_line(text)}", file=sys.stderr)
     return 2
 

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -37,14 +38,15 @@ def atomic(path):
 
 
 def temporary_name(path):
-    """A name beside `path`, until it is complete. What killed processes have left under such names is removed."""
+    """A name beside `path` for what will take its place. What killed processes left under such names is removed."""
     path = Path(path)
     # File systems allow 255 bytes; host, process and a random part come after the name.
     name = path.name if len(os.fsencode(path.name)) < 150 else hashlib.sha256(os.fsencode(path.name)).hexdigest()
     prefix = f".{name}.{socket.gethostname()}."
     for other in path.parent.glob(f"{glob.escape(prefix)}*"):
-        if not _is_alive(other.name.removeprefix(prefix).split(".")[0]):
-            shutil.rmtree(other) if other.is_dir() else other.unlink(missing_ok=True)
+        own = re.fullmatch(r"(\d+)\.[0-9a-f]{8}", other.name.removeprefix(prefix))  # not of a host with a longer name
+        if own and not _is_alive(own[1]):
+            shutil.rmtree(other, ignore_errors=True) if other.is_dir() else other.unlink(missing_ok=True)
     return path.parent / f"{prefix}{os.getpid()}.{secrets.token_hex(4)}"
 
 
@@ -123,7 +125,7 @@ def regular(path, text=False):
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         raise OSError("is no regular file")
     if text and os.path.isfile(path) and os.path.getsize(path) > LARGEST_TEXT:
-        raise InputError(f"{path}: has more than {LARGEST_TEXT >> 20} MiB, which no list has; pass another")
+        raise InputError(f"{path}: has more than {LARGEST_TEXT >> 20} MiB, the most that is read; pass another")
     return path
 
 

@@ -93,8 +93,7 @@ def least_similarity(file, share, sha256, feature):
         raise InputError(f"{file}: is of another checkpoint or feature, {content['checkpoint']}; calibrate this one")
     rates, similarities = content["false_positives"], content["similarity"]
     if len(rates) != len(similarities) or rates != sorted(rates) or similarities != sorted(similarities, reverse=True):
-        problem = "its similarities do not fall as its false positives rise"
-        raise InputError(f"{file}: {problem}; make it with testa.py --calibrate")
+        raise InputError(f"{file}: its rates and similarities do not fit; make it with testa.py --calibrate")
     values = [similarity for rate, similarity in zip(rates, similarities, strict=True) if rate <= share * (1 + 1e-9)]
     if not values:
         raise InputError(f"--false_positives {share}: {file} begins at {rates[0]:g}; pass more")

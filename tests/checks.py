@@ -22,7 +22,6 @@ from testing import evaluation
 from tools import export
 from tools.benchmarks.plain import plain_features
 from tools.search.address import open_index
-from tools.search.index import Entry
 from training.optim import build_optimizer
 from utils import InputError
 
@@ -178,9 +177,9 @@ def stored(address):
         version = index.versions()[0]
         (found,) = index.search(version["version"], np.ones((1, version["dim"]), np.float32), 10**4)
         vectors = index.vectors([image["id"] for image in found])
+        entries = index.entries(version["version"])
     assert len({image["path"] for image in found}) == len(found)
-    names = Entry._fields
-    return {image["path"]: (Entry(*(image[name] for name in names)), vectors[image["id"]].tolist()) for image in found}
+    return {image["path"]: (entries[image["path"]], vectors[image["id"]].tolist()) for image in found}
 
 
 def embedded_images(monkeypatch):

@@ -330,6 +330,30 @@ def test_test_tracks_that_are_listed_twice(buptcampus_tree, tmp_path):
     assert (state, "is listed 2 times for one test; list it once" in text) == ("WRONG", True)
 
 
+@pytest.mark.parametrize(
+    ("copy", "words"),
+    [("train_{}_1", "is listed 2 times for training"), ("test_{}_1", "is listed for the test in both modalities")],
+)
+def test_a_list_of_one_modality_in_the_place_of_the_other(copy, words, regdb_tree, tmp_path):
+    tree = shutil.copytree(regdb_tree, tmp_path / "own")
+    shutil.copy(tree / "idx" / f"{copy.format('visible')}.txt", tree / "idx" / f"{copy.format('thermal')}.txt")
+    state, text = check(tree, "regdb")[0]["lists"]
+    assert (state, words in text) == ("WRONG", True)
+
+
+def test_an_image_under_two_ids(regdb_tree, tmp_path):
+    """An infrared image stands in the visible list, too, as another person's."""
+    tree = shutil.copytree(regdb_tree, tmp_path / "own")
+    visible, infrared = (tree / "idx" / f"test_{kind}_1.txt" for kind in ("visible", "thermal"))
+    image, label = infrared.read_text().splitlines()[0].rsplit(" ", 1)
+    lines = visible.read_text().splitlines()
+    other = next(line.rsplit(" ", 1)[1] for line in lines if line.rsplit(" ", 1)[1] != label)
+    for order in ([f"{image} {other}", *lines], [*lines, f"{image} {other}"]):
+        visible.write_text("\n".join(order))
+        found = check(tree, "regdb")[0]
+        assert [found[name][0] for name in ("lists", "people")] == ["WRONG", "WRONG"]
+
+
 def test_no_output_replaces_a_list(buptcampus_tree, tmp_path):
     tree = shutil.copytree(buptcampus_tree, tmp_path / "own")
     (tmp_path / "link").symlink_to(tree)

@@ -77,14 +77,14 @@ class BadImage(torch.utils.data.Dataset):
         return 1
 
     def __getitem__(self, _):
-        raise InputError("a.jpg: no image; remove it")
+        raise InputError("a\nb.jpg: no image; remove it")
 
 
 def test_an_error_of_a_loading_process_is_its_one_line(capsys):
     with pytest.raises(InputError) as caught:
         next(iter(torch.utils.data.DataLoader(BadImage(), num_workers=1)))
     assert exit_status(Script(caught.value), []) == 2
-    assert capsys.readouterr().err == "script.py: error: a.jpg: no image; remove it\n"
+    assert capsys.readouterr().err == "script.py: error: a?b.jpg: no image; remove it\n"
 
 
 def test_a_line_break_in_a_name_cuts_nothing_off(capsys):

@@ -142,10 +142,10 @@ def test_what_calibration_needs(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("rates", "similarities", "words"),
     [
-        ([0.01, 0.1, 1.0], [0.9, 0.7], "do not fall as its false positives rise"),
-        ([0.01, 0.1], [0.9, 0.7, 0.1], "do not fall as its false positives rise"),
-        ([0.01, 0.1], [0.7, 0.9], "do not fall as its false positives rise"),
-        ([0.1, 0.01], [0.9, 0.7], "do not fall as its false positives rise"),
+        ([0.01, 0.1, 1.0], [0.9, 0.7], "its rates and similarities do not fit"),
+        ([0.01, 0.1], [0.9, 0.7, 0.1], "its rates and similarities do not fit"),
+        ([0.01, 0.1], [0.7, 0.9], "its rates and similarities do not fit"),
+        ([0.1, 0.01], [0.9, 0.7], "its rates and similarities do not fit"),
         ([0.01, 0.1], [5.0, 0.7], r"similarity\[0\]: expected float <= 1.001"),
     ],
 )

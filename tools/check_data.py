@@ -6,6 +6,7 @@ One line for each check: "ok", "note", or "WRONG" with what to do. It reads ever
 """
 
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -167,28 +168,30 @@ def check_lists(listed):
             if counts[most := counts.argmax()] > 1:
                 image = test.paths[images.modality][np.ravel(rows[most])[0]]
                 raise InputError(f"{image}: is listed {counts[most]} times for one test; list it once")
-        for paths, _ in training.values():
-            image, count = Counter(paths).most_common(1)[0]
-            if count > 1:
-                raise InputError(f"{image}: is listed {count} times for training; list it once")
-            if both := tested.intersection(paths):
-                raise InputError(f"{min(both)}: is listed for training and for the test; take it out of one")
+        if both := set.intersection(*map(set, test.paths.values())):
+            raise InputError(f"{min(both)}: is listed for the test in both modalities; take it out of one")
+        trained = Counter(itertools.chain(*(paths for paths, _ in training.values())))
+        image, count = trained.most_common(1)[0]
+        if count > 1:
+            raise InputError(f"{image}: is listed {count} times for training; list it once")
+        if both := tested & trained.keys():
+            raise InputError(f"{min(both)}: is listed for training and for the test; take it out of one")
     notes = dict.fromkeys(note.partition(": ")[2] for _, test in listed.values() for note in test.notes)
     return f"note: {'; '.join(notes)}" if notes else "no image is there twice, or for training and for the test"
 
 
 def people_of(listed):
-    """{image: {(trial, "training" or "test"): id}}: each list numbers its own people."""
-    people = defaultdict(dict)
+    """{image: {(trial, "training" or "test"): ids}}: each list numbers its own people."""
+    people = defaultdict(lambda: defaultdict(set))
     for trial, (training, test) in listed.items():
         for paths, ids in training.values():
             for image, identity in zip(paths, ids.tolist(), strict=True):
-                people[image][trial, "training"] = identity
+                people[image][trial, "training"].add(identity)
         paths = test.paths
         for images in (images for search in test.searches for images in (search.query, search.gallery)):
             for rows, identity in zip(images.rows.tolist(), images.ids.tolist(), strict=True):
                 for row in np.ravel(rows):
-                    people[paths[images.modality][row]][trial, "test"] = identity
+                    people[paths[images.modality][row]][trial, "test"].add(identity)
     return people
 
 
@@ -196,8 +199,8 @@ def check_people(listed, level):
     """A person's folders have one name in both modalities, and the lists pair these, and no others."""
     folders = {}
     for image, places in sorted(people_of(listed).items()):
-        for place, identity in places.items():
-            name = Path(image).parents[level].name
+        name = Path(image).parents[level].name
+        for place, identity in ((place, identity) for place, ids in places.items() for identity in sorted(ids)):
             for known, value in (((*place, identity), name), ((*place, f"folder {name}"), identity)):
                 if folders.setdefault(known, value) != value:
                     trial, part, _ = known
@@ -219,8 +222,8 @@ def check_images(listed, workers):
     double, found = [images for images in same.values() if len(images) > 1], defaultdict(list)
     for images in double:
         ids = defaultdict(set)
-        for place, identity in (item for image in images for item in people[image].items()):
-            ids[place].add(identity)
+        for place, some in (item for image in images for item in people[image].items()):
+            ids[place] |= some
         if any(len(several) > 1 for several in ids.values()):
             found["two people"].append(images)
         elif any((trial, "training") in ids and (trial, "test") in ids for trial in listed):

@@ -11,6 +11,7 @@ import itertools
 import re
 import shlex
 import subprocess
+import urllib.parse
 from datetime import date
 from pathlib import Path
 from typing import Annotated, NotRequired, TypedDict
@@ -184,7 +185,7 @@ def page(records):
         for file, record in rows:
             first = next(iter(record["scores"].values()))
             cells = [score_text(first[metric]) if metric in first else "" for metric in METRICS]
-            what = f"[{inert(record['row'])}](../records/{file.name})"
+            what = f"[{inert(record['row'])}](../records/{urllib.parse.quote(file.name)})"
             after = [
                 len(record["seeds"]),
                 f"{record['hours']:.2g}",
@@ -195,13 +196,13 @@ def page(records):
             line = [inert(record["date"]), inert(record["data"]), what, *cells, *map(inert, after)]
             lines.append(f"| {' | '.join(line)} |")
         protocols = sorted({next(iter(record["scores"])) for _, record in rows})
-        lines += ["", "The numbers are those of " + "; ".join(protocols) + "."]
+        lines += ["", "The numbers are those of " + "; ".join(map(inert, protocols)) + "."]
     return "\n".join(lines) + "\n"
 
 
 def inert(value):
     """A value of a record as text of a table, without markup."""
-    return re.sub(r"([|\[\]*_`\\])", r"\\\1", html.escape(one_line(str(value)), quote=False))
+    return re.sub(r"([|\[\]*_~`\\])", r"\\\1", html.escape(one_line(str(value)), quote=False))
 
 
 def score_text(score):

@@ -88,14 +88,14 @@ def _fields(parts, path):
 
 def _table_labels(file):
     try:
-        with open(regular(file, text=True), newline="", encoding="utf-8-sig") as lines:
+        with open(regular(file), newline="", encoding="utf-8-sig") as lines:
             first = lines.readline()
             separator = max(",;\t", key=first.count)  # spreadsheets write what the language of the machine asks for
             rows = csv.DictReader(itertools.chain([first], lines), delimiter=separator, skipinitialspace=True)
             columns = rows.fieldnames or ()
             if "path" not in columns or not {*NAMES} & {*columns}:
                 raise InputError(f"--csv {file}: its first line must name its columns: {COLUMNS}")
-            if twice := [name for name in columns if name and columns.count(name) > 1]:
+            if twice := [name for name in ("path", *NAMES) if columns.count(name) > 1]:
                 raise InputError(f"--csv {file}: has two columns {twice[0]}; keep one")
             labels = {}
             for row in rows:
