@@ -341,17 +341,34 @@ def test_a_list_of_one_modality_in_the_place_of_the_other(copy, words, regdb_tre
     assert (state, words in text) == ("WRONG", True)
 
 
-def test_an_image_under_two_ids(regdb_tree, tmp_path):
-    """An infrared image stands in the visible list, too, as another person's."""
+@pytest.mark.parametrize("kinds", [("visible", "thermal"), ("thermal", "visible")])
+def test_an_image_under_two_ids(kinds, regdb_tree, tmp_path):
+    """An image of one modality stands in the list of the other, too, as another person's."""
     tree = shutil.copytree(regdb_tree, tmp_path / "own")
-    visible, infrared = (tree / "idx" / f"test_{kind}_1.txt" for kind in ("visible", "thermal"))
-    image, label = infrared.read_text().splitlines()[0].rsplit(" ", 1)
-    lines = visible.read_text().splitlines()
+    file, its = (tree / "idx" / f"test_{kind}_1.txt" for kind in kinds)
+    image, label = its.read_text().splitlines()[0].rsplit(" ", 1)
+    lines = file.read_text().splitlines()
     other = next(line.rsplit(" ", 1)[1] for line in lines if line.rsplit(" ", 1)[1] != label)
-    for order in ([f"{image} {other}", *lines], [*lines, f"{image} {other}"]):
-        visible.write_text("\n".join(order))
-        found = check(tree, "regdb")[0]
-        assert [found[name][0] for name in ("lists", "people")] == ["WRONG", "WRONG"]
+    file.write_text("\n".join([*lines, f"{image} {other}"]))
+    found = check(tree, "regdb")[0]
+    assert [found[name][0] for name in ("lists", "people")] == ["WRONG", "WRONG"]
+
+
+@pytest.mark.parametrize("case", ["two people of one id", "one person of two ids"])
+def test_lists_that_number_people_otherwise_than_folders(case, regdb_tree, tmp_path):
+    """Both modalities alike, so that the lists pair nobody with a stranger."""
+    tree = shutil.copytree(regdb_tree, tmp_path / "own")
+    for kind in ("visible", "thermal"):
+        file = tree / "idx" / f"test_{kind}_1.txt"
+        lines = [line.rsplit(" ", 1) for line in file.read_text().splitlines()]
+        first, second = sorted({label for _, label in lines})[:2]
+        if case == "two people of one id":
+            lines = [(image, first if label == second else label) for image, label in lines]
+        else:
+            (image, _), *others = (line for line in lines if line[1] == first)
+            lines = [(image, "999"), *others, *(line for line in lines if line[1] != first)]
+        file.write_text("".join(f"{image} {label}\n" for image, label in lines))
+    assert check(tree, "regdb")[0]["people"][0] == "WRONG"
 
 
 def test_no_output_replaces_a_list(buptcampus_tree, tmp_path):
