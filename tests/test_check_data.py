@@ -371,13 +371,22 @@ def test_lists_that_number_people_otherwise_than_folders(case, regdb_tree, tmp_p
     assert check(tree, "regdb")[0]["people"][0] == "WRONG"
 
 
-def test_no_output_replaces_a_list(buptcampus_tree, tmp_path):
-    tree = shutil.copytree(buptcampus_tree, tmp_path / "own")
+@pytest.mark.parametrize(
+    ("dataset", "name"),
+    [
+        ("sysu", "exp/test_id.txt"),
+        ("sysu", "exp/rand_perm_cam.mat"),
+        ("regdb", "idx/test_visible_1.txt"),
+        ("buptcampus", "query.txt"),
+        ("buptcampus", "data_paths.json"),
+    ],
+)
+def test_no_output_replaces_a_list(dataset, name, request, tmp_path):
+    tree = shutil.copytree(request.getfixturevalue(f"{dataset}_tree"), tmp_path / "own")
     (tmp_path / "link").symlink_to(tree)
-    for name in ("query.txt", "data_paths.json"):
-        before = (tree / name).read_bytes()
-        flags = ["--dataset", "buptcampus", "--data_path", str(tree), "--gpu", "cpu"]
-        for main, more in ((check_data.main, []), (testa.main, ["--resume", "x.t"])):
-            with pytest.raises(InputError, match=f"{name}: is a list of the data set; choose another file"):
-                main([*flags, *more, "--json", str(tmp_path / "link" / name)])
-        assert (tree / name).read_bytes() == before
+    before = (tree / name).read_bytes()
+    flags = ["--dataset", dataset, "--data_path", str(tree), "--gpu", "cpu"]
+    for main, more in ((check_data.main, []), (testa.main, ["--resume", "x.t"])):
+        with pytest.raises(InputError, match=f"{name}: is a list of the data set; choose another file"):
+            main([*flags, *more, "--json", str(tmp_path / "link" / name)])
+    assert (tree / name).read_bytes() == before

@@ -69,6 +69,7 @@ def test_prefixes_of_wrapped_models_do_not_matter(prefix, checkpoint):
         "\ufeffcamera\tpath\r\n3\ta\\b.jpg\r\n",
         "path, camera\na/b.jpg, 3\na/b.jpg, 3\n",
         "path,camera\na/b.jpg,3,,\n",
+        "note,path,camera,note\nx,a/b.jpg,3,y\n",
     ],
 )
 def test_tables_of_windows_and_of_spreadsheets(text, tmp_path):
@@ -81,6 +82,7 @@ def test_tables_of_windows_and_of_spreadsheets(text, tmp_path):
     [
         ("path,camera\na.jpg,3\n./a.jpg,4\n", "utf-8", "line 3: a.jpg has other labels above; keep one"),
         ("path,track,camera,track\na.jpg,1,3,2\n", "utf-8", "has two columns track; keep one"),
+        ("path,camera,path\na.jpg,3,b.jpg\n", "utf-8", "has two columns path; keep one"),
         ("path,person\nb.jpg,x\na.jpg,Doe, Ann\n", "utf-8", "line 3: has more fields than columns; put quotes"),
         ("path,camera\na.jpg,3\n", "utf-16", "cannot be read .*; save it as CSV in UTF-8"),
     ],

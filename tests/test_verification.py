@@ -147,6 +147,7 @@ def test_what_calibration_needs(tmp_path, capsys):
         ([0.01, 0.1], [0.7, 0.9], "its rates and similarities do not fit"),
         ([0.1, 0.01], [0.9, 0.7], "its rates and similarities do not fit"),
         ([0.01, 0.1], [5.0, 0.7], r"similarity\[0\]: expected float <= 1.001"),
+        ([0.01, 0.1], [0.7, -5.0], r"similarity\[1\]: expected float >= -1.001"),
     ],
 )
 def test_a_calibration_that_contradicts_itself(rates, similarities, words, tmp_path):
