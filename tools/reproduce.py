@@ -87,12 +87,11 @@ def main(argv=None):
     spec, commit, found, failed = DATASETS[args.dataset], records.commit(), [], []
     args.data_path = args.data_path or spec.path
     check_output(args.out / "record.json")
-    common = [f"--dataset={args.dataset}", f"--data_path={args.data_path}", *more]
-    trainings = {method: parsed([f"--method={method}", *common]) for method in args.method}
-    checks = [f"--dataset={args.dataset}", f"--data_path={args.data_path}", f"--gpu={args.gpu[0]}"]
-    in_a_process(check_data.main, [*checks, f"--model_path={args.runs}"])
+    data = [f"--dataset={args.dataset}", f"--data_path={args.data_path}"]
+    flags = {method: [f"--method={method}", *data, *more] for method in args.method}
+    trainings = {method: parsed(flags[method]) for method in args.method}
+    in_a_process(check_data.main, [*data, f"--gpu={args.gpu[0]}", f"--model_path={args.runs}"])
     for method in args.method:
-        flags = [f"--method={method}", *common]
         folder = args.runs / f"{args.dataset}_{method}"
         rows = {f"trial_{trial}": f"--trial {trial}" for trial in spec.options.get("trial", ())} or {method: ""}
         runs = {(row, seed): folder / row / f"seed_{seed}" for row in rows for seed in args.seeds}
@@ -100,11 +99,13 @@ def main(argv=None):
             prepare(trainings[method])
             announce(args, method, trainings[method], left)
         device = ["--gpu=cpu"] if args.gpu == ["cpu"] else []
-        runner = [f"--out={folder}", *chain(*(("--row", f"{row}: {own}") for row, own in rows.items()))]
-        runner += ["--seeds", *map(str, args.seeds), *([] if device else ["--gpus", *args.gpu]), "--retry"]
+        common = [f"--out={folder}", *chain(*(("--row", f"{row}: {own}") for row, own in rows.items()))]
+        common += ["--seeds", *map(str, args.seeds), *([] if device else ["--gpus", *args.gpu]), "--retry"]
         for checkpoint in reversed(CHECKPOINTS):  # the tables that stay are those of the published way
             try:
-                table = sweep.main([*runner, f"--checkpoint={checkpoint}", "--test", "--all", "--", *flags, *device])
+                table = sweep.main(
+                    [*common, f"--checkpoint={checkpoint}", "--test", "--all", "--", *flags[method], *device]
+                )
                 unfinished = missing(runs, checkpoint)
                 reasons = [f"{run['row']}, seed {run['seed']} failed: {run['line']}" for run in table["failed"]]
             except InputError as reason:  # none has finished, or other runs are there
