@@ -164,8 +164,15 @@ def test_a_page_replaces_no_record_and_needs_records(tmp_path):
 
 
 def test_what_a_record_says_is_no_markup(tmp_path):
-    flags = write(tmp_path / "r", a=FULL | {"by": "<b>[me](javascript:1)</b>", "row": "a_b [x](y)"})
+    more = {
+        "by": "<b>[me](javascript:1)</b>\nand | you",
+        "row": "a_b [x](y)",
+        "data": "*d*",
+        "scores": {"~s~\n[x](y)": {}},
+    }
+    flags = write(tmp_path / "r", **{"a) b": FULL | more})
     records.main(flags)
     text = (tmp_path / "r" / "page.md").read_text()
-    assert r"&lt;b&gt;\[me\](javascript:1)&lt;/b&gt;" in text
-    assert r"[a\_b \[x\](y)](../records/a.json)" in text
+    assert r"| &lt;b&gt;\[me\](javascript:1)&lt;/b&gt;?and \| you |" in text
+    assert r"| \*d\* | [a\_b \[x\](y)](../records/a%29%20b.json) |" in text
+    assert r"The numbers are those of \~s\~?\[x\](y)." in text
