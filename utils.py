@@ -71,13 +71,21 @@ def shortage(error):
         error = error.__cause__ or error.__context__
 
 
+def _message(error):
+    """What an error says, without the traceback that comes around it from a loading process."""
+    text = str(error).strip()
+    if "\nOriginal Traceback (most recent call last):\n" in text:
+        *_, text = re.split(rf"\n(?:\w+\.)*{type(error).__name__}: ", text)
+    return text
+
+
 def _line(error):
     """The line for an error that the user can mend; None for any other."""
     if (line := shortage(error)) or isinstance(error, InputError):
-        return line or error
+        return line or _message(error)
     if isinstance(error, OSError):
         name = f"{error.filename}: " if error.filename else ""
-        return f"{name}{error.strerror or error}; {REMEDIES.get(error.errno, 'correct this')} and run again"
+        return f"{name}{error.strerror or _message(error)}; {REMEDIES.get(error.errno, 'correct this')} and run again"
     if isinstance(error, ModuleNotFoundError):  # of a package that few programs need, and `make demo` does not install
         lists = "-r tools/requirements.txt"
         if error.name in ("imagecorruptions", "numba"):
@@ -175,10 +183,7 @@ def _stop(number, _):
 
 
 def _one_line_exit(program, message):
-    text = str(message).strip()
-    if "\nOriginal Traceback (most recent call last):\n" in text:  # of a loading process: the error is at its end
-        *_, text = re.split(r"\n(?:\w+\.)*InputError: ", text) if "InputError: " in text else text.splitlines()
-    print(f"{program}: error: {one_line(text)}", file=sys.stderr)
+    print(f"{program}: error: {one_line(message)}", file=sys.stderr)
     return 2
 
 

@@ -8,6 +8,7 @@ import math
 import shutil
 import sqlite3
 import sys
+import warnings
 from datetime import datetime
 
 import numpy as np
@@ -206,6 +207,15 @@ def test_other_kinds_of_tensors_are_no_weights(checkpoint, tmp_path, kind):
     torch.save(checkpoint | {"net": net | {"classifier.weight": kind(torch.zeros(4, 512))}}, tmp_path / "c.t")
     with pytest.raises(InputError, match=r"c\.t: 'classifier.weight' holds torch.* values; save it as a dense float32"):
         use_checkpoint(tmp_path / "c.t", tmp_path)
+
+
+def test_a_program_is_no_checkpoint_and_nothing_else_is_said(tmp_path):
+    with warnings.catch_warnings(action="ignore"):
+        torch.jit.script(torch.nn.Linear(1, 1)).save(tmp_path / "c.t")
+    refused = pytest.raises(InputError, match="c.t: cannot be loaded safely")
+    with warnings.catch_warnings(record=True, action="always") as said, refused:
+        load_checkpoint(tmp_path / "c.t")
+    assert said == []
 
 
 def test_a_tensor_that_is_larger_than_its_file_is_no_weight(checkpoint, tmp_path):

@@ -301,7 +301,7 @@ def a_server(walk):
 def as_a_library(walk):
     for name, source in zip("ab", walk.copies("queries", 2, camera=3), strict=True):
         shutil.copy(source, f"{name}.jpg")
-    with Image.open("a.jpg") as image:
+    with Image.open(walk.copies("coloured", 1)[0]) as image:
         frame = np.asarray(image.convert("RGB"))[..., ::-1].repeat(2, 0)  # BGR, of twice the height
     height, width = frame.shape[:2]
     names = {"frame": frame, "boxes": [(0, 0, width, height), (0, 0, width // 2, height // 2)]}

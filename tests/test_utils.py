@@ -87,6 +87,19 @@ def test_an_error_of_a_loading_process_is_its_one_line(capsys):
     assert capsys.readouterr().err == "script.py: error: a?b.jpg: no image; remove it\n"
 
 
+class BadDisk(BadImage):
+    def __getitem__(self, _):
+        raise OSError(5, "Input/output error", "a.jpg")
+
+
+def test_an_error_of_the_system_in_a_loading_process_is_one_line(capsys):
+    with pytest.raises(OSError, match="Original Traceback") as caught:
+        next(iter(torch.utils.data.DataLoader(BadDisk(), num_workers=1)))
+    assert exit_status(Script(caught.value), []) == 2
+    line = "[Errno 5] Input/output error: 'a.jpg'; correct this and run again"
+    assert capsys.readouterr().err == f"script.py: error: {line}\n"
+
+
 def test_a_line_break_in_a_name_cuts_nothing_off(capsys):
     assert exit_status(Script(InputError("a\nb.jpg: no image; remove it")), []) == 2
     assert capsys.readouterr().err == "script.py: error: a?b.jpg: no image; remove it\n"
