@@ -9,7 +9,6 @@ import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,8 +41,7 @@ class DataSet:
 
     training(data_path, trial, if the data set has trials) -> {name: (paths, ids)} of the visible and of the infrared
     training images.
-    train(data_path, size, **options) -> `data_loader.TrainData`, of images of size = (height, width); the options are
-    `trial` and `select`, as far as the data set has them.
+    prepared(data_path, size, **options) -> what `train` returns, if it is not decoded from the images of `training`.
     searches(data_path, directions, trials, **options) -> `Searches`; the options are `mode`, `protocol` and `shots`, a
     sequence of values each, and `select`, one value.
     """
@@ -53,8 +51,8 @@ class DataSet:
     directions: tuple
     rules: Rules
     training: Callable
-    train: Callable
     searches: Callable
+    prepared: Callable | None = None
     trials: range = TRIALS
     published: dict = field(default_factory=dict)
     options: dict = field(default_factory=dict)
@@ -65,6 +63,19 @@ class DataSet:
     def own(self, **flags):
         """Those of the flags that are options of this data set."""
         return {flag: value for flag, value in flags.items() if flag in self.options}
+
+    def train(self, data_path, size, **options):
+        """-> `data_loader.TrainData`, of images of size = (height, width), which are decoded once and kept in
+        `{data_path}/cache/`. options: `trial` and `select`, as far as the data set has them. A test image among the
+        training images is an InputError."""
+        if self.prepared:
+            return self.prepared(data_path, size, **options)
+        test = []
+        specs = [DATASETS[part] for part in self.parts] or [self]
+        for spec, folder in zip(specs, self.folders(data_path), strict=True):
+            trials = [options["trial"]] if "trial" in spec.options else spec.trials
+            test += spec.searches(folder, spec.directions, trials).paths.values()
+        return listed_train(data_path, self.training(data_path, **options), size, test)
 
     def check_no_list(self, output, data_path):
         """Raise InputError if a file to be written is one of the data set's lists."""
@@ -311,12 +322,6 @@ def llcm_training(data_path):
     return {name: data_manager.read_list(data_path, name) for name in names}
 
 
-def regdb_train(data_path, size, trial=1):
-    """RegDB's training images of one trial, decoded once and kept in `{data_path}/cache/`."""
-    test = [data_manager.process_test_regdb(data_path, trial, modal)[0] for modal in data_manager.REGDB_CAMERAS]
-    return listed_train(data_path, regdb_training(data_path, trial), size, test)
-
-
 def regdb_searches(data_path, directions=("visible to thermal",), trials=(1,)):
     """RegDB's searches, one for each trial and direction. Both directions use the same two lists; each image goes
     through the stream of its modality."""
@@ -330,12 +335,6 @@ def regdb_searches(data_path, directions=("visible to thermal",), trials=(1,)):
             query, gallery = direction.split(" to ")
             test.add(images[query], images[gallery], direction, "standard", trial, shots=None)
     return test
-
-
-def llcm_train(data_path, size):
-    """LLCM's training images, decoded once and kept in `{data_path}/cache/`."""
-    test = [data_manager.process_query_llcm(data_path, modality)[0] for modality in data_manager.LLCM_NAMES]
-    return listed_train(data_path, llcm_training(data_path), size, test)
 
 
 def llcm_searches(data_path, directions=("visible to infrared",), trials=TRIALS):
@@ -373,12 +372,6 @@ def bupt_searches(data_path, directions=BOTH[:1], trials=(0,)):
     return track_searches("buptcampus", *tracks, directions, trials)
 
 
-def track_train(dataset, data_path, size):
-    """Frames of the training tracks, decoded once and kept in `{data_path}/cache/`."""
-    spec = DATASETS[dataset]
-    return listed_train(data_path, spec.training(data_path), size, spec.searches(data_path, BOTH).paths.values())
-
-
 def track_searches(dataset, query, gallery, directions, trials):
     """query, gallery: {modality: tracks}, as `data_manager.by_modality` gives them."""
     test = Searches(dataset)
@@ -404,7 +397,7 @@ DATASETS = {
         directions=("infrared to visible",),
         rules=SYSU_RULES,
         training=sysu_training,
-        train=sysu_train,
+        prepared=sysu_train,
         searches=sysu_searches,
         published=training_counts(395, 22258, 11909)
         | {"queries infrared to visible": 3803}
@@ -423,7 +416,6 @@ DATASETS = {
         directions=("visible to thermal", "thermal to visible"),
         rules=REGDB_RULES,
         training=regdb_training,
-        train=regdb_train,
         searches=regdb_searches,
         trials=range(1, 11),
         published=training_counts(206, 2060, 2060)
@@ -436,7 +428,6 @@ DATASETS = {
         directions=BOTH,
         rules=LLCM_RULES,
         training=llcm_training,
-        train=llcm_train,
         searches=llcm_searches,
         # Its paper counts 46,767 images, 15,846 of them for the test; L2RW (CVPR 2025) counts each modality.
         published=training_counts(713, 16946, 13975)
@@ -448,7 +439,6 @@ DATASETS = {
         directions=BOTH,
         rules=TRACK_RULES,
         training=vcm_training,
-        train=partial(track_train, "vcm"),
         searches=vcm_searches,
         trials=TRIALS[:1],
         # Numbers of tracks by M3-ReID's data/manager.py, twelve frames each for training.
@@ -463,7 +453,6 @@ DATASETS = {
         directions=BOTH,
         rules=TRACK_RULES,
         training=bupt_training,
-        train=partial(track_train, "buptcampus"),
         searches=bupt_searches,
         trials=TRIALS[:1],
         # By M3-ReID's data/manager.py. Nobody says how many tracks have fewer than twelve frames.
@@ -493,14 +482,6 @@ def union(*parts):
         names = [f"{'+'.join(parts)}{trial}_{modality}" for modality in ("visible", "infrared")]
         return {name: (paths, np.array(ids)) for name, (paths, ids) in zip(names, lists, strict=True)}
 
-    def train(data_path, size, **options):
-        """The images of all, decoded once and kept in `{data_path}/cache/`."""
-        test = []
-        for spec, folder in zip(specs, whole.folders(data_path), strict=True):
-            trials = [options["trial"]] if "trial" in spec.options else spec.trials
-            test += spec.searches(folder, trials=trials).paths.values()
-        return listed_train(data_path, training(data_path, **options), size, test)
-
     def searches(data_path, directions=specs[0].directions[:1], trials=(1,), **_):
         own = trials if "trial" in specs[0].options else TRIALS[:1]
         return specs[0].searches(whole.folders(data_path)[0], directions, own)
@@ -513,7 +494,6 @@ def union(*parts):
         directions=specs[0].directions,
         rules=specs[0].rules,
         training=training,
-        train=train,
         searches=searches,
         published=published,
         options=trial,

@@ -415,12 +415,11 @@ def load_network(checkpoint, path):
         counts = {name: value for name, value in net.state_dict().items() if name.endswith("num_batches_tracked")}
         state = {name: torch.zeros_like(count, device="cpu") for name, count in counts.items()} | state
         _check_fit(state, net, known_as)
-        net = GFMNet(**options, weights=None)
     except (TypeError, RuntimeError) as error:
         raise InputError(f"{path}: its options are not those of this GFMNet ({error!s:.120}); train again") from error
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    net.load_state_dict(state)
+    net.to_empty(device="cpu").load_state_dict(state)
     return net, size
 
 

@@ -25,6 +25,7 @@ from tools import demo_data, embedder
 
 pytest.register_assert_rewrite("checks")
 
+os.fsync = lambda file: None  # only a power cut needs it, and it takes its time
 os.environ["PYTHONPATH"] = str(Path(utils.__file__).parent)  # `python -m tools.NAME` from the tests' own folders
 
 SIZE = (96, 48)  # height, width of the tests' images

@@ -17,7 +17,7 @@ import pre_process_sysu
 from conftest import SIZE
 from core.images import read_image
 from data_loader import IdentitySampler, TrainData, eval_loader, sysu_train, train_loader
-from datasets import regdb_train, sysu_searches
+from datasets import DATASETS, sysu_searches
 from utils import InputError
 
 
@@ -114,14 +114,14 @@ def test_regdb_labels_agree_between_lists_with_different_ids(regdb_tree, tmp_pat
     listing = tree / "idx" / "train_thermal_3.txt"
     lines = listing.read_text().splitlines()
     listing.write_text("\n".join(line for line in lines if not line.endswith(" 0")))
-    data = regdb_train(tree, (32, 16), 3)
+    data = DATASETS["regdb"].train(tree, (32, 16), trial=3)
     assert set(data.visible_labels) == set(range(6))
     assert set(data.infrared_labels) == set(range(1, 6))
 
 
 def test_regdb_is_decoded_once_and_again_when_a_file_changes(regdb_tree, tmp_path, monkeypatch):
     tree = shutil.copytree(regdb_tree, tmp_path / "regdb")
-    first = regdb_train(tree, (32, 16), 3)
+    first = DATASETS["regdb"].train(tree, (32, 16), trial=3)
     paths, ids = data_manager.read_list(tree, "train_thermal_3")
     assert len(first.infrared) == len(paths)
     assert first.infrared_labels.tolist() == ids.tolist()
@@ -129,18 +129,18 @@ def test_regdb_is_decoded_once_and_again_when_a_file_changes(regdb_tree, tmp_pat
 
     with monkeypatch.context() as patch:
         patch.setattr(data_loader, "write_images", lambda *_, **__: pytest.fail("decoded again"))
-        regdb_train(tree, (32, 16), 3)
+        DATASETS["regdb"].train(tree, (32, 16), trial=3)
     (kept,) = (tree / "cache").glob("train_thermal_3_*")
     whole = np.load(kept)
     for other in (whole[1:], whole[:, 1:]):
         np.save(kept, other)
         with pytest.raises(InputError, match=rf"{kept.name}: has images .*; remove it, and run again"):
-            regdb_train(tree, (32, 16), 3)
+            DATASETS["regdb"].train(tree, (32, 16), trial=3)
     Image.new("RGB", (64, 128), "red").save(paths[4])
-    changed = regdb_train(tree, (32, 16), 3)
+    changed = DATASETS["regdb"].train(tree, (32, 16), trial=3)
     assert changed.infrared[4, 0, 0].tolist() == [255, 0, 0]
     assert len(list((tree / "cache").glob("*_3_*"))) == 2  # the outdated array is gone
-    regdb_train(tree, (16, 16), 3)
+    DATASETS["regdb"].train(tree, (16, 16), trial=3)
     assert len(list((tree / "cache").glob("*_3_*"))) == 4  # those of another size, which a run may have mapped, are not
 
 
@@ -399,7 +399,7 @@ class Harmful:
 def test_a_pickle_in_the_place_of_an_array_is_not_run(kind, own_tree, regdb_tree, tmp_path):
     tree, read = own_tree, sysu_train
     if kind == "cached":
-        tree, read = shutil.copytree(regdb_tree, tmp_path / "regdb"), partial(regdb_train, trial=1)
+        tree, read = shutil.copytree(regdb_tree, tmp_path / "regdb"), partial(DATASETS["regdb"].train, trial=1)
         read(tree, SIZE)
     for array in tree.rglob("*.npy"):
         array.unlink()

@@ -23,7 +23,6 @@ from datasets import (
     difference,
     fingerprint,
     llcm_searches,
-    llcm_train,
     search_title,
     sysu_searches,
     training_counts,
@@ -101,7 +100,7 @@ def test_llcm_searches_all_images_of_one_modality_in_a_drawn_gallery_of_the_othe
 
 
 def test_llcm_training_lists(llcm_tree):
-    data = llcm_train(llcm_tree, SIZE)
+    data = DATASETS["llcm"].train(llcm_tree, SIZE)
     for name, images, labels in (
         ("vis", data.visible, data.visible_labels),
         ("nir", data.infrared, data.infrared_labels),

@@ -24,7 +24,7 @@ from core import distributed
 from core.distributed import leave_processes, sum_over_processes
 from core.meter import Diverged, EpochMeter
 from data_loader import IdentitySampler
-from datasets import regdb_train
+from datasets import DATASETS
 from methods import METHODS, MethodLoss
 from model import GFMNet
 from test_data_loader import toy_data
@@ -170,7 +170,7 @@ def test_images_are_decoded_before_the_processes_start(regdb_tree, tmp_path, mon
     monkeypatch.setattr(data_loader, "process_index", lambda: 1)
     monkeypatch.setattr(data_loader, "write_images", lambda *_: pytest.fail("decoded by another process"))
     monkeypatch.setattr(data_loader.time, "sleep", lambda _: [(tmp_path / a.name).rename(a) for a in arrays])
-    assert len(regdb_train(tree, SIZE, 1).visible)
+    assert len(DATASETS["regdb"].train(tree, SIZE, trial=1).visible)
 
 
 def launch(tree, out, *more):
