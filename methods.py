@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 from core.distributed import gather
 from loss import AlignedLocalLoss, HardTripletLoss, SquaredTripletLoss, WeightedTripletLoss
-from parts.deen import CentrePairLoss, OrthogonalLoss
+from parts.deen import centre_pair_loss, orthogonal_loss
 from parts.distances import euclidean, same_identity
-from parts.dns import AlignmentLoss, CircleLoss, DistillationLoss
+from parts.dns import CircleLoss, alignment_loss, distillation_loss
 from parts.quad import QuadCentreLoss
 from parts.rle import THIRDS
 from utils import InputError, full_precision
@@ -105,8 +105,8 @@ METHODS = {
         _BASE | {"expansion": True},
         lambda margin, **_: HardTripletLoss(margin),
         terms={
-            "centre": (0.8, lambda batch: CentrePairLoss(margin=0.2)(batch.embeddings, batch.identities)),
-            "orthogonal": (0.01, lambda batch: OrthogonalLoss()(batch.embeddings, batch.identities)),
+            "centre": (0.8, lambda batch: centre_pair_loss(batch.embeddings, batch.identities)),
+            "orthogonal": (0.01, lambda batch: orthogonal_loss(batch.embeddings)),
         },
         augmentation="gray",
         recipe={"img_h": 384, "batch_size": 6, "share_net": 1, "epochs": 151, "milestones": [20, 80], "eval_every": 1},
@@ -116,8 +116,8 @@ METHODS = {
         _BASE | {"pool": "gem", "shift": True},
         lambda margin, gamma, **_: CircleLoss(margin, gamma),
         terms={
-            "alignment": (0.2, lambda batch: AlignmentLoss()(batch.embeddings, batch.identities)),
-            "distillation": (1.0, lambda batch: DistillationLoss()(batch.output.domain, batch.labels)),
+            "alignment": (0.2, lambda batch: alignment_loss(batch.embeddings)),
+            "distillation": (1.0, lambda batch: distillation_loss(batch.output.domain, batch.labels)),
         },
         augmentation="shift",
         augmentations={"regdb": "shift_regdb", "llcm": "shift_llcm"},

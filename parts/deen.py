@@ -100,35 +100,25 @@ class Expansion(nn.Module):
         return self.dropout(torch.cat([x, *(branch(x) for branch in self.branches)]))
 
 
-class CentrePairLoss(nn.Module):
+def centre_pair_loss(features, labels, margin=0.2):
     """Centre-guided pair mining (Zhang and Wang, "Diverse Embedding Expansion Network", CVPR 2023), as published.
 
-    forward(features [N, E, 2, C], labels [N]) -> loss. features: of N visible (0) and N infrared (1) images, E
-    embeddings each: the plain one, then the expanded ones. Everything is measured between centres, an identity's mean
-    embeddings. d+ is the distance of an expanded centre to the plain one of the other modality. It is to be smaller, by
-    the margin, than the distance to the plain centre of its own modality (a constant), and, at half the weight each,
-    than the smallest distance between two identities' expanded centres of its modality, and between two plain ones.
+    features [N, E, 2, C], labels [N] -> loss. features: of N visible (0) and N infrared (1) images, E embeddings each:
+    the plain one, then the expanded ones. Everything is measured between centres, an identity's mean embeddings. d+ is
+    the distance of an expanded centre to the plain one of the other modality. It is to be smaller, by the margin, than
+    the distance to the plain centre of its own modality (a constant), and, at half the weight each, than the smallest
+    distance between two identities' expanded centres of its modality, and between two plain ones.
     The loss is the mean over identities and modalities, summed over the expansions.
     """
-
-    def __init__(self, margin=0.2):
-        super().__init__()
-        self.margin = margin
-
-    def forward(self, features, labels):
-        same = same_identity(labels)
-        weights = same.to(features.dtype) / same.sum(dim=1, keepdim=True)
-        centres = (weights @ features.flatten(1)).view_as(features).permute(1, 2, 0, 3)  # [E, 2, N, C], a row an image
-        plain, expanded = centres[:1], centres[1:]
-        nearest = euclidean(centres, centres).masked_fill(same, math.inf).amin(dim=3)
-        positive = _distance(expanded, plain.flip(1))
-        own = _distance(expanded, plain).detach()
-        terms = self._hinge(positive - own)
-        terms = terms + 0.5 * (self._hinge(positive - nearest[1:]) + self._hinge(positive - nearest[:1]))
-        return terms.mean(dim=(1, 2)).sum()
-
-    def _hinge(self, difference):
-        return F.relu(difference + self.margin)
+    same = same_identity(labels)
+    weights = same.to(features.dtype) / same.sum(dim=1, keepdim=True)
+    centres = (weights @ features.flatten(1)).view_as(features).permute(1, 2, 0, 3)  # [E, 2, N, C], a row an image
+    plain, expanded = centres[:1], centres[1:]
+    nearest = euclidean(centres, centres).masked_fill(same, math.inf).amin(dim=3)
+    positive = _distance(expanded, plain.flip(1))
+    own = _distance(expanded, plain).detach()
+    own, expanded, plain = (F.relu(positive - other + margin) for other in (own, nearest[1:], nearest[:1]))
+    return (own + 0.5 * (expanded + plain)).mean(dim=(1, 2)).sum()
 
 
 def _distance(x, y):
@@ -136,12 +126,9 @@ def _distance(x, y):
     return (x - y).square().sum(dim=-1).clamp_min(1e-12).sqrt()
 
 
-class OrthogonalLoss(nn.Module):
+def orthogonal_loss(features):
     """Keeps the two expansions of an embedding apart (Zhang and Wang, CVPR 2023): their inner product.
 
-    forward(features [N, 3, 2, C], labels [N]) -> loss: the mean over images, divided by the number of embeddings, as
-    published.
+    features [N, 3, 2, C] -> loss: the mean over images, divided by the number of embeddings, as published.
     """
-
-    def forward(self, features, labels):
-        return (features[:, 1] * features[:, 2]).sum(dim=-1).mean() / features.shape[1]
+    return (features[:, 1] * features[:, 2]).sum(dim=-1).mean() / features.shape[1]

@@ -121,19 +121,17 @@ class CircleLoss(nn.Module):
         return F.softplus(near + far).mean() / len(features), correct.sum()
 
 
-class AlignmentLoss(nn.Module):
+def alignment_loss(features):
     """Domain alignment of DNS (Jiang et al., "Domain Shifting", ECCV 2024).
 
-    forward(features [N, 2, 2, C], labels [N]) -> loss. features: of N visible (0) and N infrared (1) images, in their
-    own space (0) and in the common one (1). 0.45 x the discrepancies between the modalities, of either space, + 0.05 x
-    those between the spaces, of either modality. All features get unit length.
+    features [N, 2, 2, C] -> loss. features: of N visible (0) and N infrared (1) images, in their own space (0) and in
+    the common one (1). 0.45 x the discrepancies between the modalities, of either space, + 0.05 x those between the
+    spaces, of either modality. All features get unit length.
     """
-
-    def forward(self, features, labels):
-        (visible, infrared), (common_visible, common_infrared) = F.normalize(features, dim=3).permute(1, 2, 0, 3)
-        between = mean_discrepancy(visible, infrared) + mean_discrepancy(common_visible, common_infrared)
-        within = mean_discrepancy(visible, common_visible) + mean_discrepancy(infrared, common_infrared)
-        return 0.45 * between + 0.05 * within
+    (visible, infrared), (common_visible, common_infrared) = F.normalize(features, dim=3).permute(1, 2, 0, 3)
+    between = mean_discrepancy(visible, infrared) + mean_discrepancy(common_visible, common_infrared)
+    within = mean_discrepancy(visible, common_visible) + mean_discrepancy(infrared, common_infrared)
+    return 0.45 * between + 0.05 * within
 
 
 def mean_discrepancy(x, y, kernels=5):
@@ -149,15 +147,13 @@ def mean_discrepancy(x, y, kernels=5):
     return xx.mean() + yy.mean() - xy.mean() - yx.mean()
 
 
-class DistillationLoss(nn.Module):
+def distillation_loss(domain, labels):
     """Domain distillation of DNS (Jiang et al., ECCV 2024).
 
-    forward(domain, labels [N]) -> loss. domain: a `Domain` of N images. The Kullback-Leibler divergence of the
-    other modality's prediction (a constant) from the own one's, a mean over images that is summed over the two spaces,
-    + cross-entropy of the own ones.
+    domain, a `Domain` of N images, labels [N] -> loss. The Kullback-Leibler divergence of the other modality's
+    prediction (a constant) from the own one's, a mean over images that is summed over the two spaces, + cross-entropy
+    of the own ones.
     """
-
-    def forward(self, domain, labels):
-        own, other = (full_precision(logits).log_softmax(dim=1) for logits in (domain.own, domain.other))
-        divergence = F.kl_div(other, own, log_target=True, reduction="sum") / len(labels)
-        return divergence + F.nll_loss(own, labels.repeat(2))
+    own, other = (full_precision(logits).log_softmax(dim=1) for logits in (domain.own, domain.other))
+    divergence = F.kl_div(other, own, log_target=True, reduction="sum") / len(labels)
+    return divergence + F.nll_loss(own, labels.repeat(2))

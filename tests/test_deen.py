@@ -18,7 +18,7 @@ from conftest import SIZE, flags, parse, search_flags
 from loss import HardTripletLoss
 from methods import METHODS, MethodLoss, method_name
 from parts import deen
-from parts.deen import CentrePairLoss, OrthogonalLoss
+from parts.deen import centre_pair_loss, orthogonal_loss
 from tests.oracles import naive_distances
 from tools import visualize
 from tools.embedder import Embedder
@@ -77,8 +77,8 @@ def test_losses_and_gradients_golden(case):
     embeddings = features.unflatten(0, (3, 2, -1)).movedim(2, 0)
     values = {
         "triplet": HardTripletLoss(0.3)(features, labels.repeat(6))[0],
-        "centre": CentrePairLoss(0.2)(embeddings, labels),
-        "orthogonal": OrthogonalLoss()(embeddings, labels),
+        "centre": centre_pair_loss(embeddings, labels),
+        "orthogonal": orthogonal_loss(embeddings),
     }
     checks.losses_and_gradients_are_golden(values, features, GOLDEN, case)
 
@@ -192,7 +192,7 @@ def test_centre_pair_loss_is_the_plain_loop_in_any_order(embeddings):
     labels = torch.arange(4).repeat(3)[torch.randperm(12)]
     features = (labels[:, None, None, None] * 0.5 + torch.randn(12, embeddings, 2, 5)).double().requires_grad_()
     parts = {(e, m): features[:, e, m] for e in range(embeddings) for m in range(2)}
-    values = [CentrePairLoss(0.4)(features, labels), naive_centre_pair_loss(parts, labels, 0.4)]
+    values = [centre_pair_loss(features, labels, 0.4), naive_centre_pair_loss(parts, labels, 0.4)]
     assert values[0].item() == pytest.approx(values[1].item(), rel=1e-9)
     gradients = [torch.autograd.grad(value, features)[0] for value in values]
     torch.testing.assert_close(*gradients)

@@ -18,7 +18,7 @@ from ChannelAug import random_exchange, random_hue
 from conftest import TINY, parse, tiny_flags
 from methods import METHODS, MethodLoss, method_name
 from parts import dns
-from parts.dns import AlignmentLoss, CircleLoss, DistillationLoss
+from parts.dns import CircleLoss, alignment_loss, distillation_loss
 from utils import InputError
 
 GOLDEN = np.load(checks.GOLDEN / "dns.npz")
@@ -83,8 +83,8 @@ def test_losses_and_gradients_golden(case):
     branch.common = Given(shifted)
     values = {
         "circle": CircleLoss(0.45, 64)(normed, labels.repeat(2))[0],
-        "alignment": AlignmentLoss()(features.unflatten(0, (2, 2, -1)).movedim(2, 0), labels),
-        "distillation": DistillationLoss()(branch(shifted, normed, pairs), labels.repeat(2)),
+        "alignment": alignment_loss(features.unflatten(0, (2, 2, -1)).movedim(2, 0)),
+        "distillation": distillation_loss(branch(shifted, normed, pairs), labels.repeat(2)),
     }
     checks.losses_and_gradients_are_golden(values, features, GOLDEN, case)
 
