@@ -280,7 +280,7 @@ def test_a_union_is_tested_on_its_parts_or_as_one_that_knows_nobody():
     assert tested_trial("x.t", of("sysu+llcm"), "regdb", 2, cross_data=True) == 2
     with pytest.raises(InputError, match="was trained on trial 4, with test people of trial 5"):
         tested_trial("x.t", of("sysu+regdb", 4), "regdb", 5, cross_data=False)
-    with pytest.raises(InputError, match=r"was trained on sysu\+llcm; test it with"):
+    with pytest.raises(InputError, match=r"was trained on sysu\+llcm; test it with --dataset sysu or llcm, or with"):
         tested_trial("x.t", of("sysu+llcm"), "regdb", None, cross_data=False)
     with pytest.raises(InputError, match="was trained on llcm itself; leave out --cross_data"):
         tested_trial("x.t", of("sysu+llcm"), "llcm", None, cross_data=True)

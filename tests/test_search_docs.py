@@ -273,7 +273,7 @@ def watch_a_folder(walk):
     assert bob < least < ann
     (line,) = map(json.loads, capsys.readouterr().out.splitlines())
     assert line["path"] == str(walk.place / "crops" / "visible" / new)
-    assert line["watched"] == "ann"
+    assert line["watched"] == "ann.jpg"
     assert line["similarity"] == pytest.approx(ann, abs=2e-6)
     entries = {path: entry for path, (entry, _) in stored("site.db").items()}
     assert {*entries} == {str(path) for paths in tracks.values() for path in paths}

@@ -186,10 +186,11 @@ def test_new_images_of_watched_people_are_printed(site, checkpoint, pictures, tm
     """Each folder is a person, by the mean of its images, and so is each image beside them."""
     embed, people = plain_embedding(checkpoint), tmp_path / "people"
     (people / "ann" / "deep").mkdir(parents=True)
-    for name, source in (("ann/1.jpg", 8), ("ann/deep/2.jpg", 9), ("bob.jpg", 10)):
+    for name, source in (("ann/1.jpg", 8), ("ann/deep/2.jpg", 9), ("ann.jpg", 10), ("ann.png", 11)):
         shutil.copy(pictures[source], people / name)
     total = embed(people / "ann/1.jpg", "infrared") + embed(people / "ann/deep/2.jpg", "infrared")
-    persons = {"ann": total / np.linalg.norm(total), "bob": embed(people / "bob.jpg", "infrared")}
+    persons = {name: embed(people / name, "infrared") for name in ("ann.jpg", "ann.png")}
+    persons["ann"] = total / np.linalg.norm(total)
     features = {str(site.folder / f"{i}.jpg"): embed(pictures[i], "visible") for i in range(6)}
     scores = {(path, name): float(f @ person) for path, f in features.items() for name, person in persons.items()}
     least = float(np.median([*scores.values()]))
@@ -204,7 +205,7 @@ def test_new_images_of_watched_people_are_printed(site, checkpoint, pictures, tm
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     found = {(line["path"], line["watched"]) for line in lines}
     assert found == {key for key, score in scores.items() if score >= least}
-    assert len(lines) == 6
+    assert len(lines) == 9
     for line in lines:
         assert line["similarity"] == pytest.approx(scores[line["path"], line["watched"]], abs=2e-6)
         assert line["track"] == f"{site.folder}//."
@@ -290,7 +291,7 @@ def test_a_signal_ends_it_cleanly(site, pictures, tmp_path, stop):
         shutil.copy(pictures[0], site.folder / "a.jpg")
         line = json.loads(process.stdout.readline())  # at once, though stdout is a pipe
         assert time.monotonic() - start < 10
-        assert (line["watched"], line["path"]) == ("ann", str(site.folder / "a.jpg"))
+        assert (line["watched"], line["path"]) == ("ann.jpg", str(site.folder / "a.jpg"))
         assert process.stderr.readline() == f"{site.folder}: embedded: 1; deleted: 0\n"
         process.send_signal(stop)
         out, errors = process.communicate(timeout=20)

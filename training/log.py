@@ -90,10 +90,8 @@ def read_json_lines(path):
     for line in path.read_text(errors="replace").split("\n") if path.is_file() else []:
         with contextlib.suppress(ValueError, RecursionError):
             entry = checked(json.loads(line), dict[str, object], path, "")
-            numbers = {name: value for name, value in entry.items() if name != "select"}
-            entries.append(
-                checked(numbers, Numbers, path, "") | {name: entry[name] for name in entry.keys() & {"select"}}
-            )
+            checked({name: value for name, value in entry.items() if name != "select"}, Numbers, path, "")
+            entries.append(entry)
     return [entry for entry in entries if type(entry.get("epoch")) is int]
 
 

@@ -103,7 +103,7 @@ class Watcher:
 class Alarm:
     """The people of --watch_for: a line of JSON on stdout for each image that is as similar to one as the flags ask.
 
-    Each folder in there is a person, and so is each image beside them."""
+    Each folder in there is a person of its name, and so is each image beside them."""
 
     def __init__(self, args, embedder):
         folder, people = existing_folder(args.watch_for), {}
@@ -111,8 +111,7 @@ class Alarm:
         if unreadable or not files:
             raise InputError(next(iter(unreadable), f"{folder}: contains no image; pass images of the watched people"))
         for row, path in enumerate(files):
-            name, *rest = Path(path).relative_to(folder).parts
-            people.setdefault(name if rest else Path(name).stem, []).append(row)
+            people.setdefault(Path(path).relative_to(folder).parts[0], []).append(row)
         features = embedder([*files], args.watch_modality)
         self.people = {name: unit_mean(features[rows])[0] for name, rows in people.items()}
         self.least = least_similarity_of(args, {"sha256": embedder.sha256, "feature": embedder.feature})
