@@ -69,42 +69,25 @@ def get_args_parser():
     flag("--img_h", type=bounded(int, 48, 4096), default=288, help="image height in pixels")
     flag("--img_w", type=bounded(int, 16, 4096), default=144, help="image width in pixels")
     flag("--workers", type=bounded(int, 0, 1024), default=4, help="loading processes, at most one per core")
-    flag(
-        "--cache",
-        choices=CACHES,
-        default="auto",
-        help="where to keep the training images: gpu, ram, or disk (memory-mapped); auto takes the GPU if it has "
-        "plenty of free memory, else the disk",
-    )
+    text = "where to keep the training images: gpu, ram, or disk (memory-mapped); auto takes the GPU if it has plenty "
+    flag("--cache", choices=CACHES, default="auto", help=text + "of free memory, else the disk")
     flag = parser.add_argument_group("network").add_argument
-    flag(
-        "--method",
-        choices=METHODS,
-        default="adp",
-        help="network, loss and recipe: base (two-stream baseline), agw, caj, adp (GFMNet), deen, dns, rle, quad (four "
-        "streams of MSCMNet), or gfm2 (GFMNet without colour)",
-    )
+    text = "network, loss and recipe: base (two-stream baseline), agw, caj, adp (GFMNet), deen, dns, rle, quad (four "
+    text += "streams of MSCMNet), or gfm2 (GFMNet without colour)"
+    flag("--method", choices=METHODS, default="adp", help=text)
     flag("--arch", choices=ARCHS, default="resnet50", help="backbone")
     text = "start of the backbone: imagenet (torchvision's V1), another of its names (IMAGENET1K_V2), none, or a file"
     flag("--weights", default="imagenet", help=text)
-    flag(
-        "--share_net",
-        type=bounded(int, 1, 5),
-        default=2,
-        help="first shared stage: each modality has its own stem and stages before it",
-    )
+    text = "first shared stage: each modality has its own stem and stages before it"
+    flag("--share_net", type=bounded(int, 1, 5), default=2, help=text)
     flag("--stages", type=int, choices=(3, 4), default=4, help="stages of the backbone: 3 leaves out the last")
     flag("--afam", **SWITCH, help="0 leaves out GFMNet's attention (adp, gfm2)")
     flag("--local", **SWITCH, help="0 leaves out GFMNet's local branch and its loss (adp)")
     flag = parser.add_argument_group("loss").add_argument
-    flag(
-        "--weighting",
-        choices=WEIGHTINGS,
-        default="published",
-        help="weights of the triplet's distances (agw, caj, adp, gfm2): published (the paper's softmax, which ignores "
-        "large distances), exact (a true softmax; from a start with large distances it may collapse at ln 2), or "
-        "stable (a true softmax of distances divided by their mean, so that the loss does not depend on scale)",
-    )
+    text = "weights of the triplet's distances (agw, caj, adp, gfm2): published (the paper's softmax, which ignores "
+    text += "large distances), exact (a true softmax; from a start with large distances it may collapse at ln 2), or "
+    text += "stable (a true softmax of distances divided by their mean, so that the loss does not depend on scale)"
+    flag("--weighting", choices=WEIGHTINGS, default="published", help=text)
     text = "1 squares the triplet's difference of distances (caj, adp, gfm2), as published: see docs/reproduction.md"
     flag("--square", type=int, choices=(0, 1), default=0, help=text)
     text = "margin of the hard (base, deen, rle) and local (adp) triplets, of QCT (quad), and of the circle loss (dns)"
@@ -116,39 +99,20 @@ def get_args_parser():
     flag = parser.add_argument_group("training").add_argument
     flag("--optim", choices=("sgd", "adam"), default="sgd", help="optimiser")
     flag("--lr", type=bounded(float, 0, above=True), default=0.1, help="learning rate of the head; less elsewhere")
-    flag(
-        "--schedule",
-        choices=("step", "triangle"),
-        default="step",
-        help="of the learning rate: step (falls at the milestones), or triangle (falls to 0 from the warm-up on)",
-    )
+    text = "of the learning rate: step (falls at the milestones), or triangle (falls to 0 from the warm-up on)"
+    flag("--schedule", choices=("step", "triangle"), default="step", help=text)
     flag("--epochs", type=bounded(int, 1), default=101, help="epochs to train in all")
     flag("--warmup", type=bounded(int, 0), default=10, help="epochs of linear warm-up")
-    flag(
-        "--milestones",
-        type=bounded(int, 1),
-        nargs="*",
-        default=[20, 50],
-        help="epochs at which the learning rate falls to a tenth",
-    )
+    text = "epochs at which the learning rate falls to a tenth"
+    flag("--milestones", type=bounded(int, 1), nargs="*", default=[20, 50], help=text)
     flag("--batch_size", type=bounded(int, 2, 4096), default=8, help="identities per batch")
     flag("--num_pos", type=bounded(int, 1, 1024), default=4, help="images per identity and modality in a batch")
     flag("--augc", **SWITCH, help="the method's augmentation of colours")
     flag("--rande", type=bounded(float, 0, 1), default=0.5, help="probability of random erasing")
-    flag(
-        "--erase_area",
-        type=bounded(float, 0, 1),
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        default=[*ERASE_AREA],
-        help="bounds of the share of an image that random erasing fills",
-    )
-    flag(
-        "--padding",
-        type=bounded(int, 0, 4096),
-        default=PADDING,
-        help="pixels of black around an image before a random crop; choose fewer for images smaller than 288x144",
-    )
+    area, text = bounded(float, 0, 1), "bounds of the share of an image that random erasing fills"
+    flag("--erase_area", type=area, nargs=2, metavar=("LOW", "HIGH"), default=[*ERASE_AREA], help=text)
+    text = "pixels of black around an image before a random crop; choose fewer for images smaller than 288x144"
+    flag("--padding", type=bounded(int, 0, 4096), default=PADDING, help=text)
     flag("--seed", type=bounded(int, 0), default=0, help="seed of weights, batches and augmentation")
     flag = parser.add_argument_group("device").add_argument
     flag("--gpu", default="0", help="number of the GPU, or cpu; under torchrun, each process takes its own GPU")
@@ -158,31 +122,19 @@ def get_args_parser():
     flag("--graph", **SWITCH, help=text)
     flag("--sync_bn", **SWITCH, help="batch norm over the images of all processes (with several GPUs)")
     flag = parser.add_argument_group("testing").add_argument
-    flag(
-        "--select",
-        choices=("test", "val"),
-        default="test",
-        help="what chooses the best epoch: test (the test set, as published) or val (SYSU-MM01: the val ids, which are "
-        "then left out of training)",
-    )
+    text = "what chooses the best epoch: test (the test set, as published) or val (SYSU-MM01: the val ids, which are "
+    flag("--select", choices=("test", "val"), default="test", help=text + "then left out of training)")
     flag("--eval_every", type=bounded(int, 1), default=2, help="epochs from one test to the next")
     flag("--test_batch", type=bounded(int, 1, 65536), default=64, help="images per batch in a test")
     flag = parser.add_argument_group("output").add_argument
     flag("--model_path", default="save_model/", help="folder for checkpoints")
     flag("--log_path", default="log/", help="folder for logs")
     flag("--save_epoch", type=bounded(int, 1), default=20, help="epochs from one checkpoint that is kept to the next")
-    flag(
-        "--save_minutes",
-        type=bounded(float, 0, above=True),
-        default=15,
-        help="minutes from one save within an epoch to the next",
-    )
+    text = "minutes from one save within an epoch to the next"
+    flag("--save_minutes", type=bounded(float, 0, above=True), default=15, help=text)
     flag("--figures", action="store_true", help="draw curves and rankings after each test")
-    flag(
-        "--resume",
-        help="continue a run: auto (this run, if it has a checkpoint), or a ..._last.t, as a path or a name in "
-        "--model_path",
-    )
+    text = "continue a run: auto (this run, if it has a checkpoint), or a ..._last.t, as a path or a name in "
+    flag("--resume", help=text + "--model_path")
     return parser
 
 

@@ -91,8 +91,8 @@ def tested_trial(path, origin, dataset, trial, cross_data):
             raise InputError(f"{path}: was trained on {dataset} itself; leave out --cross_data")
         return trial
     if known and dataset not in known:
-        remedy = f"test it with --dataset {' or '.join(known)}, or with testa.py --cross_data as one that knows nobody here"
-        raise InputError(f"{path}: was trained on {own}; {remedy}")
+        remedy = f"--dataset {' or '.join(known)}, or with testa.py --cross_data as one that knows nobody here"
+        raise InputError(f"{path}: was trained on {own}; test it with {remedy}")
     if "trial" not in DATASETS[dataset].options:
         return None
     own = origin.get("trial") or trial
