@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import torchvision
 
 from ChannelAug import luminance, normalise
-from core.files import check_output, locate, save_json
+from core.files import check_output, file_sha256, locate, save_json
 from datasets import DATASETS, TRAINING_SETS, option_values, search_title
 from model import untrained_network
 from testing import corruptions, engine, evaluation, results, verification
@@ -64,6 +64,7 @@ def main(argv=None):
     device, data_path = select_device(args.gpu, args.amp), evaluation.data_folder(args)
 
     rows, first, by_kind, pairs, tested = [], None, {}, [], sources(args)
+    sha256 = file_sha256(tested[0][0]) if args.calibrate else None
     for number, (path, trial) in enumerate(tested):
         test, features, origin, embed_corrupted = embed_test(args, path, trial, data_path, device)
         trained_on = f" on {TRAINING_SETS[origin['dataset']].name}" if args.cross_data and origin.get("dataset") else ""
@@ -98,7 +99,7 @@ def main(argv=None):
     files = [args.json, args.report and os.path.join(args.report, PAGE)]
     results.print_results(table, args.table == "full", [*filter(None, files)])
     if args.calibrate:
-        calibrate(args, path, pairs, table[0], first[0].setting)
+        calibrate(args, path, sha256, pairs, table[0], first[0].setting)
     if args.report:
         write_report(args, table, *first, pairs, by_kind)
     return table
@@ -157,11 +158,14 @@ def corrupted(test, features, embed_corrupted, data_path, repetitions, by_kind):
             yield searches[repetition % len(searches)], both, CORRUPTED
 
 
-def calibrate(args, path, rates, row, setting):
+def calibrate(args, path, sha256, rates, row, setting):
+    """Write the file of `--calibrate`. sha256: of the checkpoint, before it was tested."""
+    if file_sha256(path) != sha256:
+        raise InputError(f"{path}: was replaced during the test, by a training perhaps; test a copy of it")
     if not rates:
         raise InputError(f"--calibrate {args.calibrate}: the test has no pairs of one and of two people; leave it out")
     data = DATASETS[args.dataset].title(row["demo"], row["per_trial"][0]["queries"])
-    save_json(verification.calibration(path, data, setting, "FC", rates), args.calibrate)
+    save_json(verification.calibration(path, sha256, data, setting, "FC", rates), args.calibrate)
     print(f"{verification.describe(rates)} {args.calibrate}")
 
 

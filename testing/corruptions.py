@@ -12,7 +12,7 @@ from inspect import signature
 import numpy as np
 from PIL import Image
 
-from datasets import Images
+from datasets import DATASETS, Images
 from eval_metrics import CosineDistances, match_ranks
 
 KINDS = ("gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise", "defocus_blur", "glass_blur", "motion_blur")
@@ -89,7 +89,7 @@ def add_by_kind(found, test, name, data_path, features, repetition=None):
     them, of a repetition, or without corruption.
     """
     first = test.searches[0]
-    visible, rules = _visible(test.searches), first.rules
+    visible, rules = _visible(test), first.rules
     infrared = first.query if first.query.modality == "infrared" else first.gallery
     if rules.not_seen and first.query.modality == "infrared":
         rules = rules._replace(not_seen=lambda *labels: first.rules.not_seen(*labels[2:], *labels[:2]))
@@ -114,8 +114,12 @@ def table(found):
     return {kind: [clean, *(mean(found.get((kind, level))) for level in LEVELS)] for kind in KINDS}
 
 
-def _visible(searches):
-    """All visible images of some searches, once: `datasets.Images`."""
+def _visible(test):
+    """All visible images of `datasets.Searches`, once: `datasets.Images`. Of RegDB, those of the first search's trial:
+    each trial numbers its own people."""
+    searches, trial = test.searches, test.searches[0].setting["trial"]
+    if "trial" in DATASETS[test.dataset].options:
+        searches = [search for search in searches if search.setting["trial"] == trial]
     sides = [side for search in searches for side in (search.query, search.gallery) if side.modality == "visible"]
     rows, ids, cameras = (np.concatenate(parts) for parts in list(zip(*sides, strict=True))[1:])
     _, first = np.unique(rows, return_index=True)

@@ -9,7 +9,6 @@ from typing import Annotated, TypedDict
 import numpy as np
 from msgspec import Meta
 
-from core.files import file_sha256
 from core.formats import Text, read_json
 from datasets import search_title
 from testing.results import pair_distances
@@ -79,9 +78,9 @@ class Calibration(TypedDict):
     similarity: Annotated[list[Annotated[float, Meta(ge=-1.001, le=1.001)]], Meta(min_length=1, max_length=1000)]
 
 
-def calibration(path, data, setting, feature, rates):
+def calibration(path, sha256, data, setting, feature, rates):
     """The content of a file of `--calibrate`, of the checkpoint at `path`."""
-    about = {"checkpoint": str(path), "sha256": file_sha256(path), "feature": feature, "data": data}
+    about = {"checkpoint": str(path), "sha256": sha256, "feature": feature, "data": data}
     return about | {"setting": search_title(setting), **rates}
 
 

@@ -75,6 +75,14 @@ def test_the_first_difference_from_the_published_numbers(name):
     assert difference("sysu", {"something else": 3}) is None
 
 
+def test_cameras_are_counted_below_any_folder(sysu_tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(check_data, "difference", lambda *_: None)
+    tree = tmp_path / "webcam2" / "sysu"
+    shutil.copytree(sysu_tree, tree)
+    line = check(tree)[0]["counts"][1]
+    assert all(f"cam{number} " in line for number in range(1, 7))
+
+
 def test_counts_are_those_of_the_folders(sysu_tree):
     test = DATASETS["sysu"].searches(sysu_tree, shots=(1, 10))
     queries = len(images_of(sysu_tree, "test", "infrared"))

@@ -14,7 +14,7 @@ import testa
 from conftest import SIZE, exit_status, save_network, search_flags
 from core.images import read_image
 from data_manager import process_gallery_sysu, process_query_sysu
-from datasets import llcm_searches, sysu_searches
+from datasets import llcm_searches, regdb_searches, sysu_searches
 from eval_metrics import eval_sysu
 from testing import corruptions
 from testing.features import load_features
@@ -104,6 +104,19 @@ def average_precision(similarity, same):
             hits += 1
             precisions.append(hits / rank)
     return 100 * np.mean(precisions)
+
+
+def test_curves_of_regdb_are_of_one_trial(regdb_tree):
+    """Each of its lists numbers its own people."""
+    both = regdb_searches(regdb_tree, trials=(3, 1))
+    generator, curves = torch.Generator().manual_seed(0), []
+    of = {m: {path: torch.randn(8, generator=generator) for path in paths} for m, paths in both.paths.items()}
+    for test in (both, regdb_searches(regdb_tree, trials=(3,))):
+        features = {m: {"FC": F.normalize(torch.stack([of[m][p] for p in paths]))} for m, paths in test.paths.items()}
+        curves.append({})
+        corruptions.add_by_kind(curves[-1], test, "FC", regdb_tree, features)
+    assert len(both.paths["visible"]) > len(test.paths["visible"])
+    assert curves[0] == curves[1]
 
 
 @pytest.mark.parametrize("direction", ["visible to infrared", "infrared to visible"])

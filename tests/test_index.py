@@ -93,7 +93,7 @@ def test_an_index_finds_what_plain_numpy_finds(index, address):
         index.add(version, [changed], unit(1, seed=5))
         index.remove([entries[4].path, entries[89].path, "/photos/none.jpg"])
         relabelled = entries[5]._replace(camera="yard", person="Ann", time="2026-11-20 00:00:30")
-        index.label(version, [relabelled])
+        index.label([relabelled])
         expected = dict(zip(entries, vectors, strict=True)) | {changed: unit(1, seed=5)[0], relabelled: vectors[5]}
         for entry in (entries[3], entries[4], entries[5], entries[89]):
             del expected[entry]
@@ -116,6 +116,37 @@ def test_an_index_finds_what_plain_numpy_finds(index, address):
         assert index.move("/photos/a_b", "/elsewhere") == len(moved)
         expected |= {entry: expected.pop(old) for old, entry in zip(moved, new, strict=True)}
         check_search(reader, version, expected | {new[0]: unit(1)[0]})
+
+
+def test_a_later_version_keeps_labels_and_embeds_what_has_changed_anew(index):
+    """One checkpoint serves while another one is still embedding the images."""
+    (first, second, third), vectors = images(3), unit(3)
+    serves, begun = (index.begin(f"{name}.t", name * 64, "FC", DIM) for name in "ab")
+    for version in (serves, begun):
+        index.add(version, [first, second, third], vectors)
+    labelled = first._replace(camera="yard", person="Ann", time="2026-11-20 00:00:30", track="/photos//7")
+    index.label([labelled])
+    changed = second._replace(stamp="new")
+    index.add(serves, [changed, third], unit(2, seed=5))
+    assert index.entries(serves) == {entry.path: entry for entry in (labelled, changed, third)}
+    assert index.entries(begun) == {entry.path: entry for entry in (labelled, third)}
+    index.add(begun, [changed], unit(1))
+    assert index.entries(serves) == index.entries(begun)
+
+
+def test_a_file_that_is_gone_or_another_one_is_not_used_any_more(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with contextlib.closing(open_index("index.db", create=True)) as index:
+        version = index.begin("net.t", "a" * 64, "FC", DIM)
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir("elsewhere")
+        index.add(version, images(2), unit(2))
+        (tmp_path / "index.db").rename(tmp_path / "old.db")
+        for _ in range(2):
+            for use in (lambda: index.add(version, images(2), unit(2)), lambda: index.search(version, unit(1), 5)):
+                with pytest.raises(InputError, match="index.db: has been removed or replaced meanwhile; run again"):
+                    use()
+            open_index(str(tmp_path / "index.db"), create=True).close()
 
 
 def plain_tracks(expected, queries):
@@ -163,7 +194,7 @@ def test_tracks_are_those_of_plain_loops(index, address):
         index.add(version, entries[60:], vectors[60:])
         index.remove([entry.path for entry in entries[10:20]])
         changed = [entries[1]._replace(track="/photos//new"), entries[2]._replace(track=None)]
-        index.label(version, changed)
+        index.label(changed)
         expected = dict(zip([entries[0], *changed, *entries[3:]], vectors, strict=True))
         check_tracks(reader, version, {e: v for e, v in expected.items() if e not in entries[10:20]})
         assert reader.search_tracks(version, unit(1), 5, Filter(cameras=("none",))) == [[]]
@@ -479,6 +510,15 @@ def test_a_damaged_or_doctored_file_is_refused(tmp_path):
 )
 def test_a_pattern_reads_a_path(path, expected):
     assert read_labels("cam{camera}/{person}/{time:%Y%m%d_%H%M%S}_{n}.jpg", None)(path) == expected
+
+
+def test_a_time_may_have_its_date_in_a_folder_but_not_lack_it():
+    read = read_labels("cam{camera}/{time:%Y%m%d/%H%M%S}_{n}.jpg", None)
+    assert read("cam1/20261120/140311_1.jpg") == {"camera": "1", "time": "2026-11-20 14:03:11"}
+    assert read("cam1/20261120/a/140311_1.jpg") is None
+    for lacking in ("%H%M%S", "%m%d_%H%M%S", "%Y_%H%M%S"):  # all of 1900, or of January
+        with pytest.raises(InputError, match="the time needs year, month and day"):
+            read_labels(f"{{time:{lacking}}}.jpg", None)
 
 
 def test_the_parts_of_a_track_are_joined(tmp_path):

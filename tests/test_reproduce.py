@@ -230,8 +230,11 @@ def test_scores_are_means_over_trials_then_over_seeds(regdb, tmp_path, monkeypat
     # The commit is the one with which the runs began.
     monkeypatch.setattr(records, "commit", lambda: "f" * 40)
     monkeypatch.setattr(records, "git", lambda *_: "f" * 40)
+    prepared = []
+    monkeypatch.setattr(reproduce, "prepare", lambda training: prepared.append(training.method))
     (tmp_path / "runs/regdb_base/trial_1/seed_0/results_best.json").unlink()  # tested, but not trained again
     assert regdb("--method", "base", "--seeds", "0", "3")[0]["commit"] == COMMIT
+    assert prepared == ["base"]  # another method may have prepared another size since
     (later,) = regdb("--method", "base", "--seeds", "0", "4")
     assert later["verdict"].endswith(" The runs began with several commits.")
 

@@ -651,7 +651,11 @@ def test_bad_input_is_one_line_and_status_2(made, pictures, tmp_path, monkeypatc
         (["query", image, *queries, "--folder", "none"], "none of its images fits all filters; leave one out"),
         (["query", image, *queries, "--to", "1999-01-01"], "none of its images fits all filters; leave one out"),
         (["index", "nowhere", "--index", new_index, *new], "nowhere: no such folder"),
-        (["index", str(folder), "--index", new_index, *CPU], "--modality: .* does not know which one .*; pass it"),
+        (
+            ["index", str(tmp_path / "spoilt"), "--index", index_path, *CPU],
+            "--modality: .* does not know which one .*; pass",
+        ),
+        (["index", str(folder), "--index", new_index, *CPU], "there is no index yet; pass --resume and --modality"),
         (["index", str(folder), "--index", new_index, *new[2:]], "there is no index yet; pass --resume and --modality"),
         (["index", str(tmp_path / "empty"), "--index", new_index, *new], "empty: contains no image"),
         (["index", str(tmp_path / "spoilt"), "--index", new_index, *new], "none of its 1 images can be read"),

@@ -187,6 +187,7 @@ def test_rows_by_name():
         ),
         (("--vary", "method=adp", "--test", "--some"), "unrecognized arguments: --some"),
         (("--vary", "method=adp", "--test", "--json x"), "row method=adp: the sweep sets --json"),
+        (("--vary", "method=adp", "--test", "--calibrate x"), "row method=adp: the sweep sets --calibrate"),
         (("--vary", "method=adp", "--gpus", "0", "--", "--gpu", "1"), "--gpus sets --gpu for each run"),
         (("--vary", "method=adp", "--curves", "loss"), "argument --curves: invalid choice: 'loss'"),
         (("--table",), "sweep.json: cannot be read"),

@@ -133,6 +133,21 @@ def test_from_a_test_to_a_search(sysu_tree, tmp_path, capsys):
             search.main([*ask, *more])
 
 
+def test_a_checkpoint_that_is_replaced_during_the_test_is_not_calibrated(sysu_tree, tmp_path, monkeypatch):
+    path = save_network(tmp_path / "net.t", 0)
+    show = testa.results.print_results
+
+    def replaced(*args):
+        save_network(path, 1)
+        show(*args)
+
+    monkeypatch.setattr(testa.results, "print_results", replaced)
+    flags = search_flags(sysu_tree, path, "--calibrate", tmp_path / "c.json")
+    with pytest.raises(InputError, match="net.t: was replaced during the test"):
+        testa.main(flags)
+    assert not (tmp_path / "c.json").exists()
+
+
 def test_what_calibration_needs(tmp_path, capsys):
     for flags in (["--from_features", "f.npz"], ["--dataset", "regdb", "--resume", "x_{trial}.t"]):
         assert exit_status(testa, [*flags, "--gpu", "cpu", "--calibrate", tmp_path / "c.json"]) == 2

@@ -8,6 +8,7 @@ One line for each check: "ok", "note", or "WRONG" with what to do. It reads ever
 import hashlib
 import itertools
 import json
+import os
 import re
 import shutil
 from collections import Counter, defaultdict
@@ -104,7 +105,8 @@ def check_counts(dataset, path, listed):
             if data_manager.is_demo(path) or not DATASETS[dataset].published:
                 return f"note: {found}"
             raise InputError(f"{found}; see docs/data.md, and copy what is missing")
-    cameras = Counter(re.search(r"cam\d+|$", image)[0] for paths, _ in training.values() for image in paths)
+    images = [os.path.relpath(image, path) for paths, _ in training.values() for image in paths]
+    cameras = Counter(re.search(r"cam\d+|$", image)[0] for image in images)
     by_camera = ", ".join(f"{name} {count:,}" for name, count in sorted(cameras.items()) if name)
     drawn = " (demo data)" if data_manager.is_demo(path) else ""
     return f"as published{drawn}" + (f"; training images: {by_camera}" if by_camera else "")

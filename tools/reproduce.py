@@ -95,8 +95,9 @@ def main(argv=None):
         folder = args.runs / f"{args.dataset}_{method}"
         rows = {f"trial_{trial}": f"--trial {trial}" for trial in spec.options.get("trial", ())} or {method: ""}
         runs = {(row, seed): folder / row / f"seed_{seed}" for row in rows for seed in args.seeds}
-        if left := len(missing(runs, "last")):
+        if any(missing(runs, checkpoint) for checkpoint in CHECKPOINTS):
             prepare(trainings[method])
+        if left := len(missing(runs, "last")):
             announce(args, method, trainings[method], left)
         device = ["--gpu=cpu"] if args.gpu == ["cpu"] else []
         common = [f"--out={folder}", *chain(*(("--row", f"{row}: {own}") for row, own in rows.items()))]

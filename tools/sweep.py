@@ -48,7 +48,7 @@ RESULTS = {"last": "results.json", "best": "results_best.json"}  # of each --che
 # Flags that the sweep sets for its runs.
 SWEEP_FLAGS = {
     "train": {"seed", "model_path", "log_path", "resume"},
-    "test": {"model_path", "resume", "from_features", "features", "json", "report"},
+    "test": {"model_path", "resume", "from_features", "features", "json", "report", "calibrate"},
 }
 # Flags that may differ when a sweep continues: locations and speed. Training also lets the number of epochs change,
 # but then rows would differ in length.

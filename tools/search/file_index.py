@@ -19,7 +19,7 @@ class FileIndex(Index):
     driver = sqlite3
 
     def __init__(self, path, create=False):
-        self.uri, self.blocks, self.seen = str(path), [], None
+        self.uri, self.blocks, self.seen, self.file = str(path), [], None, None
         if Path(path).is_dir():
             raise InputError(f"{path}: is a folder; name a file, such as {os.path.join(path, 'index.db')}")
         if create:
@@ -38,6 +38,14 @@ class FileIndex(Index):
             with contextlib.suppress(sqlite3.OperationalError):
                 self.connection.execute("PRAGMA journal_mode = WAL")
             self.connection.execute("PRAGMA synchronous = NORMAL")
+        self.place = os.path.abspath(path)
+        self.file = self._file()
+
+    def _file(self):
+        """What tells the file from another one in its place; None if there is none."""
+        with contextlib.suppress(FileNotFoundError):
+            stat = os.stat(self.place)
+            return stat.st_dev, stat.st_ino
 
     def _check_tables(self, create):
         """Make the tables of an empty file; refuse a file with others, whatever they would run."""
@@ -73,6 +81,8 @@ class FileIndex(Index):
 
     @contextlib.contextmanager
     def transaction(self, write=True):
+        if self.file and self._file() != self.file:  # SQLite would go on with the one that is gone
+            raise InputError(f"{self.uri}: has been removed or replaced meanwhile; run again")
         with self._errors(), self.connection:  # commits, or rolls back
             self.connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
             self.seen = None if write else self.seen

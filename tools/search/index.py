@@ -170,24 +170,26 @@ class Index:
             return dict(self._run(sql, (version,)).fetchall())
 
     def add(self, version, entries, vectors):
-        """Add images, or replace those of the same path. vectors: of unit length."""
+        """Add images, or replace those of the same path; later versions embed those that have changed anew. vectors: of
+        unit length."""
         if (row := damaged(vectors)) is not None:
             raise InputError(f"{entries[row].path}: its features are not of unit length; use another --resume")
         names = ("version", *Entry._fields, "vector")
         rows = [(version, *entry, self._encode(vector)) for entry, vector in zip(entries, vectors, strict=True)]
         with self.transaction():
-            self._run_many("DELETE FROM images WHERE version = ? AND path = ?", [row[:2] for row in rows])
+            old = "DELETE FROM images WHERE path = ? AND (version = ? OR version > ? AND stamp <> ?)"
+            self._run_many(old, [(path, version, version, stamp) for _, path, stamp, *_ in rows])
             marks = ", ".join("?" * len(names))
             # Another process may be adding the same image.
             sql = f"INSERT INTO images ({', '.join(names)}) VALUES ({marks}) ON CONFLICT (path, version) DO NOTHING"
             self._run_many(sql, rows)
 
-    def label(self, version, entries):
-        """Replace camera, person, time and track of images."""
-        rows = [(entry.camera, entry.person, entry.time, entry.track, version, entry.path) for entry in entries]
+    def label(self, entries):
+        """Replace camera, person, time and track of images in all versions."""
+        rows = [(entry.camera, entry.person, entry.time, entry.track, entry.path) for entry in entries]
         names = "camera = ?, person = ?, time = ?, track = ?"
         with self.transaction():
-            self._run_many(f"UPDATE images SET {names} WHERE version = ? AND path = ?", rows)
+            self._run_many(f"UPDATE images SET {names} WHERE path = ?", rows)
 
     def remove(self, paths):
         """Remove images from all versions."""

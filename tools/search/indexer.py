@@ -17,6 +17,8 @@ from tools.search.index import REPLACED, Entry
 from tools.search.labels import file_time, read_labels, wall_clock
 from utils import InputError
 
+NO_INDEX = "there is no index yet; pass --resume and --modality to make one"
+
 
 def index_folder(args):
     """Returns {"embedded", "changed", "vanished", "images": counts, "unreadable": lines, "unlabelled": paths, "spread":
@@ -31,7 +33,7 @@ def index_folder(args):
         flag = f"--pattern {args.pattern}" if args.pattern else f"--csv {args.csv}"
         name = os.path.relpath(unlabelled[0], folder)
         raise InputError(f"{flag}: fits no image of {folder}, such as {name}; write it for paths below that folder")
-    with contextlib.closing(open_index(args.index, create=True)) as index:
+    with contextlib.closing(open_to_write(args)) as index:
         if args.approximate and not index.approximates:
             raise InputError(f"--approximate: {args.index} is a file, which is searched exactly; leave it out")
         if args.moved_from:
@@ -53,6 +55,13 @@ def index_folder(args):
     counts = {"embedded": count, "changed": changed, "vanished": len(gone), "images": images}
     spread = spread_tracks(labels)
     return counts | {"unreadable": unreadable, "unlabelled": unlabelled, "spread": spread, "others": others}
+
+
+def open_to_write(args):
+    """The index of the flags. A file is made only if they have all that a new index needs."""
+    if not (args.resume and args.modality or "://" in args.index or os.path.exists(args.index)):
+        raise InputError(f"{args.index}: {NO_INDEX}")
+    return open_index(args.index, create=True)
 
 
 def spread_tracks(labels):
@@ -106,7 +115,7 @@ class Indexer:
         entries = [make_entry(path, files[path], self.modality, labels[path], self.before.get(path)) for path in files]
         new = self.new(files)
         labelled = [entry for entry in entries if entry.path not in new and entry != self.known[entry.path]]
-        self.index.label(self.version, labelled)
+        self.index.label(labelled)
         self.index.remove(gone)
         embedded = self._embed([entry for entry in entries if entry.path in new], unreadable, report)
         self.index.remove(new - embedded)
@@ -210,7 +219,7 @@ def folder_modality(args, before, folder, files):
 def begin_version(args, index, old):
     """-> (number of the version that the flags ask for, its Embedder). old: the version that serves, or None."""
     if not (args.resume or old):
-        raise InputError(f"{args.index}: there is no index yet; pass --resume and --modality to make one")
+        raise InputError(f"{args.index}: {NO_INDEX}")
     embedder = load_embedder(args, old, args.index)
     if not (args.resume or args.feature):  # it must not come back if another one replaces it meanwhile
         return old["version"], embedder

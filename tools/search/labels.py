@@ -37,8 +37,9 @@ def _pattern_labels(pattern):
             if name == "time" and "%z" in spec:
                 raise ValueError("times have no zone; put {zone} after {time}, in place of %z")
             if name == "time":
-                time_format = spec
-                datetime.strptime(datetime(2026, 11, 20).strftime(spec), spec)  # ValueError for what it cannot read
+                time_format, day = spec, datetime(2026, 11, 20)
+                if datetime.strptime(day.strftime(spec), spec).date() != day.date():  # ValueError if it cannot be read
+                    raise ValueError("the time needs year, month and day, such as {time:%Y%m%d/%H%M%S}")
                 value = "".join(DIGITS.get(a, value) if a else re.escape(b) for a, b in re.findall("%(.)|(.)", spec))
             parts.append((literal, name, re.compile(value)))
         if len(parts) > 100:
@@ -78,7 +79,7 @@ def _fields(parts, path):
             if name is None or expression.fullmatch(path, begin, end):
                 if (values := rest(number + 1, end)) is not None:
                     return values if name is None else [(name, path[begin:end]), *values]
-            elif path[end - 1] == "/":
+            elif path[end - 1] == "/" and name != "time":
                 break
         failed.add((number, start))
         return None

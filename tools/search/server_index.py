@@ -170,7 +170,8 @@ class ServerIndex(Index):
                 means = {row[:3]: row[3] for row in self._run(mean, (query, *values, top)).fetchall()}
                 rows = self._run(best, (*values, [name for *_, name in means], query)).fetchall()
                 found = {track_key(image): image for image in self._results(rows)}
-                results.append([found[key] | {"similarity": similarity} for key, similarity in means.items()])
+                # A track may have been removed between the two statements.
+                results.append([found[key] | {"similarity": s} for key, s in means.items() if key in found])
         return results
 
     def _results(self, rows):

@@ -7,9 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-from tools.search.address import open_index
 from tools.search.finder import least_similarity_of, unit_mean
-from tools.search.indexer import Indexer, existing_folder, file_stamp, label_files, list_images
+from tools.search.indexer import Indexer, existing_folder, file_stamp, label_files, list_images, open_to_write
 from tools.search.labels import read_labels
 from utils import InputError
 
@@ -27,7 +26,7 @@ def watch_folder(args):
             "together; pass all or none"
         )
     folder = existing_folder(args.folder)
-    with contextlib.closing(open_index(args.index, create=True)) as index:
+    with contextlib.closing(open_to_write(args)) as index:
         watcher = Watcher(args, index, folder)
         print(f"{folder}: watched (Ctrl-C stops it)", file=sys.stderr, flush=True)
         while True:
