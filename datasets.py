@@ -73,7 +73,7 @@ class DataSet:
         test = []
         specs = [DATASETS[part] for part in self.parts] or [self]
         for spec, folder in zip(specs, self.folders(data_path), strict=True):
-            trials = [options["trial"]] if "trial" in spec.options else spec.trials
+            trials = [options.get("trial", 1)] if "trial" in spec.options else spec.trials
             test += spec.searches(folder, spec.directions, trials).paths.values()
         return listed_train(data_path, self.training(data_path, **options), size, test)
 

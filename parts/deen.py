@@ -117,8 +117,8 @@ def centre_pair_loss(features, labels, margin=0.2):
     nearest = euclidean(centres, centres).masked_fill(same, math.inf).amin(dim=3)
     positive = _distance(expanded, plain.flip(1))
     own = _distance(expanded, plain).detach()
-    own, expanded, plain = (F.relu(positive - other + margin) for other in (own, nearest[1:], nearest[:1]))
-    return (own + 0.5 * (expanded + plain)).mean(dim=(1, 2)).sum()
+    of_own, of_expanded, of_plain = (F.relu(positive - other + margin) for other in (own, nearest[1:], nearest[:1]))
+    return (of_own + 0.5 * (of_expanded + of_plain)).mean(dim=(1, 2)).sum()
 
 
 def _distance(x, y):
