@@ -200,6 +200,19 @@ def test_tracks_are_those_of_plain_loops(index, address):
         assert reader.search_tracks(version, unit(1), 5, Filter(cameras=("none",))) == [[]]
 
 
+@pytest.mark.parametrize("address", ["server"], indirect=True)
+def test_a_track_that_is_removed_during_a_search_is_not_found(index, monkeypatch):
+    entries = [entry._replace(track=f"/photos//{i}") for i, entry in enumerate(images(3))]
+    version = index.begin("net.t", "a" * 64, "FC", DIM)
+    index.add(version, entries, unit(3))
+    (whole,) = index.search_tracks(version, unit(1), 5)
+    results = index._results
+    monkeypatch.setattr(index, "_results", lambda rows: results(rows[:-1]))
+    (rest,) = index.search_tracks(version, unit(1), 5)
+    assert len(rest) == 2
+    assert [image for image in whole if image in rest] == rest
+
+
 def test_tracks_move_with_their_folder(index):
     tracks = ["/a//1", "/a/b//1", None, "/a_b//1"]
     entries = [Entry(f"/a/b/{i}", "0 0", "visible", None, None, "2026-11-20 10:00:00", t) for i, t in enumerate(tracks)]
