@@ -200,6 +200,7 @@ def test_tracks_are_those_of_plain_loops(index, address):
         assert reader.search_tracks(version, unit(1), 5, Filter(cameras=("none",))) == [[]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("address", ["server"], indirect=True)
 def test_a_track_that_is_removed_during_a_search_is_not_found(index, monkeypatch):
     entries = [entry._replace(track=f"/photos//{i}") for i, entry in enumerate(images(3))]
