@@ -110,6 +110,14 @@ def test_llcm_training_lists(llcm_tree):
         assert np.array_equal(images[-1], read_image(llcm_tree / lines[-1][0], SIZE))
 
 
+def test_no_test_image_of_llcm_is_trained_on(llcm_tree, monkeypatch):
+    """Of either modality, whether it is drawn for a gallery or not."""
+    compared = []
+    monkeypatch.setattr("datasets.listed_train", lambda _path, _lists, _size, test: compared.extend(test))
+    DATASETS["llcm"].train(llcm_tree, SIZE)
+    assert {path for paths in compared for path in paths} == {str(path) for path in llcm_tree.glob("test_*/*/*/*")}
+
+
 HIDDEN = {  # (identity, camera) of query and gallery image
     "sysu": lambda query, gallery: query[1] == 3 and gallery[1] == 2,
     "regdb": lambda query, gallery: False,

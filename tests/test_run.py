@@ -127,6 +127,7 @@ def test_resumed_log_holds_each_epoch_once(tmp_path):
     log.close()
     before = (tmp_path / "run.jsonl").read_text().splitlines()
     with (tmp_path / "run.jsonl").open("a") as file:
+        file.write('{"epoch": 1, "loss": "low"}\n')  # no entry of a log
         file.write('{"epoch": 4, "lo')  # the process died while writing
     log = RunLog(tmp_path, "run", resumed_epoch=1)
     log.epoch({"epoch": 2, "loss": 5.0})

@@ -1,5 +1,6 @@
 """Same person or not: error rates against scikit-learn and plain counts, and thresholds from a test to a search."""
 
+import hashlib
 import json
 from itertools import product
 
@@ -146,6 +147,10 @@ def test_a_checkpoint_that_is_replaced_during_the_test_is_not_calibrated(sysu_tr
     with pytest.raises(InputError, match="net.t: was replaced during the test"):
         testa.main(flags)
     assert not (tmp_path / "c.json").exists()
+    monkeypatch.setattr(testa.results, "print_results", show)
+    testa.main(flags)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert json.loads((tmp_path / "c.json").read_text())["sha256"] == sha256
 
 
 def test_what_calibration_needs(tmp_path, capsys):

@@ -171,8 +171,8 @@ def page(records):
     lines = [
         "# Records",
         "",
-        "`python -m tools.records` writes this page from [records/](../records). A row's file has the flags,",
-        "the command and all tested protocols. ± is over the seeds. [How to send one](../.github/CONTRIBUTING.md#records).",
+        "`python -m tools.records` writes this page from [records/](../records). A row's file has flags,",
+        "command and all tested protocols. ± is over the seeds. [How to send one](../.github/CONTRIBUTING.md#records).",
     ]
     for real, title in ((True, "Real data"), (False, "Drawn people")):
         lines += ["", f"## {title}", ""]
