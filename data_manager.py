@@ -259,14 +259,20 @@ def vcm_tracks(data_path, split):
         if count := len(infrared ^ queries):
             notes.append(f"warning: {index}: {count} tracks are of another modality in {file.name}")
         infrared = queries
-    tracks = []
+    tracks, mixed, used = [], 0, Counter()
     for number, (_, first, last, identity, camera) in enumerate(rows, 1):
         if not 1 <= first <= last <= len(frames):
             problem = f"frames {first} to {last} are not among the {len(frames)} of {split}_name.txt"
             raise InputError(f"{file}, line {number}: {problem}; correct it")
+        mixed += len({frame[:3] for frame in names[first - 1 : last]}) > 1
+        used.update(range(first, last + 1))
         if last - first + 1 >= VCM_FEWEST:
             modality = "infrared" if number in infrared else "visible"
             tracks.append((modality, evenly(frames[first - 1 : last], TRACK_FRAMES[split]), identity, camera))
+    if mixed:
+        notes.append(f"warning: {file}: {mixed} tracks have frames of several people, modalities or cameras")
+    if twice := sum(count > 1 for count in used.values()):
+        notes.append(f"warning: {file}: {twice} frames are in several tracks")
     return by_modality(tracks, file), notes
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from msgspec import Meta
 
-from core.files import atomic, locate
+from core.files import atomic, file_sha256, locate
 from core.formats import Count, Flags, ImageSize, Moments, Numbers, Tensors, checked
 from core.meter import EpochSums
 from utils import InputError, process_index
@@ -117,6 +117,15 @@ def load_checkpoint(path):
     if ("sums" in found) != ("within" in found):
         raise InputError(f"{path}: was saved within an epoch, but lacks its sums or generators; use another checkpoint")
     return found
+
+
+def load_with_sha256(path):
+    """-> (`load_checkpoint`, the SHA-256 of the file). InputError if another file takes its place meanwhile."""
+    sha256 = file_sha256(path)
+    content = load_checkpoint(path)
+    if file_sha256(path) != sha256:
+        raise InputError(f"{path}: was replaced while it was read, by a training perhaps; start again, or copy it")
+    return content, sha256
 
 
 def load_training_state(path):

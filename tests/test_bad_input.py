@@ -19,6 +19,7 @@ from PIL import Image
 
 import data_loader
 import data_manager
+import datasets
 import pre_process_sysu
 import testa
 import train_ext_test0
@@ -260,8 +261,8 @@ CASES = {
     ),
     "link that leads out": case(
         "regdb",
-        lambda: [os.symlink(os.path.abspath("sysu"), "regdb/out"), write(IDX, f"out/{jpeg().relative_to('sysu')} 1")],
-        IDX,
+        lambda: [shutil.move("regdb/Visible", "moved"), os.symlink(os.path.abspath("moved"), "regdb/Visible")],
+        "regdb/idx/",
         "line 1",
         "is outside regdb",
     ),
@@ -475,30 +476,24 @@ def good(tmp_path_factory):
     return file
 
 
-@pytest.fixture
-def trees(sysu_tree, regdb_tree, llcm_tree, good, tmp_path, monkeypatch):
-    """The demo trees, linked file by file, in the working directory, with a checkpoint."""
-    monkeypatch.chdir(tmp_path)
-    os.link(good, "good.t")
-    for tree in (sysu_tree, regdb_tree, llcm_tree):
-        link(tree)
-
-
-def link(tree, *left_out):
-    shutil.copytree(tree, tree.name, copy_function=os.link, ignore=shutil.ignore_patterns("cache", *left_out))
-
-
 def contents():
     return {file: file.read_bytes() for file in Path().rglob("*") if file.is_file() and file.suffix != ".lock"}
 
 
-@pytest.mark.usefixtures("trees")
+def link(tree, *left_out):
+    """The tree in the working directory, linked file by file."""
+    shutil.copytree(tree, tree.name, copy_function=os.link, ignore=shutil.ignore_patterns("cache", *left_out))
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_one_line_and_nothing_lost(case, request, capsys):
+def test_one_line_and_nothing_lost(case, good, request, tmp_path, monkeypatch, capsys):
     name, damage, words, more = CASES[case]
-    if name in ("vcm", "buptcampus"):  # lists alone: there are many images, and no case comes to them
-        link(request.getfixturevalue(f"{name}_tree"), "*.jpg")
     script, arguments = SCRIPTS[name]
+    monkeypatch.chdir(tmp_path)
+    os.link(good, "good.t")
+    dataset = name if name in datasets.DATASETS else "sysu"
+    lists = ["*.jpg"] if name in ("vcm", "buptcampus") else []  # there are many images, and no case comes to them
+    link(request.getfixturevalue(f"{dataset}_tree"), *lists)
     damage()
     before = contents()
     assert exit_status(script, [*arguments, *more]) == 2
@@ -691,8 +686,9 @@ def test_16_bit_images_that_use_a_small_part_of_their_range_are_refused(low, hig
         assert np.ptp(read_image(tmp_path / "a.png", (32, 16))) > 240
 
 
-@pytest.mark.usefixtures("trees")
-def test_bad_images_are_left_out_if_asked(capsys):
+def test_bad_images_are_left_out_if_asked(sysu_tree, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    link(sysu_tree)
     expected = [np.load(file) for file in sysu_train_files("sysu")]
     visible, infrared = training_images((1, 2, 4, 5)), training_images((3, 6))
     for file in (visible[3], infrared[5]):

@@ -1,5 +1,6 @@
 """Checkpoint files: what is in them, and old layouts. Damaged and hostile ones: see test_bad_input.py."""
 
+import hashlib
 import zipfile
 from pathlib import Path
 
@@ -7,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from core.checkpoint import VERSION, Checkpoint, find_checkpoint, load_checkpoint, load_training_state, save_checkpoint
+from core.checkpoint import (
+    VERSION,
+    Checkpoint,
+    find_checkpoint,
+    load_checkpoint,
+    load_training_state,
+    load_with_sha256,
+    save_checkpoint,
+)
 from utils import InputError
 
 FIRST = {"net": {"w": torch.ones(2)}, "options": {}, "image_size": (96, 48), "args": {"lr": 0.1}, "epoch": 3}
@@ -28,6 +37,22 @@ def test_fields_that_came_later_have_their_defaults_and_unknown_ones_are_not_rea
     torch.save(FIRST | {"a field of a later version": 1}, tmp_path / "a.t")
     first = load_training_state(tmp_path / "a.t")
     assert (first.processes, first.selection, first.num_images, first.sums) == (1, None, None, None)
+
+
+def test_the_checksum_is_that_of_what_was_read(tmp_path, monkeypatch):
+    torch.save(FIRST, file := tmp_path / "a.t")
+    before = hashlib.sha256(file.read_bytes()).hexdigest()
+    content, sha256 = load_with_sha256(file)
+    assert (content["epoch"], sha256) == (3, before)
+
+    def read_and_replace(path, load=torch.load, **more):
+        content = load(path, **more)
+        torch.save(FIRST | {"epoch": 4}, path)
+        return content
+
+    monkeypatch.setattr(torch, "load", read_and_replace)
+    with pytest.raises(InputError, match=r"a\.t: was replaced while it was read, .*; start again"):
+        load_with_sha256(file)
 
 
 @pytest.mark.parametrize(

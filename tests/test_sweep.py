@@ -175,6 +175,8 @@ def test_rows_by_name():
         (("--vary", "method=base", "--epochs", "9"), "arguments: --epochs 9; flags of training follow after --"),
         (("--vary", "methods=base"), "row methods=base: error: unrecognized arguments: --methods base"),
         (("--vary", "method=base,base"), "rows need different names"),
+        (("--vary", *(f"{flag}={','.join('1' * 59)}" for flag in "abcdef")), "are more than 1000 runs; take fewer"),
+        (("--vary", "method=base,adp", "--seeds", *map(str, range(501))), "are more than 1000 runs; take fewer"),
         (("--row", "--method adp"), "is not 'NAME: FLAGS'"),
         (("--row", "a: --method 'adp"), "No closing quotation"),
         (("--row", "..: --method adp"), "rows need different names"),

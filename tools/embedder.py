@@ -11,8 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, default_collate
 
 from ChannelAug import normalise
-from core.checkpoint import load_checkpoint
-from core.files import file_sha256
+from core.checkpoint import load_with_sha256
 from core.formats import ImageSize, checked
 from core.images import resized
 from data_loader import ImageFiles, worker_options
@@ -57,11 +56,11 @@ class Embedder:
     def _load_checkpoint(self, gpu, amp):
         device = select_device(gpu)
         amp = amp or ("bf16" if computes_bf16(device) else "off")
-        net, self.size = load_network(load_checkpoint(self.path), self.path)
+        checkpoint, self.sha256 = load_with_sha256(self.path)
+        net, self.size = load_network(checkpoint, self.path)
         embed = engine.network_embedding(net.to(device, memory_format=torch.channels_last), device, normalise, amp)
         self._embed = lambda images, modality: embed(images, modality)[self.feature].cpu().numpy()
         self.dim, self.modalities = net.feature_widths[self.feature], MODALITIES
-        self.sha256 = file_sha256(self.path)
 
     def _load_onnx(self):
         import onnxruntime  # only here: a checkpoint does not need it

@@ -23,8 +23,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ChannelAug import MEAN, STD, normalise
-from core.checkpoint import find_checkpoint, load_checkpoint
-from core.files import atomic, check_output, file_sha256, save_json
+from core.checkpoint import find_checkpoint, load_with_sha256
+from core.files import atomic, check_output, save_json
 from core.formats import checked
 from model import FEATURES, MODALITIES, GFMNet, load_network
 from testing import engine
@@ -64,10 +64,11 @@ def main(argv=None):
         if os.path.realpath(args.json) in map(os.path.realpath, (source, *outputs.values())):
             raise InputError(f"--json {args.json}: is an input or output already; choose another file")
         check_output(args.json)
-    checkpoint = load_checkpoint(source)
+    checkpoint, sha256 = load_with_sha256(source)
     net, size = load_network(checkpoint, source)
     embed = engine.network_embedding(net, torch.device("cpu"), normalise)
-    shared = checkpoint_metadata(source, checkpoint, net, size) | {"feature": args.feature, "input": args.input}
+    shared = checkpoint_metadata(checkpoint, net, size) | {"sha256": sha256}
+    shared |= {"feature": args.feature, "input": args.input}
 
     results = []
     for modality, output in progress(outputs.items(), desc="exporting", unit="file", leave=False):
@@ -95,7 +96,7 @@ def main(argv=None):
     return results
 
 
-def checkpoint_metadata(source, checkpoint, net, size):
+def checkpoint_metadata(checkpoint, net, size):
     """The metadata that all files of a checkpoint share. A published checkpoint has no flags; mean and std are of
     values in [0, 1]."""
     flags = checkpoint.get("args", {})
@@ -106,7 +107,6 @@ def checkpoint_metadata(source, checkpoint, net, size):
         "dataset": flags.get("dataset"),
         "epoch": checkpoint.get("epoch"),
         "flags": flags,
-        "sha256": file_sha256(source),
         "mean": MEAN,
         "std": STD,
     }

@@ -59,6 +59,7 @@ MAY_CHANGE = {
 # Flags of training that are passed on to testing; the first only if --test names no data set of its own.
 DATA_FLAGS = ("dataset", "data_path", "mode")
 SHARED = ("amp", "gpu", "workers", "test_batch")
+MOST_RUNS = 1000
 REMEDY = "pass the --out of a sweep, or another one"
 
 
@@ -190,6 +191,7 @@ def join_test_flags(argv):
 def new_plan(args, flags):
     """The plan of the runs as plain values: OUT/sweep.json."""
     grid = itertools.product(*args.vary) if args.vary else [[pair] for pair in args.row]
+    grid = itertools.islice(grid, MOST_RUNS + 1)  # six flags of 59 values each are 4e10 rows
     rows = [[",".join(name for name, _ in pairs), [f for _, more in pairs for f in more]] for pairs in grid]
     if args.gpus and "gpu" in flag_names([*flags, *itertools.chain(*(more for _, more in rows))]):
         raise InputError("--gpus sets --gpu for each run; leave one of them out")
@@ -304,6 +306,8 @@ def plan_runs(plan, out):
 
     Raises InputError, or exits as the scripts do, for flags that training or testing rejects.
     """
+    if len(plan["rows"]) * len(plan["seeds"]) > MOST_RUNS:
+        raise InputError(f"these rows and seeds are more than {MOST_RUNS} runs; take fewer, or several sweeps")
     names = {name: re.sub(r"[^\w.=,+-]", "_", name).lstrip(".") for name, _ in plan["rows"]}
     if len(set(names.values())) < len(plan["rows"]) or not all(names.values()):
         raise InputError(f"rows need different names that can be folders, not {', '.join(names.values())}")
