@@ -31,7 +31,7 @@ os.environ["PYTHONPATH"] = str(Path(utils.__file__).parent)  # `python -m tools.
 SIZE = (96, 48)  # height, width of the tests' images
 TINY = (48, 16)  # of those of training runs
 PROGRAM = ["--gpu", "cpu", "--workers", "0"]
-SMALL = [*PROGRAM, "--arch", "resnet18", "--weights", "none"]
+SMALL = [*PROGRAM, "--arch", "resnet18", "--stages", "3", "--weights", "none"]
 SMALL += ["--img_h", str(SIZE[0]), "--img_w", str(SIZE[1]), "--batch_size", "4", "--num_pos", "2", "--optim", "adam"]
 SMALL += ["--lr", "0.01"]
 
@@ -89,9 +89,9 @@ def exit_status(script, arguments):
 
 
 def save_network(path, seed, dataset=None, **options):
-    """A checkpoint of a random ResNet-18, as training writes them."""
+    """A checkpoint of a random ResNet-18, as training writes them; of three stages: it has a quarter of the bytes."""
     torch.manual_seed(seed)
-    net = GFMNet(num_classes=4, arch="resnet18", **options)
+    net = GFMNet(num_classes=4, arch="resnet18", **{"stages": 3} | options)
     content = {"net": net.state_dict(), "options": net.options, "image_size": list(SIZE), "args": {"dataset": dataset}}
     save_checkpoint(content, path)
     return path

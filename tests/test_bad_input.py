@@ -95,7 +95,7 @@ def edit_arrays(edit, *numbers):
 
 
 def good_checkpoint(**more):
-    net = GFMNet(10, "resnet18")
+    net = GFMNet(10, "resnet18", stages=3)
     return {"net": net.state_dict(), "options": net.options, "image_size": SIZE, "args": {"dataset": "sysu"}} | more
 
 
@@ -400,7 +400,7 @@ CASES = {
     "checkpoint that runs code": resumed("test", lambda: {"net": Crafted()}, "cannot be loaded safely"),
     "checkpoint of another number of classes": resumed(
         "test",
-        lambda: good_checkpoint(options=GFMNet(11, "resnet18").options),
+        lambda: good_checkpoint(options=GFMNet(11, "resnet18", stages=3).options),
         "does not fit its resnet18: 'classifier.weight' has the shape",
     ),
     "checkpoint without an image size": resumed(
@@ -464,7 +464,7 @@ CASES = {
 
 def resumable(classes, **more):
     args = vars(parse(*SCRIPTS["train"][1])) | more
-    net, state = GFMNet(classes, "resnet18"), {"optimizer": {"state": {}}, "epoch": 0, "best": {"Rank-1": -1.0}}
+    net, state = GFMNet(classes, "resnet18", stages=3), {"optimizer": {"state": {}}, "epoch": 0, "best": {"Rank-1": -1.0}}
     state["version"] = VERSION
     return good_checkpoint(net=net.state_dict(), options=net.options, args=args, **state)
 

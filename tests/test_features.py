@@ -63,7 +63,7 @@ def test_features_of_another_project(arrays, sysu_tree, tmp_path):
 
 def test_features_belong_to_their_images(sysu_tree, tmp_path):
     tree, features = shutil.copytree(sysu_tree, tmp_path / "tree"), tmp_path / "f.npz"
-    checkpoint = save_network(tmp_path / "c.t", seed=0)
+    checkpoint = save_network(tmp_path / "c.t", seed=0, stages=4)
     command = ["--data_path", str(tree), "--gpu", "cpu", "--workers", "0"]
     rows = testa.main([*command, "--resume", checkpoint, "--features", str(features)])
     moved = tree.rename(tmp_path / "moved")

@@ -754,7 +754,7 @@ def test_the_documented_example(checkpoint, pictures, tmp_path, monkeypatch):
     np.testing.assert_allclose(features, expected, atol=2e-6)
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-6)
     made = names["embedder"]
-    assert (made.size, made.dim, made.feature, len(made.sha256)) == (SIZE, 512, "FC", 64)
+    assert (made.size, made.dim, made.feature, len(made.sha256)) == (SIZE, 256, "FC", 64)
     pooled = search.Embedder(checkpoint, feature="POOL", gpu="cpu")(["a.jpg"], "infrared")
     assert abs(pooled - features[:1]).max() > 1e-3
 

@@ -28,7 +28,7 @@ REPO = Path(testa.__file__).parent
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A random network, saved with the words that its rows carry."""
-    path = save_network(tmp_path_factory.mktemp("network") / "net.t", 0, "sysu")
+    path = save_network(tmp_path_factory.mktemp("network") / "net.t", 0, "sysu", stages=4)
     torch.save(torch.load(path) | {"epoch": 3, "selection": "test"}, path)
     return str(path)
 
