@@ -464,8 +464,8 @@ CASES = {
 
 def resumable(classes, **more):
     args = vars(parse(*SCRIPTS["train"][1])) | more
-    net, state = GFMNet(classes, "resnet18", stages=3), {"optimizer": {"state": {}}, "epoch": 0, "best": {"Rank-1": -1.0}}
-    state["version"] = VERSION
+    net = GFMNet(classes, "resnet18", stages=3)
+    state = {"optimizer": {"state": {}}, "epoch": 0, "best": {"Rank-1": -1.0}, "version": VERSION}
     return good_checkpoint(net=net.state_dict(), options=net.options, args=args, **state)
 
 

@@ -154,6 +154,7 @@ def test_val_selection_trains_on_the_train_ids_only(sysu_tree):
         assert labels.tolist() == [train.index(i) if i in train else -1 for i in ids]
     kept = sum(len(list(sysu_tree.glob(f"cam{camera}/{i:04d}/*"))) for i in train for camera in (1, 2, 4, 5))
     assert part.num_images[0] == kept < len(part.visible)
+    assert part.num_images[1] == sum(len(list(sysu_tree.glob(f"cam{c}/{i:04d}/*"))) for i in train for c in (3, 6))
 
     sampler = IdentitySampler(part, 4, 2, seed=0)
     assert len(sampler) == max(part.num_images) // 8 + 1
@@ -245,6 +246,7 @@ def test_other_images_or_labels_have_another_digest():
     """Wherever they differ among labels, and among few images; of many images some are compared."""
     rng = np.random.default_rng(0)
     data = TrainData(*(x for n in (40, 90) for x in (rng.integers(0, 256, (n, 4, 2, 3), np.uint8), np.arange(n) // 9)))
+    assert data.digest == 3420615099, "that of checkpoints"
     found = {data.digest}
     for field, index in ((0, 0), (0, 21), (0, 39), (2, 0), (2, 89), (1, 7), (1, 39), (3, 50)):
         other = TrainData(*(array.copy() for array in data))
@@ -260,6 +262,11 @@ def test_older_arrays_may_have_people_whose_folders_are_gone(own_tree):
     (own_tree / "train_ids.npy").unlink()
     before = sysu_train(own_tree, SIZE).num_images
     last = max(data_manager.read_ids(own_tree, "train") + data_manager.read_ids(own_tree, "val"))
+    one, *more = sorted(own_tree.glob(f"cam[1245]/{last:04d}/*"))
+    for image in more:
+        image.unlink()
+    with pytest.raises(InputError, match=f"id {last} has 1 images in cameras 1, 2, 4, 5, but {len(more) + 1} were"):
+        sysu_train(own_tree, SIZE)
     for folder in own_tree.glob(f"cam*/{last:04d}"):
         shutil.rmtree(folder)
     assert sysu_train(own_tree, SIZE).num_images == before
@@ -284,6 +291,8 @@ def test_batches_hold_distinct_identities_with_agreeing_labels():
     assert len(sampler) == 23 // 6 + 1
     batches = list(sampler)
     assert len(batches) == len(sampler)
+    sampler.set_epoch(0, start=1)
+    assert len(list(sampler)) == len(sampler) == 23 // 6
     for visible, infrared in batches:
         labels = data.visible_labels[visible]
         assert labels.tolist() == data.infrared_labels[infrared].tolist()

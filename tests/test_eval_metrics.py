@@ -139,6 +139,9 @@ def test_bad_problems_are_refused(problem, evaluate, keys):
     for short in keys:
         refused("do not fit", **{short: problem[short][..., :-1]})
     refused("no query has a match", q_pids=problem["q_pids"] + 10_000)
+    for side, none in (("q", np.s_[:0]), ("g", np.s_[:, :0])):
+        empty = {key: problem[key][:0] for key in keys if key.startswith(side)}
+        refused("no queries, or an empty gallery", distmat=problem["distmat"][none], **empty)
 
 
 @pytest.mark.parametrize("dataset", DATASETS)

@@ -163,8 +163,9 @@ def test_hard_triplet_matches_loop(margin, distance):
     )
 
 
-def test_an_anchor_whose_nearest_negative_is_as_far_as_its_farthest_positive_is_correct():
-    assert loss.HardTripletLoss()(torch.ones(4, 3), torch.tensor([0, 0, 1, 1]))[1] == 4
+@pytest.mark.parametrize("kind", [loss.HardTripletLoss, loss.WeightedTripletLoss, loss.SquaredTripletLoss])
+def test_an_anchor_whose_negatives_are_as_far_as_its_positives_is_correct(kind):
+    assert kind()(torch.ones(4, 3), torch.tensor([0, 0, 1, 1]))[1] == 4
 
 
 # ---- the published collapse
