@@ -90,6 +90,7 @@ def test_every_method_takes_it():
     """DEEN asks for the strides, which are in the means here, and for maps of the sizes that strides give."""
     for method in ("deen", "dns", "quad"):
         net = model.GFMNet(5, "clip_resnet50", share_net=1, **METHODS[method].network).eval()
+        assert len([p for p in net.visible.parameters() if p.ndim == 4]) == 3  # the whole stem is of one modality
         with torch.inference_mode():
             assert net.embed(torch.rand(1, 3, 64, 40), "visible")[0].isfinite().all()
 

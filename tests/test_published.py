@@ -149,6 +149,8 @@ def test_weights_of_this_repo_load_from_a_wrapped_model():
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in loaded.state_dict().items())
     with pytest.raises(InputError, match=r"x\.t: has no 'options' and 'image_size', .*; pass the whole checkpoint"):
         model.load_network({"net": state}, "x.t")
+    with pytest.raises(InputError, match=r"x\.t: has no 'options' and 'image_size'"):
+        model.load_network({"net": state, "options": net.options}, "x.t")
 
 
 @pytest.mark.slow
