@@ -91,11 +91,15 @@ WRONG_ORIGINS += [{"selektion": "val"}]
         *[(f"origin: .*{next(iter(wrong))}", lambda _, wrong=wrong: origin(wrong)) for wrong in WRONG_ORIGINS],
         (r"origin: expected object, got array", lambda _: origin([1, 2])),
         (r"no infrared features of cam.*jpg \(1 of", lambda a: {n: a[n][1:] for n in ("infrared/paths", INFRARED)}),
-        ("row 3 of .* is zero or not finite", lambda a: {VISIBLE: np.insert(a[VISIBLE][1:], 3, np.inf, axis=0)}),
+        ("row 3 of .* is zero, too large or not finite", lambda a: {VISIBLE: np.insert(a[VISIBLE][1:], 3, np.inf, axis=0)}),
         (
-            "row 3 of .* is zero or not finite",
+            "row 3 of .* is zero, too large or not finite",
             lambda a: {VISIBLE: np.insert(a[VISIBLE][1:].astype(np.float32), 3, 1e-15, axis=0)},
         ),
+        *[
+            ("row 0 of .* is zero, too large", lambda a, size=size: {VISIBLE: np.full_like(a[VISIBLE], size, "f8")})
+            for size in (1e30, 1e300)
+        ],
         ("save the same for both", lambda _: {VISIBLE: None}),
         ("no array of texts visible/paths", lambda _: {PATHS: None}),
         ("no array of texts visible/paths", lambda _: {PATHS: np.array([b"\xff"])}),
@@ -108,6 +112,7 @@ WRONG_ORIGINS += [{"selektion": "val"}]
         ("visible/bytes is not an integer for each image", lambda _: {"visible/bytes": np.array([1, 2])}),
     ],
 )
+@pytest.mark.filterwarnings("error")
 def test_damaged_features_are_named(words, damage, arrays, sysu_tree, tmp_path):
     with pytest.raises(InputError, match=rf"f\.npz.*{words}"):
         table(arrays | damage(arrays), sysu_tree, tmp_path)
