@@ -149,7 +149,7 @@ def small_tree(layout, *flags):
 
 regdb_tree = small_tree("regdb", "--ids", "12", "--images", "3")
 llcm_tree = small_tree("llcm", "--ids", "12", "--images", "2")
-vcm_tree = small_tree("vcm", "--ids", "6")
+vcm_tree = small_tree("vcm", "--ids", "6", "--images", "12")
 buptcampus_tree = small_tree("buptcampus", "--ids", "12", "--images", "4")  # of short tracks
 
 

@@ -114,7 +114,7 @@ def test_a_training_is_that_of_the_formulas(float64, tiny_tree, tmp_path, monkey
 
     monkeypatch.setattr(TrainAugmentation, "__call__", record)
     monkeypatch.setattr(train_ext_test0, "normalise", lambda images: normalise(images).double())
-    more = ["--method", "base", "--optim", "sgd", "--eval_every", "1", "--warmup", "2", "--seed", "3", "--stages", "3"]
+    more = ["--method", "base", "--optim", "sgd", "--eval_every", "1", "--warmup", "2", "--seed", "3"]
     command = tiny_flags(tiny_tree, tmp_path, *more, "--resume", "auto", "--epochs")
     for epochs in ("2", "3"):
         torch.manual_seed(time.time_ns())  # what others have drawn
