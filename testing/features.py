@@ -90,7 +90,9 @@ def load_features(path):
             lengths = np.linalg.norm(values, axis=1)
         usable = np.isfinite(lengths) & (lengths > 1e-6)  # below, float32 loses the direction
         if not usable.all():
-            raise InputError(f"{path}: row {usable.argmin()} of {name} is zero, too large or not finite; embed that image again")
+            raise InputError(
+                f"{path}: row {usable.argmin()} of {name} is zero, too large or not finite; embed that image again"
+            )
         stored[modality][tuple(labels)] = torch.from_numpy(values)
     widths = [
         {"/".join(name): values.shape[1] for name, values in named.items() if isinstance(name, tuple)}

@@ -4,6 +4,7 @@ import importlib.util
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,12 @@ import torch
 import ChannelAug
 from ChannelAug import (
     ERASE_FILL,
+    MEAN,
+    STD,
     TrainAugmentation,
     channel_exchange,
     channel_or_gray,
+    erase_as_published,
     normalise,
     random_crop,
     random_erasing,
@@ -128,6 +132,15 @@ def test_channel_or_gray_has_the_published_shares():
     for matches, share in zip(is_case, (1 / 4, 1 / 4, 1 / 4, 1 / 8, 1 / 8), strict=True):
         assert_share(matches.sum().item(), share)
     assert (torch.stack(is_case).sum(dim=0) == 1).all()
+
+
+def test_the_plain_views_have_the_fill_normalised():
+    out = erase_as_published(torch.zeros(500, 3, 8, 8), SimpleNamespace(rande=1, area=(0.2, 0.3)), 200)
+    fill = torch.tensor(ERASE_FILL)
+    for view, expected in ((out[:200], (fill - torch.tensor(MEAN)) / torch.tensor(STD)), (out[200:], fill)):
+        torch.testing.assert_close(
+            view.sum(dim=(0, 2, 3)) / (view != 0).sum(dim=(0, 2, 3)), expected, rtol=1e-4, atol=0
+        )
 
 
 def test_recipe_gives_three_views(monkeypatch):

@@ -91,7 +91,10 @@ WRONG_ORIGINS += [{"selektion": "val"}]
         *[(f"origin: .*{next(iter(wrong))}", lambda _, wrong=wrong: origin(wrong)) for wrong in WRONG_ORIGINS],
         (r"origin: expected object, got array", lambda _: origin([1, 2])),
         (r"no infrared features of cam.*jpg \(1 of", lambda a: {n: a[n][1:] for n in ("infrared/paths", INFRARED)}),
-        ("row 3 of .* is zero, too large or not finite", lambda a: {VISIBLE: np.insert(a[VISIBLE][1:], 3, np.inf, axis=0)}),
+        (
+            "row 3 of .* is zero, too large or not finite",
+            lambda a: {VISIBLE: np.insert(a[VISIBLE][1:], 3, np.inf, axis=0)},
+        ),
         (
             "row 3 of .* is zero, too large or not finite",
             lambda a: {VISIBLE: np.insert(a[VISIBLE][1:].astype(np.float32), 3, 1e-15, axis=0)},

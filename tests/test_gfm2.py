@@ -45,9 +45,10 @@ def test_a_mixture_bears_draws_of_zero(monkeypatch):
 
 def test_curve_is_linear_between_random_heights():
     ramp = torch.arange(256.0).view(1, 1, 1, 256).expand(50, 3, 2, 256)
+    torch.manual_seed(1)
     curved = random_curve(ramp, probability=1)
     assert curved.min() >= 0
-    assert curved.max() <= 255
+    assert 254 < curved.max() <= 255
     for image in curved.numpy():
         knots = np.linspace(0, 255, 5)
         # The heights at the inner knots lie between two values; each half of a piece gives its line.

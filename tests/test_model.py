@@ -310,6 +310,28 @@ def test_every_parameter_learns(method):
     assert not {name for name, p in net.named_parameters() if p.requires_grad and p.grad is None}
 
 
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_embeddings_have_their_widths(method):
+    net = tiny(**METHODS[method].network)
+    found = net.embed(images(2, 0), "infrared")
+    assert [x.shape[1] for x in found] == [net.feature_widths[feature] for feature in model.FEATURES]
+
+
+def test_short_vectors_get_unit_length_too():
+    assert torch.allclose(model._unit(torch.full((2, 4), 1e-3)), torch.tensor(0.5))
+
+
+def test_the_untrained_network_is_that_of_seed_0():
+    options, state = tiny(share_net=1).options, torch.get_rng_state()
+    untrained = model.untrained_network(options)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(0)
+    expected = model.GFMNet(**options)
+    assert untrained.options == options
+    torch.testing.assert_close(untrained.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
 def test_weights_may_have_torchvision_s_name(monkeypatch):
     """Each name gets its own. ResNet-18 has no second version."""
     torch.manual_seed(1)

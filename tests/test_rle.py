@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from scipy.stats import beta
+from scipy.stats import beta, kstest
 from torch.nn import functional as F
 
 import checks
@@ -141,10 +141,25 @@ def test_rectangles_go_on_until_something_is_dark():
     changed = (out != before)[500:].flatten(1).any(dim=1)
     assert changed.float().mean() == pytest.approx(0.5, abs=0.06)
     assert (out[500:][changed].flatten(1).amin(dim=1) < 0.1 * 200).float().mean() > 0.995
+    torch.manual_seed(4)
     once = radical_rle(before[500:], probability=1.0, rectangles=1)
-    dark = (once.flatten(1).amin(dim=1) < 20).float().mean().item()
+    dark = once.flatten(1).amin(dim=1) < 0.1 * 200
     # One factor for each of three channels, of which the smallest is below 0.1 x 200 / 255.
-    assert dark == pytest.approx(1 - (1 - beta.cdf(0.1 * 200 / 255, 0.4, 0.4)) ** 3, abs=0.06)
+    expected = 1 - (1 - beta.cdf(0.1 * 200 / 255, 0.4, 0.4)) ** 3
+    assert dark.float().mean().item() == pytest.approx(expected, abs=0.06)
+    torch.manual_seed(4)
+    assert torch.equal((radical_rle(before[500:], probability=1.0) == once).flatten(1).all(dim=1), dark)
+
+
+@pytest.mark.parametrize("value", [0.004, 0.5, 40.0, 200.0])
+def test_the_brightest_value_of_a_rectangle_becomes_a_draw(value):
+    """Of each channel and image for itself. (Below 0.01, it becomes a part of one.)"""
+    torch.manual_seed(5)
+    images = torch.tensor([value, 100.0, 250.0]).view(1, 3, 1, 1).repeat(2000, 1, 24, 12)
+    images[:1000] = images[:1000].flip(1)
+    out = radical_rle(images, probability=1.0, rectangles=1)[1000:, 0].flatten(1)
+    inside = out.gather(1, (out != value).int().argmax(dim=1, keepdim=True)) / 255
+    assert kstest(inside.flatten() / min(1, value / 0.01), beta(0.4, 0.4).cdf).pvalue > 1e-3
 
 
 # ---- the recipe
