@@ -11,7 +11,7 @@ from datasets import DATASETS, Images, Search
 from eval_metrics import SYSU_RULES, match_ranks
 from test_datasets import HIDDEN
 from testing import engine, results
-from testing.results import choose_queries, pair_distances, print_results, rank_images, scores, summarise
+from testing.results import choose_queries, pair_distances, print_results, rank_images, result_title, scores, summarise
 from utils import InputError
 
 
@@ -181,3 +181,8 @@ def test_an_identity_without_a_query_is_named():
     matches = engine.run_search(features, search)["FC", "none"]
     with pytest.raises(InputError, match="--which 77: no query of that identity has a match; choose one of 1, 2, 3, 4"):
         choose_queries(matches, search, "77", 1)
+
+
+def test_a_title_names_the_trial_or_counts_them():
+    assert result_title(result_row(trials=[3])).endswith(", trial 3")
+    assert result_title(result_row(trials=[0, 1])).endswith(", 2 trials")
