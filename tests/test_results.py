@@ -171,7 +171,9 @@ def test_rankings_and_distances_against_plain_loops(dataset):
         assert drawn == choose_queries(matches, search, "random", 4)
         assert len({*drawn}) == len(drawn) == min(4, len(expected))
         luck = [np.mean([image[2] == row[1] for image in row[4]]) for row in expected.values()]
-        assert results.result_row(search, matches)["chance"] == pytest.approx(100 * np.mean(luck))
+        row = results.result_row(search, matches)
+        assert row["chance"] == pytest.approx(100 * np.mean(luck))
+        assert row["curves"]["cmc"][0] == pytest.approx(row["metrics"]["Rank-1"])
         for actual, plain in zip(pair_distances(features, search, "FC"), (same, other), strict=True):
             np.testing.assert_allclose(actual, plain, atol=1e-6)
 

@@ -114,7 +114,8 @@ def test_a_training_is_that_of_the_formulas(float64, tiny_tree, tmp_path, monkey
 
     monkeypatch.setattr(TrainAugmentation, "__call__", record)
     monkeypatch.setattr(train_ext_test0, "normalise", lambda images: normalise(images).double())
-    more = ["--method", "base", "--optim", "sgd", "--eval_every", "1", "--warmup", "2", "--seed", "3"]
+    more = ["--method", "base", "--optim", "sgd", "--eval_every", "1", "--save_epoch", "1", "--warmup", "2"]
+    more += ["--seed", "3"]
     command = tiny_flags(tiny_tree, tmp_path, *more, "--resume", "auto", "--epochs")
     for epochs in ("2", "3"):
         torch.manual_seed(time.time_ns())  # what others have drawn
@@ -141,6 +142,9 @@ def test_a_training_is_that_of_the_formulas(float64, tiny_tree, tmp_path, monkey
     trained = torch.load(result["last"])["net"]
     for name, value in net.state_dict().items():
         torch.testing.assert_close(trained[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    kept = {file.stem.rpartition("_")[2]: torch.load(file) for file in Path(result["last"]).parent.glob("*.t")}
+    chosen_on = {kind: checkpoint["selection"] for kind, checkpoint in kept.items()}
+    assert chosen_on == {"best": "test", "last": "none", "1": "none", "2": "none"}
 
 
 class Recorder(argparse.Namespace):
