@@ -1,6 +1,6 @@
 """Augmentation as batched tensor functions on any device (Ye et al., "Channel Augmented Joint Learning", ICCV 2021).
 
-Images are [N, 3, H, W]. Every function returns new images and leaves its input as it was; random ones draw from
+Images are [N, 3, H, W]. Functions of images return new ones and leave theirs as they were; random ones draw from
 PyTorch's global generator of the images' device, independently for each image.
 """
 
@@ -19,7 +19,7 @@ PADDING = 10  # pixels of black around an image before it is cropped
 
 
 def normalise(images):
-    """uint8 images -> float32 with ImageNet's mean and deviation taken out."""
+    """Images from 0 to 255 -> float32 with ImageNet's mean and deviation taken out."""
     return (images - _constant(MEAN, images.device) * 255) / (_constant(STD, images.device) * 255)
 
 
@@ -162,7 +162,7 @@ def _repeat_channel(images, channel):
 
 
 def random_gray(images, probability=0.5):
-    """uint8 images -> float32 ones in the same range, made gray with this probability, in whole steps."""
+    """Images from 0 to 255 -> float32 ones in the same range, made gray with this probability, in whole steps."""
     chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < probability
     return torch.where(chosen, luminance(images).round(), images)
 

@@ -259,7 +259,8 @@ def vcm_tracks(data_path, split):
         if count := len(infrared ^ queries):
             notes.append(f"warning: {index}: {count} tracks are of another modality in {file.name}")
         infrared = queries
-    tracks, mixed, used = [], 0, Counter()
+    used: Counter[int] = Counter()
+    tracks, mixed = [], 0
     for number, (_, first, last, identity, camera) in enumerate(rows, 1):
         if not 1 <= first <= last <= len(frames):
             problem = f"frames {first} to {last} are not among the {len(frames)} of {split}_name.txt"

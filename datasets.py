@@ -1,7 +1,7 @@
 """Everything that differs between data sets, one spec for each in `DATASETS`; and the searches that test on them.
 
-To add a data set, write its `train` and `searches` and add a `DataSet` to `DATASETS`: flags, tables, figures and checks
-follow from it.
+To add a data set, write its `training` and `searches` and add a `DataSet` to `DATASETS`: flags, tables, figures and
+checks follow from it.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ class DataSet:
     parts: the names of the data sets that a `union` is made of. lists: patterns of the files that list images or ids.
     tracks: whether queries and gallery are tracks, each of several images.
 
-    training(data_path, trial, if the data set has trials) -> {name: (paths, ids)} of the visible and of the infrared
+    training(data_path; trial, if it is an option) -> {name: (paths, ids)} of the visible and of the infrared
     training images.
     prepared(data_path, size, **options) -> what `train` returns, if it is not decoded from the images of `training`.
     searches(data_path, directions, trials, **options) -> `Searches`; the options are `mode`, `protocol` and `shots`, a
@@ -90,8 +90,9 @@ class DataSet:
     def title(self, demo, queries):
         """The name in tables and figures: the data set's own only for as many queries as it has."""
         published = [count for name, count in self.published.items() if name.startswith("queries ")]
-        like = "demo data like " if demo else "" if queries in published or not published else "data like "
-        return like + self.name
+        if demo:
+            return f"demo data like {self.name}"
+        return self.name if queries in published or not published else f"data like {self.name}"
 
 
 def option_values(flag):
@@ -146,8 +147,8 @@ def difference(dataset, counts):
 
 
 def fingerprint(dataset, data_path):
-    """SHA-256, in hexadecimal, of the lists in a data set's folder and of the names and sizes of its test images. It
-    tells data sets apart, whatever their folders are called."""
+    """SHA-256, in hexadecimal, of the lists in a data set's folder and of the names and sizes of the images that its
+    first searches test. It tells data sets apart, whatever their folders are called."""
     digest, spec = hashlib.sha256(), TRAINING_SETS[dataset]
     for top, pattern in itertools.product(spec.folders(data_path), spec.lists):
         for file in sorted(Path(top).glob(pattern)):
@@ -302,7 +303,7 @@ def sysu_searches(
         cameras.difference_update(search.query.cameras.tolist(), search.gallery.cameras.tolist())
     if cameras:
         numbers = ", ".join(map(str, sorted(cameras)))
-        test.notes.append(f"warning: {data_path}: no test id has an image of camera {numbers}")
+        test.notes.append(f"warning: {data_path}: no {select} id has an image of camera {numbers}")
     return test
 
 
@@ -381,7 +382,7 @@ def track_searches(dataset, query, gallery, directions, trials):
     return test
 
 
-# Its cameras take both modalities. Source: Zhang and Wang, "Diverse Embedding Expansion Network and Low-Light
+# LLCM's cameras take both modalities. Source: Zhang and Wang, "Diverse Embedding Expansion Network and Low-Light
 # Cross-Modality Benchmark for Visible-Infrared Person Re-identification", CVPR 2023.
 LLCM_RULES = Rules(
     not_seen=lambda q_pids, q_camids, g_pids, g_camids: (q_pids == g_pids) & (q_camids == g_camids),

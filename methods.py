@@ -50,12 +50,13 @@ def _squared(alpha, gamma, square, weighting, **_):
 class Batch(NamedTuple):
     """What the terms of a method see. embeddings [N, E, 2, C], identities [N]: of N pairs of a visible (0) and an
     infrared (1) view of all processes, E embeddings each; where there are more visible views, of the first ones; output
-    (`model.Output`), labels: of the images of this process."""
+    (`model.Output`), labels: of the images of this process; flags: those of `MethodLoss`."""
 
     embeddings: torch.Tensor
     identities: torch.Tensor
     output: tuple
     labels: torch.Tensor
+    flags: dict
 
 
 def _thirds_identity(batch):
@@ -65,7 +66,7 @@ def _thirds_identity(batch):
 
 def _thirds_triplet(batch):
     """Batch-hard triplet loss of all processes' images, the mean over the thirds."""
-    triplet, labels = HardTripletLoss(margin=0.3), gather(batch.labels)
+    triplet, labels = HardTripletLoss(batch.flags["margin"]), gather(batch.labels)
     return sum(triplet(gather(third), labels)[0] for third in full_precision(batch.output.thirds.pooled)) / THIRDS
 
 
@@ -158,13 +159,13 @@ METHODS = {
 
 
 def method_name(options):
-    """The methods that use a network with these options: "base", "agw or caj", "adp" or "custom"."""
+    """The methods that use a network with these options, such as "adp" or "agw or caj"; or "custom"."""
     names = [name for name, method in METHODS.items() if method.network.items() <= options.items()]
     return " or ".join(names) or "custom"
 
 
 def _gather(rows, visible):
-    """The rows of all processes, those of visible images first."""
+    """The rows of all processes, the first `visible` of each before the others."""
     return torch.cat([gather(part) for part in rows.tensor_split([visible])])
 
 
@@ -174,19 +175,19 @@ class MethodLoss(nn.Module):
     Cross-entropy of the logits + the triplet loss of the pooled features + 0.5 x the local loss, if there is one, +
     the method's weighted terms. The images of an expanded network have several rows each, all of which count. Terms
     need visible and infrared views of the same identities in the same order. Everything is computed in float32,
-    whatever precision the network ran in. Of several processes, each computes the triplet and local losses and the
-    terms of the whole batch and the cross-entropy of its own rows. `DistributedDataParallel` takes the mean of their
-    gradients, which is then the gradient of the whole batch.
+    whatever precision the network ran in. Of several processes, each computes the triplet and local losses, and the
+    terms of `Batch.embeddings`, of the whole batch, and the cross-entropy of its own rows. `DistributedDataParallel`
+    takes the mean of their gradients, which is then the gradient of the whole batch.
     """
 
     LOCAL_WEIGHT = 0.5
 
     def __init__(self, method="adp", margin=0.3, alpha=1.0, gamma=1.0, square=1, weighting="published"):
         super().__init__()
-        flags = {"margin": margin, "alpha": alpha, "gamma": gamma, "square": square, "weighting": weighting}
+        self.flags = {"margin": margin, "alpha": alpha, "gamma": gamma, "square": square, "weighting": weighting}
         spec = METHODS[method]
-        self.triplet, self.terms = spec.triplet(**flags), spec.terms
-        self.local = spec.local(**flags) if spec.local else None
+        self.triplet, self.terms = spec.triplet(**self.flags), spec.terms
+        self.local = spec.local(**self.flags) if spec.local else None
         self.losses = namedtuple("Losses", [*Losses._fields, *self.terms])
 
     def forward(self, output, labels):
@@ -211,11 +212,13 @@ class MethodLoss(nn.Module):
         if not self.terms:
             return []
         pairs, embeddings = len(labels) - output.visible, full_precision(output.pooled)
+        if output.visible < pairs:
+            raise InputError("terms need as many views of visible as of infrared images; choose such an augmentation")
         if output.domain is not None:
             embeddings = torch.cat([embeddings, full_precision(output.domain.shifted)])
         views = len(labels) // pairs
         embeddings = embeddings.unflatten(0, (-1, views, pairs))[:, :: views - 1].movedim(2, 0)  # the first, the last
-        batch = Batch(gather(embeddings), gather(labels[:pairs]), output, labels)
+        batch = Batch(gather(embeddings), gather(labels[:pairs]), output, labels, self.flags)
         return [weight * term(batch) for weight, term in self.terms.values()]
 
     @staticmethod

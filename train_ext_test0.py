@@ -2,9 +2,9 @@
 
     python train_ext_test0.py --dataset sysu --gpu 1
 
-The defaults are GFMNet's published recipe; deen, dns, rle, quad and gfm2 have their own. The best epoch is chosen by
-Rank-1 (FC) on trial 0 of the TEST set, as published; --select val trains on fewer identities and chooses by the
-validation ids.
+The defaults are GFMNet's published recipe but for --square (docs/reproduction.md says why); deen, dns, rle, quad and
+gfm2 have their own. The best epoch is chosen by Rank-1 (FC) on trial 0 (RegDB: --trial) of the TEST set, as published;
+--select val (SYSU-MM01) trains on fewer identities and chooses by the validation ids.
 """
 
 import importlib
@@ -40,7 +40,8 @@ from training.run import Run
 from training.step import GraphedStep, TrainStep
 from utils import ArgumentParser, InputError, bounded, check_device, cli, process_count, seed_everything
 
-# Flags that a resumed run may give anew: where things are and how fast they go, not what is computed.
+# Flags that a resumed run may give anew: where things are and how fast they go, not what is computed; and the epochs
+# that are trained and tested.
 MAY_CHANGE = {"workers", "cache", "gpu", "compile", "epochs", "eval_every", "test_batch", "save_epoch", "save_minutes"}
 MAY_CHANGE |= {"model_path", "log_path", "figures", "resume", "data_path", "graph"}
 SWITCH = {"type": int, "choices": (0, 1), "default": 1}
@@ -109,7 +110,7 @@ def get_args_parser():
     flag("--num_pos", type=bounded(int, 1, 1024), default=4, help="images per identity and modality in a batch")
     flag("--augc", **SWITCH, help="the method's augmentation of colours")
     flag("--rande", type=bounded(float, 0, 1), default=0.5, help="probability of random erasing")
-    area, text = bounded(float, 0, 1), "bounds of the share of an image that random erasing fills"
+    area, text = bounded(float, 0, 1), "bounds of the share that random erasing fills (not dns's first)"
     flag("--erase_area", type=area, nargs=2, metavar=("LOW", "HIGH"), default=[*ERASE_AREA], help=text)
     text = "pixels of black around an image before a random crop; choose fewer for images smaller than 288x144"
     flag("--padding", type=bounded(int, 0, 4096), default=PADDING, help=text)
@@ -181,7 +182,7 @@ def train(args, run, data, test, device):
     optimizer = build_optimizer(net, args.optim, args.lr, METHODS[args.method].rates)
 
     run.start(net, optimizer, device, data, sampler.steps)
-    run.log.text(describe(args, data, test, sampler.steps, device))
+    run.log.text("\n".join([describe(args, data, test, sampler.steps, device), *test.notes]))
     if unused := unused_flags(args, run.recipe):
         run.log.text(f"note: --method {args.method} does not use {' '.join(unused)}")
     if args.figures:
@@ -314,7 +315,7 @@ def check_flags(args):
 
 
 def run_name(args):
-    """The published code's name of a run for the same flags; values of our own flags are added."""
+    """The published code's name of a run for the same flags; some of our own flags are added."""
     parts = [
         (args.method == "adp", f"joint_co_nog_ch_nog_sq{args.square}"),
         (args.augc, "aug_G"),

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from core.files import atomic
 from drawing import figures
-from testing.results import table_parts
+from testing.results import in_words, table_parts
 from utils import progress
 
 # Black, white and blue of a figure become colours of the page, which suit light and dark.
@@ -35,6 +35,7 @@ def write_page(path, title, results, rankings, rankings_title, plots, settings):
     common, columns, rows = table_parts(results)
     page = read_template(Path(__file__).with_name("report.html.j2")).render(
         title=title,
+        words=in_words(results),
         origin={
             "Images": dict.fromkeys(row["images"] for row in results),
             "Checkpoint": dict.fromkeys(f"{trial['checkpoint']} ({trial['network']})" for trial in trials),

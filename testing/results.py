@@ -149,13 +149,16 @@ def leading(models):
     return next((name for name in models if name[1] == "FC" and name[0] not in BASELINES), models[-1])
 
 
-def print_results(results, full=False, files=()):
-    """Print Rank-1 in words, beside that of other models and of chance, and a table: of the leading model in each
-    protocol, or, if full, of every row and metric. files: that have the rest."""
+def leading_rows(results):
+    """Of the leading model: a row for each protocol, without re-ranking."""
     model, feature = leading([(row["model"], row["feature"]) for row in results])
-    own = [row for row in results if (row["model"], row["feature"], row["reranking"]) == (model, feature, "none")]
-    mean, trials = own[0]["mean"], own[0]["per_trial"]
-    beside = {}
+    return [row for row in results if (row["model"], row["feature"], row["reranking"]) == (model, feature, "none")]
+
+
+def in_words(results):
+    """Rank-1 of the leading model in the first protocol, and what is beside it: two lines."""
+    own = leading_rows(results)
+    model, mean, trials, beside = own[0]["model"], own[0]["mean"], own[0]["per_trial"], {}
     for row in results:
         plain, of_setting = row["reranking"] == "none", all(row[key] == own[0][key] for key in PROTOCOL)
         if of_setting and row["feature"] != "POOL" and (plain or row["model"] == model):
@@ -163,9 +166,18 @@ def print_results(results, full=False, files=()):
     beside["chance"] = np.mean([trial["chance"] for trial in trials])
     queries = f"{trials[0]['evaluated']} {own[0]['direction'].split()[0]} queries"
     kind = "a track" if DATASETS[own[0]["dataset"]].tracks else "an image"
-    print(f"{mean['Rank-1']:.1f} % of {queries} have {kind} of their person in first place (Rank-1).")
-    print("Beside it: " + ", ".join(f"{name} {value:.1f}" for name, value in beside.items() if name != model))
+    return [
+        f"{mean['Rank-1']:.1f} % of {queries} have {kind} of their person in first place (Rank-1).",
+        "Beside it: " + ", ".join(f"{name} {value:.1f}" for name, value in beside.items() if name != model),
+    ]
 
+
+def print_results(results, full=False, files=()):
+    """Print `in_words` and a table: of the leading model in each protocol, or, if full, of every row and metric. files:
+    that have the rest."""
+    print(*in_words(results), sep="\n")
+    own = leading_rows(results)
+    model, feature, mean = (own[0][key] for key in ("model", "feature", "mean"))
     shared, columns, rows = table_parts(results if full else own)
     columns = {i: name for i, name in enumerate(columns) if full or name not in ("model", "feature")}
     metrics = {i: name for i, name in enumerate(mean) if full or name in METRICS}

@@ -219,3 +219,6 @@ def test_views_that_do_not_fit_are_refused(monkeypatch):
     output = model.Output(torch.rand(12, 8), torch.rand(12, 3), None, visible=8)
     with pytest.raises(InputError, match="QuadCentreLoss: needs as many views of infrared as of visible images"):
         MethodLoss("agw")(output, torch.arange(2).repeat_interleave(2).repeat(3))
+    output = output._replace(visible=4)
+    with pytest.raises(InputError, match="terms need as many views of visible as of infrared images"):
+        MethodLoss("rle")(output, torch.arange(2).repeat_interleave(2).repeat(3))

@@ -91,11 +91,12 @@ def test_thirds_of_maps_that_3_does_not_divide():
         torch.testing.assert_close(thirds.logits[i], normed @ branch.classifiers[i].weight.T)
 
 
-def test_losses_are_means_over_the_thirds():
+@pytest.mark.parametrize("margin", [0.3, 1.0])
+def test_losses_are_means_over_the_thirds(margin):
     torch.manual_seed(1)
     pooled, logits, labels = torch.rand(3, 6, 8), torch.randn(3, 6, 4), torch.tensor([0, 0, 1, 0, 0, 1])
     output = model.Output(torch.rand(6, 8), torch.randn(6, 4), None, thirds=Thirds(pooled, logits), visible=3)
-    losses = MethodLoss("rle")(output, labels)
+    losses = MethodLoss("rle", margin=margin)(output, labels)
     identity, triplet = 0.0, 0.0
     for third, scores in zip(pooled, logits, strict=True):
         identity -= sum(scores[i].log_softmax(0)[label].item() for i, label in enumerate(labels)) / 18
@@ -103,7 +104,7 @@ def test_losses_are_means_over_the_thirds():
             distances = [(third[i] - third[j]).norm().item() for j in range(6)]
             near = max(d for j, d in enumerate(distances) if labels[j] == labels[i])
             far = min(d for j, d in enumerate(distances) if labels[j] != labels[i])
-            triplet += max(0.3 + near - far, 0) / 18
+            triplet += max(margin + near - far, 0) / 18
     assert losses.thirds_identity.item() == pytest.approx(identity, rel=1e-5)
     assert losses.thirds_triplet.item() == pytest.approx(triplet, rel=1e-5)
     parts = losses.identity + losses.triplet + losses.thirds_identity + losses.thirds_triplet

@@ -160,6 +160,13 @@ class Recorder(argparse.Namespace):
 READ = set()
 
 
+def test_a_run_says_what_its_test_lacks(tiny_tree, tmp_path, capsys):
+    tree = shutil.copytree(tiny_tree, tmp_path / "tree", copy_function=os.link)
+    shutil.rmtree(tree / "cam6")
+    train_ext_test0.main(tiny_flags(tree, tmp_path, "--epochs", "1"))
+    assert f"warning: {tree}: no test id has an image of camera 6\n" in capsys.readouterr().out
+
+
 def test_every_flag_is_read(tiny_tree, tmp_path, monkeypatch):
     command = tiny_flags(tiny_tree, tmp_path, "--epochs", "1")
     flags, parse_args = set(vars(parse(*command))), utils.ArgumentParser.parse_args

@@ -151,8 +151,8 @@ class Run:
             self.log.text(f"best: epoch {self.best['epoch']}, {scores}: {self.best_path}")
         else:
             self.log.text(
-                "warning: no epoch was tested successfully, so there is no best one; test the last: "
-                f"--resume {shlex.quote(str(self.last_path))}"
+                "warning: there is no best checkpoint: no epoch was tested successfully, or its file is gone; test the "
+                f"last: --resume {shlex.quote(str(self.last_path))}"
             )
         paths = {"best": self.best_path if tested else None, "last": self.last_path, "log": self.log_path}
         return {kind: path and str(path) for kind, path in paths.items()} | {"metrics": self.best}
@@ -227,8 +227,8 @@ class Run:
         self._check_kept(checkpoint.epoch, [self.best, checkpoint.replaced or self.best])
 
     def _check_kept(self, epoch=-1, own=()):
-        """Raise InputError for files that this run, which has come to the end of `epoch`, would report or overwrite,
-        but has not written. own: `best` of the best checkpoint, where it has."""
+        """Raise InputError for files that this run would report or overwrite, but has not written: kept ones of epochs
+        after `epoch`, its last, and a best checkpoint whose `best` is none of `own`."""
         kept = sorted(self.last_path.parent.glob(f"{glob.escape(self.name)}_epoch_*.t"))
         epochs = [file.stem.rpartition("_")[2] for file in kept]
         other = [file for file, n in zip(kept, epochs, strict=True) if n.isdecimal() and int(n) > epoch]
