@@ -1,6 +1,7 @@
 """Image files: read, resize, and write many of them into one array file."""
 
 import os
+import re
 from functools import partial
 
 import numpy as np
@@ -15,6 +16,7 @@ FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "GIF", "JPEG2000")
 SPAN = 64  # of 256 gray levels, that an image of 16 bits must use
 MAX_PIXELS = 2**26  # of an image file, 8192 x 8192: some formats take minutes to decode more
 Image.MAX_IMAGE_PIXELS = None  # of Pillow, which warns first and refuses later
+WHITE_IS_ZERO = 262  # a tag of TIFF, PhotometricInterpretation, if it is 0
 CHUNK = 32  # images that a process decodes at a time
 
 
@@ -25,12 +27,17 @@ def read_image(path, size):
     dropped. Raises InputError for a file that is missing or cannot be read, or that would keep too little of 16 bits.
     """
     try:
-        with Image.open(regular(path), formats=FORMATS) as image:
+        # Of a path, Pillow would map some TIFF files with the height and width that they have after they are turned.
+        with open(regular(path), "rb") as file, Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than 2^26")
             if image.tile and image.tile[0][0] == "ppm_plain":  # some take Pillow minutes
                 raise ValueError("its numbers are written as text; convert it to PNG")
+            if image.tile and image.tile[0][0] == "ppm" and image.tile[0][3] == ("RGB", 2**16 - 1):
+                raise ValueError("16-bit colours of a PPM, which Pillow rounds; convert it to PNG")
             deep = image.mode.startswith("I") or ";16" in str(image.tile[:1])
+            if deep and image.format == "TIFF" and image.tag_v2.get(WHITE_IS_ZERO) == 0:  # Pillow turns 8 bits only
+                raise ValueError("white is 0 in its 16 bits; convert it to PNG")
             image = _rgb(ImageOps.exif_transpose(image))
             if deep:
                 _check_span(image)
@@ -40,7 +47,8 @@ def read_image(path, size):
     except Exception as error:  # the readers raise anything when a file is damaged
         if shortage(error):  # the file may be good
             raise
-        raise InputError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
+        reason = re.sub("<_io.BufferedReader name=(.*)>", r"\1", str(error))
+        raise InputError(f"{path}: cannot be read as an image ({reason}); replace or remove it") from error
 
 
 def resized(image, size):

@@ -1,6 +1,7 @@
 """Bad input of every kind: one line that names the file or flag, the value and the remedy, status 2, and nothing that
 existed is changed. And odd input that is good."""
 
+import contextlib
 import io
 import os
 import re
@@ -650,6 +651,38 @@ def test_every_kind_of_image(image, kind, expected, tmp_path):
     file = tmp_path / "image.jpg"  # whatever the name says
     image.save(file, kind)
     assert np.array_equal(read_image(file, (12, 7)), expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+@pytest.mark.parametrize("kind", ["L", "I;16", "P", "RGB", "RGBA", "CMYK"])
+def test_a_tiff_is_turned_as_its_orientation_says(kind, compression, orientation, tmp_path):
+    images = {"L": GRAYS, "I;16": DEEP, "RGB": COLOURS, "RGBA": np.dstack([COLOURS, GRAYS])}
+    images["CMYK"] = np.dstack([COLOURS, 0 * GRAYS])
+    image = palette()[0] if kind == "P" else Image.fromarray(images[kind], "CMYK" if kind == "CMYK" else None)
+    image.save(tmp_path / "a.tif", tiffinfo={274: orientation}, compression=compression)
+    image.save(tmp_path / "plain.tif")
+    size = image.size[::-1]
+    plain = read_image(tmp_path / "plain.tif", size)
+    # The place of the first row and column, by the standard: of the eight, half exchange rows and columns.
+    turned = plain.swapaxes(0, 1) if orientation > 4 else plain
+    turned = turned[::-1] if orientation in (3, 4, 7, 8) else turned
+    turned = turned[:, ::-1] if orientation in (2, 3, 6, 7) else turned
+    assert np.array_equal(read_image(tmp_path / "a.tif", turned.shape[:2]), turned)
+
+
+def test_16_bits_of_which_white_is_0_are_refused(tmp_path):
+    Image.fromarray(DEEP).save(tmp_path / "a.tif", tiffinfo={262: 0})
+    with pytest.raises(InputError, match=r"a\.tif: .*white is 0 in its 16 bits; convert it to PNG"):
+        read_image(tmp_path / "a.tif", (12, 7))
+
+
+@pytest.mark.parametrize(("most", "words"), [(65535, r"a\.png: .*16-bit colours of a PPM"), (1023, None)])
+def test_colours_of_16_bits_in_a_ppm_are_refused(most, words, tmp_path):
+    values = np.full((4, 2, 3), most // 2, ">u2")
+    write(tmp_path / "a.png", b"P6 2 4 %d\n" % most + values.tobytes())
+    with pytest.raises(InputError, match=words) if words else contextlib.nullcontext():
+        assert np.array_equal(read_image(tmp_path / "a.png", (4, 2)), np.full((4, 2, 3), 127, np.uint8))
 
 
 def deep_files(values):

@@ -598,3 +598,27 @@ def test_times_of_flags():
         parse_time("noon", "--from")
     with pytest.raises(InputError, match="--to 9999-12-31: is not a time"):
         parse_time("9999-12-31", "--to", end=True)
+
+
+@pytest.mark.parametrize("name", [":memory:", "file:a.db?mode=memory", "file:a.db"])
+def test_a_name_is_that_of_a_file(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    FileIndex(name, create=True).close()
+    assert name in os.listdir()
+    FileIndex(name).close()
+
+
+def test_what_is_no_fault_of_the_index_does_not_ask_to_remove_it(tmp_path):
+    index = FileIndex(tmp_path / "a.db", create=True)
+    full = sqlite3.OperationalError("disk I/O error")
+    full.sqlite_errorname = "SQLITE_IOERR_SHMOPEN"
+    for error, words in (
+        (
+            full,
+            r"a\.db: cannot be used as an index \(disk I/O error\); free some space, or check the disk, and run again",
+        ),
+        (UnicodeEncodeError("utf-8", "a\udcff", 1, 2, "surrogates"), r"a\?: is no name in UTF-8; rename it"),
+    ):
+        with pytest.raises(InputError, match=words), index._errors():
+            raise error
+    index.close()

@@ -1,6 +1,7 @@
 """A training run on disk: its lock, its log, when it saves and stops, and what may be resumed."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -465,3 +466,13 @@ def test_features_that_are_not_finite_leave_an_epoch_without_a_result(tiny_tree,
     result = train_ext_test0.main([*command, "2"])
     assert ["FC/Rank-1" in entry for entry in log_entries(result["log"])] == [False, True]
     assert result["metrics"]["epoch"] == torch.load(result["best"])["epoch"] == 1
+
+
+def test_a_full_disk_is_named_by_the_lock(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(training.run.os, "write", full)
+    words = r"run\.lock: cannot be written \(No space left on device\); free some space"
+    with pytest.raises(InputError, match=words), run_lock(tmp_path / "run", "another"):
+        pass

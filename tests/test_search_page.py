@@ -1,6 +1,7 @@
 """The page of `tools.search serve`: what it finds, what it refuses, how it ends, and its use in a browser."""
 
 import contextlib
+import errno
 import http.client
 import os
 import re
@@ -422,6 +423,20 @@ def test_an_error_names_the_upload_in_one_line(running, site):
     for text in ("a\nb", "a" * 10**5):
         status, answer = ask_search(running, site.queries[:1], [("from", text)])
         assert (status, answer[:6], "\n" in answer, len(answer) <= 500) == (400, "from a", False, True)
+
+
+def test_it_searches_on_when_somebody_cleans_the_folder_of_uploads(running, site):
+    shutil.rmtree(running.uploads)
+    assert ask_search(running, site.queries[:1])[0] == 200
+    running.uploads.mkdir()
+
+
+def test_what_the_disk_refuses_is_one_line(running, site, monkeypatch):
+    def full(self, content):
+        raise OSError(errno.EIO, "Input/output error", str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert ask_search(running, [SimpleNamespace(name="a", read_bytes=lambda: b"a")])[0] == 503
 
 
 def test_the_token_in_a_cookie_is_all_that_is_read_of_cookies(running, monkeypatch):

@@ -84,8 +84,11 @@ def test_a_threshold_is_just_above_the_first_pair_that_is_one_too_many(monkeypat
 
 
 def test_means_over_searches():
-    several = [{"same": 2, "true_positives": [0.0, 1.0]}, {"same": 4, "true_positives": [0.5, 1.0]}]
-    assert verification.mean_rates(several) == {"same": 3, "true_positives": [0.25, 1.0]}
+    """Of similarities the greatest: so no search has more false positives than the rate that it stands for."""
+    several = [{"same": 2, "true_positives": [0.0, 1.0], "similarity": [0.9, 0.2]}]
+    several.append({"same": 4, "true_positives": [0.5, 1.0], "similarity": [0.8, 0.4]})
+    means = {"same": 3, "true_positives": [0.25, 1.0], "similarity": [0.9, 0.4]}
+    assert verification.mean_rates(several) == means
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from core.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, load_training_state, save_checkpoint
 from core.distributed import generator_states, set_generators, wait_for_processes
-from core.files import atomic, check_folder
+from core.files import atomic, check_folder, writing
 from core.meter import Diverged, EpochMeter
 from training.log import RunLog, read_json_lines
 from training.optim import load_moments
@@ -390,7 +390,7 @@ def run_lock(path, remedy="another --model_path and --log_path"):
             ) from error
         except OSError as error:
             print(f"warning: {lock}: cannot be locked ({error.strerror}); do not start a second run of this name")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        with writing(lock):
+            file.truncate(0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())  # without a buffer
         yield

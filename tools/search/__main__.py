@@ -162,6 +162,7 @@ def run_query(args):
         where = finder.read_filter(args.camera, args.gallery_modality, args.start, args.end, folder)
         options = {name: getattr(args, name) for name in ("page", "combine", "rerank", "group")}
         lists = finder(args.images, args.modality, args.top, where=where, **options)
+        empty = [not found for found in lists]
         lists = [[image for image in found if image["similarity"] >= finder.least] for found in lists]
     queries = [args.images] if args.combine else [[path] for path in args.images]
     results = [
@@ -174,12 +175,13 @@ def run_query(args):
     if args.json:
         print(json.dumps(results, indent=1))
         return results
-    for result in results:
+    for result, beyond_last in zip(results, empty, strict=True):
         print(f"{', '.join(given if args.combine else result['queries'])} ({args.modality})")
         if not result["found"]:
             kind = "track" if args.group in ("mean", "best") else "image"
-            beyond = f"page {args.page} is beyond the last {kind}"
-            print(f"  none: {beyond if args.page > 1 else f'no {kind} has a similarity of {finder.least:.3f}'}")
+            beyond = args.page > 1 and beyond_last
+            reason = f"no {kind} has a similarity of {finder.least:.3f}"
+            print(f"  none: {f'page {args.page} is beyond the last {kind}' if beyond else reason}")
         for image in result["found"]:
             print(f"{image['rank']:>4}  {image['similarity']:6.3f}  {image['path']}  {describe(image)}")
     if args.save:
@@ -221,7 +223,7 @@ def draw_sheet(results, title):
     rows = [
         [figures.Tile(path, f"query\n{short_name(path)}", "query") for path in result["queries"]]
         + [
-            figures.Tile(image["path"], f"{image['similarity']:.3f}\n{short_name(image['path'])}")
+            figures.Tile(image["path"], f"{similarity(image)}\n{short_name(image['path'])}")
             for image in result["found"]
         ]
         for result in results
@@ -230,6 +232,10 @@ def draw_sheet(results, title):
         return figures.ranking_sheet(rows, title)
     except InputError as error:
         raise InputError(f"--save: an image cannot be drawn ({error}); run index again if it was deleted") from error
+
+
+def similarity(image):
+    return f"{image['similarity']:.3f}" + (", changed" if image["changed"] else "")
 
 
 def short_name(path, length=16):

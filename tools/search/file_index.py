@@ -27,9 +27,10 @@ class FileIndex(Index):
                 check_output(file)
         elif not Path(path).is_file():
             raise InputError(f"{path}: no such index; make it with python -m tools.search index")
+        self.place = os.path.abspath(path)  # SQLite takes some relative names for a URI, or for memory
         with self._errors():
             # Threads of the page take turns.
-            self.connection = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
+            self.connection = sqlite3.connect(self.place, timeout=60, isolation_level=None, check_same_thread=False)
             self.connection.execute("PRAGMA trusted_schema = OFF")
             self.connection.execute("PRAGMA foreign_keys = ON")
             self._check_tables(create)
@@ -38,7 +39,6 @@ class FileIndex(Index):
             with contextlib.suppress(sqlite3.OperationalError):
                 self.connection.execute("PRAGMA journal_mode = WAL")
             self.connection.execute("PRAGMA synchronous = NORMAL")
-        self.place = os.path.abspath(path)
         self.file = self._file()
 
     def _file(self):
@@ -73,6 +73,7 @@ class FileIndex(Index):
     def _remedy(error):
         name = getattr(error, "sqlite_errorname", "")
         return {
+            "SQLITE_IOERR": "free some space, or check the disk, and run again",
             "SQLITE_FULL": "free some space and run again; the index is intact",
             "SQLITE_BUSY": "another process keeps it; run again later",
             "SQLITE_CANTOPEN": "a search writes beside it; copy it to a folder that you may write to",

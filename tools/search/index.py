@@ -14,7 +14,7 @@ from msgspec import Meta
 
 from core.formats import Count, Text, checked
 from model import FEATURES, MODALITIES
-from utils import InputError, one_line
+from utils import InputError, one_line, printable
 
 TABLES = """
 CREATE TABLE versions (version {serial}, checkpoint TEXT NOT NULL, sha256 TEXT NOT NULL, feature TEXT NOT NULL,
@@ -105,6 +105,8 @@ class Index:
             raise
         except self.driver.IntegrityError as error:
             raise InputError(f"{self.uri}: {REPLACED}; run again") from error
+        except UnicodeEncodeError as error:
+            raise InputError(f"{printable(error.object):.200}: is no name in UTF-8; rename it") from error
         except (self.driver.Error, ValueError) as error:  # ValueError: vectors of another size
             reason = one_line(str(error).strip().partition("\n")[0])
             raise InputError(f"{self.uri}: cannot be used as an index ({reason}); {self._remedy(error)}") from error

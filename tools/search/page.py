@@ -115,8 +115,9 @@ class Page:
             response = await self._answer(Request(scope, receive), nonce)
         except ClientDisconnect:
             return
-        except (HTTPException, MultiPartException, ValueError, asyncio.CancelledError) as error:
-            status = {asyncio.CancelledError: 503}.get(type(error), getattr(error, "status_code", 400))
+        except (HTTPException, MultiPartException, ValueError, OSError, asyncio.CancelledError) as error:
+            stopped = isinstance(error, OSError | asyncio.CancelledError)
+            status = 503 if stopped else getattr(error, "status_code", 400)
             line = getattr(error, "detail", str(error) or "the server has been stopped")
             response = PlainTextResponse(" ".join(printable(line).split())[:500], status)
         response.headers.update(HEADERS | {"Content-Security-Policy": POLICY.format(nonce)})
@@ -180,6 +181,8 @@ class Page:
         options = {name: choice[name] or None for name in ("modality", "combine", "rerank", "group")}
         # As text: what the disk has under that name stays unknown.
         below = os.path.abspath(form["folder"]) if form.get("folder") else None
+        if not os.path.isdir(self.uploads):  # some machines clean /tmp
+            self.uploads = tempfile.mkdtemp()
         with tempfile.TemporaryDirectory(dir=self.uploads) as folder:
             for number, upload in enumerate(form.getlist("images")):
                 path = Path(folder, f"{number}.upload")
