@@ -36,7 +36,7 @@ def read_image(path, size):
             if image.tile and image.tile[0][0] == "ppm" and image.tile[0][3] == ("RGB", 2**16 - 1):
                 raise ValueError("16-bit colours of a PPM, which Pillow rounds; convert it to PNG")
             deep = image.mode.startswith("I") or ";16" in str(image.tile[:1])
-            if deep and image.format == "TIFF" and image.tag_v2.get(WHITE_IS_ZERO) == 0:  # Pillow turns 8 bits only
+            if deep and getattr(image, "tag_v2", {}).get(WHITE_IS_ZERO) == 0:  # Pillow turns 8 bits only
                 raise ValueError("white is 0 in its 16 bits; convert it to PNG")
             image = _rgb(ImageOps.exif_transpose(image))
             if deep:

@@ -87,12 +87,17 @@ def test_the_screen_of_a_test_is_one_number_in_words_and_a_short_table(capsys):
     assert lines[11].startswith("trained FC; data: data like SYSU-MM01; direction: infrared to visible; trials: 2; ")
     assert lines[11].endswith("; with a match: 180; gallery: 97. All rows: --table full, demo/results.json")
 
+    for name in ("similarity", "CMC counts", "not seen", "flip", "re-ranking", "–"):
+        assert name not in lines[11]
+
     print_results(rows, full=True)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 1 + len(rows) + 1
     assert lines[2].split()[-4:] == ["Rank-1", "Rank-5", "mAP", "mINP"]
     assert lines[-1].endswith("with a match: 180; gallery: 97; checkpoint: net.t (adp); images: /data")
 
+    print_results([row | {"dataset": "vcm"} for row in rows[:1]])
+    assert "% of 180 infrared queries have a track of their person" in capsys.readouterr().out
     single = [row | {"trials": [0], "per_trial": [trial], "std": None} for row in rows[:1]]  # of a baseline alone
     print_results(single)
     lines = capsys.readouterr().out.splitlines()
@@ -150,15 +155,15 @@ def test_rankings_and_distances_against_plain_loops(dataset):
         matches = match_ranks(DATASETS[dataset].rules, -sides[0] @ sides[1].T, *labels)
         searched = engine.run_search(features, search)["FC", "none"]
         assert searched.positions.tolist() == matches.positions.tolist()
-        for which, sign in (("worst", 1), ("best", -1)):
+        for which, sign, top in (("worst", 1, 7), ("best", -1, None)):
             positions = choose_queries(matches, search, which, 5)
-            ranked = rank_images(features, paths, search, "FC", matches, positions, 7)
+            ranked = rank_images(features, paths, search, "FC", matches, positions, top)
             order = sorted(expected.values(), key=lambda row: sign * row[3])[:5]
             for drawn, (path, identity, camera, precision, seen) in zip(ranked, order, strict=True):
                 assert (drawn["path"], drawn["id"], drawn["camera"]) == (path, identity, camera)
                 assert drawn["average_precision"] == pytest.approx(precision)
                 assert drawn["first_match"] == 1 + [image[2] for image in seen].index(identity)
-                assert len(drawn["gallery"]) == min(7, len(seen))
+                assert len(drawn["gallery"]) == len(seen[:top])
                 for image, (similarity, *where) in zip(drawn["gallery"], seen, strict=False):
                     assert [image["path"], image["id"], image["camera"]] == where
                     assert image["similarity"] == pytest.approx(similarity, abs=1e-6)
