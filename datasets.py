@@ -7,6 +7,7 @@ checks follow from it.
 import hashlib
 import itertools
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -240,6 +241,9 @@ class Searches:
         paths, ids, cameras = listing
         row = self._row[modality]
         frames = np.array(paths, object)
+        double = [path for path, count in Counter(paths).items() if count > 1] if frames.ndim == 1 else []
+        if double:
+            self.notes.append(f"warning: {double[0]} is listed and counts several times ({len(double)} such images)")
         rows = [row.setdefault(path, len(row)) for path in frames.flat]
         return Images(modality, np.array(rows).reshape(frames.shape), ids, cameras)
 

@@ -1,5 +1,8 @@
 """RegDB from the flags to the table: both directions, trials, and checkpoints that do not record theirs."""
 
+import os
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ import testa
 import train_ext_test0
 from conftest import PROGRAM, flags, save_network, search_flags
 from data_manager import process_test_regdb
+from datasets import DATASETS
 from eval_metrics import eval_regdb
 from testing import corruptions
 from tests.oracles import plain_embedding
@@ -29,6 +33,17 @@ def test_a_run_is_tested_on_its_own_trial(regdb_tree, tmp_path):
     assert rows[1]["mean"]["mAP"] == pytest.approx(run["metrics"]["mAP"])
     with pytest.raises(InputError, match="was trained on trial 2"):
         search_regdb(regdb_tree, run["best"], "--trial", "1")
+
+
+def test_an_image_that_is_listed_twice_is_told(regdb_tree, tmp_path):
+    tree = shutil.copytree(regdb_tree, tmp_path / "tree", copy_function=os.link)
+    listing = tree / "idx" / "test_thermal_2.txt"
+    lines = listing.read_text().splitlines()
+    listing.unlink()
+    listing.write_text("\n".join([*lines, lines[0], lines[0], lines[1]]))
+    test = DATASETS["regdb"].searches(tree, trials=[1, 2])
+    image = tree / lines[0].rpartition(" ")[0]
+    assert test.notes == [f"warning: {image} is listed and counts several times (2 such images)"]
 
 
 def test_no_image_goes_through_the_other_stem(regdb_tree, tmp_path):

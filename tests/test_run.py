@@ -12,11 +12,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train_ext_test0
+import training.log
 import training.run
 from conftest import log_entries, parse, tiny_flags, train_data
 from core.files import atomic
@@ -146,6 +148,24 @@ def test_a_text_log_goes_on_within_the_first_epoch(tmp_path):
         log.text(line)
         log.close()
     assert (tmp_path / "run.txt").read_text().splitlines() == ["a new run", "resumed within its first epoch"]
+
+
+def test_a_full_disk_is_named_before_tensorboard_s_thread_meets_it(tmp_path, monkeypatch):
+    log = RunLog(tmp_path, "run")
+    full = SimpleNamespace(free=2**16)
+    monkeypatch.setattr(training.log.shutil, "disk_usage", lambda path: full)
+    with pytest.raises(InputError, match=r"/run: cannot be written \(No space left on device\); free some space"):
+        log.epoch({"epoch": 0})
+    log.close()
+    with pytest.raises(InputError, match="/other: cannot be written"):
+        RunLog(tmp_path, "other")
+
+
+def test_a_line_may_name_a_file_whose_name_is_not_utf_8(tmp_path):
+    log = RunLog(tmp_path, "run")
+    log.text("a\udcffb", shown=False)
+    log.close()
+    assert b"a\xffb\n" in (tmp_path / "run.txt").read_bytes()
 
 
 def test_log_without_tensorboard(tmp_path, monkeypatch, capsys):

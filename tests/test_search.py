@@ -618,6 +618,16 @@ def test_json_and_sheet(made, pictures, tmp_path, capsys):
         assert sheet.width > 4 * 0.9 * 150
 
 
+def test_a_sheet_marks_images_that_have_changed(made, pictures, tmp_path):
+    folder, index = made
+    changed = readable(folder)[0]
+    changed.write_bytes(Path(pictures[1][0]).read_bytes())
+    (result,) = run_query(index, pictures[1][:1], "--save", tmp_path / "a.svg", "--top", "14")
+    text = (tmp_path / "a.svg").read_text()
+    (image,) = [image for image in result["found"] if image["path"] == str(changed)]
+    assert re.findall(r">([\d.]+), changed<", text) == [f"{image['similarity']:.3f}"]
+
+
 def test_bad_input_is_one_line_and_status_2(made, pictures, tmp_path, monkeypatch, capsys):
     folder, index = made
     image, queries = str(pictures[1][0]), ["--modality", "infrared", "--index", str(index), *CPU]

@@ -1,7 +1,10 @@
 """The log of a training run: text, JSON lines, TensorBoard scalars."""
 
 import contextlib
+import errno
 import json
+import os
+import shutil
 import sys
 from inspect import signature
 from pathlib import Path
@@ -16,6 +19,7 @@ from methods import METHODS
 from testing.results import METRICS
 from utils import process_index
 
+BOARD_BYTES = 2**20  # more than TensorBoard writes in an epoch without figures
 # Signs that a run does not train: from public logs on real images, see docs/training.md.
 ACCURACY_FALL = 0.8  # an epoch's accuracy below this share of that of the epoch before
 TRIPLET_LIMIT, TRIPLET_STEPS = 2.0, 300  # a weighted triplet loss above this, so many steps after the start
@@ -45,9 +49,10 @@ class RunLog:
         except ImportError:
             self.text("TensorBoard is not installed, so no scalars are written; to get them: pip install tensorboard")
             return
-        check_folder(Path(folder) / name / "events")  # the writer's thread would fail later, with a traceback
+        self.board_path = Path(folder) / name
+        self._check_board()
         # Purging makes TensorBoard forget the steps of an earlier run of this name.
-        self.board = SummaryWriter(Path(folder) / name, purge_step=last + 1)
+        self.board = SummaryWriter(self.board_path, purge_step=last + 1)
 
     def text(self, line, shown=True):
         if self.writes:
@@ -62,6 +67,7 @@ class RunLog:
             return
         self._append(self.json_path, json.dumps(entry))
         if self.board:
+            self._check_board()
             for key, value in entry.items():
                 if isinstance(value, int | float) and key != "epoch":
                     self.board.add_scalar(key, value, entry["epoch"])
@@ -77,9 +83,17 @@ class RunLog:
         if self.board:
             self.board.close()
 
+    def _check_board(self):
+        """Raise InputError where TensorBoard cannot write. Its thread would fail later, with a traceback."""
+        check_folder(self.board_path / "events")
+        with writing(self.board_path):
+            if shutil.disk_usage(self.board_path).free < BOARD_BYTES:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     @staticmethod
     def _append(path, line):
-        with writing(path), path.open("a") as file:
+        # The name of a file in it need not be UTF-8.
+        with writing(path), path.open("a", encoding="utf-8", errors="surrogateescape") as file:
             file.write(line + "\n")
 
 
