@@ -33,4 +33,5 @@ def test_imports_point_downward():
         assert not [name for name in names if name.split(".")[0] in tests], module
         imports[module] = names & files.keys()
         assert not [name for name in imports[module] if floor(name) > floor(module)], module
+        assert module not in SCRIPTS or not imports[module] & {*SCRIPTS}, module
     assert len(list(TopologicalSorter(imports).static_order())) == len(files) > 50  # CycleError for a circle
