@@ -231,7 +231,7 @@ def test_schedule_is_the_published_one():
 
 
 def dns_flags(tree, out, *more):
-    return tiny_flags(tree, out, "--method", "dns", "--amp", "off", "--warmup", "0", *more)
+    return tiny_flags(tree, out, "--method", "dns", "--stages", "4", "--amp", "off", "--warmup", "0", *more)
 
 
 def test_a_warm_up_that_never_ends_is_refused():

@@ -246,7 +246,7 @@ def far_apart(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_clamp_is_told(far_apart, sysu_tree, tmp_path, capsys):
-    more = ["--weights", str(far_apart), "--square", "1", "--epochs", "1"]
+    more = ["--weights", str(far_apart), "--stages", "4", "--square", "1", "--epochs", "1"]
     result = train_ext_test0.main(flags(sysu_tree, tmp_path, *more))
     (entry,) = log_entries(result["log"])
     assert entry["distance_across"] > 20

@@ -13,7 +13,9 @@ def build_optimizer(net, optim, lr, rates=()):
     names, scaled = [name for name, _ in net.named_parameters()], {}
     for part in rates:
         if not any(name.startswith(f"{part}.") for name in names):
-            raise InputError(f"{part}: has a rate of its own, but is not in this network; reduce --share_net")
+            raise InputError(
+                f"{part}: has a rate of its own, but is not in this network; reduce --share_net, or use --stages 4"
+            )
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
             scale = next((rate for part, rate in rates.items() if name.startswith(f"{part}.")), 0.1)
