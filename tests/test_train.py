@@ -70,21 +70,7 @@ def test_run_writes_what_it_promises(trained):
         ["--method", "agw", "--share_net", "1", "--amp", "bf16", "--square", "1"],
         ["--method", "caj", "--square", "1", "--weighting", "published", "--mode", "indoor"],
         pytest.param(
-            [
-                "--method",
-                "adp",
-                "--stages",
-                "4",
-                "--share_net",
-                "5",
-                "--alpha",
-                "2",
-                "--gamma",
-                "0.5",
-                "--margin",
-                "0.1",
-            ],
-            marks=pytest.mark.slow,
+            "--method adp --stages 4 --share_net 5 --alpha 2 --gamma 0.5 --margin 0.1".split(), marks=pytest.mark.slow
         ),
     ],
 )
