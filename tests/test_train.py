@@ -39,6 +39,7 @@ from utils import InputError
 REPO = Path(utils.__file__).parent
 # DNS's own schedule needs more epochs than these trainings have, and its rates the fourth stage.
 BY_METHOD = [["--method", method, "--schedule", "step", "--stages", "4"] for method in METHODS]
+OWN_STREAMS = ["--stages", "4", "--share_net", "5"]
 
 
 @pytest.mark.slow
@@ -70,7 +71,8 @@ def test_run_writes_what_it_promises(trained):
         ["--method", "agw", "--share_net", "1", "--amp", "bf16", "--square", "1"],
         ["--method", "caj", "--square", "1", "--weighting", "published", "--mode", "indoor"],
         pytest.param(
-            "--method adp --stages 4 --share_net 5 --alpha 2 --gamma 0.5 --margin 0.1".split(), marks=pytest.mark.slow
+            ["--method", "adp", *OWN_STREAMS, "--alpha", "2", "--gamma", "0.5", "--margin", "0.1"],
+            marks=pytest.mark.slow,
         ),
     ],
 )
