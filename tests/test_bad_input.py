@@ -582,10 +582,12 @@ def test_a_search_without_a_match_is_refused_before_the_training(sysu_tree, tmp_
         testa.main(search_flags(tree, checkpoint))
 
 
-@pytest.mark.usefixtures("trees")
 @pytest.mark.slow
-def test_an_error_ends_the_loading_processes():
+def test_an_error_ends_the_loading_processes(good, sysu_tree, tmp_path, monkeypatch):
     """The processes that load images ignore SIGTERM; an error in one of them must not leave the script waiting."""
+    monkeypatch.chdir(tmp_path)
+    os.link(good, "good.t")
+    link(sysu_tree)
     cut(query(), 200)
     command = [sys.executable, Path(testa.__file__), *SCRIPTS["test"][1], "--workers", "2"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
