@@ -183,11 +183,8 @@ def test_rows_of_corrupted_images_against_plain_steps(sysu_tree, tmp_path, monke
     """Repetition r is in the gallery of trial r. The other rows, and what --features saves, are as without it."""
     assert corruptions.REPETITIONS == 10
     monkeypatch.setattr(corruptions, "REPETITIONS", 3)
-    checkpoint, saved, page = (
-        save_network(tmp_path / "net.t", 0, "sysu", stages=4),
-        tmp_path / "f.npz",
-        tmp_path / "page",
-    )
+    checkpoint, saved, page = (tmp_path / name for name in ("net.t", "f.npz", "page"))
+    save_network(checkpoint, 0, "sysu", stages=4)
     flags = search_flags(sysu_tree, checkpoint, "--workers", "2", "--json", tmp_path / "r.json")
     rows = testa.main([*flags, "--corrupt", "--features", str(saved), "--report", str(page)])
     assert "visible images corrupted " in capsys.readouterr().out

@@ -16,6 +16,7 @@ import torch
 import testa
 from conftest import save_network, search_flags
 from data_manager import process_gallery_sysu, process_query_sysu
+from datasets import DATASETS
 from eval_metrics import eval_sysu
 from model import load_network
 from testing import evaluation, re_rank
@@ -119,6 +120,8 @@ def test_what_is_missing_is_named(saved, sysu_tree, tmp_path, capsys):
     flags = [*saved[2], "--data_path", str(tree)]
     testa.main([*flags, "--mode", "indoor"])
     assert "no test id has an image of camera 6\n" in capsys.readouterr().out
+    (note,) = DATASETS["sysu"].searches(tree, select="val").notes
+    assert note.endswith("no val id has an image of camera 5, 6")
     assert {row["protocol"] for row in testa.main([*flags, "--all"])} == {"seeded"}
     printed = capsys.readouterr().out
     assert "no test id has an image of camera 5, 6\n" in printed

@@ -181,9 +181,8 @@ class Page:
         options = {name: choice[name] or None for name in ("modality", "combine", "rerank", "group")}
         # As text: what the disk has under that name stays unknown.
         below = os.path.abspath(form["folder"]) if form.get("folder") else None
-        if not os.path.isdir(self.uploads):  # some machines clean /tmp
-            self.uploads = tempfile.mkdtemp()
-        with tempfile.TemporaryDirectory(dir=self.uploads) as folder:
+        kept = os.path.isdir(self.uploads)  # some machines clean /tmp
+        with tempfile.TemporaryDirectory(dir=self.uploads if kept else None) as folder:
             for number, upload in enumerate(form.getlist("images")):
                 path = Path(folder, f"{number}.upload")
                 path.write_bytes(upload.file.read())
