@@ -103,7 +103,7 @@ def check_folder(path):
             pass
     except OSError as error:
         reason = next((f"{parent} is a file" for parent in path.parents if parent.is_file()), error.strerror)
-        raise InputError(f"{path}: cannot write there ({reason}); choose another folder") from error
+        raise InputError(f"{path}: cannot write there ({reason}); choose a folder that you may write to") from error
 
 
 def save_json(value, path):

@@ -358,9 +358,11 @@ CASES = {
     "unknown gpu": case("train", nothing, "--gpu one", "cpu", flags="--gpu one"),
     "images on no gpu": case("train", nothing, "--cache gpu", "use --cache ram", flags="--cache gpu"),
     "file for model_path": case(
-        "train", lambda: write("f"), "f/sysu_adp", "choose another folder", flags="--model_path f"
+        "train", lambda: write("f"), "f/sysu_adp", "choose a folder that you may write to", flags="--model_path f"
     ),
-    "file for log_path": case("train", lambda: write("f"), "f/sysu_log", "choose another folder", flags="--log_path f"),
+    "file for log_path": case(
+        "train", lambda: write("f"), "f/sysu_log", "choose a folder that you may write to", flags="--log_path f"
+    ),
     "no weights": case("train", nothing, "none.pth: no such file", flags="--weights none.pth"),
     "weights of another network": case(
         "train",
@@ -448,7 +450,9 @@ CASES = {
     ),
     # before the checkpoint is looked for
     "folder for results": case("test", nothing, "sysu: is a folder", flags="--resume no.t --json sysu"),
-    "file for a folder": case("test", lambda: write("f"), "f/r.json", "choose another folder", flags="--json f/r.json"),
+    "file for a folder": case(
+        "test", lambda: write("f"), "f/r.json", "choose a folder that you may write to", flags="--json f/r.json"
+    ),
     "no permutations": case(
         "test",
         lambda: os.unlink(PERMUTATIONS),

@@ -932,6 +932,20 @@ def test_tracks_without_a_camera_are_told(site_tracks, capsys):
     assert "  none: page 9 is beyond the last track\n" in capsys.readouterr().out
 
 
+def test_names_do_not_write_on_the_terminal(site_tracks, capsys):
+    folder, db, resume = site_tracks
+    shutil.copy(folder / "a/7/1.jpg", odd := folder / "a/7/\x1b[2J\n2.jpg")
+    shutil.copy(odd, folder / "a/\x1b4.jpg")
+    (folder / "a/7/\x1b3.jpg").write_bytes(b"damaged")
+    index = ["--index", str(db), "--gpu", "cpu", "--resume", str(resume), "--modality", "visible"]
+    search.main(["index", str(folder), *index, "--pattern", "{camera}/{track}/{n}.jpg"])
+    search.main(["query", str(odd), *index])
+    out = capsys.readouterr().out
+    assert f"unreadable: {folder}/a/7/?3.jpg: " in out
+    assert f"without labels: {folder}/a/?4.jpg\n" in out
+    assert out.count(f"{folder}/a/7/?[2J?2.jpg") == 2  # as the query, and found
+
+
 def test_a_part_of_a_folder_with_tracks_does_not_move(site_tracks, tmp_path):
     folder, db, resume = site_tracks
     index = ["--index", str(db), "--gpu", "cpu", "--resume", str(resume), "--modality", "visible"]

@@ -257,6 +257,10 @@ def ended(monkeypatch):
     return [*runs, run(ODD, 1, 58), run("e", 1)]
 
 
+def test_no_difference_is_minus_zero():
+    assert sweep_tables.signed({"mean": -0.004, "interval": (-0.01, -0.001)}) == "+0.00 [-0.01, +0.00]"
+
+
 def test_written_tables(ended, tmp_path, monkeypatch, capsys):
     """Against tables worked out by hand. Of 50 and 60, the deviation is 10 / sqrt(2); of the differences 2 and 3 to it,
     the interval is 2.5 ± 12.7062 / 2, by a table of Student's t. A row is paired with its own seed."""

@@ -25,7 +25,18 @@ from core.images import read_image
 from data_loader import check_prepared, sysu_train_files
 from datasets import DATASETS, difference, search_counts, training_counts
 from model import ARCHS, CLIP
-from utils import ArgumentParser, InputError, bounded, cli, computes_bf16, cores, map_processes, progress, select_device
+from utils import (
+    ArgumentParser,
+    InputError,
+    bounded,
+    cli,
+    computes_bf16,
+    cores,
+    map_processes,
+    one_line,
+    progress,
+    select_device,
+)
 
 # Of SYSU-MM01's ids, as its authors publish them (train_id.mat, test_id.mat; val: all others with images of both
 # modalities), and of their file of permutations: github.com/wuancong/SYSU-MM01.
@@ -74,7 +85,7 @@ def main(argv=None):
         except (InputError, OSError) as error:
             state, text = "WRONG", str(error)
         lines.append({"check": name, "state": state, "text": text})
-        print(f"{state:6}{name}: {text}", flush=True)
+        print(one_line(f"{state:6}{name}: {text}"), flush=True)
     if args.json:
         save_json(lines, args.json)
     if wrong := [line["check"] for line in lines if line["state"] == "WRONG"]:

@@ -186,8 +186,8 @@ def plus_minus(values, digits):
 
 
 def signed(values):
-    interval = "" if values["interval"] is None else " [{:+.2f}, {:+.2f}]".format(*values["interval"])
-    return f"{values['mean']:+.2f}{interval}"
+    interval = "" if values["interval"] is None else " [{:+z.2f}, {:+z.2f}]".format(*values["interval"])
+    return f"{values['mean']:+z.2f}{interval}"
 
 
 def aligned(lines):

@@ -25,7 +25,7 @@ from tools.embedder import Embedder  # noqa: F401 (the library)
 from tools.search.finder import Finder, describe
 from tools.search.indexer import index_folder, list_images, remove_folder
 from tools.search.watcher import watch_folder
-from utils import ArgumentParser, InputError, bounded, cli, printable
+from utils import ArgumentParser, InputError, bounded, cli, one_line, printable
 
 SHEET_LIMIT = 100  # queries, and images of each, that fit on a sheet
 
@@ -123,11 +123,11 @@ def main(argv=None):
 def run_index(args):
     counts = index_folder(args)
     for line in counts["unreadable"]:
-        print(f"unreadable: {line}")
+        print(one_line(f"unreadable: {line}"))
     for path in counts["unlabelled"]:
-        print(f"without labels: {path}")
+        print(one_line(f"without labels: {path}"))
     if counts["spread"]:
-        some = ", ".join(counts["spread"][:3])
+        some = one_line(", ".join(counts["spread"][:3]))
         print(
             f"note: {len(counts['spread'])} tracks, such as {some}, have images in several folders, but no camera; if "
             "these are of several cameras, name them as {camera} in --pattern, or in the table of --csv"
@@ -176,14 +176,14 @@ def run_query(args):
         print(json.dumps(results, indent=1))
         return results
     for result, beyond_last in zip(results, empty, strict=True):
-        print(f"{', '.join(given if args.combine else result['queries'])} ({args.modality})")
+        print(one_line(f"{', '.join(given if args.combine else result['queries'])} ({args.modality})"))
         if not result["found"]:
             kind = "track" if args.group in ("mean", "best") else "image"
             beyond = args.page > 1 and beyond_last
             reason = f"no {kind} has a similarity of {finder.least:.3f}"
             print(f"  none: {f'page {args.page} is beyond the last {kind}' if beyond else reason}")
         for image in result["found"]:
-            print(f"{image['rank']:>4}  {image['similarity']:6.3f}  {image['path']}  {describe(image)}")
+            print(one_line(f"{image['rank']:>4}  {image['similarity']:6.3f}  {image['path']}  {describe(image)}"))
     if args.save:
         print(args.save)
     return results

@@ -69,7 +69,7 @@ def serve(args):
 
 
 def server(page):
-    flags = {"ws": "none", "lifespan": "off", "log_level": "warning", "timeout_graceful_shutdown": 1}
+    flags = {"ws": "none", "lifespan": "off", "log_level": "error", "timeout_graceful_shutdown": 1}
     return uvicorn.Server(uvicorn.Config(page, http=Connection, **flags))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from tools.search.finder import least_similarity_of, unit_mean
 from tools.search.indexer import Indexer, existing_folder, file_stamp, label_files, list_images, open_to_write
 from tools.search.labels import read_labels
-from utils import InputError
+from utils import InputError, one_line
 
 POLL = 1.0  # seconds between two looks at the folder
 SETTLED = 10.0  # seconds without a change after which a file that cannot be read is taken for damaged
@@ -95,7 +95,7 @@ class Watcher:
     def _tell(self, lines):
         for line in lines:
             if line not in self.told:
-                print(line, file=sys.stderr, flush=True)
+                print(one_line(line), file=sys.stderr, flush=True)
         self.told.update(lines)
 
 
