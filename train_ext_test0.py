@@ -38,7 +38,7 @@ from training.log import log_epoch
 from training.optim import build_optimizer, set_rates
 from training.run import Run
 from training.step import GraphedStep, TrainStep
-from utils import ArgumentParser, InputError, bounded, check_device, cli, printable, process_count, seed_everything
+from utils import ArgumentParser, InputError, bounded, check_device, cli, process_count, seed_everything
 
 # Flags that a resumed run may give anew: where things are and how fast they go, not what is computed; and the epochs
 # that are trained and tested.
@@ -297,8 +297,6 @@ def check_flags(args):
     check_options(args)
     if args.figures:
         importlib.import_module("drawing.figures")  # fails now, before a run has begun
-    if printable(args.log_path) != args.log_path:
-        raise InputError(f"--log_path {printable(args.log_path)}: is no name in UTF-8, for TensorBoard; choose another")
     low, high = args.erase_area
     if low > high:
         raise InputError(f"--erase_area {low} {high}: the first is larger than the second; exchange them")

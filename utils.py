@@ -201,9 +201,11 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else args
+        args = [str(arg) for arg in (sys.argv[1:] if args is None else args)]
+        if other := next((arg for arg in args if printable(arg) != arg), None):
+            sys.exit(_one_line_exit(self.prog, f"{other}: is no text in UTF-8, which JSON needs; rename it"))
         FLAGS.update(self._option_string_actions)
-        return super().parse_known_args([self._underscored(str(arg)) for arg in args], namespace)
+        return super().parse_known_args([*map(self._underscored, args)], namespace)
 
     @staticmethod
     def _underscored(arg):

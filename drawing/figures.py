@@ -304,9 +304,10 @@ def roc_curve(rates):
     percent = [[100 * rate for rate in rates[name]] for name in ("false_positives", "true_positives")]
     figure = line_panels({"": {"FC": percent}}, "false positives, %", "true positives, %")
     (panel,) = figure.axes
-    panel.set(xscale="log", xlim=(percent[0][0], 100), ylim=(0, 102))
+    panel.set_xscale("log")
     panel.set_xticks(ticks := [0.01, 0.1, 1, 10, 100], [f"{tick:g}" for tick in ticks])
     panel.minorticks_off()
+    panel.set(xlim=(percent[0][0], 100), ylim=(0, 102))  # last: ticks widen it
     return figure
 
 

@@ -559,7 +559,7 @@ def test_an_output_does_not_replace_a_checkpoint_found_in_model_path(flag, tmp_p
         (train_ext_test0, ["--trial", "2"], ["--trial 2", "RegDB"]),
         (train_ext_test0, ["--data_path", "nowhere"], ["nowhere: no such folder", "--data_path"]),
         (train_ext_test0, ["--dataset", "regdb", "--data_path", "nowhere"], ["nowhere: no such folder"]),
-        (train_ext_test0, ["--log_path", "a\udcff"], ["--log_path a?: is no name in UTF-8"]),
+        (train_ext_test0, ["--log_path", "a\udcff"], ["error: a?: is no text in UTF-8", "rename"]),
         (train_ext_test0, ["--lr", "nan"], ["--lr", "nan"]),
     ],
 )

@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import functional
 
-from conftest import SIZE, save_network
+from conftest import SIZE
 from core.images import read_image
 from data_manager import process_query_sysu
 from methods import METHODS
@@ -313,9 +313,3 @@ def test_load_embedding_refuses_other_files(tmp_path):
 
 def test_the_default_format_is_onnx():
     assert export.get_args_parser().parse_args(["--resume", "a.t"]).format == "onnx"
-
-
-def test_a_folder_whose_name_is_not_utf_8_is_refused(tmp_path):
-    path = save_network(tmp_path / "net.t", 0)
-    with pytest.raises(InputError, match=r"--out a\?: is no name in UTF-8"):
-        export.main(["--resume", str(path), "--out", "a\udcff"])

@@ -241,6 +241,7 @@ def test_curves_of_corruption_begin_at_the_clean_images():
     lines = {line.get_label(): line.get_xydata().tolist() for line in snow.lines}
     assert lines["corrupted"] == [[0, 80], [1, 70], [3, 40]]
     assert lines["without corruption"] == [[0, 80], [1, 80], [2, 80], [3, 80]]
+    assert (snow.get_xlabel(), snow.get_ylabel()) == ("level", "mAP, %")
 
 
 def test_roc_curve_has_false_positives_along_the_axis():
@@ -248,3 +249,9 @@ def test_roc_curve_has_false_positives_along_the_axis():
     (panel,) = figures.roc_curve(rates).axes
     np.testing.assert_allclose(panel.lines[0].get_xydata(), [[0.1, 30], [1, 60], [100, 100]])
     assert (panel.get_xlabel(), panel.get_ylabel()) == ("false positives, %", "true positives, %")
+    assert (panel.get_xscale(), panel.get_ylim()) == ("log", (0, 102))
+    assert panel.get_xlim() == pytest.approx((0.1, 100))
+    panel.set_xlim(0.001, 1000)
+    ticks = [label.get_text() for label in panel.get_xticklabels()]
+    assert dict(zip(ticks, panel.get_xticks(), strict=True)) == {tick: float(tick) for tick in ticks}
+    assert ticks == ["0.01", "0.1", "1", "10", "100"]

@@ -29,7 +29,7 @@ from core.formats import checked
 from model import FEATURES, MODALITIES, GFMNet, load_network
 from testing import engine
 from tools.embedder import ExportedFile
-from utils import ArgumentParser, InputError, cli, printable, progress
+from utils import ArgumentParser, InputError, cli, progress
 
 UPRIGHT = 'ImageOps.exif_transpose(Image.open(FILE)).convert("RGB")'
 RESIZE = f"np.asarray({UPRIGHT}.resize(({{1}}, {{0}}), Image.Resampling.LANCZOS)).transpose(2, 0, 1)"
@@ -58,8 +58,6 @@ def main(argv=None):
     source = find_checkpoint(args.resume, args.model_path)
     suffix, to_bytes, load = FORMATS[args.format]
     outputs = {m: Path(args.out, f"{source.stem}_{m}_{args.feature}{suffix}") for m in args.modality}
-    if printable(args.out) != args.out:
-        raise InputError(f"--out {printable(args.out)}: is no name in UTF-8, as the formats need it; choose another")
     for output in outputs.values():
         check_output(output)
     if args.json:

@@ -147,7 +147,7 @@ def write(table, runs, values, out):
     notes = [NOTE, *(f"- {line}" for line in failures)]
     for name, lines in (("md", [*markdown, *notes]), ("tex", [*latex, *(f"% {line}" for line in (NOTE, *failures))])):
         with atomic(out / f"table.{name}") as temporary:
-            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="replace")
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     save_json(table, out / "table.json")
     figures.save(figures.dot_panels(table["settings"], METRICS), out / "table.png")
     if panels := epoch_statistics(runs, values):
