@@ -46,11 +46,11 @@ TESTS = {
     "model.py": "model gfm2 deen dns rle quad clip published formats",
     "eval_metrics.py": "eval_metrics results re_rank tracks",
     "ChannelAug.py": "augmentation gfm2 deen dns quad rle",
-    "drawing/figures.py": "figures visualize report sweep",
+    "drawing/figures.py": "figures visualize report sweep verification corruptions",
     "tools/sweep_tables.py": "sweep",
-    "tools/search/index.py": "index search",
-    "tools/search/file_index.py": "index search",
-    "tools/search/finder.py": "search index",
+    "tools/search/index.py": "index search search_watch tracks",
+    "tools/search/file_index.py": "index search search_page search_watch tracks",
+    "tools/search/finder.py": "search index verification tracks search_watch",
 }
 EXPORTS = "tests/test_augmentation.py::test_normalise_is_the_same_after_an_export"
 EXPLAINED = ROOT / "tests" / "mutants.md"

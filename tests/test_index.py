@@ -608,17 +608,33 @@ def test_a_name_is_that_of_a_file(name, tmp_path, monkeypatch):
     FileIndex(name).close()
 
 
-def test_what_is_no_fault_of_the_index_does_not_ask_to_remove_it(tmp_path):
+BESIDE = "a search writes beside it; copy it to a folder that you may write to"
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("SQLITE_IOERR_SHMOPEN", "free some space, or check the disk, and run again"),
+        ("SQLITE_FULL", "free some space and run again; the index is intact"),
+        ("SQLITE_BUSY_SNAPSHOT", "another process keeps it; run again later"),
+        ("SQLITE_CANTOPEN", BESIDE),
+        ("SQLITE_READONLY_DBMOVED", BESIDE),
+        ("SQLITE_CORRUPT", "check the file, or remove it and index again"),
+        (None, "check the file, or remove it and index again"),
+    ],
+)
+def test_what_helps_depends_on_the_fault(name, remedy, tmp_path):
+    index, error = FileIndex(tmp_path / "a.db", create=True), sqlite3.OperationalError("it failed\nDETAIL: of a server")
+    if name:
+        error.sqlite_errorname = name
+    words = f"a.db: cannot be used as an index (it failed); {remedy}"
+    with pytest.raises(InputError, match=f"{re.escape(words)}$"), index._errors():
+        raise error
+    index.close()
+
+
+def test_a_name_that_is_not_utf_8_is_told(tmp_path):
     index = FileIndex(tmp_path / "a.db", create=True)
-    full = sqlite3.OperationalError("disk I/O error")
-    full.sqlite_errorname = "SQLITE_IOERR_SHMOPEN"
-    for error, words in (
-        (
-            full,
-            r"a\.db: cannot be used as an index \(disk I/O error\); free some space, or check the disk, and run again",
-        ),
-        (UnicodeEncodeError("utf-8", "a\udcff", 1, 2, "surrogates"), r"a\?: is no name in UTF-8; rename it"),
-    ):
-        with pytest.raises(InputError, match=words), index._errors():
-            raise error
+    with pytest.raises(InputError, match=r"^a\?: is no name in UTF-8; rename it"), index._errors():
+        raise UnicodeEncodeError("utf-8", "a\udcff", 1, 2, "surrogates")
     index.close()

@@ -655,6 +655,7 @@ def test_bad_input_is_one_line_and_status_2(made, pictures, tmp_path, monkeypatc
         (["query", image, *queries[:2], "--index", str(tmp_path / "no.db")], "no.db: no such index; make it with"),
         (["query", image, *queries, "--camera", "9"], "--camera 9: .* has no image of it; its cameras: none; index ag"),
         (["query", image, *queries, "--from", "noon"], "--from noon: is not a time; write it as 2026-11-20 or"),
+        (["query", image, *queries, "--to", "noon"], "--to noon: is not a time; write it as 2026-11-20 or"),
         (
             ["query", image, *queries, "--from", "2026-11-21", "--to", "2026-11-20"],
             "is not before --to 2026-11-20; exch",

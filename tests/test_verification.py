@@ -3,6 +3,7 @@
 import hashlib
 import json
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from conftest import exit_status, save_network, search_flags
 from datasets import sysu_searches
 from testing import verification
 from tools.search import __main__ as search
+from tools.search.finder import least_similarity_of
 from utils import InputError
 
 
@@ -174,10 +176,22 @@ def test_what_calibration_needs(tmp_path, capsys):
     ],
 )
 def test_a_calibration_that_contradicts_itself(rates, similarities, words, tmp_path):
-    about = dict.fromkeys(("checkpoint", "feature", "data", "setting", "sha256"), "x")
-    file = tmp_path / "c.json"
-    file.write_text(json.dumps(about | {"false_positives": [0.01, 0.1, 1.0], "similarity": [0.9, 0.7, -1.0]}))
-    assert [verification.least_similarity(file, share, "x", "x") for share in (0.01, 0.5, 1)] == [0.9, 0.7, -1.0]
-    file.write_text(json.dumps(about | {"false_positives": rates, "similarity": similarities}))
+    file = calibration(tmp_path / "c.json", rates, similarities)
     with pytest.raises(InputError, match=words):
-        verification.least_similarity(file, 0.1, "x", "x")
+        verification.least_similarity(file, 0.1, "s", "FC")
+
+
+def test_the_similarity_that_flags_ask_for(tmp_path):
+    file, about = calibration(tmp_path / "c.json", [0.01, 0.1, 1.0], [0.9, 0.7, -1.0]), {"sha256": "s", "feature": "FC"}
+    for share, value, least in ((0.01, None, 0.9), (0.5, None, 0.7), (1, None, -1), (None, 0.3, 0.3), (None, None, -1)):
+        args = SimpleNamespace(false_positives=share, calibration=share and file, min_similarity=value)
+        assert least_similarity_of(args, about) == least
+    for other in ({"sha256": "t"}, {"feature": "POOL"}):
+        with pytest.raises(InputError, match="is of another checkpoint"):
+            least_similarity_of(SimpleNamespace(false_positives=1, calibration=file), about | other)
+
+
+def calibration(file, rates, similarities):
+    about = {"checkpoint": "c.t", "feature": "FC", "data": "d", "setting": "x", "sha256": "s"}
+    file.write_text(json.dumps(about | {"false_positives": rates, "similarity": similarities}))
+    return file

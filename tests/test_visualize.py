@@ -303,7 +303,7 @@ def test_cmc_curves_show_the_results(results, tmp_path):
     assert {line.get_label(): line.get_ydata().tolist() for line in panel.lines} == wanted
     assert all(line.get_xdata().tolist() == list(range(1, 21)) for line in panel.lines)
     (panel,) = figures.result_curves({"a": visualize.read_results(file)["results"]}, "precision", titled=False).axes
-    assert panel.get_title() == ""
+    assert (panel.get_title(), panel.get_xlabel(), panel.get_ylabel()) == ("", "recall, %", "precision, %")
     points = len(rows[0]["curves"]["precision"])
     assert all(np.allclose(line.get_xdata(), 100 * np.arange(points) / (points - 1)) for line in panel.lines)
     assert panel.get_xticks().tolist() == [0, 20, 40, 60, 80, 100]  # no recall of 105 %
