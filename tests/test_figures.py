@@ -247,6 +247,7 @@ def test_curves_of_corruption_begin_at_the_clean_images():
 def test_roc_curve_has_false_positives_along_the_axis():
     rates = {"false_positives": [0.001, 0.01, 1.0], "true_positives": [0.3, 0.6, 1.0]}
     (panel,) = figures.roc_curve(rates).axes
+    assert [line.get_label() for line in panel.lines] == ["FC"]
     np.testing.assert_allclose(panel.lines[0].get_xydata(), [[0.1, 30], [1, 60], [100, 100]])
     assert (panel.get_xlabel(), panel.get_ylabel()) == ("false positives, %", "true positives, %")
     assert (panel.get_xscale(), panel.get_ylim()) == ("log", (0, 102))

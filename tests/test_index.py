@@ -16,7 +16,7 @@ import pytest
 from tools.search import server_index
 from tools.search.address import open_index
 from tools.search.file_index import FileIndex
-from tools.search.index import Entry, Filter
+from tools.search.index import Entry, Filter, track_key
 from tools.search.labels import parse_time, read_labels
 from utils import InputError
 
@@ -334,10 +334,30 @@ def test_who_reads_does_not_wait_for_who_writes(tmp_path):
         version, entries = index.begin("net.t", "a" * 64, "FC", DIM), images(3)
         index.add(version, entries, unit(3))
         other.execute("BEGIN IMMEDIATE")
+        index.connection.execute("PRAGMA busy_timeout = 100")
+        (trusted,) = index.connection.execute("PRAGMA trusted_schema").fetchone()
+        assert not trusted
         assert index.versions()[0]["version"] == version
         assert index.counts(version, "modality") == {"visible": 2, "infrared": 1}
         assert index.entries(version) == {image.path: image for image in entries}
         assert len(index.vectors([image["id"] for image in index.search(version, unit(1), 3)[0]])) == 3
+        assert len(index.search_tracks(version, unit(1), 3)[0]) == 3
+        keys = [track_key(image._asdict()) for image in entries]
+        assert [*index.members(version, keys, Filter()).values()] == [[image._asdict()] for image in entries]
+
+
+def test_a_transaction_that_fails_changes_nothing_and_is_seen_when_it_ends(index, address):
+    version, entries = index.begin("net.t", "a" * 64, "FC", DIM), images(3)
+    index.add(version, entries, unit(3))
+    with contextlib.closing(open_index(address)) as reader:
+        with pytest.raises(KeyboardInterrupt), index.transaction():
+            index._run("DELETE FROM images")
+            assert len(reader.entries(version)) == 3
+            raise KeyboardInterrupt
+        assert len(reader.entries(version)) == 3
+        with index.transaction():
+            index._run("DELETE FROM images")
+        assert not reader.entries(version)
 
 
 def test_pages_show_equal_images_once(index):

@@ -301,6 +301,7 @@ def test_cmc_curves_show_the_results(results, tmp_path):
     fc = {"trained": "trained, FC", "untrained": "untrained, FC"}
     wanted = {fc.get(r["model"], r["model"]): r["curves"]["cmc"] for r in rows if r["feature"] != "POOL"}
     assert {line.get_label(): line.get_ydata().tolist() for line in panel.lines} == wanted
+    assert (panel.get_xlabel(), panel.get_ylabel()) == ("rank", "matching rate, %")
     assert all(line.get_xdata().tolist() == list(range(1, 21)) for line in panel.lines)
     (panel,) = figures.result_curves({"a": visualize.read_results(file)["results"]}, "precision", titled=False).axes
     assert (panel.get_title(), panel.get_xlabel(), panel.get_ylabel()) == ("", "recall, %", "precision, %")
