@@ -18,6 +18,7 @@ from test_visualize import plain_overlap
 from testing import engine
 from testing.results import choose_queries, rank_images
 from tools import sweep_tables
+from utils import InputError
 
 BLUE, ORANGE, TIMES = "#0072B2", "#D55E00", "\N{MULTIPLICATION SIGN}"
 LONG = ("a title that is too long for a single line of the sheet, " * 3).strip()
@@ -248,6 +249,7 @@ def test_roc_curve_has_false_positives_along_the_axis():
     rates = {"false_positives": [0.001, 0.01, 1.0], "true_positives": [0.3, 0.6, 1.0]}
     (panel,) = figures.roc_curve(rates).axes
     assert [line.get_label() for line in panel.lines] == ["FC"]
+    assert panel.get_title() == ""
     np.testing.assert_allclose(panel.lines[0].get_xydata(), [[0.1, 30], [1, 60], [100, 100]])
     assert (panel.get_xlabel(), panel.get_ylabel()) == ("false positives, %", "true positives, %")
     assert (panel.get_xscale(), panel.get_ylim()) == ("log", (0, 102))
@@ -256,3 +258,10 @@ def test_roc_curve_has_false_positives_along_the_axis():
     ticks = [label.get_text() for label in panel.get_xticklabels()]
     assert dict(zip(ticks, panel.get_xticks(), strict=True)) == {tick: float(tick) for tick in ticks}
     assert ticks == ["0.01", "0.1", "1", "10", "100"]
+    assert not len(panel.get_xticks(minor=True))
+
+
+def test_a_picture_needs_a_folder(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file/a\.png: cannot write there \(.*file is a file\)"):
+        figures.check_picture(tmp_path / "file/a.png")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tools.search import server_index
+from tools.search import file_index, server_index
 from tools.search.address import open_index
 from tools.search.file_index import FileIndex
 from tools.search.index import Entry, Filter, track_key
@@ -279,7 +279,7 @@ def test_two_processes_take_an_old_index_over_at_once(tmp_path, monkeypatch):
         assert index.versions() == []
 
 
-@pytest.mark.parametrize("wrong", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, 1e30, 0.9])
 def test_vectors_that_are_not_of_unit_length_are_not_added(index, wrong):
     version, vectors = index.begin("net.t", "a" * 64, "FC", DIM), unit(3)
     vectors[1, 2] = wrong
@@ -288,7 +288,7 @@ def test_vectors_that_are_not_of_unit_length_are_not_added(index, wrong):
     assert index.entries(version) == {}
 
 
-@pytest.mark.parametrize("wrong", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, 1e30, 0.9])
 def test_damaged_vectors_in_a_file_are_named(tmp_path, wrong):
     """NaN would rank last, infinity first. (pgvector stores neither.)"""
     file, vectors = str(tmp_path / "index.db"), unit(3)
@@ -358,6 +358,17 @@ def test_a_transaction_that_fails_changes_nothing_and_is_seen_when_it_ends(index
         with index.transaction():
             index._run("DELETE FROM images")
         assert not reader.entries(version)
+
+
+def test_the_nearest_of_many_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(file_index, "BLOCK", 300)
+    vectors, queries = unit(1000), unit(2, seed=9)
+    with contextlib.closing(open_index(str(tmp_path / "index.db"), create=True)) as index:
+        version = index.begin("net.t", "a" * 64, "FC", DIM)
+        index.add(version, images(1000), vectors)
+        for top in (1, 2, 20, 299, 300, 301, 999):
+            for found, row in zip(index.search(version, queries, top), queries @ vectors.T, strict=True):
+                assert [image["id"] - 1 for image in found] == np.argsort(-row)[:top].tolist()
 
 
 def test_pages_show_equal_images_once(index):

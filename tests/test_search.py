@@ -933,6 +933,15 @@ def test_tracks_without_a_camera_are_told(site_tracks, capsys):
     assert "  none: page 9 is beyond the last track\n" in capsys.readouterr().out
 
 
+def test_an_index_without_an_image_is_told(tmp_path):
+    index = FileIndex(tmp_path / "i.db", create=True)
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"i\.db: contains no image; fill it with python -m tools.search index"):
+            search.main(["query", "x.jpg", "--modality", "visible", "--index", str(tmp_path / "i.db"), "--gpu", "cpu"])
+        index.begin("net.t", "a" * 64, "FC", 16)
+    index.close()
+
+
 def test_names_do_not_write_on_the_terminal(site_tracks, capsys):
     folder, db, resume = site_tracks
     shutil.copy(folder / "a/7/1.jpg", odd := folder / "a/7/\x1b[2J\n2.jpg")
