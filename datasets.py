@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 import data_manager
 from core.files import regular
+from core.images import image_suffixes
 from data_loader import check_prepared, listed_train, sysu_train
 from eval_metrics import REGDB_RULES, SYSU_RULES, Rules
 from utils import InputError
@@ -79,7 +80,9 @@ class DataSet:
         return listed_train(data_path, self.training(data_path, **options), size, test)
 
     def check_no_list(self, output, data_path):
-        """Raise InputError if a file to be written is one of the data set's lists."""
+        """Raise InputError if a file to be written is an image, or one of the data set's lists."""
+        if os.path.isfile(output) and Path(output).suffix.lower() in image_suffixes():
+            raise InputError(f"{output}: is an image; choose another file")
         for top, pattern in itertools.product(self.folders(data_path or self.path), (*self.lists, "exp/*.mat")):
             if os.path.realpath(output) in map(os.path.realpath, Path(top).glob(pattern)):
                 raise InputError(f"{output}: is a list of the data set; choose another file")

@@ -20,7 +20,7 @@ from utils import ArgumentParser, InputError, bounded, cli
 
 
 def get_args_parser():
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--data_path", default=DATASETS["sysu"].path, help="folder with cam1 .. cam6 and exp")
     parser.add_argument("--img_h", type=bounded(int, 1, 4096), default=288, help="height of the arrays' images, pixels")
     parser.add_argument("--img_w", type=bounded(int, 1, 4096), default=144, help="width of the arrays' images, pixels")

@@ -33,7 +33,7 @@ HARDEST, NEAREST = 40, 10  # queries, and gallery images of each, on the page
 
 
 def get_args_parser():
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__)
     several = "; for RegDB's ten trials, one name with {trial} in it"
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--resume", help=f"checkpoint: a path, or a name under --model_path{several}")

@@ -61,7 +61,7 @@ class TrainParser(ArgumentParser):
 
 
 def get_args_parser():
-    parser = TrainParser(description=__doc__.splitlines()[0])
+    parser = TrainParser(description=__doc__)
     flag = parser.add_argument_group("data").add_argument
     flag("--dataset", choices=TRAINING_SETS, default="sysu", help="data set to train on, or several")
     flag("--data_path", help="folder of the data set (default: see docs/data.md)")

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import traceback
+import unicodedata
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.queues import Queue
@@ -29,8 +30,8 @@ class InputError(ValueError):
 
 
 def one_line(text):
-    """A text with ? for line breaks and other characters that are not printable."""
-    return "".join(c if c.isprintable() else "?" for c in text)
+    """A text with ? for line breaks, control characters, and others that have no look; all kinds of spaces stay."""
+    return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else "?" for c in text)
 
 
 def printable(text):
@@ -47,7 +48,7 @@ SHORTAGES = (
     ("shared memory|Bus error", "/dev/shm is too small or missing", NO_WORKERS, "enlarge it: docker run --shm-size=8g"),
     ("new thread|Resource temporarily", "no more processes can be started", NO_WORKERS, "raise the limit: ulimit -u"),
     ("CUDA.*out of memory|ALLOC_FAILED", "the GPU's memory is full", SMALLER[:-1], "end other programs on it"),
-    ("MemoryError|allocate memory|bad.alloc", "the memory is full", SMALLER, "free some"),
+    ("MemoryError|allocate memory|bad.alloc|create a primitive", "the memory is full", SMALLER, "free some"),
     (r"terminated abruptly|worker \(pid", "a process was killed or could not go on", SMALLER, "free some memory"),
 )
 REMEDIES = {errno.ENAMETOOLONG: "choose a shorter name", errno.EACCES: "correct its permissions"}
@@ -104,9 +105,14 @@ def cli(main):
     path = Path(sys.argv[0])
     program = f"{path.parent.name}.py" if path.name == "__main__.py" else path.name  # python -m FOLDER
     FLAGS.clear()
+    for name in ("stdin", "stdout", "stderr"):  # of a daemon, or after >&-
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115 (it stays open)
     sys.stdout.reconfigure(errors="replace")  # print ? for characters that the terminal cannot show
     signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C: half-written files are removed
     try:
+        if sys.getfilesystemencoding() != "utf-8":
+            raise InputError(f"file names are read as {sys.getfilesystemencoding()}, not UTF-8; set PYTHONUTF8=1")
         main()
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough; what Python writes when it ends goes nowhere
@@ -197,8 +203,10 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 class ArgumentParser(argparse.ArgumentParser):
     """argparse whose errors are one line, and which takes `--batch-size` where the flag is called `--batch_size`."""
 
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
+    def __init__(self, description=None, **kwargs):
+        """description: a program's docstring, of which --help shows the first line."""
+        description = (description or "").partition("\n")[0]  # python -OO has none
+        super().__init__(description=description, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
         args = [str(arg) for arg in (sys.argv[1:] if args is None else args)]

@@ -3,6 +3,7 @@
 import os
 import re
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -16,6 +17,7 @@ FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "GIF", "JPEG2000")
 SPAN = 64  # of 256 gray levels, that an image of 16 bits must use
 MAX_PIXELS = 2**26  # of an image file, 8192 x 8192: some formats take minutes to decode more
 Image.MAX_IMAGE_PIXELS = None  # of Pillow, which warns first and refuses later
+MOST_SCANS = 100  # of a JPEG; a progressive one has about ten
 WHITE_IS_ZERO = 262  # a tag of TIFF, PhotometricInterpretation, if it is 0
 CHUNK = 32  # images that a process decodes at a time
 
@@ -31,6 +33,8 @@ def read_image(path, size):
         with open(regular(path), "rb") as file, Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than 2^26")
+            if image.tile and image.tile[0][0] == "jpeg" and _scans(path) > MOST_SCANS:
+                raise ValueError(f"a JPEG of more than {MOST_SCANS} scans, which take minutes; save it anew")
             if image.tile and image.tile[0][0] == "ppm_plain":  # some take Pillow minutes
                 raise ValueError("its numbers are written as text; convert it to PNG")
             if image.tile and image.tile[0][0] == "ppm" and image.tile[0][3] == ("RGB", 2**16 - 1):
@@ -49,6 +53,16 @@ def read_image(path, size):
             raise
         reason = re.sub("<_io.BufferedReader name=(.*)>", r"\1", str(error))
         raise InputError(f"{path}: cannot be read as an image ({reason}); replace or remove it") from error
+
+
+def image_suffixes():
+    """How the names of images in FORMATS end, in lower case."""
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+
+
+def _scans(path):
+    """At least the number of scans of a JPEG file: each is decoded over the whole image, however short it is."""
+    return Path(path).read_bytes().count(b"\xff\xda")
 
 
 def resized(image, size):

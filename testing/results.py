@@ -11,7 +11,7 @@ from msgspec import Meta
 
 from core.formats import Count, Flags, Number, Text, read_json
 from datasets import DATASETS, search_title
-from utils import InputError
+from utils import InputError, one_line
 
 CMC_RANKS = (1, 5, 10, 20)  # k of the Rank-k in the full table
 METRICS = ("Rank-1", "mAP", "mINP")  # of `scores`, what the short table, the training's log line and sweeps show
@@ -175,7 +175,7 @@ def in_words(results):
 def print_results(results, full=False, files=()):
     """Print `in_words` and a table: of the leading model in each protocol, or, if full, of every row and metric. files:
     that have the rest."""
-    print(*in_words(results), sep="\n")
+    print(*map(one_line, in_words(results)), sep="\n")
     own = leading_rows(results)
     model, feature, mean = (own[0][key] for key in ("model", "feature", "mean"))
     shared, columns, rows = table_parts(results if full else own)
@@ -187,7 +187,7 @@ def print_results(results, full=False, files=()):
         table.append([row["labels"][i] for i in columns] + [numbers[i] for i in metrics])
     widths = [max(map(len, column)) + 2 for column in zip(*table, strict=True)]
     for line in table:
-        print("".join(map(str.ljust, line, widths)).rstrip())
+        print(one_line("".join(map(str.ljust, line, widths)).rstrip()))
     if full:
         networks = (f"{trial['checkpoint']} ({trial['network']})" for row in results for trial in row["per_trial"])
         shared["checkpoint"] = ", ".join(dict.fromkeys(networks))
@@ -197,7 +197,7 @@ def print_results(results, full=False, files=()):
         shared = {name: text for name, text in shared.items() if name not in always and text != "–"}
         files = ["--table full", *files]
     of = "; ".join([f"{model} {feature}", *map(": ".join, shared.items())])
-    print(of + (f". {'Also' if full else 'All rows'}: {', '.join(files)}" if files else ""))
+    print(one_line(of + (f". {'Also' if full else 'All rows'}: {', '.join(files)}" if files else "")))
 
 
 def table_parts(results):

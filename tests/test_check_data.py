@@ -379,6 +379,16 @@ def test_lists_that_number_people_otherwise_than_folders(case, regdb_tree, tmp_p
     assert check(tree, "regdb")[0]["people"][0] == "WRONG"
 
 
+def test_no_output_replaces_an_image(sysu_tree, tmp_path):
+    image = shutil.copy(next(sysu_tree.rglob("*.jpg")), tmp_path / "a.JPG")
+    before = image.read_bytes()
+    flags = ["--data_path", str(sysu_tree), "--gpu", "cpu"]
+    for main, more in ((check_data.main, []), (testa.main, ["--resume", "x.t"])):
+        with pytest.raises(InputError, match=r"a\.JPG: is an image; choose another file"):
+            main([*flags, *more, "--json", str(image)])
+    assert image.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("dataset", "name"),
     [

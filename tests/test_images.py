@@ -1,5 +1,6 @@
 """Reading image files, and writing many into one array. Kinds of images: see test_bad_input.py."""
 
+import io
 import multiprocessing
 import os
 import signal
@@ -8,9 +9,11 @@ from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from core import images
 from data_manager import process_query_sysu
+from utils import InputError
 
 
 def test_chunks_processes_and_the_system_do_not_change_the_array(sysu_tree, tmp_path, monkeypatch):
@@ -44,3 +47,21 @@ def test_a_killed_process_is_an_error(sysu_tree, tmp_path, monkeypatch):
     monkeypatch.setattr(images, "read_image", lambda path, size: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(BrokenProcessPool):  # `cli` gives the line: tests/test_shortages.py
         images.write_images(paths, (16, 8), tmp_path / "a.npy", "infrared", workers=2)
+
+
+def test_scans_of_a_jpeg_are_limited(tmp_path):
+    """The last one again and again, of some 95 bytes: each is decoded over the whole image."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 24), np.uint8)
+    for number in (0, 50, 100):
+        with io.BytesIO() as file:
+            Image.fromarray(pixels).save(file, "JPEG", progressive=True)
+            content = file.getvalue()
+        (tmp_path / "a.jpg").write_bytes(
+            content[:-2] + content[content.rindex(b"\xff\xda") : -2] * number + content[-2:]
+        )
+        if number < 100:
+            with Image.open(tmp_path / "a.jpg") as image:
+                expected = np.asarray(image.convert("RGB"))
+            assert (images.read_image(tmp_path / "a.jpg", (40, 24)) == expected).all()
+    with pytest.raises(InputError, match=r"a\.jpg: cannot be read .*\(a JPEG of more than 100 scans, .*anew"):
+        images.read_image(tmp_path / "a.jpg", (40, 24))

@@ -96,6 +96,12 @@ def test_the_screen_of_a_test_is_one_number_in_words_and_a_short_table(capsys):
     assert lines[2].split()[-4:] == ["Rank-1", "Rank-5", "mAP", "mINP"]
     assert lines[-1].endswith("with a match: 180; gallery: 97; checkpoint: net.t (adp); images: /data")
 
+    hostile = [row | {"per_trial": [trial | {"network": "\x1b]0;x"}], "direction": "a\x1bb"} for row in rows[:2]]
+    hostile[1]["direction"] = "c\x1bd"  # now a column
+    for full in (False, True):
+        print_results(hostile, full)
+        assert all(c.isprintable() or c == "\n" for c in capsys.readouterr().out)
+
     print_results([row | {"dataset": "vcm"} for row in rows[:1]])
     assert "% of 180 infrared queries have a track of their person" in capsys.readouterr().out
     single = [row | {"trials": [0], "per_trial": [trial], "std": None} for row in rows[:1]]  # of a baseline alone

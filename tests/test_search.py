@@ -126,8 +126,9 @@ def test_a_query_finds_what_a_plain_loop_finds(folder, checkpoint, pictures, tmp
         "vanished": 0,
         "images": 14,
     }
-    assert len(counts["unreadable"]) == 2
+    assert len(counts["unreadable"]) == 3
     out = capsys.readouterr().out
+    assert f"unreadable: {folder}/pipe.jpg: is no regular file; remove it\n" in out
     assert all(re.search(rf"unreadable: .*{name}: cannot be read", out) for name in ("broken.png", "lost.jpg"))
     expected = plain_search(checkpoint, folder, pictures[1])
     check_found(run_query(tmp_path / "index.db", pictures[1], "--top", "5"), expected, 5)
@@ -157,7 +158,7 @@ def test_a_second_call_embeds_only_what_is_new_or_changed(made, checkpoint, pict
     counts = run_index(folder, index)
     assert sorted(seen) == sorted([changed.name, spoilt.name, "77.JPG", "broken.png"])
     assert (counts["embedded"], counts["changed"], counts["vanished"], counts["images"]) == (2, 2, 1, 13)
-    assert len(counts["unreadable"]) == 3
+    assert len(counts["unreadable"]) == 4
     spoilt.unlink()
     check_found(run_query(index, pictures[1]), plain_search(checkpoint, folder, pictures[1]), 10)
 
@@ -801,7 +802,7 @@ def test_onnx_files_embed_and_search_as_their_checkpoint(exported, made, checkpo
     check_found(run_query(second, pictures[1], "--resume", exported["infrared"]), expected, 10)
     check_found(run_query(second, pictures[1], "--resume", checkpoint), expected, 10)
     with pytest.raises(InputError, match=r"visible_FC.onnx: embeds visible images, not infrared ones; pass the .onnx"):
-        run_query(second, pictures[1])
+        run_query(second, pictures[1], "--resume", exported["visible"])
     assert search.Embedder(exported["visible"]).sha256 == search.Embedder(checkpoint, gpu="cpu").sha256
     with pytest.raises(InputError, match="gives FC features, not POOL"):
         search.Embedder(exported["visible"], feature="POOL")
@@ -826,6 +827,21 @@ def means_as_onnx(path, batch, axes):
     about = {"image_size": [96, 48], "options": {}, "modality": "visible", "feature": "FC", "input": "uint8"}
     onnx.helper.set_model_props(model, {"gfmnet": json.dumps(about | {"sha256": 64 * "0"})})
     onnx.save(model, path)
+
+
+def test_a_program_that_only_an_index_names_is_not_run(tmp_path):
+    file, marker = tmp_path / "i.db", tmp_path / "own.onnx"
+    means_as_onnx(marker, "b", [2, 3])
+    Image.new("RGB", (16, 48)).save(tmp_path / "b.png")
+    index = FileIndex(file, create=True)
+    entry = Entry("/a.jpg", "0 0", "visible", None, None, "2026-11-20 10:00:00")
+    index.add(index.begin(str(marker), "0" * 64, "FC", 3), [entry], np.float32([[1, 0, 0]]))
+    index.close()
+    for command in ("query x.jpg --modality visible", f"index {tmp_path} --modality visible", "serve"):
+        with pytest.raises(InputError, match=r"own\.onnx: .*i\.db was made with this ONNX file, a program; .*--resume"):
+            search.main([*command.split(), "--index", str(file), "--gpu", "cpu"])
+    with pytest.raises(InputError, match=r"x\.jpg: no such image"):
+        search.main(f"query x.jpg --modality visible --index {file} --gpu cpu --resume {marker}".split())
 
 
 def test_onnx_files_of_another_batch_are_one_line(pictures, tmp_path):

@@ -65,6 +65,7 @@ def fails(error):
         (BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)), [], "no more processes can be started"),
         (MemoryError(), ["--test_batch", "--workers"], "the memory is full (MemoryError); lower --test_batch, --wor"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), ["--batch_size"], "lower --batch_size, or"),
+        (RuntimeError("could not create a primitive"), ["--batch_size"], "lower --batch_size, or"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), ["--batch_size", "--workers"], "lower --batch_size, or"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "n"), [], "n: File name too long; choose a shorter name"),
         (PermissionError(errno.EACCES, "Permission denied", "f"), [], "f: Permission denied; correct its permissions"),

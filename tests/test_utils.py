@@ -1,6 +1,7 @@
 """The command line, errors, devices, processes and seeds."""
 
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -103,6 +104,32 @@ def test_an_error_of_the_system_in_a_loading_process_is_one_line(capsys):
 def test_a_line_break_in_a_name_cuts_nothing_off(capsys):
     assert exit_status(Script(InputError("a\nb.jpg: no image; remove it")), []) == 2
     assert capsys.readouterr().err == "script.py: error: a?b.jpg: no image; remove it\n"
+
+
+def test_all_kinds_of_spaces_stay_in_a_line():
+    assert utils.one_line("a\u3000b\xa0c d\te\x1b[2J\u202e") == "a\u3000b\xa0c d?e?[2J?"
+
+
+def test_a_daemon_has_no_streams(monkeypatch):
+    """As after >&-, <&- and 2>&-."""
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    done = []
+    utils.cli(lambda: [print("x"), print("y", file=sys.stderr), done.extend(utils.progress([1]))])
+    assert done == [1]
+    assert exit_status(Script(InputError("a")), []) == 2
+
+
+def test_names_of_another_encoding_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    assert exit_status(Script(None), []) == 2
+    line = "script.py: error: file names are read as ascii, not UTF-8; set PYTHONUTF8=1\n"
+    assert capsys.readouterr().err == line
+
+
+def test_help_begins_with_the_first_line_of_the_docstring():
+    assert "\nShort.\n" in utils.ArgumentParser(description="Short.\n\nLong.\n").format_help()
+    assert "None" not in utils.ArgumentParser(description=None).format_help()  # python -OO
 
 
 def test_other_errors_keep_their_traceback():

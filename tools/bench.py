@@ -64,10 +64,10 @@ COMMANDS = {
 
 def get_args_parser():
     """A command for each function bench_NAME, whose docstring begins with what it measures."""
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for bench, flags in COMMANDS.items():
-        sub = commands.add_parser(bench.__name__.removeprefix("bench_"), help=bench.__doc__.splitlines()[0])
+        sub = commands.add_parser(bench.__name__.removeprefix("bench_"), help=(bench.__doc__ or "").partition("\n")[0])
         sub.set_defaults(bench=bench)
         for flag in flags.split():
             sub.add_argument(f"--{flag}", **FLAGS[flag])

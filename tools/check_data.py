@@ -49,7 +49,7 @@ SHOWN = 5  # findings of a kind
 
 
 def get_args_parser():
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", choices=DATASETS, default="sysu", help="data set")
     parser.add_argument("--data_path", help="folder of the data set (default: by --dataset)")
     parser.add_argument("--arch", choices=ARCHS, default="resnet50", help="backbone of the training")

@@ -730,7 +730,7 @@ def draw_sheet(tree: Path, layout: str, folders: list) -> Image.Image:
 
 
 def get_args_parser() -> utils.ArgumentParser:
-    parser = utils.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = utils.ArgumentParser(description=__doc__)
     count = utils.bounded(int, 1)
     parser.add_argument("--out", type=Path, required=True, help="folder to create, new or empty")
     parser.add_argument("--layout", choices=SPECTRA, default="sysu", help="data set to imitate")

@@ -39,7 +39,7 @@ BATCHES = (1, 5)  # sizes of the batches that verify a file
 
 
 def get_args_parser():
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--resume", required=True, help="checkpoint: a path, or a name under --model_path")
     parser.add_argument("--model_path", default="save_model/", help="folder of the checkpoints")
     parser.add_argument("--format", choices=FORMATS, default="onnx", help="file format")

@@ -28,7 +28,7 @@ RATE = 1e-3  # learning rate of Adam
 
 
 def get_args_parser():
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--data_path", required=True, help="prepared folder in the layout of SYSU-MM01")
     parser.add_argument("--out", required=True, metavar="FILE", help="state dict of torchvision's ResNet to write")
     group = parser.add_argument_group("training")

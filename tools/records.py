@@ -73,7 +73,7 @@ class Table(TypedDict):
 
 
 def get_args_parser():
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="fail if docs/records.md is not what would be written")
     parser.add_argument("--folder", type=Path, default=ROOT / "records", help="folder of the records")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "records.md", help="the table")

@@ -64,7 +64,7 @@ PUBLISHED = {
 
 def get_args_parser():
     usage = "%(prog)s --dataset NAME --method NAME ... [-- flags of training]"
-    parser = ArgumentParser(description=__doc__.splitlines()[0], usage=usage)
+    parser = ArgumentParser(description=__doc__, usage=usage)
     flag = parser.add_argument
     flag("--dataset", choices=DATASETS, default="sysu", help="data set")
     flag("--data_path", help="folder of the data set (default: by --dataset)")

@@ -92,7 +92,7 @@ class Failure(TypedDict):
 
 def get_args_parser():
     usage = "%(prog)s --out DIR (--vary FLAG=VALUE,... ... | --row 'NAME: FLAGS' ... | --table) [-- flags of training]"
-    parser = ArgumentParser(description=__doc__.splitlines()[0], usage=usage)
+    parser = ArgumentParser(description=__doc__, usage=usage)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the runs and the tables")
     group = parser.add_argument_group("runs (one of --vary, --row, --table)")
     rows = group.add_mutually_exclusive_group(required=True)

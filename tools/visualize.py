@@ -28,7 +28,7 @@ from utils import ArgumentParser, InputError, bounded, cli, progress, select_dev
 
 
 def get_args_parser():
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(draw, name, text, nargs=None):

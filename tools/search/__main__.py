@@ -31,7 +31,7 @@ SHEET_LIMIT = 100  # queries, and images of each, that fit on a sheet
 
 
 def get_args_parser():
-    parser = ArgumentParser(prog="search.py", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog="search.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     index = commands.add_parser("index", help="embed a folder's images; later, new and changed ones; drop deleted ones")
     watch = commands.add_parser("watch", help="index a folder that grows, within seconds, until it is stopped")

@@ -7,9 +7,7 @@ import stat
 from collections import Counter
 from pathlib import Path
 
-from PIL import Image
-
-from core.images import FORMATS
+from core.images import image_suffixes
 from model import MODALITIES
 from tools.embedder import Embedder
 from tools.search.address import open_index
@@ -231,8 +229,12 @@ def begin_version(args, index, old):
 
 
 def load_embedder(args, version, uri):
-    """The network of --resume, or of a version of an index, from where it was."""
+    """The network of --resume, or the checkpoint of a version of an index, from where it was."""
     path = args.resume or version["checkpoint"]
+    if not args.resume and Path(path).suffix == ".onnx":  # anybody may have written the name
+        raise InputError(
+            f"{path}: {uri} was made with this ONNX file, a program; if you trust it, pass it with --resume"
+        )
     if not os.path.isfile(path):
         remedy = f"{uri} was made with it: pass its new location with --resume"
         raise InputError(f"{path}: no such file; {'pass a checkpoint or an .onnx file' if args.resume else remedy}")
@@ -254,10 +256,9 @@ def list_images(folder):
     """A folder's images at any depth -> ({path: stamp of size and time}, lines on what cannot be read, beginnings of
     paths that could not be checked, the kinds of other files in words).
 
-    Images are the files with a suffix of FORMATS. Hidden files and folders, and links to folders, are left out.
+    Images are the files with one of `image_suffixes`. Hidden files and folders, and links to folders, are left out.
     """
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
-    files, unreadable, unchecked, others = {}, [], [], Counter()
+    suffixes, files, unreadable, unchecked, others = image_suffixes(), {}, [], [], Counter()
 
     def no_listing(error):
         unreadable.append(f"{error.filename}: cannot be listed ({error.strerror}); correct its permissions")
@@ -284,6 +285,8 @@ def list_images(folder):
             else:
                 if stat.S_ISREG(status.st_mode):  # reading a pipe would wait
                     files[path] = file_stamp(status)
+                else:
+                    unreadable.append(f"{path}: is no regular file; remove it")
     return files, unreadable, tuple(unchecked), ", ".join(f"{kind} ({n})" for kind, n in others.most_common(9))
 
 

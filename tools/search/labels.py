@@ -120,8 +120,10 @@ def _table_labels(file):
 def parse_time(text, place, end=False):
     """An ISO 8601 time without a zone -> text as `Entry.time` has it. end: a date alone means the end of that day."""
     try:
-        time = datetime.fromisoformat(text) + timedelta(days=end and len(text) <= 10)
-    except (ValueError, OverflowError) as error:
+        time = datetime.fromisoformat(text)
+        if end and len(text) <= 10:
+            time += min(timedelta(days=1), datetime.max - time)
+    except ValueError as error:
         raise InputError(f"{place} {text}: is not a time; write it as 2026-11-20 or 2026-11-20T14:30") from error
     if time.tzinfo:
         raise InputError(f"{place} {text}: has a time zone; write what a clock on the spot shows, without a zone")
