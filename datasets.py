@@ -79,8 +79,8 @@ class DataSet:
             test += spec.searches(folder, spec.directions, trials).paths.values()
         return listed_train(data_path, self.training(data_path, **options), size, test)
 
-    def check_no_list(self, output, data_path):
-        """Raise InputError if a file to be written is an image, or one of the data set's lists."""
+    def check_not_data(self, output, data_path):
+        """Raise InputError if a file to be written is there as an image, or is one of the data set's lists."""
         if os.path.isfile(output) and Path(output).suffix.lower() in image_suffixes():
             raise InputError(f"{output}: is an image; choose another file")
         for top, pattern in itertools.product(self.folders(data_path or self.path), (*self.lists, "exp/*.mat")):

@@ -239,7 +239,7 @@ def check_flags(args):
         raise InputError(f"{', '.join(files)}: the same file twice; use a different file for each input and output")
     for output in filter(None, (args.features, args.json, args.calibrate, page)):
         check_output(output)
-        DATASETS[args.dataset].check_no_list(output, args.data_path)
+        DATASETS[args.dataset].check_not_data(output, args.data_path)
     if args.report:
         importlib.import_module("drawing.report")  # fails now rather than after the test
 

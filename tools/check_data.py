@@ -67,7 +67,7 @@ def main(argv=None):
     path, lines = args.data_path or DATASETS[args.dataset].path, []
     if args.json:
         check_output(args.json)
-        DATASETS[args.dataset].check_no_list(args.json, path)
+        DATASETS[args.dataset].check_not_data(args.json, path)
     listed = read_lists(args.dataset, path)  # an InputError ends all: without lists there is nothing to check
     checks = [("lists", partial(check_lists, listed)), ("counts", partial(check_counts, args.dataset, path, listed))]
     if args.dataset == "sysu":
