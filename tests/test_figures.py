@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from matplotlib.colors import same_color
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
+from PIL import Image
 
 from datasets import search_title
 from drawing import figures
@@ -259,6 +261,12 @@ def test_roc_curve_has_false_positives_along_the_axis():
     assert dict(zip(ticks, panel.get_xticks(), strict=True)) == {tick: float(tick) for tick in ticks}
     assert ticks == ["0.01", "0.1", "1", "10", "100"]
     assert not len(panel.get_xticks(minor=True))
+
+
+def test_the_resolution_of_a_picture(tmp_path):
+    figures.save(Figure(figsize=(2, 1)), tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (2 * figures.DPI, figures.DPI)
 
 
 def test_a_picture_needs_a_folder(tmp_path):
