@@ -10,6 +10,7 @@ MSCMNet (Hua et al., Pattern Recognition 2025), by other parts.
 import copy
 import itertools
 import urllib.error
+import warnings
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
@@ -409,7 +410,8 @@ def load_network(checkpoint, path):
                 f"{next(iter(state))!r:.120} is no tensor of this repo's checkpoints, nor of the published baseline, "
                 "AGW, CAJ, DEEN, DNS, RLE or GFMNet; train with train_ext_test0.py"
             )
-        with torch.device("meta"):  # options may ask for more than the memory has
+        # Options may ask for more than the memory has, or for none, which PyTorch warns of.
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
             net = GFMNet(**options, weights=None)  # TypeError for options that name a file of their own
         # Nothing uses how many batches a batch norm has seen, and old versions of PyTorch did not count them.
         counts = {name: value for name, value in net.state_dict().items() if name.endswith("num_batches_tracked")}

@@ -2,6 +2,7 @@
 behind may trust it."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +33,8 @@ def checked(value, kind, place, remedy):
     Raises InputError, "{place}: {what is wrong}; {remedy}", for any other value.
     """
     try:
-        return msgspec.convert(value, kind)
+        with warnings.catch_warnings(action="ignore"):  # PyTorch's, of a tensor that is asked for fields
+            return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
         raise InputError(f"{place}: {_reason(error)}; {remedy}") from error
     except Exception as error:  # it asks a tensor for fields, which raises anything

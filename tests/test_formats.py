@@ -187,8 +187,16 @@ def test_a_tensor_is_no_field(checkpoint, tmp_path, field):
     """It passes for a dict, a list and a number, until somebody looks into it."""
     for value in (torch.zeros(2), torch.ones(()), torch.zeros(3, device="meta")):
         torch.save(checkpoint | {field: value}, tmp_path / "c.t")
-        with pytest.raises(InputError, match=rf"c\.t: ({field}|a tensor stands where fields belong)"):
+        refused = pytest.raises(InputError, match=rf"c\.t: ({field}|a tensor stands where fields belong)")
+        with refused, warnings.catch_warnings(record=True) as told:
             load_checkpoint(tmp_path / "c.t")
+        assert not told
+
+
+def test_a_network_of_no_class_is_one_line(checkpoint, tmp_path):
+    torch.save(checkpoint | {"options": checkpoint["options"] | {"num_classes": 0}}, tmp_path / "c.t")
+    with pytest.raises(InputError, match=r"c\.t: "), warnings.catch_warnings(action="error"):
+        use_checkpoint(tmp_path / "c.t", tmp_path)
 
 
 @pytest.mark.parametrize(
