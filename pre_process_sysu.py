@@ -16,7 +16,7 @@ from core.images import check_readable, write_images
 from data_loader import sysu_train_files
 from data_manager import read_splits, sysu_training_images
 from datasets import DATASETS
-from utils import ArgumentParser, InputError, bounded, cli
+from utils import ArgumentParser, InputError, bounded, cli, one_line
 
 
 def get_args_parser():
@@ -71,7 +71,7 @@ def write_arrays(args, identities, images, files, temporary):
         check_readable(errors, total, ", or continue without it: --skip_bad")
     for kind, errors in unreadable.items():
         for error in errors.values():
-            print(f"left out: {error}")
+            print(one_line(f"left out: {error}"))
         if errors:
             paths, ids, cameras = (np.delete(column, [*errors]) for column in images[kind])
             images[kind] = paths.tolist(), ids, cameras

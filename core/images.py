@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from core.files import regular
-from utils import InputError, cores, map_processes, progress, shortage
+from utils import InputError, cores, map_processes, one_line, progress, shortage
 
 # What cameras and data sets produce. Pillow detects a format by a file's content and passes some formats, such as
 # PostScript, to other programs.
@@ -135,7 +135,7 @@ def _write_chunk(out, size, chunk):
 def check_readable(errors, total, hint=""):
     """Print and raise the InputErrors of unreadable images, if any. hint: ends the message."""
     for error in errors:
-        print(f"unreadable: {error}")
+        print(one_line(f"unreadable: {error}"))
     if len(errors) == 1:
         raise InputError(f"{errors[0]}{hint}")
     if errors:

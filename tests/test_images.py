@@ -49,6 +49,12 @@ def test_a_killed_process_is_an_error(sysu_tree, tmp_path, monkeypatch):
         images.write_images(paths, (16, 8), tmp_path / "a.npy", "infrared", workers=2)
 
 
+def test_unreadable_names_write_nothing_on_the_terminal(capsys):
+    with pytest.raises(InputError, match="2 of 2 images"):
+        images.check_readable([InputError("a\x1b[2J.jpg: is damaged"), InputError("b: is damaged")], 2)
+    assert capsys.readouterr().out == "unreadable: a?[2J.jpg: is damaged\nunreadable: b: is damaged\n"
+
+
 def test_scans_of_a_jpeg_are_limited(tmp_path):
     """The last one again and again, of some 95 bytes: each is decoded over the whole image."""
     pixels = np.random.default_rng(0).integers(0, 256, (40, 24), np.uint8)

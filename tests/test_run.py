@@ -161,11 +161,11 @@ def test_a_full_disk_is_named_before_tensorboard_s_thread_meets_it(tmp_path, mon
         RunLog(tmp_path, "other")
 
 
-def test_a_line_may_name_a_file_whose_name_is_not_utf_8(tmp_path):
+def test_names_in_a_log_write_nothing_else(tmp_path, capsys):
     log = RunLog(tmp_path, "run")
-    log.text("a\udcffb", shown=False)
+    log.text("a\udcffb\n\x1b[2J")
     log.close()
-    assert b"a\xffb\n" in (tmp_path / "run.txt").read_bytes()
+    assert (tmp_path / "run.txt").read_text() == capsys.readouterr().out == "a?b\n?[2J\n"
 
 
 def test_log_without_tensorboard(tmp_path, monkeypatch, capsys):

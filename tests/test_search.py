@@ -963,6 +963,7 @@ def test_names_do_not_write_on_the_terminal(site_tracks, capsys):
     shutil.copy(folder / "a/7/1.jpg", odd := folder / "a/7/\x1b[2J\n2.jpg")
     shutil.copy(odd, folder / "a/\x1b4.jpg")
     (folder / "a/7/\x1b3.jpg").write_bytes(b"damaged")
+    (folder / "a/7/5.\x1bx").touch()
     index = ["--index", str(db), "--gpu", "cpu", "--resume", str(resume), "--modality", "visible"]
     search.main(["index", str(folder), *index, "--pattern", "{camera}/{track}/{n}.jpg"])
     search.main(["query", str(odd), *index])

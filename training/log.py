@@ -17,7 +17,7 @@ from core.files import atomic, check_folder, writing
 from core.formats import Numbers, checked
 from methods import METHODS
 from testing.results import METRICS
-from utils import process_index
+from utils import one_line, process_index
 
 BOARD_BYTES = 2**20  # more than TensorBoard writes in an epoch without figures
 # Signs that a run does not train: from public logs on real images, see docs/training.md.
@@ -56,6 +56,7 @@ class RunLog:
 
     def text(self, line, shown=True):
         if self.writes:
+            line = "\n".join(map(one_line, line.split("\n")))
             if shown:
                 tqdm.write(line)  # above a running progress bar instead of through it
                 sys.stdout.flush()  # into a file or a pipe as soon as onto a terminal
@@ -92,8 +93,7 @@ class RunLog:
 
     @staticmethod
     def _append(path, line):
-        # The name of a file in it need not be UTF-8.
-        with writing(path), path.open("a", encoding="utf-8", errors="surrogateescape") as file:
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
 

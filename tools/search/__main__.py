@@ -133,7 +133,7 @@ def run_index(args):
             "these are of several cameras, name them as {camera} in --pattern, or in the table of --csv"
         )
     if counts["others"]:
-        print(f"left out, as no images by their names: {counts['others']}")
+        print(one_line(f"left out, as no images by their names: {counts['others']}"))
     print(
         f"{args.index}: {counts['images']} images. Embedded now: {counts['embedded']} ({counts['changed']} changed); "
         f"deleted: {counts['vanished']}; unreadable: {len(counts['unreadable'])}"
