@@ -968,6 +968,7 @@ def test_names_do_not_write_on_the_terminal(site_tracks, capsys):
     search.main(["index", str(folder), *index, "--pattern", "{camera}/{track}/{n}.jpg"])
     search.main(["query", str(odd), *index])
     out = capsys.readouterr().out
+    assert {c for c in out if not c.isprintable()} == {"\n"}
     assert f"unreadable: {folder}/a/7/?3.jpg: " in out
     assert f"without labels: {folder}/a/?4.jpg\n" in out
     assert out.count(f"{folder}/a/7/?[2J?2.jpg") == 2  # as the query, and found
