@@ -79,18 +79,17 @@ def rain(image, level, random):
 
 
 def add_by_kind(found, test, name, data_path, features, repetition=None):
-    """Add to `found`, {(kind, level): [average precision]}, that of all visible test images, each of which searches the
-    infrared ones of a search; without corruption, the kind is None and the level 0.
+    """Add to `found`, {(kind, level): [average precision]}, that of all visible test images, each of which searches all
+    infrared ones; without corruption, the kind is None and the level 0.
 
     A search from infrared to visible images measures a gallery of all kinds; here each image counts by itself. A pair
     that does not see each other there does not do so here.
 
-    test: a `datasets.Searches`, whose first search counts. name: of the feature. features: as `engine.run_search` has
-    them, of a repetition, or without corruption.
+    test: a `datasets.Searches`; what its first search hides is hidden here. name: of the feature. features: as
+    `engine.run_search` has them, of a repetition, or without corruption.
     """
     first = test.searches[0]
-    visible, rules = _visible(test), first.rules
-    infrared = first.query if first.query.modality == "infrared" else first.gallery
+    visible, infrared, rules = _images(test, "visible"), _images(test, "infrared"), first.rules
     if rules.not_seen and first.query.modality == "infrared":
         rules = rules._replace(not_seen=lambda *labels: first.rules.not_seen(*labels[2:], *labels[:2]))
     distances = CosineDistances(*(features[side.modality][name][side.rows] for side in (visible, infrared)))
@@ -114,13 +113,13 @@ def table(found):
     return {kind: [clean, *(mean(found.get((kind, level))) for level in LEVELS)] for kind in KINDS}
 
 
-def _visible(test):
-    """All visible images of `datasets.Searches`, once: `datasets.Images`. Of RegDB, those of the first search's trial:
-    each trial numbers its own people."""
+def _images(test, modality):
+    """All images of `datasets.Searches` of a modality, once: `datasets.Images`. Of RegDB, those of the first search's
+    trial: each trial numbers its own people."""
     searches, trial = test.searches, test.searches[0].setting["trial"]
     if "trial" in DATASETS[test.dataset].options:
         searches = [search for search in searches if search.setting["trial"] == trial]
-    sides = [side for search in searches for side in (search.query, search.gallery) if side.modality == "visible"]
+    sides = [side for search in searches for side in (search.query, search.gallery) if side.modality == modality]
     rows, ids, cameras = (np.concatenate(parts) for parts in list(zip(*sides, strict=True))[1:])
     _, first = np.unique(rows, return_index=True)
-    return Images("visible", rows[first], ids[first], cameras[first])
+    return Images(modality, rows[first], ids[first], cameras[first])

@@ -91,7 +91,7 @@ def load_features(path):
         usable = np.isfinite(lengths) & (lengths > 1e-6)  # below, float32 loses the direction
         if not usable.all():
             raise InputError(
-                f"{path}: row {usable.argmin()} of {name} is zero, too large or not finite; embed that image again"
+                f"{path}: row {usable.argmin()} of {name} is too short, too long or not finite; embed that image again"
             )
         stored[modality][tuple(labels)] = torch.from_numpy(values)
     widths = [

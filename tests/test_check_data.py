@@ -118,6 +118,11 @@ def a_missing_image(tree):
     return "folders", ["images, exp/rand_perm_cam.mat counts", "copy it again"]
 
 
+def a_missing_test_image(tree):
+    os.remove(images_of(tree, "test", "visible")[0])
+    return "folders", ["images, exp/rand_perm_cam.mat counts", "copy it again"]
+
+
 def later_images(tree):
     image = images_of(tree, "train", "visible")[3]
     os.utime(image, (2**32, 2**32))
@@ -152,7 +157,16 @@ def a_link_to_nothing(tree):
     return "images", ["1 cannot be read", str(image)]
 
 
-DAMAGE = [cut, one_image_of_two_people, a_missing_image, later_images, an_array_less, an_image_more, a_link_to_nothing]
+DAMAGE = [
+    cut,
+    one_image_of_two_people,
+    a_missing_image,
+    a_missing_test_image,
+    later_images,
+    an_array_less,
+    an_image_more,
+    a_link_to_nothing,
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

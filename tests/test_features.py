@@ -92,15 +92,15 @@ WRONG_ORIGINS += [{"selektion": "val"}]
         (r"origin: expected object, got array", lambda _: origin([1, 2])),
         (r"no infrared features of cam.*jpg \(1 of", lambda a: {n: a[n][1:] for n in ("infrared/paths", INFRARED)}),
         (
-            "row 3 of .* is zero, too large or not finite",
+            "row 3 of .* is too short, too long or not finite",
             lambda a: {VISIBLE: np.insert(a[VISIBLE][1:], 3, np.inf, axis=0)},
         ),
         (
-            "row 3 of .* is zero, too large or not finite",
+            "row 3 of .* is too short, too long or not finite",
             lambda a: {VISIBLE: np.insert(a[VISIBLE][1:].astype(np.float32), 3, 1e-15, axis=0)},
         ),
         *[
-            ("row 0 of .* is zero, too large", lambda a, size=size: {VISIBLE: np.full_like(a[VISIBLE], size, "f8")})
+            ("row 0 of .* is too short, too long", lambda a, size=size: {VISIBLE: np.full_like(a[VISIBLE], size, "f8")})
             for size in (1e30, 1e300)
         ],
         ("save the same for both", lambda _: {VISIBLE: None}),

@@ -100,7 +100,15 @@ def read_lists(dataset, path):
     found = {}
     for trial in spec.options.get("trial", (None,)):
         own = {} if trial is None else {"trial": trial}
-        test = spec.searches(path, spec.directions, spec.trials if trial is None else [trial], **options)
+        read = partial(spec.searches, path, spec.directions, spec.trials if trial is None else [trial])
+        try:
+            test = read(**options)
+        except InputError:
+            if "protocol" not in options:
+                raise
+            test = read(
+                **options | {"protocol": ["seeded"]}
+            )  # what does not fit the official one, `check_folders` tells
         for search in test.searches:
             search.check_matches()
         found[trial] = spec.training(path, **own), test
@@ -169,7 +177,7 @@ def check_arrays(path, listed):
             raise InputError(f"{labels}: {count} images are prepared, but {len(paths)} are in the folders; {remedy}")
         if later := [image for image in paths if Path(image).stat().st_mtime > prepared]:
             raise InputError(f"{needed[0]}: is older than {later[0]}; {remedy}")
-    return "of these images, and newer than they are"
+    return "of these people and numbers of images, and newer than the images"
 
 
 def check_lists(listed):
