@@ -264,6 +264,7 @@ def test_a_method_whose_runs_fail_has_no_record_and_stops_no_other(regdb, tmp_pa
 def test_flags_that_do_not_go_together(regdb, tmp_path):
     for flags, text in (
         (["--gpu", "cpu", "0"], "--gpu cpu 0: pass numbers of GPUs, or cpu alone"),
+        (["--gpu", "0", "99x"], "--gpu 99x: give the number of a GPU, or cpu"),
         (["--by", " "], "--by: is empty"),
         (["--", "--method=adp"], "-- --method: is set by this program"),
         (["--", "--trial", "2"], "-- --trial: is set by this program"),
@@ -343,6 +344,24 @@ def test_a_stopped_run_goes_on_to_a_record_and_a_page(sysu_tree, tmp_path, capsy
     assert again.returncode == 0
     assert "base: runs:" not in again.stdout
     assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+CHECK = """
+from tools import check_data, reproduce
+from utils import cli
+
+if __name__ == "__main__":
+    cli(lambda: reproduce.in_a_process(check_data.main, ["--gpu=x", "--data_path={}"]))
+"""
+
+
+@pytest.mark.slow
+def test_an_error_of_its_process_is_one_line(sysu_tree, tmp_path):
+    """Bars have a lock, of which Python tells if a process is ended before its end."""
+    (tmp_path / "check.py").write_text(CHECK.format(sysu_tree))
+    command, environment = [sys.executable, tmp_path / "check.py"], os.environ | {"PYTHONPATH": str(records.ROOT)}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stderr) == (2, f"check.py: error: {sysu_tree}: device: see the lines above\n")
 
 
 @pytest.mark.slow

@@ -130,6 +130,8 @@ def check_flags(args, more):
     if not args.by:
         raise InputError("--by: is empty; pass who measures")
     args.seeds, args.gpu = list(dict.fromkeys(args.seeds)), list(dict.fromkeys(args.gpu))
+    if wrong := [gpu for gpu in args.gpu if gpu != "cpu" and not gpu.isdecimal()]:
+        raise InputError(f"--gpu {wrong[0]}: give the number of a GPU, or cpu")
     if "cpu" in args.gpu and len(args.gpu) > 1:
         raise InputError(f"--gpu {' '.join(args.gpu)}: pass numbers of GPUs, or cpu alone")
 
@@ -143,12 +145,12 @@ def in_a_process(function, *arguments):
     """The result of a function that uses a GPU, from a process of its own, which gives the GPU's memory back."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, initializer=end_with_the_main_process) as pool:
+        future = pool.submit(function, *arguments)
         try:
-            return pool.submit(function, *arguments).result()
-        except BaseException:  # a signal, too, which must not wait for the result
-            for process in multiprocessing.active_children():
+            return future.result()
+        finally:
+            for process in multiprocessing.active_children() if not future.done() else ():  # a signal does not wait
                 process.terminate()
-            raise
 
 
 # --------------------------------------------------------------------------------------------------------------- before
