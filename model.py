@@ -410,7 +410,7 @@ def load_network(checkpoint, path):
                 f"{next(iter(state))!r:.120} is no tensor of this repo's checkpoints, nor of the published baseline, "
                 "AGW, CAJ, DEEN, DNS, RLE or GFMNet; train with train_ext_test0.py"
             )
-        # Options may ask for more than the memory has, or for none, which PyTorch warns of.
+        # Options may ask for more than the memory has, or for no class, of which PyTorch warns.
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
             net = GFMNet(**options, weights=None)  # TypeError for options that name a file of their own
         # Nothing uses how many batches a batch norm has seen, and old versions of PyTorch did not count them.
