@@ -307,6 +307,14 @@ def test_a_wrong_training_state_is_refused(good_run, name):
         tiny_run(folder, "sgd", resume="auto")
 
 
+def test_complex_weights_are_not_resumed(good_run):
+    folder, state = good_run
+    name, weight = next(iter(state["net"].items()))
+    torch.save(state | {"net": state["net"] | {name: weight + 1j}}, folder / "models" / "run_last.t")
+    with pytest.raises(InputError, match=r"run_last\.t: is not a complete \.\.\._last\.t"):
+        tiny_run(folder, "sgd", resume="auto")
+
+
 def test_moments_that_share_one_place_are_taken_apart(good_run):
     """PyTorch would write three values into the place of one."""
     folder, state = good_run

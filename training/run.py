@@ -16,7 +16,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from core.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, load_training_state, save_checkpoint
+from core.checkpoint import (
+    Checkpoint,
+    check_state,
+    find_checkpoint,
+    load_checkpoint,
+    load_training_state,
+    save_checkpoint,
+)
 from core.distributed import generator_states, set_generators, wait_for_processes
 from core.files import atomic, check_folder, writing
 from core.meter import Diverged, EpochMeter
@@ -209,7 +216,7 @@ class Run:
         path, checkpoint = self.resumed, load_training_state(self.resumed)
         self._check_same(checkpoint)
         try:
-            self.net.load_state_dict(checkpoint.net)
+            self.net.load_state_dict(check_state(checkpoint.net, path))
             load_moments(self.optimizer, checkpoint.optimizer)
             self.first_epoch, self.best = checkpoint.epoch + 1, checkpoint.best
             if checkpoint.within:
