@@ -110,6 +110,7 @@ def cli(main):
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115 (it stays open)
     sys.stdout.reconfigure(errors="replace")  # print ? for characters that the terminal cannot show
     signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C: half-written files are removed
+    sys.unraisablehook = _deliver_again
     try:
         if sys.getfilesystemencoding() != "utf-8":
             raise InputError(f"file names are read as {sys.getfilesystemencoding()}, not UTF-8; set PYTHONUTF8=1")
@@ -118,16 +119,16 @@ def cli(main):
     except BrokenPipeError:  # `| head` has seen enough; what Python writes when it ends goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt, Stopped) as error:
+        if stop := _signal_of(error):
+            number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+            print(f"\n{program}: stopped by {number.name}{stop}", file=sys.stderr)
+            sys.exit(128 + number)
         if not (line := _line(error)):
             raise
         program += f": process {process_index()}" if process_count() > 1 else ""
         sys.unraisablehook = lambda _: None  # what is half made complains when it is taken down
         sys.exit(_one_line_exit(program, line))
-    except (KeyboardInterrupt, Stopped) as stop:
-        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
-        print(f"\n{program}: stopped by {number.name}{stop}", file=sys.stderr)
-        sys.exit(128 + number)
     finally:
         # Loading processes that an error has left. They ignore SIGTERM, by which Python would end them, and wait.
         for child in multiprocessing.active_children():
@@ -186,6 +187,24 @@ class Stopped(BaseException):
 
 def _stop(number, _):
     raise Stopped(number)
+
+
+def _signal_of(error):
+    """The signal that has led to an error, if any: PyTorch, stopped while it writes, raises an error of its own."""
+    while error and not isinstance(error, KeyboardInterrupt | Stopped):
+        error = error.__context__
+    return error
+
+
+def _deliver_again(ignored):
+    """Python ignores what is raised in some callbacks, as those of a fork: a signal that came there comes again."""
+    if not isinstance(ignored.exc_value, KeyboardInterrupt | Stopped):
+        sys.__unraisablehook__(ignored)
+        return
+    number = getattr(ignored.exc_value, "number", signal.SIGINT)
+    again = threading.Timer(0.1, os.kill, (os.getpid(), number))
+    again.daemon = True
+    again.start()
 
 
 def _one_line_exit(program, message):

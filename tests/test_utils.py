@@ -1,7 +1,10 @@
 """The command line, errors, devices, processes and seeds."""
 
 import os
+import signal
 import sys
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -118,6 +121,41 @@ def test_a_daemon_has_no_streams(monkeypatch):
     utils.cli(lambda: [print("x"), print("y", file=sys.stderr), done.extend(utils.progress([1]))])
     assert done == [1]
     assert exit_status(Script(InputError("a")), []) == 2
+
+
+class Ignoring:
+    """What is raised when it goes is ignored, as in callbacks of a fork."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __del__(self):
+        os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_not_lost_where_python_ignores_what_it_raises(number, capsys):
+    done = []
+
+    def main():
+        Ignoring(number)
+        time.sleep(3)
+        done.append(1)
+
+    assert exit_status(SimpleNamespace(main=main, __file__="script.py"), []) == 128 + number
+    assert not done
+    assert capsys.readouterr().err == f"\nscript.py: stopped by {number.name}\n"
+
+
+def test_an_error_that_takes_the_place_of_a_signal(capsys):
+    def main():
+        try:
+            raise utils.Stopped(signal.SIGTERM, " somewhere")
+        finally:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 9483328 vs 9483224")
+
+    assert exit_status(SimpleNamespace(main=main, __file__="script.py"), []) == 143
+    assert capsys.readouterr().err == "\nscript.py: stopped by SIGTERM somewhere\n"
 
 
 def test_names_of_another_encoding_are_refused(monkeypatch, capsys):

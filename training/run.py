@@ -94,6 +94,7 @@ class Run:
         self.log.text(json.dumps(vars(self.args)), shown=False)
         if self.args.resume:
             self.log.text(self._resumed_from())
+        self.timer.hold = True
         if self.resumed:
             if not self._begun:
                 self._keep(self.first_epoch - 1)  # a kill may have come between the save of the epoch and this
@@ -101,7 +102,6 @@ class Run:
         else:
             # Before the first log entry: a log without a checkpoint then belongs to another run and is never erased.
             self._save_last(-1)
-        self.timer.hold = True
 
     def begin_epoch(self, epoch):
         """Seed the generators -> `EpochMeter`, not empty if the epoch was begun before the run was resumed."""
