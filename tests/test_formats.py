@@ -286,6 +286,7 @@ WRONG_STATES = {
     "a moment of another shape": {"optimizer": {"state": {0: {"momentum_buffer": torch.zeros(9)}}}},
     "a sparse moment": {"optimizer": {"state": {1: {"momentum_buffer": torch.zeros(3).to_sparse()}}}},
     "moments of another optimiser": {"optimizer": {"state": {1: {"exp_avg": torch.zeros(3)}}}},
+    "a complex moment": {"optimizer": {"state": {1: {"momentum_buffer": torch.zeros(3) + 1j}}}},
     "moments of nobody": {"optimizer": {"state": {99: {"momentum_buffer": torch.zeros(3)}}}},
 }
 

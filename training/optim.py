@@ -29,6 +29,8 @@ def build_optimizer(net, optim, lr, rates=()):
 def load_moments(optimizer, saved):
     """Give an optimiser the moments in a state dict of another one of its kind; rates and the like follow from the
     flags. Raises an exception of some kind for moments that do not belong to its parameters."""
+    if any(value.is_complex() for moments in saved["state"].values() for value in moments.values()):
+        raise ValueError("complex moments, of which PyTorch would take the real part")
     optimizer.load_state_dict(optimizer.state_dict() | saved)
     adam = isinstance(optimizer, torch.optim.Adam)
     wanted = {"step", "exp_avg", "exp_avg_sq"} if adam else {"momentum_buffer"}
