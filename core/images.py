@@ -3,7 +3,6 @@
 import os
 import re
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -33,7 +32,7 @@ def read_image(path, size):
         with open(regular(path), "rb") as file, Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than 2^26")
-            if image.tile and image.tile[0][0] == "jpeg" and _scans(path) > MOST_SCANS:
+            if image.tile and image.tile[0][0] == "jpeg" and _scans(file) > MOST_SCANS:
                 raise ValueError(f"a JPEG of more than {MOST_SCANS} scans, which take minutes; save it anew")
             if image.tile and image.tile[0][0] == "ppm_plain":  # some take Pillow minutes
                 raise ValueError("its numbers are written as text; convert it to PNG")
@@ -60,9 +59,13 @@ def image_suffixes():
     return {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
 
 
-def _scans(path):
-    """At least the number of scans of a JPEG file: each is decoded over the whole image, however short it is."""
-    return Path(path).read_bytes().count(b"\xff\xda")
+def _scans(file):
+    """At least the number of scans of an open JPEG file: each is decoded over the whole image, however short it is."""
+    place = file.tell()
+    file.seek(0)
+    count = file.read().count(b"\xff\xda")
+    file.seek(place)
+    return count
 
 
 def resized(image, size):

@@ -5,7 +5,9 @@ import copy
 import itertools
 import json
 import math
+import os
 import shutil
+import signal
 import sqlite3
 import sys
 import warnings
@@ -17,6 +19,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import training.run
 from conftest import parse, result_row, train_data
 from core.checkpoint import load_checkpoint
 from core.formats import Flags, Numbers, checked, read_json
@@ -306,6 +309,22 @@ def test_a_wrong_training_state_is_refused(good_run, name):
     torch.save(state | WRONG_STATES[name], folder / "models" / "run_last.t")
     with pytest.raises(InputError, match=r"run_last\.t: is not a complete \.\.\._last\.t"):
         tiny_run(folder, "sgd", resume="auto")
+
+
+def test_a_signal_waits_until_the_first_checkpoint_is_written(tmp_path, monkeypatch):
+    """PyTorch's writer would replace the exception."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    saved, save = [], training.run.save_checkpoint
+
+    def save_with_signal(content, path):
+        if not saved:
+            os.kill(os.getpid(), signal.SIGTERM)
+        saved.append(path.name)
+        save(content, path)
+
+    monkeypatch.setattr(training.run, "save_checkpoint", save_with_signal)
+    tiny_run(tmp_path, "sgd", save=True)
+    assert saved == ["run_last.t"] * 2
 
 
 def test_complex_weights_are_not_resumed(good_run):

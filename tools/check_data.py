@@ -106,9 +106,8 @@ def read_lists(dataset, path):
         except InputError:
             if "protocol" not in options:
                 raise
-            test = read(
-                **options | {"protocol": ["seeded"]}
-            )  # what does not fit the official one, `check_folders` tells
+            # What does not fit the official one, `check_folders` tells.
+            test = read(**options | {"protocol": ["seeded"]})
         for search in test.searches:
             search.check_matches()
         found[trial] = spec.training(path, **own), test

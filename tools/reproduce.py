@@ -149,8 +149,9 @@ def in_a_process(function, *arguments):
         try:
             return future.result()
         finally:
-            for process in multiprocessing.active_children() if not future.done() else ():  # a signal does not wait
-                process.terminate()
+            if not future.done():  # a signal does not wait for the result
+                for process in multiprocessing.active_children():
+                    process.terminate()
 
 
 # --------------------------------------------------------------------------------------------------------------- before
