@@ -13,7 +13,7 @@ from methods import method_name
 from model import FEATURES, load_network
 from testing import engine
 from testing.features import Origin
-from utils import InputError, bounded, one_line
+from utils import InputError, bounded
 
 
 def add_flags(parser):
@@ -115,7 +115,7 @@ def find_searches(args, data_path, trial, galleries=None, everything=False):
     directions = dataset.directions if everything else [dataset.directions[args.tvsearch]]
     test = dataset.searches(data_path, directions, [trial] if trial else galleries or dataset.trials, **options)
     for note in test.notes:
-        print(one_line(note))
+        print(note)
     for search in test.searches:
         search.check_matches()
     return test

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -391,6 +392,16 @@ def test_lists_that_number_people_otherwise_than_folders(case, regdb_tree, tmp_p
             lines = [(image, "999"), *others, *(line for line in lines if line[1] != first)]
         file.write_text("".join(f"{image} {label}\n" for image, label in lines))
     assert check(tree, "regdb")[0]["people"][0] == "WRONG"
+
+
+def test_names_of_images_write_nothing_on_the_terminal(own_tree, capsys):
+    image = Path(images_of(own_tree, "train", "visible")[0])
+    image.with_name("\x1b[2J.jpg").write_bytes(b"damaged")
+    check(own_tree)
+    pre_process_sysu.main(["--data_path", str(own_tree), "--img_h", "48", "--img_w", "16", "--skip_bad"])
+    out = capsys.readouterr().out
+    assert out.count(f"{image.parent}/?[2J.jpg: cannot be read") == 2
+    assert {c for c in out if not c.isprintable()} == {"\n"}
 
 
 def test_no_output_replaces_an_image(sysu_tree, tmp_path):

@@ -182,6 +182,13 @@ def test_a_table_of_labels_that_grows_is_read_again(site, pictures, tmp_path, mo
     assert entries["b.jpg"].time == "2026-11-20 14:31:00"
 
 
+def test_lines_of_a_watcher_write_nothing_else(capsys):
+    told = SimpleNamespace(told=set())
+    for _ in range(2):
+        watcher.Watcher._tell(told, ["a\x1b[2J.jpg: cannot be read"])
+    assert capsys.readouterr().err == "a?[2J.jpg: cannot be read\n"
+
+
 def test_new_images_of_watched_people_are_printed(site, checkpoint, pictures, tmp_path, capsys):
     """Each folder is a person, by the mean of its images, and so is each image beside them."""
     embed, people = plain_embedding(checkpoint), tmp_path / "people"
