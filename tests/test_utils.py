@@ -142,7 +142,11 @@ def test_a_signal_is_not_lost_where_python_ignores_what_it_raises(number, capsys
         time.sleep(3)
         done.append(1)
 
-    assert exit_status(SimpleNamespace(main=main, __file__="script.py"), []) == 128 + number
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore it
+    try:
+        assert exit_status(SimpleNamespace(main=main, __file__="script.py"), []) == 128 + number
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not done
     assert capsys.readouterr().err == f"\nscript.py: stopped by {number.name}\n"
 
