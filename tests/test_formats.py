@@ -282,6 +282,7 @@ WRONG_STATES = {
     "sums over no step": {"sums": SUMS | {"summed": 0}},
     "sums of nothing": {"sums": {"step": 2}},
     "fewer sums than names": {"sums": SUMS | {"names": ["total", "b"]}},
+    "sums in float64": {"sums": SUMS | {"losses": torch.ones(1, dtype=torch.float64)}},
     "two first steps": {"sums": SUMS | {"first_bad": torch.ones(2)}},
     "readings of nothing": {"sums": SUMS | {"readings": 2}},
     "no generator": {"within": {"generators": [[]]}},
