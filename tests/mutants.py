@@ -162,6 +162,8 @@ class Driver:
         gc.unfreeze()  # what conftest.py has hidden
         for function in (thing for thing in gc.get_objects() if type(thing) is types.FunctionType):
             self.functions[function.__code__.co_filename, function.__code__.co_qualname].append(function)
+        lost = {name for file, _, (name, *_) in todo if (str(ROOT / file), name) in self.calls.keys() - self.functions}
+        assert not lost, f"called, but not found: {', '.join(sorted(lost))}"
         workers = []
         for index in range(JOBS):
             if not (pid := os.fork()):
