@@ -85,6 +85,29 @@ def test_rain_darkens_and_draws_gray_drops(level, drops, length):
     assert lines == [(length, (200, 200, 200))] * drops
 
 
+def test_drops_slant_to_either_side_and_end_in_the_image(monkeypatch):
+    """As CIL draws them: to the left, they begin as far outside as they slant. The blur is 2 + level wide."""
+    starts, ends, blurs = {}, [], set()
+
+    def line(image, start, end, colour, width):
+        starts.setdefault(end[0] - start[0], []).append(start)
+        ends.append((end[1] - start[1], width))
+
+    monkeypatch.setattr("cv2.line", line)
+    monkeypatch.setattr("cv2.blur", lambda image, size: blurs.add(size) or image)
+    for seed in range(200):
+        corruptions.rain(np.zeros((770, 20, 3), np.uint8), 1, RANDOM(seed))
+    assert sorted(starts) == [*range(-9, 10)]
+    assert ({*ends}, blurs) == ({(10, 1)}, {(3, 3)})
+    for slant, places in starts.items():
+        columns, rows = zip(*places, strict=True)
+        assert (min(columns), max(columns)) == (min(slant, 0), 20 - max(slant, 0)), slant
+        assert min(rows) >= 0
+        assert max(rows) <= 760
+    rows = [row for places in starts.values() for _, row in places]
+    assert (min(rows), max(rows)) == (0, 760)
+
+
 def test_a_kind_without_a_value_leaves_the_image(monkeypatch):
     import imagecorruptions.corruptions
 

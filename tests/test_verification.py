@@ -3,6 +3,7 @@
 import hashlib
 import json
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -83,6 +84,31 @@ def test_a_threshold_is_just_above_the_first_pair_that_is_one_too_many(monkeypat
         10,
     )  # 0.2512 and 0.3981
     assert (rates["true_positives"][30], rates["true_positives"][36]) == (0.5, 1)
+
+
+def test_equal_error_by_hand(monkeypatch):
+    """At 0.3, two of four pairs of two people are accepted, and one of three of one person is missed."""
+    pairs = np.float32([0.5, 0.1, 0.3]), np.float32([0.9, 0.3, 0.7, 0.3])
+    monkeypatch.setattr(verification, "pair_distances", lambda *_: pairs)
+    rates = verification.error_rates(None, None, None)
+    assert rates["equal_error"] == pytest.approx((2 / 4 + 1 / 3) / 2)
+    assert rates["equal_error_similarity"] == pytest.approx(0.7)
+    assert rates["similarity"][-1] == -1
+
+
+def test_what_is_said_and_saved():
+    true, similarity = ([n / 40 for n in range(41)], [1 - n / 40 for n in range(41)])
+    rates = {"false_positives": verification.RATES, "true_positives": true, "similarity": similarity}
+    rates |= {"equal_error": 0.123, "equal_error_similarity": 0.4567}
+    assert verification.describe(rates) == (
+        "Pairs of one person that are recognised: 75.0 % at 10 % false positives (similarity 0.250), 50.0 % at 1 % "
+        "false positives (similarity 0.500), 25.0 % at 0.1 % false positives (similarity 0.750); equal error rate "
+        "12.3 % (0.457)."
+    )
+    setting = {"mode": "all", "direction": "infrared to visible", "protocol": "seeded", "shots": 1}
+    saved = verification.calibration(Path("c.t"), "abc", "SYSU-MM01", setting, "FC", rates)
+    about = {"checkpoint": "c.t", "sha256": "abc", "feature": "FC", "data": "SYSU-MM01"}
+    assert saved == about | {"setting": "all-search, infrared to visible, seeded protocol, 1-shot"} | rates
 
 
 def test_means_over_searches():
