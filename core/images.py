@@ -1,7 +1,9 @@
 """Image files: read, resize, and write many of them into one array file."""
 
+import io
 import os
 import re
+import warnings
 from functools import partial
 
 import numpy as np
@@ -12,11 +14,13 @@ from utils import InputError, cores, map_processes, one_line, progress, shortage
 
 # What cameras and data sets produce. Pillow detects a format by a file's content and passes some formats, such as
 # PostScript, to other programs.
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "GIF", "JPEG2000")
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000")
+warnings.filterwarnings("ignore", module="PIL")  # of what a damaged file contains; the error says it in one line
+MAX_BYTES = 2**28  # of an image file
 SPAN = 64  # of 256 gray levels, that an image of 16 bits must use
 MAX_PIXELS = 2**26  # of an image file, 8192 x 8192: some formats take minutes to decode more
 Image.MAX_IMAGE_PIXELS = None  # of Pillow, which warns first and refuses later
-MOST_SCANS = 100  # of a JPEG; a progressive one has about ten
+MOST = {"scans": b"\xff\xda", "EXIF parts": b"\xff\xe1"}  # of a JPEG, 100; a progressive one has about ten scans
 WHITE_IS_ZERO = 262  # a tag of TIFF, PhotometricInterpretation, if it is 0
 CHUNK = 32  # images that a process decodes at a time
 
@@ -28,12 +32,18 @@ def read_image(path, size):
     dropped. Raises InputError for a file that is missing or cannot be read, or that would keep too little of 16 bits.
     """
     try:
+        with open(regular(path), "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES >> 20} MiB")
+        # Each scan is decoded over the whole image, however short it is, and each part is appended to a copy of all.
+        for name, marker in MOST.items():
+            if content.startswith(b"\xff\xd8") and content.count(marker) > 100:
+                raise ValueError(f"a JPEG of more than 100 {name}, which may take minutes; save it anew")
         # Of a path, Pillow would map some TIFF files with the height and width that they have after they are turned.
-        with open(regular(path), "rb") as file, Image.open(file, formats=FORMATS) as image:
+        with Image.open(_Content(content), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than 2^26")
-            if image.tile and image.tile[0][0] == "jpeg" and _scans(file) > MOST_SCANS:
-                raise ValueError(f"a JPEG of more than {MOST_SCANS} scans, which take minutes; save it anew")
             if image.tile and image.tile[0][0] == "ppm_plain":  # some take Pillow minutes
                 raise ValueError("its numbers are written as text; convert it to PNG")
             if image.tile and image.tile[0][0] == "ppm" and image.tile[0][3] == ("RGB", 2**16 - 1):
@@ -50,7 +60,7 @@ def read_image(path, size):
     except Exception as error:  # the readers raise anything when a file is damaged
         if shortage(error):  # the file may be good
             raise
-        reason = re.sub("<_io.BufferedReader name=(.*)>", r"\1", str(error))
+        reason = re.sub(" <.*>", "", str(error))  # a name of `_Content`
         raise InputError(f"{path}: cannot be read as an image ({reason}); replace or remove it") from error
 
 
@@ -59,13 +69,20 @@ def image_suffixes():
     return {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
 
 
-def _scans(file):
-    """At least the number of scans of an open JPEG file: each is decoded over the whole image, however short it is."""
-    place = file.tell()
-    file.seek(0)
-    count = file.read().count(b"\xff\xda")
-    file.seek(place)
-    return count
+class _Content(io.BytesIO):
+    """A file in memory. ValueError after more reads than an image needs: of some files, Pillow reads single bytes or
+    empty parts for minutes, or one part again and again."""
+
+    def __init__(self, content):
+        super().__init__(content)
+        self.reads, self.bytes = 2**17 + len(content) // 2**10, 2**24 + 8 * len(content)  # that are left
+
+    def read(self, size=-1):
+        content = super().read(size)
+        self.reads, self.bytes = self.reads - 1, self.bytes - len(content)
+        if min(self.reads, self.bytes) < 0:
+            raise ValueError("more parts than an image has; save it anew")
+        return content
 
 
 def resized(image, size):

@@ -1,0 +1,6 @@
+"""Figures and pages, without a display."""
+
+import os
+
+# Before Matplotlib is imported: Jupyter names a backend that its own environment has.
+os.environ["MPLBACKEND"] = "agg"

@@ -41,15 +41,16 @@ EAST_ASIAN += ("Droid Sans Fallback", "Microsoft YaHei", "Yu Gothic", "Malgun Go
 EAST_ASIAN += ("Hiragino Sans GB", "Apple SD Gothic Neo", "Unifont")
 
 
-def families(usual, installed):
-    """Fonts for text, the first that has a character: with those of EAST_ASIAN that are installed."""
-    found = [name for name in EAST_ASIAN if name in installed]
-    # Only of named fonts, not of a group such as "sans-serif", all are asked for a character.
-    return ["DejaVu Sans" if name == "sans-serif" else name for name in usual] + found if found else usual
+def families(installed):
+    """Fonts for text, the first that has a character. Of a group, such as "sans-serif", only one is asked."""
+    return ["DejaVu Sans", *(name for name in EAST_ASIAN if name in installed), "sans-serif"]
 
 
-matplotlib.rcParams["font.family"] = families(matplotlib.rcParams["font.family"], {*font_manager.get_font_names()})
+matplotlib.rcdefaults()  # whatever the user's matplotlibrc says: it may ask for LaTeX, which may be missing
+matplotlib.rcParams["font.family"] = families({*font_manager.get_font_names()})
 matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is no formula
+matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
+matplotlib.rcParams["svg.hashsalt"] = "figure"  # makes ids reproducible
 SUFFIXES = (".png", ".svg", ".pdf")
 DPI = 150
 CROP = (256, 128)  # height, width of a drawn image
@@ -78,10 +79,10 @@ def save(figure, path):
 
 @contextlib.contextmanager
 def lettering():
-    """A block that writes a figure. Text in an .svg stays text. Gives a set, in the end of Matplotlib's warnings of the
-    characters that it has no font for, of which it would print one for each."""
+    """A block that writes a figure. Gives a set, in the end of Matplotlib's warnings of the characters that it has no
+    font for, of which it would print one for each."""
     missing = set()
-    with warnings.catch_warnings(record=True) as caught, matplotlib.rc_context({"svg.fonttype": "none"}):
+    with warnings.catch_warnings(record=True) as caught:
         yield missing
     for warning in caught:
         if str(warning.message).startswith("Glyph "):

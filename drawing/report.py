@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
-import matplotlib
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -66,7 +65,7 @@ def read_template(path):
 def inline_svg(figure, caption, prefix):
     """A figure as an <svg> element: its ids begin with `prefix`, its text stays text, its colours are COLOURS."""
     buffer = io.BytesIO()
-    with figures.lettering(), matplotlib.rc_context({"svg.hashsalt": "report"}):  # makes ids reproducible
+    with figures.lettering():
         figure.savefig(buffer, format="svg", transparent=True)
     root = ElementTree.fromstring(buffer.getvalue())
     for parent in (root, *root):

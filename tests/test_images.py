@@ -4,7 +4,9 @@ import io
 import multiprocessing
 import os
 import signal
+import struct
 import types
+import zlib
 from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
@@ -53,6 +55,62 @@ def test_unreadable_names_write_nothing_on_the_terminal(capsys):
     with pytest.raises(InputError, match="2 of 2 images"):
         images.check_readable([InputError("a\x1b[2J.jpg: is damaged"), InputError("b: is damaged")], 2)
     assert capsys.readouterr().out == "unreadable: a?[2J.jpg: is damaged\nunreadable: b: is damaged\n"
+
+
+def encoded(kind):
+    with io.BytesIO() as file:
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 24, 3), np.uint8)).save(file, kind)
+        return file.getvalue()
+
+
+def tags_of_one_place(number, size):
+    """A TIFF file of so many private tags, whose values are the same bytes."""
+    tags = [(256, 3, 1, 24), (257, 3, 1, 40), (258, 3, 1, 8), (262, 3, 1, 1), (273, 4, 1, 8), (279, 4, 1, 960)]
+    tags += [(1000 + tag, 7, size, 8) for tag in range(number)]
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + size) + bytes(size) + directory
+
+
+JPEG, PNG = encoded("JPEG"), encoded("PNG")
+EXIF = b"\xff\xe1\0\x08Exif\0\0"
+HOSTILE = {
+    "empty parts": (PNG[:33] + (b"\0\0\0\0teSt" + zlib.crc32(b"teSt").to_bytes(4)) * 100_000 + PNG[33:], "more parts"),
+    "no end": (JPEG[:300] + bytes(200_000), "more parts than an image has; save it anew"),
+    "one place again and again": (tags_of_one_place(3000, 100_000), "more parts"),
+    "EXIF, as often as is allowed": (JPEG[:2] + EXIF * 100 + JPEG[2:], None),
+    "EXIF, once more": (JPEG[:2] + EXIF * 101 + JPEG[2:], "a JPEG of more than 100 EXIF parts, which may take minutes"),
+    "a format that is not read": (encoded("GIF"), "cannot identify image file"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_files_on_which_pillow_would_spend_minutes_are_refused(name, tmp_path):
+    content, words = HOSTILE[name]
+    (tmp_path / "a.jpg").write_bytes(content)
+    if not words:
+        assert images.read_image(tmp_path / "a.jpg", (40, 24)).any()
+        return
+    with pytest.raises(InputError, match=rf"a\.jpg: cannot be read as an image \({words}.*\); replace or remove it"):
+        images.read_image(tmp_path / "a.jpg", (40, 24))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000"])
+def test_honest_files_are_far_from_the_limits(kind, tmp_path, monkeypatch):
+    def few(self, content):
+        io.BytesIO.__init__(self, content)
+        self.reads, self.bytes = 400, 4 * len(content)
+
+    monkeypatch.setattr(images._Content, "__init__", few)
+    (tmp_path / "a.jpg").write_bytes(encoded(kind))
+    assert images.read_image(tmp_path / "a.jpg", (40, 24)).any()
+
+
+def test_a_file_is_read_up_to_its_limit(tmp_path):
+    with (tmp_path / "a.jpg").open("wb") as file:
+        file.write(JPEG)
+        file.truncate(2**28 + 1)  # takes no room
+    with pytest.raises(InputError, match=r"a\.jpg: cannot be read as an image \(more than 256 MiB\)"):
+        images.read_image(tmp_path / "a.jpg", (40, 24))
 
 
 def test_scans_of_a_jpeg_are_limited(tmp_path):

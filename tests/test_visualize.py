@@ -2,8 +2,11 @@
 
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -60,9 +63,19 @@ def test_characters_without_a_font_are_one_line(tmp_path, monkeypatch, capsys, r
 
 
 def test_installed_fonts_of_east_asia_stand_in_for_missing_characters():
-    usual = ["sans-serif"]
-    assert figures.families(usual, {"DejaVu Sans", "Carlito"}) == usual
-    assert figures.families(usual, {"Malgun Gothic", "DejaVu Sans"}) == ["DejaVu Sans", "Malgun Gothic"]
+    assert figures.families({"DejaVu Sans", "Carlito"}) == ["DejaVu Sans", "sans-serif"]
+    assert figures.families({"Malgun Gothic", "DejaVu Sans"}) == ["DejaVu Sans", "Malgun Gothic", "sans-serif"]
+
+
+def test_figures_do_not_depend_on_what_matplotlib_is_told(logs, tmp_path):
+    """Jupyter names a backend that only its own environment has; LaTeX may be missing."""
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 40\n")
+    told = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "MATPLOTLIBRC": str(tmp_path)}
+    command = ["curves", str(logs[0]), "--values", "total", "--out"]
+    visualize.main([*command, f"{tmp_path}/plain.png"])
+    program = [sys.executable, "-m", "tools.visualize", *command, f"{tmp_path}/told.png"]
+    subprocess.run(program, env=os.environ | told, check=True)
+    assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "told.png").read_bytes()
 
 
 @pytest.mark.parametrize(
