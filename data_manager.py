@@ -98,7 +98,7 @@ def read_permutations(data_path):
 
 
 def _read_cells(path):
-    return loadmat(path)["rand_perm_cam"]
+    return loadmat(regular(path))["rand_perm_cam"]
 
 
 def load_permutations(path):

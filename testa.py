@@ -221,9 +221,9 @@ def check_flags(args):
     chosen = [flag for flag in ("mode", "protocol", "shots") if getattr(args, flag) != option_values(flag)[0]]
     if args.all and (chosen or args.tvsearch):
         raise InputError("--all already covers --mode, --protocol, --shots and --tvsearch; leave out those, or --all")
-    if args.from_features is not None and (args.baselines or args.features or args.corrupt):
+    if args.from_features and (args.baselines or args.features or args.corrupt):
         raise InputError("--baselines, --corrupt and --features need images: use them with --resume")
-    if args.calibrate and (args.from_features is not None or "{trial}" in name):
+    if args.calibrate and (args.from_features or "{trial}" in name):
         raise InputError(f"--calibrate {args.calibrate}: is of one checkpoint; pass one with --resume")
     if args.corrupt and DATASETS[args.dataset].tracks:
         raise InputError(f"--corrupt: is of images, but --dataset {args.dataset} is tested by tracks; leave it out")
@@ -245,12 +245,12 @@ def check_flags(args):
 
 
 def source_name(args):
-    return args.resume if args.from_features is None else args.from_features
+    return args.from_features or args.resume
 
 
 def sources(args):
     """(path, --trial or None) of each checkpoint or file of features: one, or one for each trial if named {trial}."""
-    name, resumed = source_name(args), args.from_features is None
+    name, resumed = source_name(args), not args.from_features
     trials = [args.trial]
     if "{trial}" in name and not args.trial:
         trials = DATASETS[args.dataset].trials

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import itertools
 import math
 import multiprocessing
 import os
@@ -231,6 +232,9 @@ class ArgumentParser(argparse.ArgumentParser):
         args = [str(arg) for arg in (sys.argv[1:] if args is None else args)]
         if other := next((arg for arg in args if printable(arg) != arg), None):
             sys.exit(_one_line_exit(self.prog, f"{other}: is no text in UTF-8, which JSON needs; rename it"))
+        for flag, arg in itertools.pairwise(["", *args]):  # of a variable of the shell that is not set
+            if not arg or re.fullmatch("--[^=]+=", arg):
+                sys.exit(_one_line_exit(self.prog, f"{arg or flag}: has an empty value; give one, or leave it out"))
         FLAGS.update(self._option_string_actions)
         return super().parse_known_args([*map(self._underscored, args)], namespace)
 

@@ -220,7 +220,7 @@ def test_published_ids_are_known(own_tree, monkeypatch):
 
 def test_weights_and_disk(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    assert check_data.check_weights("resnet18").startswith("note: the first training downloads https://")
+    assert check_data.check_weights("resnet18").startswith("note: --weights imagenet, the default, downloads https://")
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "resnet18-f37072fd.pth").write_bytes(b"junk")
     with pytest.raises(InputError, match="resnet18-f37072fd.pth: is damaged; delete it"):
@@ -228,8 +228,11 @@ def test_weights_and_disk(monkeypatch, tmp_path):
     monkeypatch.setattr(check_data, "file_sha256", lambda file: "f37072fd" + 56 * "0")
     assert check_data.check_weights("resnet18") == "of resnet18, are here"
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="file: is a file; choose another --model_path"):
+    with pytest.raises(InputError, match="file: is no folder; choose another --model_path"):
         check_data.check_disk(tmp_path / "file" / "models")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InputError, match="loop: is no folder"):
+        check_data.check_disk(tmp_path / "loop" / "models")
     usage = shutil._ntuple_diskusage(10, 9, 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(InputError, match="not/there: 0.0 GiB are free"):

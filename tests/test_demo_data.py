@@ -5,6 +5,7 @@ import itertools
 import json
 import multiprocessing
 import operator
+import os
 import random
 import subprocess
 import sys
@@ -324,12 +325,20 @@ def test_never_overwrites(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
-    for name in ("full", "file", "file/below"):
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("full", "file", "file/below", "loop"):
         with pytest.raises(utils.InputError, match=f"--out .*{name}"):
             make(tmp_path / name)
+    (tmp_path / "loop").unlink()
     assert files(tmp_path) == ["file", "full/mine.txt"]
     (tmp_path / "empty").mkdir()
     assert files(make(tmp_path / "empty"))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "rand_perm_cam.mat")
+    with pytest.raises(utils.InputError, match=r"rand_perm_cam\.mat: is not a rand_perm_cam\.mat"):
+        demo_data.main(["--out", str(tmp_path / "out"), "--like", str(tmp_path / "rand_perm_cam.mat")])
 
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError])

@@ -161,6 +161,9 @@ def test_a_page_replaces_no_record_and_needs_records(tmp_path):
     with pytest.raises(InputError, match="none: has no records; pass the folder that has them"):
         records.main(["--folder", str(tmp_path / "none"), "--page", str(tmp_path / "page.md")])
     assert (tmp_path / "page.md").read_text() == "old"
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InputError, match="loop: is not what"):
+        records.main(["--folder", str(tmp_path / "r"), "--check", "--page", str(tmp_path / "loop")])
 
 
 def test_what_a_record_says_is_no_markup(tmp_path):

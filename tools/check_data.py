@@ -274,10 +274,10 @@ def check_gpu(gpu):
 
 def check_disk(model_path):
     folder = Path(model_path).absolute()
-    while not folder.exists():
+    while not os.path.lexists(folder):
         folder = folder.parent
     if not folder.is_dir():
-        raise InputError(f"{folder}: is a file; choose another --model_path")
+        raise InputError(f"{folder}: is no folder; choose another --model_path")
     free = shutil.disk_usage(folder).free
     if free < DISK:
         raise InputError(f"{model_path}: {free / 2**30:.1f} GiB are free; a run may take {DISK / 2**30:.0f}: make room")
@@ -302,7 +302,7 @@ def check_weights(arch):
         if not is_imagenet(file, arch):
             raise InputError(f"{file}: is damaged; delete it, and the next training downloads it again")
         return f"of {arch}, are here"
-    return f"note: the first training downloads {source}; without internet, pass the file: --weights FILE"
+    return f"note: --weights imagenet, the default, downloads {source}; without internet, pass the file: --weights FILE"
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import io
 import json
 import math
 import operator
+import os
 import shutil
 from collections.abc import Iterator
 from functools import cache, partial
@@ -28,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from scipy.io import loadmat, savemat
 
 import utils
-from core.files import check_output, temporary_name
+from core.files import check_output, regular, temporary_name
 from data_manager import BUPT_CAMERAS, DEMO_FILE, VCM_FEWEST, load_permutations
 
 SPECTRA = {  # layout -> camera -> spectrum
@@ -569,7 +570,7 @@ def plan_like(path: Path) -> tuple:
     for part in ("train", "test"):
         file = path.with_name(f"{part}_id.mat")
         try:
-            parts[part] = sorted(loadmat(file)["id"].ravel().astype(int).tolist())
+            parts[part] = sorted(loadmat(regular(file))["id"].ravel().astype(int).tolist())
         except Exception as error:  # scipy's reader raises anything when a file is damaged
             raise utils.InputError(
                 f"{file}: cannot be read as a list of ids; copy it from the publication of {path.name}"
@@ -750,7 +751,7 @@ def get_args_parser() -> utils.ArgumentParser:
 def main(argv=None) -> dict:
     """Returns {"out", "ids", "images": counts}."""
     args = get_args_parser().parse_args(argv)
-    layout, out, ids = args.layout, args.out.resolve(), args.ids or 100
+    layout, out, ids = args.layout, Path(os.path.realpath(args.out)), args.ids or 100
     if args.like and (args.ids or args.images or args.test_ids or layout != "sysu"):
         raise utils.InputError(
             f"--like {args.like}: sets ids, images and layout; leave out --ids, --images, --test_ids and --layout"
@@ -763,7 +764,7 @@ def main(argv=None) -> dict:
         raise utils.InputError(f"--images {args.images}: tracks of vcm have at least {VCM_FEWEST}; raise it")
     if ids < FEWEST_IDS[layout]:
         raise utils.InputError(f"--ids {ids}: too few to split; pass at least {FEWEST_IDS[layout]} for {layout}")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise utils.InputError(f"--out {args.out}: exists and is not an empty folder; choose a new one or remove it")
     if args.sheet and args.sheet.suffix != ".png":
         raise utils.InputError(f"--sheet {args.sheet}: is not a .png file; choose such a name")

@@ -8,6 +8,7 @@
 
 import html
 import itertools
+import os
 import re
 import shlex
 import subprocess
@@ -100,7 +101,7 @@ def main(argv=None):
     records = {file: read_json(file, Record, REMEDY) for file in sorted(args.folder.glob("*.json"))}
     if not records:
         raise InputError(f"{args.folder}: has no records; pass the folder that has them")
-    if args.page.resolve() in map(Path.resolve, records):
+    if os.path.realpath(args.page) in map(os.path.realpath, records):
         raise InputError(f"--page {args.page}: is a record; choose another file")
     text = page(dict(sorted(records.items(), key=lambda item: item[1]["date"], reverse=True)))
     if args.check:

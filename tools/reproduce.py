@@ -90,7 +90,8 @@ def main(argv=None):
     data = [f"--dataset={args.dataset}", f"--data_path={args.data_path}"]
     flags = {method: [f"--method={method}", *data, *more] for method in args.method}
     trainings = {method: parsed(flags[method]) for method in args.method}
-    in_a_process(check_data.main, [*data, f"--gpu={args.gpu[0]}", f"--model_path={args.runs}"])
+    arch = trainings[args.method[0]].arch
+    in_a_process(check_data.main, [*data, f"--gpu={args.gpu[0]}", f"--model_path={args.runs}", f"--arch={arch}"])
     for method in args.method:
         folder = args.runs / f"{args.dataset}_{method}"
         rows = {f"trial_{trial}": f"--trial {trial}" for trial in spec.options.get("trial", ())} or {method: ""}
