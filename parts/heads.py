@@ -8,7 +8,6 @@ def bottleneck(channels, bias=False):
     norm = nn.BatchNorm1d(channels)
     norm.bias.requires_grad_(bias)
     nn.init.normal_(norm.weight, 1.0, 0.01)
-    nn.init.zeros_(norm.bias)
     return norm
 
 

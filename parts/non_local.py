@@ -17,7 +17,6 @@ class NonLocalParts(nn.Module):
         self.out = nn.Conv2d(inner, channels, 1)
         self.norm = nn.BatchNorm2d(channels)
         nn.init.zeros_(self.norm.weight)
-        nn.init.zeros_(self.norm.bias)
 
 
 class NonLocal(NonLocalParts):

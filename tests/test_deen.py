@@ -165,6 +165,16 @@ def test_options_that_do_not_go_together_are_refused(options):
         model.GFMNet(7, "resnet18", **NETWORK, **options)
 
 
+def test_a_branch_is_the_mean_of_dilated_convolutions():
+    torch.manual_seed(1)
+    branch, x = deen.DilatedBranch(64), torch.randn(2, 64, 7, 5)
+    maps = [F.conv2d(x, c.weight, padding=d, dilation=d) for c, d in zip(branch.dilated, (1, 2, 3), strict=True)]
+    expected = F.conv2d(sum(maps).relu() / 3, branch.out.weight, branch.out.bias)
+    torch.testing.assert_close(branch(x), expected, rtol=1e-4, atol=1e-4)
+    for convolution in (*branch.dilated, branch.out):  # Kaiming's initialisation
+        assert convolution.weight.std().item() == pytest.approx((2 / convolution.weight[0].numel()) ** 0.5, rel=0.1)
+
+
 # ---- losses against plain loops
 
 

@@ -122,6 +122,14 @@ def test_space_shift_is_the_published_formula():
     profile = profile * F.relu6(profile + 3) / 6
     rows, columns = block.rows(profile[:, :, :5]).sigmoid(), block.columns(profile[:, :, 5:]).sigmoid()
     torch.testing.assert_close(block(x), x * rows * columns.mT)
+    assert block.squeeze[0].out_channels == 8  # the least
+
+
+def test_the_common_space_is_of_shifted_means():
+    branch = dns.DomainBranch(6, 3)
+    branch.common = nn.Identity()
+    means = torch.randn(4, 6)
+    torch.testing.assert_close(branch(means, means, 2).shifted, means + means.exp() / means.exp().sum(1, keepdim=True))
 
 
 def test_followers_follow_in_training_only():
@@ -151,7 +159,7 @@ def test_all_parameters_learn_but_the_followers(share_net):
 def test_circle_loss_is_the_plain_loop():
     torch.manual_seed(2)
     labels = torch.arange(3).repeat(3)
-    features = torch.randn(9, 4, dtype=torch.float64)
+    features = torch.eye(3, 4, dtype=torch.float64)[labels] + 0.4 * torch.randn(9, 4)
     units = [x / x.norm() for x in features]
     total, right = 0.0, 0
     for i in range(9):
@@ -165,6 +173,7 @@ def test_circle_loss_is_the_plain_loop():
     value, correct = CircleLoss(0.3, 5.0)(features, labels)
     assert value.item() == pytest.approx(total, rel=1e-9)
     assert correct == right
+    assert 0 < right < 9
 
 
 # ---- augmentation

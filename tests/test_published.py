@@ -67,6 +67,17 @@ def test_options_and_weights_come_from_the_names(options):
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in loaded.state_dict().items())
 
 
+@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50", "resnet101"])
+@pytest.mark.parametrize("stages", [3, 4])
+def test_depth_and_stages_come_from_the_names(arch, stages):
+    """Those of RLE tell the stages by a width."""
+    with torch.device("meta"):
+        net = model.GFMNet(7, arch, stages=stages, **METHODS["rle"].network)
+    state = {published.published_name(name, thirds=True): value for name, value in net.state_dict().items()}
+    found = published.published_options(state)
+    assert (found["num_classes"], found["arch"], found["stages"], found["thirds"]) == (7, arch, stages, True)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_method_names(method):
     options = model.GFMNet(7, "resnet18", **METHODS[method].network).options
