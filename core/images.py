@@ -17,6 +17,7 @@ from utils import InputError, cores, map_processes, one_line, progress, shortage
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000")
 warnings.filterwarnings("ignore", module="PIL")  # of what a damaged file contains; the error says it in one line
 MAX_BYTES = 2**28  # of an image file
+MAX_READS = 2**22  # of its parts; a BMP in runs has two reads to a run
 SPAN = 64  # of 256 gray levels, that an image of 16 bits must use
 MAX_PIXELS = 2**26  # of an image file, 8192 x 8192: some formats take minutes to decode more
 Image.MAX_IMAGE_PIXELS = None  # of Pillow, which warns first and refuses later
@@ -75,7 +76,7 @@ class _Content(io.BytesIO):
 
     def __init__(self, content):
         super().__init__(content)
-        self.reads, self.bytes = 2**17 + len(content) // 2**10, 2**24 + 8 * len(content)  # that are left
+        self.reads, self.bytes = MAX_READS, 2**24 + 8 * len(content)  # that are left
 
     def read(self, size=-1):
         content = super().read(size)
