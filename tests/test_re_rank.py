@@ -51,7 +51,7 @@ def test_k_reciprocal_against_plain_loops(k1, k2, lambda_value, block, monkeypat
 
 def test_k_reciprocal_of_features_with_a_common_offset():
     """Features of a network point much the same way; what they share must not eat the digits of their distances."""
-    query, gallery = (x + 100 for x in clusters(seed=2))
+    query, gallery = (x + np.float32(100) * (-1.0) ** np.arange(x.shape[1], dtype=np.float32) for x in clusters(seed=2))
     expected = reference(query, gallery)
     np.testing.assert_allclose(re_rank.k_reciprocal(query, gallery), expected, rtol=0, atol=3e-6)
 
