@@ -21,7 +21,8 @@ MAX_READS = 2**22  # of its parts; a BMP in runs has two reads to a run
 SPAN = 64  # of 256 gray levels, that an image of 16 bits must use
 MAX_PIXELS = 2**26  # of an image file, 8192 x 8192: some formats take minutes to decode more
 Image.MAX_IMAGE_PIXELS = None  # of Pillow, which warns first and refuses later
-MOST = {"scans": b"\xff\xda", "EXIF parts": b"\xff\xe1"}  # of a JPEG, 100; a progressive one has about ten scans
+# Of a JPEG, at most 100. A progressive one has about ten scans; a phone's may have a hundred parts that are not EXIF.
+MOST = {"scans": rb"\xff\xda", "EXIF parts": rb"(?s)\xff\xe1..Exif\0"}
 WHITE_IS_ZERO = 262  # a tag of TIFF, PhotometricInterpretation, if it is 0
 CHUNK = 32  # images that a process decodes at a time
 
@@ -38,8 +39,8 @@ def read_image(path, size):
         if len(content) > MAX_BYTES:
             raise ValueError(f"more than {MAX_BYTES >> 20} MiB")
         # Each scan is decoded over the whole image, however short it is, and each part is appended to a copy of all.
-        for name, marker in MOST.items():
-            if content.startswith(b"\xff\xd8") and content.count(marker) > 100:
+        for name, begin in MOST.items():
+            if content.startswith(b"\xff\xd8") and len(re.findall(begin, content)) > 100:
                 raise ValueError(f"a JPEG of more than 100 {name}, which may take minutes; save it anew")
         # Of a path, Pillow would map some TIFF files with the height and width that they have after they are turned.
         with Image.open(_Content(content), formats=FORMATS) as image:

@@ -78,6 +78,7 @@ HOSTILE = {
     "no end": (JPEG[:300] + bytes(2000), "more parts than an image has; save it anew"),
     "one place again and again": (tags_of_one_place(3000, 100_000), "more parts"),
     "EXIF, as often as is allowed": (JPEG[:2] + EXIF * 100 + JPEG[2:], None),
+    "other parts": (JPEG[:2] + b"\xff\xe1\0\x08http\0\0" * 200 + JPEG[2:], None),
     "EXIF, once more": (JPEG[:2] + EXIF * 101 + JPEG[2:], "a JPEG of more than 100 EXIF parts, which may take minutes"),
     "a format that is not read": (encoded("GIF"), "cannot identify image file"),
 }
