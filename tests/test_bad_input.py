@@ -722,6 +722,12 @@ def test_16_bit_images_that_use_a_small_part_of_their_range_are_refused(low, hig
     for content in deep_files(RNG.integers(20_000, 38_000, (32, 16), np.uint16)).values():  # 70 of 256 gray levels
         write(tmp_path / "a.png", content)
         assert 60 < np.ptp(read_image(tmp_path / "a.png", (32, 16))) < 80
+    values = np.full((100, 10), 2**15, np.uint16)
+    for number, words in ((15, None), (9, "16 bits")):  # black pixels: 1 % of them do not count
+        values.flat[:20] = 2**15 * (np.arange(20) >= number)
+        write(tmp_path / "a.png", deep_files(values)["I;16 PNG"])
+        with pytest.raises(InputError, match=words) if words else contextlib.nullcontext():
+            read_image(tmp_path / "a.png", (100, 10))
     for content in deep_files(RNG.integers(0, 2**16, (32, 16), np.uint16)).values():
         write(tmp_path / "a.png", content)
         assert np.ptp(read_image(tmp_path / "a.png", (32, 16))) > 240

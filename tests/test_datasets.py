@@ -14,7 +14,14 @@ import testa
 import train_ext_test0
 from conftest import SIZE
 from core.images import read_image
-from data_manager import draw_gallery, llcm_folders, process_gallery_sysu, process_query_llcm, process_query_sysu
+from data_manager import (
+    SYSU_PROTOCOLS,
+    draw_gallery,
+    llcm_folders,
+    process_gallery_sysu,
+    process_query_llcm,
+    process_query_sysu,
+)
 from datasets import (
     DATASETS,
     TRAINING_SETS,
@@ -89,6 +96,13 @@ def test_sysu_searches_are_the_lists_of_data_manager(sysu_tree, monkeypatch):
     official = process_gallery_sysu(sysu_tree, "indoor", 4, "official", split="val")
     assert test.searches[-1].gallery.ids.tolist() == official[1].tolist()
     assert test.searches[-1].setting["split"] == "val"
+
+
+def test_galleries_of_the_official_protocol(sysu_tree):
+    test = sysu_searches(sysu_tree, protocol=("official",))
+    drawn = [[test.paths["visible"][row] for row in search.gallery.rows] for search in test.searches]
+    of = {name: [process_gallery_sysu(sysu_tree, "all", n, name)[0] for n in range(10)] for name in SYSU_PROTOCOLS}
+    assert drawn == of["official"] != of["seeded"]
 
 
 def test_llcm_searches_all_images_of_one_modality_in_a_drawn_gallery_of_the_other(llcm_tree):

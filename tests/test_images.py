@@ -115,6 +115,15 @@ def test_a_bmp_in_runs_is_read_run_by_run(tmp_path):
     assert (images.read_image(tmp_path / "a.bmp", (300, 500)) == pixels[..., None]).all()
 
 
+def test_pixels_are_limited(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(PNG)
+    monkeypatch.setattr(images, "MAX_PIXELS", 24 * 40)
+    images.read_image(tmp_path / "a.png", (40, 24))
+    monkeypatch.setattr(images, "MAX_PIXELS", 24 * 40 - 1)
+    with pytest.raises(InputError, match=r"a\.png: cannot be read as an image \(24 x 40 pixels are more than"):
+        images.read_image(tmp_path / "a.png", (40, 24))
+
+
 def test_a_file_is_read_up_to_its_limit(tmp_path):
     with (tmp_path / "a.jpg").open("wb") as file:
         file.write(JPEG)
