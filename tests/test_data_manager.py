@@ -257,6 +257,17 @@ def test_folders_of_any_number_of_digits_are_read(sysu_tree, tmp_path):
         data_manager.sysu_images(tree, [identity], (1, 2))
 
 
+def test_hidden_files_are_left_out(tmp_path):
+    """macOS writes them."""
+    place = tmp_path / "cam1" / "0007"
+    place.mkdir(parents=True)
+    for name in ("0002.jpg", ".DS_Store", "._0002.jpg", "0001.jpg"):
+        (place / name).touch()
+    (tmp_path / "cam1" / ".Trash").mkdir()
+    folders = data_manager.list_folders(tmp_path, [7], [1])
+    assert folders == {str(place): (7, 1, [f"{place}/0001.jpg", f"{place}/0002.jpg"])}
+
+
 def test_folders_that_are_no_ids_are_named(tmp_path):
     for camera, name in ((1, "p0007"), (2, "p0008")):
         (tmp_path / f"cam{camera}" / name).mkdir(parents=True)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
 import testa
 import train_ext_test0
@@ -34,6 +36,7 @@ from datasets import (
     search_title,
     sysu_searches,
     training_counts,
+    union,
 )
 from testing.evaluation import tested_trial
 from utils import InputError
@@ -42,6 +45,15 @@ from utils import InputError
 @pytest.fixture
 def tree(request, dataset):
     return request.getfixturevalue(f"{dataset}_tree")
+
+
+FIRST = {  # title of the first search, and what its CMC counts
+    "sysu": ("all-search, infrared to visible, seeded protocol, 1-shot", "identities"),
+    "regdb": ("visible to thermal, standard protocol", "images"),
+    "llcm": ("visible to infrared, seeded protocol, 1-shot", "identities"),
+    "vcm": ("visible to infrared, standard protocol", "images"),
+    "buptcampus": ("visible to infrared, standard protocol", "images"),
+}
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
@@ -55,6 +67,7 @@ def test_every_data_set_has_what_training_and_testing_use(dataset, tree):
     options = {flag: spec.options[flag] for flag in ("mode", "protocol", "shots") if flag in spec.options}
     test = spec.searches(tree, spec.directions, trials, **options)
     settings = [search.setting for search in test.searches]
+    assert (search_title(settings[0]), settings[0]["cmc_counts"]) == FIRST[dataset]
     assert len(settings) == np.prod([len(spec.directions), len(trials), *map(len, options.values())])
     assert len({json.dumps(setting) for setting in settings}) == len(settings)
     assert {setting["dataset"] for setting in settings} == {dataset}
@@ -105,11 +118,36 @@ def test_galleries_of_the_official_protocol(sysu_tree):
     assert drawn == of["official"] != of["seeded"]
 
 
+def test_validation_ids_are_searched_and_not_trained_on(sysu_tree):
+    test, spec = sysu_searches(sysu_tree, trials=[0], select="val"), DATASETS["sysu"]
+    (search,) = test.searches
+    paths, ids, _ = process_query_sysu(sysu_tree, split="val")
+    assert [test.paths["infrared"][row] for row in search.query.rows] == paths
+    known = [spec.train(sysu_tree, SIZE, **more).num_classes for more in ({}, {"select": "val"})]
+    assert known[0] - known[1] == len(set(ids)) > 0
+
+
+def test_features_of_a_track_are_the_mean_of_its_frames():
+    values = F.normalize(torch.randn(4, 5, generator=torch.Generator().manual_seed(0)))
+    features, none = {"visible": {"FC": values}}, np.zeros(2, int)
+    tracks = Images("visible", np.array([[0, 3], [2, 2]]), none, none)
+    expected = torch.stack([values[0] + values[3], values[2]])
+    torch.testing.assert_close(tracks.features(features, "FC"), expected / expected.norm(dim=1, keepdim=True))
+    assert tracks.shown.tolist() == [0, 2]
+    images = Images("visible", np.array([2, 0]), none, none)
+    assert torch.equal(images.features(features, "FC"), values[[2, 0]])
+    assert images.shown.tolist() == [2, 0]
+
+
 def test_llcm_searches_all_images_of_one_modality_in_a_drawn_gallery_of_the_other(llcm_tree):
     test = llcm_searches(llcm_tree, ["visible to infrared", "infrared to visible"], trials=(2, 5))
     for search in test.searches:
         query, gallery = search.setting["direction"].split(" to ")
-        drawn = draw_gallery(llcm_folders(llcm_tree, gallery), search.setting["trial"])
+        folders = llcm_folders(llcm_tree, gallery)
+        drawn = draw_gallery(folders, search.setting["trial"])
+        assert [Path(path).parent for path in drawn[0]] == [
+            Path(name) for name, (*_, files) in folders.items() if files
+        ]
         for images, (paths, _, _) in ((search.query, process_query_llcm(llcm_tree, query)), (search.gallery, drawn)):
             assert [test.paths[images.modality][row] for row in images.rows] == paths
 
@@ -208,8 +246,11 @@ def test_tvsearch_needs_two_directions():
 
 
 @pytest.fixture
-def folder(sysu_tree, regdb_tree, llcm_tree, tmp_path):
-    """The folder of a union: that of each data set is in it."""
+def folder(sysu_tree, regdb_tree, llcm_tree, tmp_path, monkeypatch):
+    """The folder of a union: that of each data set is in it. The unions are made anew, for tests/mutants.py."""
+    for name, spec in TRAINING_SETS.items():
+        if spec.parts:
+            monkeypatch.setitem(TRAINING_SETS, name, union(*spec.parts))
     for name, tree in (("SYSU-MM01", sysu_tree), ("RegDB", regdb_tree), ("LLCM", llcm_tree)):
         shutil.copytree(tree, tmp_path / name, copy_function=os.link, ignore=shutil.ignore_patterns("cache"))
     return tmp_path
@@ -254,6 +295,11 @@ def test_other_lists_of_any_part_make_another_union(folder):
         after = fingerprint("sysu+llcm", str(folder))
         assert after != before
         before = after
+    for image in (folder / "SYSU-MM01/cam3").glob("*/0001.jpg"):
+        content = image.read_bytes()
+        image.unlink()
+        image.write_bytes(content + b"more")
+    assert fingerprint("sysu+llcm", str(folder)) != before
 
 
 @pytest.mark.parametrize("name", ["sysu+llcm", "regdb+llcm"])

@@ -115,6 +115,16 @@ def test_a_bmp_in_runs_is_read_run_by_run(tmp_path):
     assert (images.read_image(tmp_path / "a.bmp", (300, 500)) == pixels[..., None]).all()
 
 
+@pytest.mark.parametrize(
+    ("value", "words"), [(2**16, "more than 16 bits"), (-1, "more than 16 bits"), (0.5, "floating-point values")]
+)
+def test_values_of_other_ranges_are_refused(value, words, tmp_path):
+    values = np.full((40, 24), value, np.float32 if isinstance(value, float) else np.int32)
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match=words):
+        images.read_image(tmp_path / "a.tif", (40, 24))
+
+
 def test_pixels_are_limited(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(PNG)
     monkeypatch.setattr(images, "MAX_PIXELS", 24 * 40)
