@@ -619,11 +619,14 @@ def test_lists_of_other_editors(text, tmp_path):
     assert ids.tolist() == [1, 2]
 
 
-@pytest.mark.parametrize("text", ["1,2,30", "1, 2,\t30\r\n", "\ufeff0001,2,\n30,", "1,\n\n2,30\n"])
+@pytest.mark.parametrize("text", ["1,2,30", "1, 2,\t30\r\n", "\ufeff0001,2,\n30,", "1,2\n30\n"])
 def test_ids_of_other_editors(text, tmp_path):
     (tmp_path / "exp").mkdir()
     write(tmp_path / "exp" / "train_id.txt", text)
     assert data_manager.read_ids(tmp_path, "train") == [1, 2, 30]
+    write(tmp_path / "exp" / "train_id.txt", f"{text},2")
+    with pytest.raises(InputError, match=r"train_id\.txt: lists id 2 twice"):
+        data_manager.read_ids(tmp_path, "train")
 
 
 RNG = np.random.default_rng(0)

@@ -80,6 +80,7 @@ HOSTILE = {
     "EXIF, as often as is allowed": (JPEG[:2] + EXIF * 100 + JPEG[2:], None),
     "other parts": (JPEG[:2] + b"\xff\xe1\0\x08http\0\0" * 200 + JPEG[2:], None),
     "EXIF, once more": (JPEG[:2] + EXIF * 101 + JPEG[2:], "a JPEG of more than 100 EXIF parts, which may take minutes"),
+    "numbers as text": (b"P3\n2 1\n255\n1 2 3\n4 5 6\n", "its numbers are written as text; convert it to PNG"),
     "a format that is not read": (encoded("GIF"), "cannot identify image file"),
 }
 
