@@ -68,7 +68,7 @@ TESTS = {
     "data_manager.py": "data_manager datasets llcm regdb tracks check_data bad_input",
     "datasets.py": "datasets data_loader tracks testa check_data bad_input",
     "tools/embedder.py": "search tracking index shortages export",
-    "tools/search/labels.py": "search tracks index search_watch",
+    "tools/search/labels.py": "search search_page tracks index search_watch",
     "tools/search/indexer.py": "search tracks index search_watch",
 }
 EXPORTS = "tests/test_augmentation.py::test_normalise_is_the_same_after_an_export"

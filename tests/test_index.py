@@ -599,6 +599,8 @@ def test_labels_of_a_table(tmp_path):
     labels = read_labels(None, table)
     assert labels("a.jpg") == {"camera": "3", "time": "2026-11-20 14:00:00"}
     assert (labels("b.jpg"), labels("c.jpg")) == ({}, None)
+    table.write_text("path, camera\n.\\a\\b.jpg, 3\n")  # of Windows, with spaces
+    assert read_labels(None, table)("a/b.jpg") == {"camera": "3"}
     for text, words in (
         ("path,time\na.jpg,noon\n", "labels.csv, line 2: time noon: is not a time; write it as 2026-11-20 or"),
         ("path, Camera\na.jpg,3\n", "labels.csv: its first line must name its columns"),
