@@ -283,7 +283,6 @@ def bupt_tracks(data_path, *names):
     Its lines are "person modality camera track", where the modality is RGB, IR or RGB/IR, both. `data_paths.json`, a
     large file, has the frames of each, by these four, below `DATA/`.
     """
-    check_data_folder(data_path)
     index, root, found = Path(data_path) / "data_paths.json", os.path.realpath(data_path), []
     form = f"'person modality camera track', with RGB, IR or RGB/IR and a camera of {', '.join(BUPT_CAMERAS)}"
     line = rf"({NUMBER}) (RGB|IR|RGB/IR) ({'|'.join(BUPT_CAMERAS)}) (\w+)"
