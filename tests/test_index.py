@@ -17,6 +17,7 @@ from tools.search import file_index, server_index
 from tools.search.address import open_index
 from tools.search.file_index import FileIndex
 from tools.search.index import Entry, Filter, track_key
+from tools.search.indexer import list_images
 from tools.search.labels import parse_time, read_labels
 from utils import InputError
 
@@ -663,6 +664,16 @@ def test_what_helps_depends_on_the_fault(name, remedy, tmp_path):
     with pytest.raises(InputError, match=f"{re.escape(words)}$"), index._errors():
         raise error
     index.close()
+
+
+def test_an_image_whose_name_is_not_utf_8_is_listed(tmp_path):
+    """As old archives unpack them."""
+    for name in (b"a\xff.jpg", b"b.jpg"):
+        open(os.path.join(bytes(tmp_path), name), "w").close()
+    files, unreadable, _, _ = list_images(str(tmp_path))
+    assert [*files] == [str(tmp_path / "b.jpg")]
+    (line,) = unreadable
+    assert line.endswith(r"/a\xff.jpg': its name is not UTF-8; rename it")
 
 
 def test_a_name_that_is_not_utf_8_is_told(tmp_path):
