@@ -67,7 +67,7 @@ TESTS = {
     "core/images.py": "images data_loader data_manager bad_input shortages tracks",
     "data_manager.py": "data_manager datasets llcm regdb tracks check_data bad_input",
     "datasets.py": "datasets data_loader tracks testa check_data bad_input",
-    "tools/embedder.py": "search tracking index shortages export",
+    "tools/embedder.py": "search tracking index shortages export public_reports",
     "tools/search/labels.py": "search search_page tracks index search_watch",
     "tools/search/indexer.py": "search tracks index search_watch",
 }

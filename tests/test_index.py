@@ -1,6 +1,7 @@
 """The index of images: the same tests on a SQLite file and on a PostgreSQL server, against plain NumPy."""
 
 import contextlib
+import errno
 import itertools
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import re
 import sqlite3
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from tools.search import file_index, server_index
 from tools.search.address import open_index
 from tools.search.file_index import FileIndex
 from tools.search.index import Entry, Filter, track_key
-from tools.search.indexer import list_images
+from tools.search.indexer import list_images, open_to_write, spread_tracks
 from tools.search.labels import parse_time, read_labels
 from utils import InputError
 
@@ -600,10 +602,11 @@ def test_labels_of_a_table(tmp_path):
     labels = read_labels(None, table)
     assert labels("a.jpg") == {"camera": "3", "time": "2026-11-20 14:00:00"}
     assert (labels("b.jpg"), labels("c.jpg")) == ({}, None)
-    table.write_text("path, camera\n.\\a\\b.jpg, 3\n")  # of Windows, with spaces
+    table.write_text("\ufeffpath, camera\n.\\a\\b.jpg, 3\n")  # of Windows, with spaces
     assert read_labels(None, table)("a/b.jpg") == {"camera": "3"}
     for text, words in (
         ("path,time\na.jpg,noon\n", "labels.csv, line 2: time noon: is not a time; write it as 2026-11-20 or"),
+        ("path,camera,camera\na.jpg,3,3\n", "labels.csv: has two columns camera; keep one"),
         ("path, Camera\na.jpg,3\n", "labels.csv: its first line must name its columns"),
     ):
         table.write_text(text)
@@ -674,6 +677,43 @@ def test_an_image_whose_name_is_not_utf_8_is_listed(tmp_path):
     assert [*files] == [str(tmp_path / "b.jpg")]
     (line,) = unreadable
     assert line.endswith(r"/a\xff.jpg': its name is not UTF-8; rename it")
+
+
+def test_images_that_cannot_be_checked_are_not_taken_for_deleted(tmp_path, monkeypatch):
+    errors = {
+        "gone.jpg": FileNotFoundError(errno.ENOENT, "gone"),
+        "locked.jpg": PermissionError(errno.EACCES, "locked"),
+    }
+    for name in (*errors, "good.jpg"):
+        (tmp_path / name).touch()
+    stat = os.stat
+
+    def some(path, **more):
+        if error := errors.get(os.path.basename(path)):
+            raise error
+        return stat(path, **more)
+
+    monkeypatch.setattr(os, "stat", some)
+    files, unreadable, unchecked, _ = list_images(str(tmp_path))
+    monkeypatch.undo()
+    assert [*files] == [f"{tmp_path}/good.jpg"]
+    assert unreadable == [f"{tmp_path}/{name}.jpg: cannot be read ({name})" for name in ("gone", "locked")]
+    assert unchecked == (f"{tmp_path}/locked.jpg",)
+
+
+@pytest.mark.parametrize("flags", [{"resume": "x.t"}, {"modality": "visible"}])
+def test_a_file_is_made_with_all_that_an_index_needs(flags, tmp_path):
+    with pytest.raises(InputError, match="there is no index yet; pass --resume and --modality"):
+        open_to_write(SimpleNamespace(index=f"{tmp_path}/a.db", **{"resume": None, "modality": None} | flags))
+    assert not [*tmp_path.iterdir()]
+
+
+def test_tracks_of_one_name_in_several_folders_are_told():
+    """Unless their cameras tell them apart."""
+    tracks = [("/a/1.jpg", "1", None), ("/a/2.jpg", "1", None), ("/a/3.jpg", "2", None), ("/b/1.jpg", "2", None)]
+    tracks += [("/a/4.jpg", "3", "c"), ("/b/4.jpg", "3", "d")]
+    labels = {path: {"track": f"/f//{track}", "camera": camera} for path, track, camera in tracks}
+    assert spread_tracks(labels | {"/a/5.jpg": {}}) == ["2"]
 
 
 def test_a_name_that_is_not_utf_8_is_told(tmp_path):
