@@ -14,16 +14,18 @@ from utils import InputError, cores, map_processes, one_line, progress, shortage
 
 # What cameras and data sets produce. Pillow detects a format by a file's content and passes some formats, such as
 # PostScript, to other programs.
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000")
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM")
 warnings.filterwarnings("ignore", module="PIL")  # of what a damaged file contains; the error says it in one line
 MAX_BYTES = 2**28  # of an image file
-MAX_READS = 2**22  # of its parts; a BMP in runs has two reads to a run
+MAX_READS = 2**20  # of its parts
+MAX_EXIF = 2**16  # bytes or characters: what a JPEG holds; Pillow copies what any of its entries names
 SPAN = 64  # of 256 gray levels, that an image of 16 bits must use
 MAX_PIXELS = 2**26  # of an image file, 8192 x 8192: some formats take minutes to decode more
 Image.MAX_IMAGE_PIXELS = None  # of Pillow, which warns first and refuses later
 # Of a JPEG, at most 100. A progressive one has about ten scans; a phone's may have a hundred parts that are not EXIF.
 MOST = {"scans": rb"\xff\xda", "EXIF parts": rb"(?s)\xff\xe1..Exif\0"}
 WHITE_IS_ZERO = 262  # a tag of TIFF, PhotometricInterpretation, if it is 0
+PART_BYTES = (279, 325)  # tags of TIFF: the bytes of each strip, or of each tile
 CHUNK = 32  # images that a process decodes at a time
 
 
@@ -46,12 +48,19 @@ def read_image(path, size):
         with Image.open(_Content(content), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than 2^26")
+            if any(len(image.info.get(name, "")) > MAX_EXIF for name in ("exif", "Raw profile type exif")):
+                raise ValueError("EXIF data of more than 64 KiB; save it anew")
+            tags = getattr(image, "tag_v2", {})
+            if sum(map(sum, filter(None, map(tags.get, PART_BYTES)))) > len(content):  # one again and again
+                raise ValueError("more parts than an image has; save it anew")
+            if image.tile and image.tile[0][0] == "bmp_rle":  # six bytes of one take gigabytes
+                raise ValueError("a BMP in runs; convert it to PNG")
             if image.tile and image.tile[0][0] == "ppm_plain":  # some take Pillow minutes
                 raise ValueError("its numbers are written as text; convert it to PNG")
             if image.tile and image.tile[0][0] == "ppm" and image.tile[0][3] == ("RGB", 2**16 - 1):
                 raise ValueError("16-bit colours of a PPM, which Pillow rounds; convert it to PNG")
             deep = image.mode.startswith("I") or ";16" in str(image.tile[:1])
-            if deep and getattr(image, "tag_v2", {}).get(WHITE_IS_ZERO) == 0:  # Pillow turns 8 bits only
+            if deep and tags.get(WHITE_IS_ZERO) == 0:  # Pillow turns 8 bits only
                 raise ValueError("white is 0 in its 16 bits; convert it to PNG")
             image = _rgb(ImageOps.exif_transpose(image))
             if deep:

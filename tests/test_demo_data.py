@@ -1,5 +1,6 @@
 """demo_data.py: exact layouts, a seed fixes every byte, nothing half-made is left, and colour tells nothing."""
 
+import errno
 import hashlib
 import itertools
 import json
@@ -359,6 +360,23 @@ def test_interrupted_run_leaves_nothing(tmp_path, monkeypatch, fault):
     assert not any(name.startswith("out") for name in seen[-1])
     assert not list(tmp_path.iterdir())
     assert not multiprocessing.active_children()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(_, file, *__, **___):
+        Path(file).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "old.png").write_text("old")
+    plain, words = ["--ids", "6", "--images", "1", "--workers", "0"], r": cannot be written \(No space left on device\)"
+    monkeypatch.setattr(demo_data, "draw_sheet", lambda *_: type("Sheet", (), {"save": full})())
+    with pytest.raises(utils.InputError, match=rf"old\.png{words}"):
+        demo_data.main(["--out", str(tmp_path / "out"), *plain, "--sheet", str(tmp_path / "old.png")])
+    assert (tmp_path / "old.png").read_text() == "old"
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(utils.InputError, match=rf"new{words}"):
+        demo_data.main(["--out", str(tmp_path / "new"), *plain])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old.png", "out"]
 
 
 @pytest.mark.parametrize("folder", ["new", "out"])

@@ -1,6 +1,7 @@
 """The pretrained start: what it scales, what it saves, and what the triplets do from there."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +54,14 @@ def others(tmp_path_factory):
 def start(tree, out, triplet, steps):
     flags = ["--data_path", str(tree), "--out", str(out), "--gpu", "cpu", "--triplet", str(triplet), *SIZE, *CROP]
     return pretrain.main([*flags, "--steps", str(steps)])
+
+
+def test_the_writer_is_python_s_own(tmp_path, monkeypatch):
+    """On a full disk, PyTorch's has an error that does not say why."""
+    written = []
+    monkeypatch.setattr(torch, "save", lambda content, file: written.append(file.name))
+    pretrain.save(torch.nn.Linear(1, 1), tmp_path / "a.pth")
+    assert [*map(Path, written)] == [tmp_path / "a.pth"]
 
 
 def test_too_few_people_are_told_before_the_training(tmp_path, monkeypatch):

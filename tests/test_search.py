@@ -873,6 +873,18 @@ def test_any_time_of_a_file_is_one_of_the_index(stamp, monkeypatch):
         assert datetime.datetime.fromisoformat(text).timestamp() == stamp // 10**9
 
 
+def test_a_zone_of_a_day_is_refused(monkeypatch):
+    """POSIX allows it, Python does not."""
+    monkeypatch.setenv("TZ", "XYZ24")
+    try:
+        time.tzset()
+        with pytest.raises(InputError, match="^TZ: is a zone of a day or more from UTC; set it to another"):
+            labels.file_time("1 1000000000000000000")
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
 def test_a_port_that_is_taken_is_named(made):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

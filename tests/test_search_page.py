@@ -409,6 +409,16 @@ def test_a_folder_is_compared_as_text(running, site, tmp_path):
     assert answer == (400, f"{site.index}: none of its images fits all filters; leave one out")
 
 
+@pytest.mark.parametrize("part", ["zz", "-1", "5\r\nab"])
+def test_what_is_no_http_writes_nothing_on_the_terminal(part, running, caplog):
+    with socket.create_connection(("127.0.0.1", running.port), timeout=20) as client:
+        client.sendall(f"GET / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n{part}\r\n".encode())
+        assert client.recv(99).startswith((b"HTTP/1.1 400", b"HTTP/1.1 403"))
+        while client.recv(999):
+            pass
+    assert not caplog.records
+
+
 def test_an_error_names_the_upload_in_one_line(running, site):
     body = multipart(FORM.items(), [("images", "b.jpg", b"no image")])
     status, text, _ = ask(running, "POST", "/search", *body)

@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from scipy.io import loadmat, savemat
 
 import utils
-from core.files import check_output, regular, temporary_name
+from core.files import atomic, check_output, regular, temporary_name, writing
 from data_manager import BUPT_CAMERAS, DEMO_FILE, VCM_FEWEST, load_permutations
 
 SPECTRA = {  # layout -> camera -> spectrum
@@ -787,6 +787,7 @@ def main(argv=None) -> dict:
         reason = f"{error.strerror}: {error.filename}"
         raise utils.InputError(f"--out {args.out}: {reason}; choose a folder that can be created") from error
     with contextlib.ExitStack() as stack:
+        stack.enter_context(writing(args.out))
         stack.callback(shutil.rmtree, beside, ignore_errors=True)
         unfinished = beside / out.name  # takes its place when it is complete
         jobs = [(unfinished, layout, args.seed, people[folder.identity], folder) for folder in folders]
@@ -798,7 +799,8 @@ def main(argv=None) -> dict:
             (unfinished / name).write_bytes(content)
         unfinished.rename(out)
     if args.sheet:
-        draw_sheet(out, layout, folders).save(args.sheet, optimize=True)
+        with atomic(args.sheet) as temporary:
+            draw_sheet(out, layout, folders).save(temporary, "PNG", optimize=True)
     print(f"{out}: {images:,} images of {len(people)} people")
     return {"out": out, "ids": len(people), "images": images}
 

@@ -56,16 +56,21 @@ def main(argv=None):
         raise InputError(f"--data_path {args.data_path}: has {data.num_classes} people; draw at least {PEOPLE}")
     resnet = pretrain(backbone(args.arch).network, data, args.steps, args.padding, device)
     with atomic(args.out) as temporary:
-        torch.save(resnet.state_dict(), temporary)
+        save(resnet, temporary)
         batches = first_batches(temporary, args.arch, data, args.padding, device)
         factor = 1.0
         if args.triplet:
             factor = brentq(lambda scale: first_triplet(batches, scale) - args.triplet, 1e-3, 1e3, xtol=1e-4)
             scale_last_stage(resnet, factor)
-            torch.save(resnet.state_dict(), temporary)
+            save(resnet, temporary)
     triplet = first_triplet(batches, factor)
     print(f"{args.out}: a training begins with a triplet loss of {triplet:.1f} (published, not squared)")
     return triplet
+
+
+def save(resnet, path):
+    with open(path, "wb") as file:  # of a file that Python has opened, a full disk is an OSError
+        torch.save(resnet.state_dict(), file)
 
 
 def pretrain(resnet, data, steps, padding, device):

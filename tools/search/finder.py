@@ -51,7 +51,7 @@ class Finder:
         for name in camera:
             if name not in cameras:
                 known = ", ".join(filter(None, cameras)) or "none; index again with --pattern or --csv"
-                raise InputError(f"--camera {name}: {self.index.uri} has no image of it; its cameras: {known}")
+                raise InputError(f"--camera {name}: {self.index.uri} has no image of it; its cameras: {known:.300}")
         first = parse_time(start, "--from") if start else None
         last = parse_time(end, "--to", end=True) if end else None
         if first and last and first >= last:

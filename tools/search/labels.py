@@ -139,8 +139,11 @@ def file_time(stamp):
     """The time of a file in this machine's zone, with its offset from UTC, which tells it from a label. Once stored, it
     stays, whatever zone the machine has later."""
     moment = EPOCH + timedelta(seconds=min(max(int(stamp.split()[1]) // 10**9, FIRST), LAST))
-    minutes = round(moment.astimezone().utcoffset() / timedelta(minutes=1))  # before standard times, it has seconds
-    return time_text(moment.astimezone(timezone(timedelta(minutes=minutes))))
+    try:
+        minutes = round(moment.astimezone().utcoffset() / timedelta(minutes=1))  # before standard times, it has seconds
+        return time_text(moment.astimezone(timezone(timedelta(minutes=minutes))))
+    except ValueError as error:
+        raise InputError("TZ: is a zone of a day or more from UTC; set it to another, such as Europe/Paris") from error
 
 
 def wall_clock(time):

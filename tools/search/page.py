@@ -82,6 +82,11 @@ class Connection(H11Protocol):
             transport.abort()
         self.loop.call_later(REQUEST_SECONDS, self._end_if_late)
 
+    def send_400_response(self, msg):
+        super().send_400_response(msg)
+        if self.cycle:
+            self.cycle.disconnected = True  # it has been answered; a second answer would be an error
+
     def _end_if_late(self):
         if self.cycle is None or self.cycle.more_body:
             self.transport.abort()
