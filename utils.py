@@ -43,14 +43,10 @@ def printable(text):
 FLAGS = set()  # of this program, for remedies
 NO_WORKERS = ("pass", "--workers 0")
 SMALLER = ("lower", "--batch_size", "--test_batch", "--batch", "--workers")
+TOO_MANY = rf"Too many open files|ancdata|exit code {errno.EMFILE}\b"  # that of `_end_unsent`
 # What runs out: how errors say it, what the line says, and what helps, by flags that the program has or without.
 SHORTAGES = (
-    (
-        rf"Too many open files|ancdata|exit code {errno.EMFILE}\b",
-        "too many files are open",
-        NO_WORKERS,
-        "raise the limit: ulimit -n 4096",
-    ),
+    (TOO_MANY, "too many files are open", NO_WORKERS, "raise the limit: ulimit -n 4096"),
     ("shared memory|Bus error", "/dev/shm is too small or missing", NO_WORKERS, "enlarge it: docker run --shm-size=8g"),
     ("new thread|Resource temporarily", "no more processes can be started", NO_WORKERS, "raise the limit: ulimit -u"),
     ("CUDA.*out of memory|ALLOC_FAILED", "the GPU's memory is full", SMALLER[:-1], "end other programs on it"),
