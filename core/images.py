@@ -38,30 +38,11 @@ def read_image(path, size):
     try:
         with open(regular(path), "rb") as file:
             content = file.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            raise ValueError(f"more than {MAX_BYTES >> 20} MiB")
-        # Each scan is decoded over the whole image, however short it is, and each part is appended to a copy of all.
-        for name, begin in MOST.items():
-            if content.startswith(b"\xff\xd8") and len(re.findall(begin, content)) > 100:
-                raise ValueError(f"a JPEG of more than 100 {name}, which may take minutes; save it anew")
+        _check_content(content)
         # Of a path, Pillow would map some TIFF files with the height and width that they have after they are turned.
         with Image.open(_Content(content), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels are more than 2^26")
-            if any(len(image.info.get(name, "")) > MAX_EXIF for name in ("exif", "Raw profile type exif")):
-                raise ValueError("EXIF data of more than 64 KiB; save it anew")
-            tags = getattr(image, "tag_v2", {})
-            if sum(map(sum, filter(None, map(tags.get, PART_BYTES)))) > len(content):  # one again and again
-                raise ValueError("more parts than an image has; save it anew")
-            if image.tile and image.tile[0][0] == "bmp_rle":  # six bytes of one take gigabytes
-                raise ValueError("a BMP in runs; convert it to PNG")
-            if image.tile and image.tile[0][0] == "ppm_plain":  # some take Pillow minutes
-                raise ValueError("its numbers are written as text; convert it to PNG")
-            if image.tile and image.tile[0][0] == "ppm" and image.tile[0][3] == ("RGB", 2**16 - 1):
-                raise ValueError("16-bit colours of a PPM, which Pillow rounds; convert it to PNG")
-            deep = image.mode.startswith("I") or ";16" in str(image.tile[:1])
-            if deep and tags.get(WHITE_IS_ZERO) == 0:  # Pillow turns 8 bits only
-                raise ValueError("white is 0 in its 16 bits; convert it to PNG")
+            _check_header(image, len(content))
+            deep = _is_deep(image)
             image = _rgb(ImageOps.exif_transpose(image))
             if deep:
                 _check_span(image)
@@ -78,6 +59,41 @@ def read_image(path, size):
 def image_suffixes():
     """How the names of images in FORMATS end, in lower case."""
     return {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+
+
+def _check_content(content):
+    """Raise ValueError for a file on which Pillow would spend minutes before it knows the size of the image."""
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"more than {MAX_BYTES >> 20} MiB")
+    # Each scan is decoded over the whole image, however short it is, and each part is appended to a copy of all.
+    for name, begin in MOST.items():
+        if content.startswith(b"\xff\xd8") and len(re.findall(begin, content)) > 100:
+            raise ValueError(f"a JPEG of more than 100 {name}, which may take minutes; save it anew")
+
+
+def _check_header(image, size):
+    """Raise ValueError for an image, of a file of `size` bytes, that Pillow reads wrongly, for minutes, or into
+    gigabytes."""
+    tags, (codec, values) = getattr(image, "tag_v2", {}), (image.tile[0][::3] if image.tile else ("", None))
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are more than 2^26")
+    if any(len(image.info.get(name, "")) > MAX_EXIF for name in ("exif", "Raw profile type exif")):
+        raise ValueError("EXIF data of more than 64 KiB; save it anew")
+    if sum(map(sum, filter(None, map(tags.get, PART_BYTES)))) > size:  # one part again and again
+        raise ValueError("more parts than an image has; save it anew")
+    if codec == "bmp_rle":  # six bytes of one take gigabytes
+        raise ValueError("a BMP in runs; convert it to PNG")
+    if codec == "ppm_plain":  # some take minutes
+        raise ValueError("its numbers are written as text; convert it to PNG")
+    if codec == "ppm" and values == ("RGB", 2**16 - 1):
+        raise ValueError("16-bit colours of a PPM, which Pillow rounds; convert it to PNG")
+    if _is_deep(image) and tags.get(WHITE_IS_ZERO) == 0:  # Pillow turns 8 bits only
+        raise ValueError("white is 0 in its 16 bits; convert it to PNG")
+
+
+def _is_deep(image):
+    """Whether a value has 16 bits in the file."""
+    return image.mode.startswith("I") or ";16" in str(image.tile[:1])
 
 
 class _Content(io.BytesIO):

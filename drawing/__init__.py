@@ -2,5 +2,5 @@
 
 import os
 
-# Before Matplotlib is imported: Jupyter names a backend that its own environment has.
+# Before Matplotlib is imported: Jupyter names a backend that only its own environment has.
 os.environ["MPLBACKEND"] = "agg"
