@@ -18,12 +18,11 @@ FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM")
 warnings.filterwarnings("ignore", module="PIL")  # of what a damaged file contains; the error says it in one line
 MAX_BYTES = 2**28  # of an image file
 MAX_READS = 2**20  # of its parts
-MAX_EXIF = 2**16  # bytes or characters: what a JPEG holds; Pillow copies what any of its entries names
+MAX_EXIF = 2**17  # bytes; a JPEG has 2^16 in a part; Pillow appends each part to a copy, and copies what entries name
 SPAN = 64  # of 256 gray levels, that an image of 16 bits must use
 MAX_PIXELS = 2**26  # of an image file, 8192 x 8192: some formats take minutes to decode more
 Image.MAX_IMAGE_PIXELS = None  # of Pillow, which warns first and refuses later
-# Of a JPEG, at most 100. A progressive one has about ten scans; a phone's may have a hundred parts that are not EXIF.
-MOST = {"scans": rb"\xff\xda", "EXIF parts": rb"(?s)\xff\xe1..Exif\0"}
+MOST_SCANS = 100  # of a JPEG; a progressive one has about ten
 WHITE_IS_ZERO = 262  # a tag of TIFF, PhotometricInterpretation, if it is 0
 PART_BYTES = (279, 325)  # tags of TIFF: the bytes of each strip, or of each tile
 CHUNK = 32  # images that a process decodes at a time
@@ -65,10 +64,16 @@ def _check_content(content):
     """Raise ValueError for a file on which Pillow would spend minutes before it knows the size of the image."""
     if len(content) > MAX_BYTES:
         raise ValueError(f"more than {MAX_BYTES >> 20} MiB")
-    # Each scan is decoded over the whole image, however short it is, and each part is appended to a copy of all.
-    for name, begin in MOST.items():
-        if content.startswith(b"\xff\xd8") and len(re.findall(begin, content)) > 100:
-            raise ValueError(f"a JPEG of more than 100 {name}, which may take minutes; save it anew")
+    if not content.startswith(b"\xff\xd8"):
+        return
+    if content.count(b"\xff\xda") > MOST_SCANS:  # each is decoded over the whole image, however short it is
+        raise ValueError(f"a JPEG of more than {MOST_SCANS} scans, which take minutes; save it anew")
+    _check_exif(sum(int.from_bytes(length) for length in re.findall(rb"(?s)\xff\xe1(..)Exif\0", content)))
+
+
+def _check_exif(size):
+    if size > MAX_EXIF:
+        raise ValueError(f"EXIF data of more than {MAX_EXIF >> 10} KiB; save it anew")
 
 
 def _check_header(image, size):
@@ -77,8 +82,7 @@ def _check_header(image, size):
     tags, (codec, values) = getattr(image, "tag_v2", {}), (image.tile[0][::3] if image.tile else ("", None))
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are more than 2^26")
-    if any(len(image.info.get(name, "")) > MAX_EXIF for name in ("exif", "Raw profile type exif")):
-        raise ValueError("EXIF data of more than 64 KiB; save it anew")
+    _check_exif(max(len(image.info.get(name, "")) for name in ("exif", "Raw profile type exif")))
     if sum(map(sum, filter(None, map(tags.get, PART_BYTES)))) > size:  # one part again and again
         raise ValueError("more parts than an image has; save it anew")
     if codec == "bmp_rle":  # six bytes of one take gigabytes

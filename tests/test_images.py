@@ -97,22 +97,23 @@ def bmp_in_runs():
     return b"BM" + struct.pack("<IHHI", 20 + len(header), 0, 0, 14 + len(header)) + header + b"\0\2\0\x20\0\1"
 
 
-EXIF = b"\xff\xe1\0\x08Exif\0\0"
+EXIF = b"\xff\xe1\xff\xffExif\0\0" + b"II*\0\x08\0\0\0" + bytes(2**16 - 17)
 HOSTILE = {
     "empty parts": (PNG[:33] + (b"\0\0\0\0teSt" + zlib.crc32(b"teSt").to_bytes(4)) * 1000 + PNG[33:], "more parts"),
     "no end": (JPEG[:300] + bytes(2000), "more parts than an image has; save it anew"),
     "one place again and again": (tags_of_one_place(3000, 100_000), "more parts"),
-    "EXIF, as often as is allowed": (JPEG[:2] + EXIF * 100 + JPEG[2:], None),
+    "EXIF in two parts": (JPEG[:2] + EXIF * 2 + JPEG[2:], None),
     "other parts": (JPEG[:2] + b"\xff\xe1\0\x08http\0\0" * 200 + JPEG[2:], None),
-    "EXIF, once more": (JPEG[:2] + EXIF * 101 + JPEG[2:], "a JPEG of more than 100 EXIF parts, which may take minutes"),
+    "EXIF in three parts": (JPEG[:2] + EXIF * 3 + JPEG[2:], "EXIF data of more than 128 KiB; save it anew"),
+    "EXIF in many": (JPEG[:2] + b"\xff\xe1\0\x08Exif\0\0" * (2**14 + 1) + JPEG[2:], "EXIF data of more than"),
     "numbers as text": (b"P3\n2 1\n255\n1 2 3\n4 5 6\n", "its numbers are written as text; convert it to PNG"),
     "GIF": (encoded("GIF"), "cannot identify image file"),
     "JPEG 2000": (encoded("JPEG2000"), "cannot identify image file"),
     "a strip for each row": (strips(range(8, 968, 24)), None),
     "one strip again and again": (strips([8] * 40), "more parts than an image has; save it anew"),
-    "EXIF of 64 KiB": (png_with(b"eXIf", b"II*\0\x08\0\0\0" + bytes(2**16 - 14)), None),
-    "more EXIF": (png_with(b"eXIf", b"II*\0\x08\0\0\0" + bytes(2**16 - 13)), "EXIF data of more than 64 KiB"),
-    "EXIF as text": (png_with(b"tEXt", b"Raw profile type exif\0" + b"0" * 70_000), "EXIF data of more than 64 KiB"),
+    "EXIF of 128 KiB": (png_with(b"eXIf", b"II*\0\x08\0\0\0" + bytes(2**17 - 14)), None),
+    "more EXIF": (png_with(b"eXIf", b"II*\0\x08\0\0\0" + bytes(2**17 - 13)), "EXIF data of more than 128 KiB"),
+    "EXIF as text": (png_with(b"tEXt", b"Raw profile type exif\0" + b"0" * 140_000), "EXIF data of more than 128 KiB"),
     "a BMP in runs": (bmp_in_runs(), "a BMP in runs; convert it to PNG"),
 }
 
