@@ -18,9 +18,7 @@ FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM")
 warnings.filterwarnings("ignore", module="PIL")  # of what a damaged file contains; the error says it in one line
 MAX_BYTES = 2**28  # of an image file
 MAX_READS = 2**20  # of its parts
-MAX_EXIF = (
-    3 * 2**15
-)  # bytes; a JPEG has 2^16 in a part; Pillow appends each part to a copy, and copies what entries name
+MAX_EXIF = 3 * 2**15  # bytes; a part of a JPEG has 2^16. Pillow copies all for each part, and what each entry names
 SPAN = 64  # of 256 gray levels, that an image of 16 bits must use
 MAX_PIXELS = 2**26  # of an image file, 8192 x 8192: some formats take minutes to decode more
 Image.MAX_IMAGE_PIXELS = None  # of Pillow, which warns first and refuses later
