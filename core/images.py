@@ -22,7 +22,7 @@ MAX_EXIF = 3 * 2**15  # bytes; a part of a JPEG has 2^16. Pillow copies all for 
 SPAN = 64  # of 256 gray levels, that an image of 16 bits must use
 MAX_PIXELS = 2**26  # of an image file, 8192 x 8192: some formats take minutes to decode more
 Image.MAX_IMAGE_PIXELS = None  # of Pillow, which warns first and refuses later
-MOST_SCANS = 100  # of a JPEG; a progressive one has about ten
+MOST_SCANS, MOST_SCANNED = 100, 2**30  # of a JPEG, and its pixels in all of them; a progressive one has about ten
 WHITE_IS_ZERO = 262  # a tag of TIFF, PhotometricInterpretation, if it is 0
 PART_BYTES = (279, 325)  # tags of TIFF: the bytes of each strip, or of each tile
 CHUNK = 32  # images that a process decodes at a time
@@ -40,7 +40,7 @@ def read_image(path, size):
         _check_content(content)
         # Of a path, Pillow would map some TIFF files with the height and width that they have after they are turned.
         with Image.open(_Content(content), formats=FORMATS) as image:
-            _check_header(image, len(content))
+            _check_header(image, content)
             deep = _is_deep(image)
             image = _rgb(ImageOps.exif_transpose(image))
             if deep:
@@ -64,11 +64,8 @@ def _check_content(content):
     """Raise ValueError for a file on which Pillow would spend minutes before it knows the size of the image."""
     if len(content) > MAX_BYTES:
         raise ValueError(f"more than {MAX_BYTES >> 20} MiB")
-    if not content.startswith(b"\xff\xd8"):
-        return
-    if content.count(b"\xff\xda") > MOST_SCANS:  # each is decoded over the whole image, however short it is
-        raise ValueError(f"a JPEG of more than {MOST_SCANS} scans, which take minutes; save it anew")
-    _check_exif(sum(int.from_bytes(length) for length in re.findall(rb"(?s)\xff\xe1(..)Exif\0", content)))
+    if content.startswith(b"\xff\xd8"):
+        _check_exif(sum(int.from_bytes(length) for length in re.findall(rb"(?s)\xff\xe1(..)Exif\0", content)))
 
 
 def _check_exif(size):
@@ -76,14 +73,17 @@ def _check_exif(size):
         raise ValueError(f"EXIF data of more than {MAX_EXIF >> 10} KiB; save it anew")
 
 
-def _check_header(image, size):
-    """Raise ValueError for an image, of a file of `size` bytes, that Pillow reads wrongly, for minutes, or into
-    gigabytes."""
+def _check_header(image, content):
+    """Raise ValueError for the image of a file that Pillow reads wrongly, for minutes, or into gigabytes."""
     tags, (codec, values) = getattr(image, "tag_v2", {}), (image.tile[0][::3] if image.tile else ("", None))
-    if image.width * image.height > MAX_PIXELS:
+    pixels = image.width * image.height
+    if pixels > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are more than 2^26")
     _check_exif(max(len(image.info.get(name, "")) for name in ("exif", "Raw profile type exif")))
-    if sum(map(sum, filter(None, map(tags.get, PART_BYTES)))) > size:  # one part again and again
+    scans = content.count(b"\xff\xda") if codec == "jpeg" else 0  # over the whole image, however short they are
+    if scans > MOST_SCANS or scans * pixels > MOST_SCANNED:
+        raise ValueError(f"a JPEG of {scans} scans, which take too long; save it anew")
+    if sum(map(sum, filter(None, map(tags.get, PART_BYTES)))) > len(content):  # one part again and again
         raise ValueError("more parts than an image has; save it anew")
     if codec == "bmp_rle":  # six bytes of one take gigabytes
         raise ValueError("a BMP in runs; convert it to PNG")

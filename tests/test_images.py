@@ -164,7 +164,7 @@ def test_a_file_is_read_up_to_its_limit(tmp_path):
         images.read_image(tmp_path / "a.jpg", (40, 24))
 
 
-def test_scans_of_a_jpeg_are_limited(tmp_path):
+def test_scans_of_a_jpeg_are_limited(tmp_path, monkeypatch):
     """The last one again and again, of some 95 bytes: each is decoded over the whole image."""
     pixels = np.random.default_rng(0).integers(0, 256, (40, 24), np.uint8)
     for number in (1, 100, 101):
@@ -177,5 +177,12 @@ def test_scans_of_a_jpeg_are_limited(tmp_path):
             with Image.open(tmp_path / "a.jpg") as image:
                 expected = np.asarray(image.convert("RGB"))
             assert (images.read_image(tmp_path / "a.jpg", (40, 24)) == expected).all()
-    with pytest.raises(InputError, match=r"a\.jpg: cannot be read .*\(a JPEG of more than 100 scans, .*anew"):
+    words = r"a\.jpg: cannot be read .*\(a JPEG of %d scans, which take too long; save it anew\)"
+    with pytest.raises(InputError, match=words % 101):
+        images.read_image(tmp_path / "a.jpg", (40, 24))
+    (tmp_path / "a.jpg").write_bytes(content)
+    monkeypatch.setattr(images, "MOST_SCANNED", scans * 40 * 24)
+    images.read_image(tmp_path / "a.jpg", (40, 24))
+    monkeypatch.setattr(images, "MOST_SCANNED", scans * 40 * 24 - 1)
+    with pytest.raises(InputError, match=words % scans):
         images.read_image(tmp_path / "a.jpg", (40, 24))
