@@ -35,11 +35,8 @@ def read_image(path, size):
     dropped. Raises InputError for a file that is missing or cannot be read, or that would keep too little of 16 bits.
     """
     try:
-        with open(regular(path), "rb") as file:
-            content = file.read(MAX_BYTES + 1)
-        _check_content(content)
         # Of a path, Pillow would map some TIFF files with the height and width that they have after they are turned.
-        with Image.open(_Content(content), formats=FORMATS) as image:
+        with open(regular(path), "rb") as file, Image.open(_Content(content := _read(file)), formats=FORMATS) as image:
             _check_header(image, content)
             deep = _is_deep(image)
             image = _rgb(ImageOps.exif_transpose(image))
@@ -60,12 +57,14 @@ def image_suffixes():
     return {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
 
 
-def _check_content(content):
-    """Raise ValueError for a file on which Pillow would spend minutes before it knows the size of the image."""
+def _read(file):
+    """The bytes of a file. ValueError if Pillow would spend minutes on it before it knows the size of the image."""
+    content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         raise ValueError(f"more than {MAX_BYTES >> 20} MiB")
     if content.startswith(b"\xff\xd8"):
         _check_exif(sum(int.from_bytes(length) for length in re.findall(rb"(?s)\xff\xe1(..)Exif\0", content)))
+    return content
 
 
 def _check_exif(size):
