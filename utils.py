@@ -43,10 +43,9 @@ def printable(text):
 FLAGS = set()  # of this program, for remedies
 NO_WORKERS = ("pass", "--workers 0")
 SMALLER = ("lower", "--batch_size", "--test_batch", "--batch", "--workers")
-TOO_MANY = rf"Too many open files|ancdata|exit code {errno.EMFILE}\b"  # that of `_end_unsent`
 # What runs out: how errors say it, what the line says, and what helps, by flags that the program has or without.
 SHORTAGES = (
-    (TOO_MANY, "too many files are open", NO_WORKERS, "raise the limit: ulimit -n 4096"),
+    ("Too many open files|ancdata", "too many files are open", NO_WORKERS, "raise the limit: ulimit -n 4096"),
     ("shared memory|Bus error", "/dev/shm is too small or missing", NO_WORKERS, "enlarge it: docker run --shm-size=8g"),
     ("new thread|Resource temporarily", "no more processes can be started", NO_WORKERS, "raise the limit: ulimit -u"),
     ("CUDA.*out of memory|ALLOC_FAILED", "the GPU's memory is full", SMALLER[:-1], "end other programs on it"),
@@ -149,11 +148,7 @@ def begin_loading(_=None):
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (it stays open)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    Queue._on_queue_feeder_error = staticmethod(_end_unsent)
-
-
-def _end_unsent(error, _):
-    os._exit(errno.EMFILE if "open files" in str(error) else 1)  # the main process's error names this number
+    Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(1))
 
 
 def end_with_the_main_process():
