@@ -35,8 +35,8 @@ def read_image(path, size):
     dropped. Raises InputError for a file that is missing or cannot be read, or that would keep too little of 16 bits.
     """
     try:
-        # Of a path, Pillow would map some TIFF files with the height and width that they have after they are turned. The
-        # file stays open while Pillow imports its readers: where descriptors run out, that is an error with its reason.
+        # Of a path, Pillow would map some TIFF files with the height and width that they have after they are turned.
+        # The file stays open while Pillow imports its readers: where descriptors run out, that error has the reason.
         with open(regular(path), "rb") as file, Image.open(_Content(content := _read(file)), formats=FORMATS) as image:
             _check_header(image, content)
             deep = _is_deep(image)
