@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import signal
 import struct
+import subprocess
+import sys
 import types
 import zlib
 from concurrent.futures.process import BrokenProcessPool
@@ -145,6 +147,14 @@ def test_values_of_other_ranges_are_refused(value, words, tmp_path):
     Image.fromarray(values).save(tmp_path / "a.tif")
     with pytest.raises(InputError, match=words):
         images.read_image(tmp_path / "a.tif", (40, 24))
+
+
+def test_what_pillow_warns_of_is_not_on_the_terminal():
+    """pytest has filters of its own."""
+    warn = "warnings.warn_explicit('many', UserWarning, 'x.py', 1, 'PIL.TiffImagePlugin')"
+    for program, warned in ((f"import warnings; {warn}", True), (f"import core.images, warnings; {warn}", False)):
+        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert (result.returncode, "many" in result.stderr) == (0, warned)
 
 
 def test_pixels_are_limited(tmp_path, monkeypatch):

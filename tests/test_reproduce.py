@@ -199,6 +199,19 @@ def regdb(regdb_tree, tmp_path, monkeypatch):
     return lambda *more: reproduce.main([*argv, *more])
 
 
+def test_the_check_knows_the_backbone(regdb, monkeypatch):
+    checked = []
+
+    def in_a_process(function, flags):
+        checked.append(check_data.get_args_parser().parse_args(flags))
+        raise InputError("enough")
+
+    monkeypatch.setattr(reproduce, "in_a_process", in_a_process)
+    with pytest.raises(InputError, match="^enough$"):
+        regdb("--method", "base", "--", "--arch=resnet18")
+    assert [(args.dataset, args.arch) for args in checked] == [("regdb", "resnet18")]
+
+
 @pytest.mark.slow
 def test_scores_are_means_over_trials_then_over_seeds(regdb, tmp_path, monkeypatch):
     first, second = regdb("--method", "base", "agw", "--seeds", "0", "3", "0")

@@ -873,6 +873,13 @@ def test_any_time_of_a_file_is_one_of_the_index(stamp, monkeypatch):
         assert datetime.datetime.fromisoformat(text).timestamp() == stamp // 10**9
 
 
+def test_an_error_does_not_list_ten_thousand_cameras():
+    cameras = {f"camera{n}": 1 for n in range(10_000)}
+    index = SimpleNamespace(counts=lambda _: cameras, index=SimpleNamespace(uri="i.db"))
+    with pytest.raises(InputError, match=r"^--camera x: i\.db has no image of it; its cameras: camera0, .{250,350}$"):
+        finder.Finder.read_filter(index, ["x"])
+
+
 def test_a_zone_of_a_day_is_refused(monkeypatch):
     """POSIX allows it, Python does not."""
     monkeypatch.setenv("TZ", "XYZ24")
