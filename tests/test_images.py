@@ -88,6 +88,12 @@ def strips(places):
     return tiff([(273, 4, 40, 8 + len(pixels)), (278, 3, 1, 1), (279, 4, 40, 168 + len(pixels))], pixels + numbers)
 
 
+def tiles_of_one_place():
+    """Six of 16 x 16 pixels."""
+    numbers = struct.pack("<6I", *[8] * 6) + struct.pack("<6I", *[256] * 6)
+    return tiff([(322, 3, 1, 16), (323, 3, 1, 16), (324, 4, 6, 264), (325, 4, 6, 288)], bytes(256) + numbers)
+
+
 def png_with(kind, content):
     """A PNG file with one part more."""
     part = len(content).to_bytes(4) + kind + content + zlib.crc32(kind + content).to_bytes(4)
@@ -112,6 +118,8 @@ HOSTILE = {
     "GIF": (encoded("GIF"), "cannot identify image file"),
     "JPEG 2000": (encoded("JPEG2000"), "cannot identify image file"),
     "a strip for each row": (strips(range(8, 968, 24)), None),
+    "scans of no JPEG": (png_with(b"teSt", b"\xff\xda" * 101), None),
+    "one tile again and again": (tiles_of_one_place(), "more parts than an image has; save it anew"),
     "one strip again and again": (strips([8] * 40), "more parts than an image has; save it anew"),
     "EXIF of 96 KiB": (png_with(b"eXIf", b"II*\0\x08\0\0\0" + bytes(3 * 2**15 - 14)), None),
     "more EXIF": (png_with(b"eXIf", b"II*\0\x08\0\0\0" + bytes(3 * 2**15 - 13)), "EXIF data of more than 96 KiB"),
