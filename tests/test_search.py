@@ -844,6 +844,26 @@ def test_a_program_that_only_an_index_names_is_not_run(tmp_path):
         search.main(f"query x.jpg --modality visible --index {file} --gpu cpu --resume {marker}".split())
 
 
+@pytest.mark.parametrize(
+    ("sha256", "there", "expected"), [("0", True, "net.t"), ("0", False, "own.onnx"), ("1", True, "own.onnx")]
+)
+def test_an_index_remembers_the_checkpoint_of_an_onnx_file(sha256, there, expected, tmp_path):
+    """The file embeds one modality only: queries of the other need the checkpoint, while it is there."""
+    file, own, net, folder = (tmp_path / name for name in ("i.db", "own.onnx", "net.t", "site"))
+    means_as_onnx(own, "b", [2, 3])
+    folder.mkdir()
+    Image.new("RGB", (16, 48), (1, 0, 0)).save(folder / "a.png")
+    if there:
+        net.touch()
+    with contextlib.closing(FileIndex(file, create=True)) as index:
+        index.begin(str(net), 64 * sha256, "FC", 3)
+    assert run_index(folder, file, "--resume", own, "--modality", "visible")["images"] == 1
+    with contextlib.closing(FileIndex(file)) as index:
+        assert index.versions()[-1]["checkpoint"] == str(tmp_path / expected)
+    with pytest.raises(InputError, match="own.onnx: embeds visible images, not infrared ones; pass the .onnx file of"):
+        run_query(file, [folder / "a.png"], "--resume", own)
+
+
 def test_onnx_files_of_another_batch_are_one_line(pictures, tmp_path):
     """One row for any number of images would be the feature of them all."""
     means_as_onnx(tmp_path / "one.onnx", "b", [0, 2, 3])
@@ -947,6 +967,12 @@ def test_crops_of_another_kind_are_refused(checkpoint):
             embed.embed_crops([good, bad], "visible", "RGB")
     with pytest.raises(InputError, match="colours 'rgb': pass 'RGB' or 'BGR'"):
         embed.embed_crops([good], "visible", "rgb")
+
+
+def test_a_safetensors_file_is_no_network_to_search_with(tmp_path):
+    (tmp_path / "a.safetensors").touch()
+    with pytest.raises(InputError, match="a.safetensors: search cannot read .safetensors files; pass the checkpoint"):
+        embedder.Embedder(tmp_path / "a.safetensors")
 
 
 def test_tracks_without_a_camera_are_told(site_tracks, capsys):
