@@ -25,7 +25,7 @@ Image.MAX_IMAGE_PIXELS = None  # of Pillow, which warns first and refuses later
 MOST_SCANS, MOST_SCANNED = 100, 2**30  # of a JPEG, and its pixels in all of them; a progressive one has about ten
 WHITE_IS_ZERO = 262  # a tag of TIFF, PhotometricInterpretation, if it is 0
 PART_BYTES = (279, 325)  # tags of TIFF: the bytes of each strip, or of each tile
-CHUNK = 32  # images that a process decodes at a time
+CHUNK = 64  # images that a process decodes at a time; starting one takes as long
 
 
 def read_image(path, size):
@@ -152,7 +152,7 @@ def write_images(paths, size, out, desc, workers=None):
     """Decode images into one array file uint8 [N, H, W, 3] -> {index: InputError} of the unreadable ones.
 
     Unreadable images stay black. The file is a memory map, so memory stays at a few images a process. Not atomic: `out`
-    is a temporary of `files.atomic`. workers: processes, by default one a core.
+    is a temporary of `files.atomic`. workers: processes, by default one a core; a few images are decoded in this one.
     """
     offset = np.lib.format.open_memmap(out, "w+", np.uint8, (len(paths), *size, 3)).offset
     with open(out, "r+b") as file:  # reserves the space: a map that meets a full disk kills the process
@@ -163,7 +163,8 @@ def write_images(paths, size, out, desc, workers=None):
             file.writelines(bytes(size[0] * size[1] * 3) for _ in paths)
     chunks = [(start, paths[start : start + CHUNK]) for start in range(0, len(paths), CHUNK)]
     unreadable: dict[int, InputError] = {}
-    decoded = map_processes(partial(_write_chunk, out, size), chunks, workers or cores())
+    workers = (workers or cores()) if len(chunks) > 1 else 0
+    decoded = map_processes(partial(_write_chunk, out, size), chunks, workers)
     with progress(total=len(paths), desc=desc, unit="img") as bar, decoded as done:
         for count, errors in done:
             unreadable |= errors

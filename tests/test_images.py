@@ -48,6 +48,7 @@ def test_room_is_taken_before_the_work_without_a_call_for_it(sysu_tree, tmp_path
 def test_a_killed_process_is_an_error(sysu_tree, tmp_path, monkeypatch):
     """As the kernel does when memory runs out. The processes are forked, with the changed function."""
     paths, _, _ = process_query_sysu(sysu_tree)
+    monkeypatch.setattr(images, "CHUNK", 7)
     monkeypatch.setattr(images, "read_image", lambda path, size: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(BrokenProcessPool):  # `cli` gives the line: tests/test_shortages.py
         images.write_images(paths, (16, 8), tmp_path / "a.npy", "infrared", workers=2)
