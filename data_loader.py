@@ -221,7 +221,7 @@ class IdentitySampler(Sampler):
     def __init__(self, data, batch_size, num_pos, seed):
         if batch_size % process_count():
             raise InputError(
-                f"--batch_size {batch_size}: {process_count()} processes cannot share it evenly; take a multiple"
+                f"--batch_size {batch_size}: take a multiple of the number of processes, {process_count()}"
             )
         both = np.intersect1d(data.visible_labels, data.infrared_labels)
         both = both[both >= 0]
@@ -374,9 +374,8 @@ def eval_loader(paths, size, batch_size, workers, change=None):
     for path in paths:
         if not os.path.isfile(path):
             raise missing_image(path)
-    batches = [
-        batch.tolist() for batch in torch.arange(len(paths)).split(batch_size)[process_index() :: process_count()]
-    ]
+    every = torch.arange(len(paths)).split(batch_size)
+    batches = [rows.tolist() for rows in every[process_index() :: process_count()]]
     loader = DataLoader(ImageFiles(paths, size, change), batch_sampler=batches or [[0]], **worker_options(workers))
     loader.rows = [row for batch in batches for row in batch]
     return loader
@@ -384,10 +383,8 @@ def eval_loader(paths, size, batch_size, workers, change=None):
 
 def worker_options(workers):
     """The options of a DataLoader with this many loading processes, at most one a core."""
-    workers = min(workers, cores())
-    # `utils.select_device` has initialised the GPU, unless --gpu is cpu.
-    options = {"num_workers": workers, "pin_memory": torch.cuda.is_initialized()}
-    return options | {"worker_init_fn": begin_loading}
+    on_gpu = torch.cuda.is_initialized()  # by `utils.select_device`, unless --gpu is cpu
+    return {"num_workers": min(workers, cores()), "pin_memory": on_gpu, "worker_init_fn": begin_loading}
 
 
 def _channels_first(array):

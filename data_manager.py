@@ -334,9 +334,8 @@ def read_ids(data_path, split, folder="exp"):
         problem = f"{wrong[0]!r} is not an id" if wrong else "has no ids"
         raise InputError(f"{path}: {problem}; write numbers, separated by commas")
     ids = [int(field) for field in fields]
-    if len(set(ids)) < len(ids):
-        double = next(identity for identity, count in Counter(ids).items() if count > 1)
-        raise InputError(f"{path}: lists id {double} twice; remove one")
+    if double := [identity for identity, count in Counter(ids).items() if count > 1]:
+        raise InputError(f"{path}: lists id {double[0]} twice; remove one")
     return ids
 
 

@@ -34,7 +34,7 @@ class DataSet:
 
     name: for people. path: default of --data_path. directions: "query to gallery", the default first; --tvsearch picks
     the second. published: how many ids and images the data set has, by the names of `training_counts` and
-    `search_counts`; tables call a test with another number of queries "data like ...".
+    `Searches.counts`; tables call a test with another number of queries "data like ...".
     rules: what a query does not see, and what the CMC counts. options: flags that not every data set has -> their
     values, the default first. Of these, mode, protocol and shots choose searches; select: "val" needs validation ids;
     trial: a network is trained for each, so that a test has only that one. trials: what a test goes through.
@@ -126,18 +126,6 @@ def training_counts(ids, visible, infrared):
         "infrared training images": infrared,
         "training images": visible + infrared,
     }
-
-
-def search_counts(test):
-    """Numbers of queries and gallery images of `Searches`, by name."""
-    counts = {}
-    for search in test.searches:
-        setting = search.setting
-        counts[f"queries {setting['direction']}"] = len(search.query.ids)
-        if setting["mode"]:
-            gallery = f"gallery images in {setting['mode']}-search, {setting['shots']}-shot"
-            counts[gallery] = len(search.gallery.ids)
-    return counts
 
 
 def difference(dataset, counts):
@@ -267,6 +255,17 @@ class Searches:
         }
         self.searches.append(Search(setting, query, gallery))
 
+    def counts(self):
+        """Numbers of queries and gallery images, by name."""
+        counts = {}
+        for search in self.searches:
+            setting = search.setting
+            counts[f"queries {setting['direction']}"] = len(search.query.ids)
+            if setting["mode"]:
+                gallery = f"gallery images in {setting['mode']}-search, {setting['shots']}-shot"
+                counts[gallery] = len(search.gallery.ids)
+        return counts
+
 
 def search_title(setting):
     """What a search is, in words: "all-search, infrared to visible, seeded protocol, 1-shot"."""
@@ -280,13 +279,7 @@ def search_title(setting):
 
 
 def sysu_searches(
-    data_path,
-    directions=("infrared to visible",),
-    trials=TRIALS,
-    mode=("all",),
-    protocol=("seeded",),
-    shots=(1,),
-    select="test",
+    data_path, directions=BOTH[1:], trials=TRIALS, mode=("all",), protocol=("seeded",), shots=(1,), select="test"
 ):
     """SYSU-MM01's searches, one for each protocol, mode, number of shots and trial: all queries in that gallery.
 

@@ -15,7 +15,7 @@ from parts.distances import euclidean, same_identity
 WEIGHTINGS = ("published", "exact", "stable")
 STABLE_MEAN = 4.0  # "stable": the mean distance of a batch, within the range where all weightings nearly agree
 EXPONENT_LIMIT = 44.0  # published: the squared triplet's exponent is clamped here
-AT_LN2 = 0.07  # an exponent up to which log(1 + exp) is within 5 % of ln 2
+AT_LN2 = 0.07  # an exponent up to which log(1 + exp) is within 6 % of ln 2
 
 
 def weighted_mean(distance, scores, mask, weighting):

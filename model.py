@@ -168,7 +168,9 @@ class GFMNet(nn.Module):
         stages: int = 4,
         weights: Path | str | None = None,
     ) -> None:
+        options = {name: value for name, value in locals().items() if name not in ("self", "__class__", "weights")}
         super().__init__()
+        self.options = options
         if stages not in (3, 4):
             raise InputError(f"stages {stages}: how many of the backbone's four stages are used, 3 or 4")
         largest = stages if expansion else stages + 1
@@ -182,21 +184,6 @@ class GFMNet(nn.Module):
         if pool not in ("gem", "avg"):
             raise InputError(f"pool {pool!r}: neither 'gem' nor 'avg'")
         _, stem, blocks, widths = backbone(arch, weights)
-        self.options = {
-            "num_classes": num_classes,
-            "arch": arch,
-            "share_net": share_net,
-            "attention": attention,
-            "non_local": non_local,
-            "pool": pool,
-            "local": local,
-            "expansion": expansion,
-            "shift": shift,
-            "gray": gray,
-            "thirds": thirds,
-            "twins": twins,
-            "stages": stages,
-        }
         parts, width = dict(stem), widths[stages]
         for number in range(1, stages + 1):
             name, low_channels = f"layer{number}", widths[number - 1]

@@ -214,7 +214,7 @@ def write_report(args, table, search, features, paths, matches, origin, rates, b
 
 def check_flags(args):
     """Raise InputError for flags that do not go together, and for outputs that cannot be written."""
-    name = source_name(args)
+    name = args.from_features or args.resume
     page = args.report and os.path.join(args.report, PAGE)
     files = [file for file in (name, args.features, args.json, args.calibrate, page) if file is not None]
     evaluation.check_search_flags(args, files)
@@ -230,9 +230,7 @@ def check_flags(args):
     if args.corrupt:
         corruptions.prepare()  # fails now, too, if the package is missing
     if args.cross_data and "{trial}" in (args.features or ""):
-        raise InputError(
-            f"--features {args.features}: all trials go into one file with --cross_data; take {{trial}} out"
-        )
+        raise InputError(f"--features {args.features}: with --cross_data, one file has all trials; drop {{trial}}")
     if args.features and "{trial}" in name and not args.trial and "{trial}" not in args.features:
         raise InputError(f"--features {args.features}: would keep only one of the trials; put {{trial}} into the name")
     if len({os.path.realpath(file) for file in files}) < len(files):
@@ -244,13 +242,9 @@ def check_flags(args):
         importlib.import_module("drawing.report")  # fails now rather than after the test
 
 
-def source_name(args):
-    return args.from_features or args.resume
-
-
 def sources(args):
     """(path, --trial or None) of each checkpoint or file of features: one, or one for each trial if named {trial}."""
-    name, resumed = source_name(args), not args.from_features
+    name, resumed = args.from_features or args.resume, not args.from_features
     trials = [args.trial]
     if "{trial}" in name and not args.trial:
         trials = DATASETS[args.dataset].trials

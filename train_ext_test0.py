@@ -20,15 +20,7 @@ from ChannelAug import ERASE_AREA, PADDING, TrainAugmentation, normalise
 from core.distributed import broadcast_buffers, leave_processes, start_processes
 from data_loader import CACHES, IdentitySampler, eval_loader, train_loader
 from data_manager import is_demo
-from datasets import (
-    TRAINING_SETS,
-    check_options,
-    difference,
-    option_values,
-    search_counts,
-    search_title,
-    training_counts,
-)
+from datasets import TRAINING_SETS, check_options, difference, option_values, search_title, training_counts
 from loss import WEIGHTINGS
 from methods import METHODS, MethodLoss
 from model import ARCHS, GFMNet
@@ -252,7 +244,7 @@ def describe(args, data, test, steps, device):
     """Lines of the log: what is trained on, and what chooses the best epoch."""
     visible, infrared = data.num_images
     (search,) = test.searches
-    counts = training_counts(data.num_classes, visible, infrared) | search_counts(test)
+    counts = training_counts(data.num_classes, visible, infrared) | test.counts()
     known = "without the validation ids" if args.select == "val" else difference(args.dataset, counts)
     spec = TRAINING_SETS[args.dataset]
     demo = "demo data, " if any(map(is_demo, spec.folders(args.data_path or spec.path))) else ""

@@ -40,8 +40,8 @@ class Within(TypedDict):
 class Checkpoint:
     """The fields of a checkpoint of a training run. The file is a dict of them, without those that are None.
 
-    Files of version 1 have no `version`. Fields with a default came later than the first checkpoints; the default is
-    what a file without the field means. To add a field, give it such a default. Raise VERSION only if files of this
+    Files of version 1 have no `version`. A default is what a file without the field means: one from before there was
+    the field, or other than ..._last.t. To add a field, give it such a default. Raise VERSION only if files of this
     version would be misunderstood by code that reads the version before.
     """
 

@@ -135,7 +135,7 @@ def data_uri(path):
 
 
 def _wrapped(title, width):
-    """A title of font size 9 in lines that fit into `width` inches."""
+    """A text of font size 9 or less in lines that fit into `width` inches."""
     return "\n".join(textwrap.wrap(printable(title), int(width / 0.075)))
 
 
@@ -242,9 +242,7 @@ def epoch_curves(runs, values):
     """runs: {label: entries of a `log.RunLog`} -> Figure with a panel for each of `values`, by epoch.
 
     Raises InputError for a value that no log contains."""
-    known = {
-        key for entries in runs.values() for entry in entries for key, v in entry.items() if not isinstance(v, str)
-    }
+    known = {key for log in runs.values() for entry in log for key, v in entry.items() if not isinstance(v, str)}
     panels = {}
     for value in values:
         if value not in known:

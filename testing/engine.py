@@ -47,9 +47,7 @@ def extract(embed, loader, modality, desc):
             sum_over_processes(features[name])
     for name, values in features.items():
         if not torch.isfinite(values).all():
-            raise FeaturesNotFinite(
-                f"{desc}: the {name} features are not finite; the network has diverged: train at a lower --lr"
-            )
+            raise FeaturesNotFinite(f"{desc}: the {name} features are not finite; train at a lower --lr")
     return features
 
 
@@ -64,10 +62,8 @@ def run_search(features, search, reranking=()):
     for name in features[search.query.modality]:
         query, gallery = search.features(features, name)
         distances[name, "none"] = CosineDistances(query, gallery)
-        if "k_reciprocal" in reranking:
-            distances[name, "k_reciprocal"] = re_rank.k_reciprocal(query, gallery)
-        if "random_walk" in reranking:
-            distances[name, "random_walk"] = re_rank.random_walk(query, gallery)
+        for method in reranking:
+            distances[name, method] = getattr(re_rank, method)(query, gallery)
     (_, _, q_ids, q_cameras), (_, _, g_ids, g_cameras) = search.query, search.gallery
     labels = q_ids, g_ids, q_cameras, g_cameras
     return {name: match_ranks(search.rules, values, *labels) for name, values in distances.items()}

@@ -228,20 +228,14 @@ def is_best(value, others):
     return bool(others) and round(value, 2) >= round(max(others), 2)
 
 
-def trials_text(trials):
-    """Several times the same one: repetitions of `testa.py --corrupt`."""
-    if len({*trials}) > 1:
-        return len(trials)
-    return f"trial {trials[0]}" + (f", {len(trials)} times" if len(trials) > 1 else "")
-
-
 def row_labels(row):
     """What the numbers of a row mean, in the words of `testa.py`: {column: text}."""
     count, trials = row["per_trial"][0], row["trials"]
+    times = f", {len(trials)} times" if len(trials) > 1 else ""  # repetitions of `testa.py --corrupt`
     values = {
         "data": DATASETS[row["dataset"]].title(row["demo"], count["queries"]),
         **{name: row[name] for name in ("mode", "direction", "protocol", "shots")},
-        "trials": trials_text(trials),
+        "trials": len(trials) if len({*trials}) > 1 else f"trial {trials[0]}{times}",
         "similarity": row["similarity"],
         "CMC counts": row["cmc_counts"],
         "not seen": row["unseen"],
@@ -305,11 +299,8 @@ def rank_images(features, paths, search, name, matches, positions, top=None):
     for i, row, similarities, nearest in zip(positions, rows.tolist(), values.tolist(), order.tolist(), strict=True):
         ranking = image(search.query, row) | {"modality": search.query.modality}
         ranking |= {"average_precision": float(precision[i]), "first_match": int(matches.positions[i, 0])}
-        images = [
-            image(search.gallery, j) | {"similarity": value}
-            for j, value in zip(nearest, similarities, strict=True)
-            if value > -np.inf
-        ]
+        found = zip(nearest, similarities, strict=True)
+        images = [image(search.gallery, j) | {"similarity": value} for j, value in found if value > -np.inf]
         ranking["gallery"] = [other | {"correct": other["id"] == ranking["id"]} for other in images]
         rankings.append(ranking)
     return rankings

@@ -17,7 +17,7 @@ import testa
 import train_ext_test0
 from conftest import SIZE, exit_status, parse
 from data_manager import DEMO_FILE, list_folders, read_splits
-from datasets import DATASETS, TRAINING_SETS, difference, search_counts, training_counts
+from datasets import DATASETS, TRAINING_SETS, difference, training_counts
 from tools import check_data
 from utils import InputError
 
@@ -88,7 +88,7 @@ def test_counts_are_those_of_the_folders(sysu_tree):
     test = DATASETS["sysu"].searches(sysu_tree, shots=(1, 10))
     queries = len(images_of(sysu_tree, "test", "infrared"))
     folders = list_folders(sysu_tree, read_splits(sysu_tree)["test"], (1, 2, 4, 5)).values()
-    assert search_counts(test) == {
+    assert test.counts() == {
         "queries infrared to visible": queries,
         "gallery images in all-search, 1-shot": sum(bool(files) for *_, files in folders),
         "gallery images in all-search, 10-shot": sum(min(10, len(files)) for *_, files in folders),
@@ -265,7 +265,7 @@ def test_training_says_what_differs(own_tree, monkeypatch):
     assert say() == f"data: demo data, {data.num_classes} training ids, not 395 as published"
     (own_tree / DEMO_FILE).unlink()
     assert say(select="val") == "data: without the validation ids"
-    counts = training_counts(data.num_classes, *data.num_images) | search_counts(test)
+    counts = training_counts(data.num_classes, *data.num_images) | test.counts()
     monkeypatch.setattr(train_ext_test0, "difference", lambda dataset, found: found != counts or None)
     assert say() == "data: complete as published"
 

@@ -23,7 +23,7 @@ import data_manager
 from core.files import check_output, file_sha256, save_json
 from core.images import read_image
 from data_loader import check_prepared, sysu_train_files
-from datasets import DATASETS, difference, search_counts, training_counts
+from datasets import DATASETS, difference, training_counts
 from model import ARCHS, CLIP
 from utils import (
     ArgumentParser,
@@ -118,7 +118,7 @@ def check_counts(dataset, path, listed):
     for trial, (training, test) in listed.items():
         numbers = [len(paths) for paths, _ in training.values()]
         ids = len(np.unique(np.concatenate([ids for _, ids in training.values()])))
-        if found := difference(dataset, training_counts(ids, *numbers) | search_counts(test)):
+        if found := difference(dataset, training_counts(ids, *numbers) | test.counts()):
             found = found if trial is None else f"trial {trial}: {found}"
             if data_manager.is_demo(path) or not DATASETS[dataset].published:
                 return f"note: {found}"

@@ -187,13 +187,8 @@ def page(records):
             first = next(iter(record["scores"].values()))
             cells = [score_text(first[metric]) if metric in first else "" for metric in METRICS]
             what = f"[{inert(record['row'])}](../records/{urllib.parse.quote(file.name)})"
-            after = [
-                len(record["seeds"]),
-                f"{record['hours']:.2g}",
-                record["hardware"],
-                record["commit"][:7],
-                record["by"],
-            ]
+            hours = f"{record['hours']:.2g}"
+            after = [len(record["seeds"]), hours, record["hardware"], record["commit"][:7], record["by"]]
             line = [inert(record["date"]), inert(record["data"]), what, *cells, *map(inert, after)]
             lines.append(f"| {' | '.join(line)} |")
         protocols = sorted({next(iter(record["scores"])) for _, record in rows})

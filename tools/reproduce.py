@@ -44,8 +44,8 @@ CHECKPOINTS = ("best", "last")
 FREE_FLAGS = sweep.MAY_CHANGE["train"] | {"square"}
 OWN_FLAGS = {"method", "dataset", "data_path", "gpu", "trial", "seed"}  # of training, that this program passes
 # Rank-1, mAP and mINP of one gallery image an identity (and camera), without re-ranking, at the best epoch; of RegDB
-# the mean of ten trials. adp, deen: their papers; agw, caj: the README of their code, which is in
-# mangye16/Cross-Modal-Re-ID-baseline; dns: the notebook in its code, Joey623/DNS.
+# the mean of ten trials. adp, deen, rle: their papers; quad: the ablation of MDCRNet; agw, caj: the README of their
+# code, which is in mangye16/Cross-Modal-Re-ID-baseline; dns: the notebook in its code, Joey623/DNS.
 ALL, INDOOR = (f"{mode}-search, infrared to visible, seeded protocol, 1-shot" for mode in ("all", "indoor"))
 REGDB = [f"{direction}, standard protocol" for direction in DATASETS["regdb"].directions]
 LLCM = [f"{direction}, seeded protocol, 1-shot" for direction in DATASETS["llcm"].directions]
@@ -88,8 +88,9 @@ def main(argv=None):
     args.data_path = args.data_path or spec.path
     check_output(args.out / "record.json")
     data = [f"--dataset={args.dataset}", f"--data_path={args.data_path}"]
-    flags = {method: [f"--method={method}", *data, *more] for method in args.method}
-    trainings = {method: parsed(flags[method]) for method in args.method}
+    device = ["--gpu=cpu"] if args.gpu == ["cpu"] else []
+    flags = {method: [f"--method={method}", *data, *more, *device] for method in args.method}
+    trainings = {method: sweep.parse("train", flags[method], [], method) for method in args.method}
     arch = trainings[args.method[0]].arch
     in_a_process(check_data.main, [*data, f"--gpu={args.gpu[0]}", f"--model_path={args.runs}", f"--arch={arch}"])
     for method in args.method:
@@ -100,14 +101,11 @@ def main(argv=None):
             prepare(trainings[method])
         if left := len(missing(runs, "last")):
             announce(args, method, trainings[method], left)
-        device = ["--gpu=cpu"] if args.gpu == ["cpu"] else []
         common = [f"--out={folder}", *chain(*(("--row", f"{row}: {own}") for row, own in rows.items()))]
-        common += ["--seeds", *map(str, args.seeds), *([] if device else ["--gpus", *args.gpu]), "--retry"]
+        common += ["--seeds", *map(str, args.seeds), *([] if args.gpu == ["cpu"] else ["--gpus", *args.gpu]), "--retry"]
         for checkpoint in reversed(CHECKPOINTS):  # the tables that stay are those of the published way
             try:
-                table = sweep.main(
-                    [*common, f"--checkpoint={checkpoint}", "--test", "--all", "--", *flags[method], *device]
-                )
+                table = sweep.main([*common, f"--checkpoint={checkpoint}", "--test", "--all", "--", *flags[method]])
                 unfinished = missing(runs, checkpoint)
                 reasons = [f"{run['row']}, seed {run['seed']} failed: {run['line']}" for run in table["failed"]]
             except InputError as reason:  # none has finished, or other runs are there
@@ -156,13 +154,6 @@ def in_a_process(function, *arguments):
 
 
 # --------------------------------------------------------------------------------------------------------------- before
-
-
-def parsed(flags):
-    """Flags of training, parsed and checked."""
-    args = train_ext_test0.get_args_parser().parse_args(flags)
-    train_ext_test0.check_flags(args)
-    return args
 
 
 def prepare(args):

@@ -296,9 +296,7 @@ def check_same_data(runs, data=(), earlier=()):
                 f"{place}: has other data than {other}; pass the --data_path of the same data, or choose another --out"
             )
     if unknown := [place for _, digest, place in known if not digest]:
-        print(
-            f"note: {unknown[0]} is older and does not record its data, which may be other ({len(unknown)} such runs)"
-        )
+        print(f"note: {unknown[0]} is older and does not record its data, perhaps other ({len(unknown)} such runs)")
 
 
 def plan_runs(plan, out):

@@ -42,11 +42,8 @@ def setting_text(result):
 def tabulate(runs, plan):
     """The finished runs as plain values: the plan with "settings", a list of {"setting": in words, "rows": as
     `summarise_row` gives them}, several with `--test --all` and the like, and "failed", a list of runs."""
-    failed = [
-        {"row": run.row, "seed": run.seed, **run.failed()}
-        for run in runs
-        if run.failure.exists() and not run.results.exists()
-    ]
+    unfinished = [run for run in runs if run.failure.exists() and not run.results.exists()]
+    failed = [{"row": run.row, "seed": run.seed, **run.failed()} for run in unfinished]
     settings = {}
     for run in runs:
         if run.results.exists():

@@ -210,9 +210,7 @@ def draw_feature_map(args):
     query, gallery = tested.search.query, tested.search.gallery
     people = np.intersect1d(query.ids, gallery.ids)
     if len(people) < args.people:
-        raise InputError(
-            f"--people {args.people}: only {len(people)} have images of both modalities in this search; reduce it"
-        )
+        raise InputError(f"--people {args.people}: only {len(people)} have images of both modalities; reduce it")
     features = torch.cat(tested.search.features(tested.features, args.feature)).cpu().numpy()
     ids = np.concatenate([query.ids, gallery.ids])
     modalities = np.repeat([query.modality, gallery.modality], [len(query.ids), len(gallery.ids)])
@@ -249,9 +247,7 @@ def draw_curves(args):
     kinds = {Path(log).suffix for log in args.logs}
     if kinds == {".json"}:
         if args.values:
-            raise InputError(
-                f"--values {' '.join(args.values)}: is for logs (.jsonl); leave it out for results (.json)"
-            )
+            raise InputError(f"--values {' '.join(args.values)}: is for logs (.jsonl); leave it out for .json")
         tables = [read_results(log)["results"] for log in args.logs]
         return figures.result_curves(dict(zip(labels, tables, strict=True)), "cmc")
     if ".json" in kinds:

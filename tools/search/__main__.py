@@ -164,11 +164,8 @@ def run_query(args):
         lists = finder(args.images, args.modality, args.top, where=where, **options)
         empty = [not found for found in lists]
         lists = [[image for image in found if image["similarity"] >= finder.least] for found in lists]
-    queries = [args.images] if args.combine else [[path] for path in args.images]
-    results = [
-        {"queries": paths, "modality": args.modality, "found": found}
-        for paths, found in zip(queries, lists, strict=True)
-    ]
+    pairs = zip([args.images] if args.combine else [[path] for path in args.images], lists, strict=True)
+    results = [{"queries": paths, "modality": args.modality, "found": found} for paths, found in pairs]
     if args.save:
         title = f"{args.modality} queries in {args.index}; {os.path.basename(finder.about['checkpoint'])}"
         figures.save(draw_sheet(results, title), args.save)
@@ -220,22 +217,16 @@ def check_sheet(args, finder):
 
 def draw_sheet(results, title):
     """The results of `run_query` -> Figure with a row for each query."""
-    rows = [
-        [figures.Tile(path, f"query\n{short_name(path)}", "query") for path in result["queries"]]
-        + [
-            figures.Tile(image["path"], f"{similarity(image)}\n{short_name(image['path'])}")
-            for image in result["found"]
-        ]
-        for result in results
-    ]
+    rows = []
+    for result in results:
+        rows.append([figures.Tile(path, f"query\n{short_name(path)}", "query") for path in result["queries"]])
+        for image in result["found"]:
+            value = f"{image['similarity']:.3f}" + (", changed" if image["changed"] else "")
+            rows[-1].append(figures.Tile(image["path"], f"{value}\n{short_name(image['path'])}"))
     try:
         return figures.ranking_sheet(rows, title)
     except InputError as error:
         raise InputError(f"--save: an image cannot be drawn ({error}); run index again if it was deleted") from error
-
-
-def similarity(image):
-    return f"{image['similarity']:.3f}" + (", changed" if image["changed"] else "")
 
 
 def short_name(path, length=16):

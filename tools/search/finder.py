@@ -81,7 +81,9 @@ class Finder:
             if rerank:
                 lists = [self._reranked(*pair) for pair in zip(lists, sets, strict=True)]
             if group:
-                lists = [grouped(found, track_key if tracks else person_key) for found in lists]
+                # Images of unknown people are of a person each.
+                key = track_key if tracks else lambda image: image["person"] or image["id"]
+                lists = [grouped(found, key) for found in lists]
             if whole or min(map(len, lists)) >= need:
                 break
             count *= 4
@@ -156,11 +158,6 @@ def grouped(found, key):
     for image in found:
         first.setdefault(key(image), image)
     return list(first.values())
-
-
-def person_key(image):
-    """Images of unknown people are of a person each."""
-    return image["person"] or image["id"]
 
 
 def describe(image):

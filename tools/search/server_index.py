@@ -10,7 +10,6 @@ EXACT = 200_000  # where filters leave at most so many images, all are compared:
 CANDIDATES = 3  # of the graph, which has halves of float32, for each image that is returned by exact distance
 EF_SEARCH = 1000  # candidates within the graph: the most that pgvector allows
 EF_CONSTRUCTION = 128  # of the graph: with pgvector's 64, it is made in two thirds of the time and misses far more
-# Where the database is a cluster of Citus, its machines share the images by path; all of them know the versions.
 COLUMNS = (
     "SELECT attname, format_type(atttypid, atttypmod), attnotnull FROM pg_attribute "
     "WHERE attrelid = to_regclass(?) AND attnum > 0 AND NOT attisdropped ORDER BY attnum"
@@ -23,6 +22,7 @@ TYPES = {
     | {"camera": ("text", False), "person": ("text", False), "time": TEXT, "vector": ("vector", True)}
     | {"track": ("text", False)},
 }
+# Where the database is a cluster of Citus, its machines share the images by path; all of them know the versions.
 SPREAD = (
     "ALTER TABLE images DROP CONSTRAINT images_pkey, REPLICA IDENTITY USING INDEX images_path_version_key",
     "CREATE INDEX images_by_id ON images (id)",
