@@ -186,25 +186,24 @@ def test_llcm_layout(tmp_path):
     assert visible != infrared
 
 
-def test_vcm_layout(tmp_path):
-    tree = make(tmp_path / "vcm", layout="vcm", ids=6, images=13)
+def test_vcm_layout(vcm_tree):
     lists, images, people = ("train_name", "test_name", "track_train_info", "track_test_info", "query_IDX"), set(), {}
     for part in ("train", "test"):
-        names = (tree / f"info/{part}_name.txt").read_text().splitlines()
-        rows = [line.split() for line in (tree / f"info/track_{part}_info.txt").read_text().splitlines()]
+        names = (vcm_tree / f"info/{part}_name.txt").read_text().splitlines()
+        rows = [line.split() for line in (vcm_tree / f"info/track_{part}_info.txt").read_text().splitlines()]
         after = 0
         for modality, first, last, person, camera in rows:
-            assert (int(first), int(last)) == (after + 1, after + 13)
+            assert (int(first), int(last)) == (after + 1, after + 12)
             after = int(last)
-            own = [f"{person}M{modality}D{camera}T1F{n}.jpg" for n in range(1, 14)]
+            own = [f"{person}M{modality}D{camera}T1F{n}.jpg" for n in range(1, 13)]
             assert names[int(first) - 1 : after] == own
             folder = f"{part.capitalize()}/{person}/{('ir', 'rgb')[int(modality) - 1]}/D{camera}"
-            images |= {f"{folder}/{n}.jpg" for n in range(1, 14)}
+            images |= {f"{folder}/{n}.jpg" for n in range(1, 13)}
             people.setdefault((part, person), set()).add((modality, int(camera)))
         assert len(names) == after
         infrared = [number for number, row in enumerate(rows, 1) if row[0] == "1"]
-    assert [int(word) for word in (tree / "info/query_IDX.txt").read_text().split()] == infrared
-    assert set(files(tree)) == images | {f"info/{name}.txt" for name in lists} | {"demo.txt"}
+    assert [int(word) for word in (vcm_tree / "info/query_IDX.txt").read_text().split()] == infrared
+    assert set(files(vcm_tree)) == images | {f"info/{name}.txt" for name in lists} | {"demo.txt"}
     assert sorted(part for part, _ in people) == ["test"] * 2 + ["train"] * 4
     assert len({person for _, person in people}) == 6
     for seen in people.values():  # three cameras, each in both modalities
