@@ -139,6 +139,8 @@ def list_folders(root, identities, cameras):
         for name in _listing(place) if os.path.lexists(place) else []:
             if not re.fullmatch(NUMBER, name):
                 others.append(name)
+                if name[0].isdigit() and os.path.isdir(os.path.join(place, name)):
+                    raise InputError(f"{place}: folder {name} is named by no number of at most 9 digits; rename it")
             elif other := people.get(key := (int(name), camera)):
                 raise InputError(f"{place}: has two folders of person {key[0]}, {other} and {name}; remove one")
             else:

@@ -24,6 +24,7 @@ MAX_PIXELS = 2**26  # of an image file, 8192 x 8192: some formats take minutes t
 Image.MAX_IMAGE_PIXELS = None  # of Pillow, which warns first and refuses later
 MOST_SCANS, MOST_SCANNED = 100, 2**30  # of a JPEG, and its pixels in all of them; a progressive one has about ten
 WHITE_IS_ZERO = 262  # a tag of TIFF, PhotometricInterpretation, if it is 0
+SIGNED = 339  # a tag of TIFF, SampleFormat, if it is 2
 PART_BYTES = (279, 325)  # tags of TIFF: the bytes of each strip, or of each tile
 CHUNK = 64  # images that a process decodes at a time; starting one takes as long
 
@@ -91,6 +92,8 @@ def _check_header(image, content):
         raise ValueError("its numbers are written as text; convert it to PNG")
     if codec == "ppm" and values == ("RGB", 2**16 - 1):
         raise ValueError("16-bit colours of a PPM, which Pillow rounds; convert it to PNG")
+    if not _is_deep(image) and 2 in tags.get(SIGNED, ()):  # Pillow takes them for unsigned ones
+        raise ValueError("signed values; convert it to PNG")
     if _is_deep(image) and tags.get(WHITE_IS_ZERO) == 0:  # Pillow turns 8 bits only
         raise ValueError("white is 0 in its 16 bits; convert it to PNG")
 

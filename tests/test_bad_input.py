@@ -688,6 +688,12 @@ def test_16_bits_of_which_white_is_0_are_refused(tmp_path):
         read_image(tmp_path / "a.tif", (12, 7))
 
 
+def test_signed_values_of_8_bits_are_refused(tmp_path):
+    Image.fromarray(GRAYS).save(tmp_path / "a.tif", tiffinfo={339: 2})
+    with pytest.raises(InputError, match=r"a\.tif: .*signed values; convert it to PNG"):
+        read_image(tmp_path / "a.tif", (12, 7))
+
+
 @pytest.mark.parametrize(("most", "words"), [(65535, r"a\.png: .*16-bit colours of a PPM"), (1023, None)])
 def test_colours_of_16_bits_in_a_ppm_are_refused(most, words, tmp_path):
     values = np.full((4, 2, 3), most // 2, ">u2")

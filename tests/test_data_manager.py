@@ -275,6 +275,21 @@ def test_folders_that_are_no_ids_are_named(tmp_path):
         data_manager.sysu_images(tmp_path, [7], (1, 2))
 
 
+@pytest.mark.parametrize("name", ["0007 (1)", "0007-copy", "0000000007"])
+def test_a_folder_whose_name_begins_as_a_number_is_told(name, tmp_path):
+    """It is a person's, whose images would silently be fewer. Others, and files, are no matter."""
+    for folder in ("0007", "@eaDir"):
+        (tmp_path / "cam1" / folder).mkdir(parents=True)
+        (tmp_path / "cam1" / folder / "1.jpg").touch()
+    (tmp_path / "cam1" / "1.txt").touch()
+    assert len(data_manager.sysu_images(tmp_path, [7], [1])[0]) == 1
+    (tmp_path / "cam1" / name).mkdir()
+    with pytest.raises(
+        InputError, match=rf"cam1: folder {re.escape(name)} is named by no number of at most 9 digits; rename it"
+    ):
+        data_manager.sysu_images(tmp_path, [7], [1])
+
+
 @pytest.mark.parametrize("lost", ["cam1", "cam1/0007"])
 def test_folders_that_cannot_be_listed_are_named(lost, tmp_path, monkeypatch):
     """Not left out, which would only be seen in the counts."""

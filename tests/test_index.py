@@ -679,6 +679,43 @@ def test_an_image_whose_name_is_not_utf_8_is_listed(tmp_path):
     assert line.endswith(r"/a\xff.jpg': its name is not UTF-8; rename it")
 
 
+def test_folders_of_any_depth_are_listed(tmp_path):
+    folders = [tmp_path]
+    try:
+        for _ in range(1200):  # Python's functions call themselves at most 1,000 times
+            folders.append(Path(f"{folders[-1]}/d"))
+            folders[-1].mkdir()
+        (folders[-1] / "a.jpg").touch()
+        (folders[600] / "b.jpg").touch()
+        files, *rest = list_images(str(tmp_path))
+        assert ([*files], *rest) == ([f"{folders[600]}/b.jpg", f"{folders[1200]}/a.jpg"], [], (), "")
+        (folders[-1] / "a.jpg").unlink()
+        (folders[600] / "b.jpg").unlink()
+    finally:  # pytest would call itself, too
+        for folder in folders[:0:-1]:
+            folder.rmdir()
+
+
+def test_an_image_s_place_is_listed_as_os_walk_does(tmp_path):
+    """Files before folders, each sorted, folder by folder; without what is hidden, and without links to folders."""
+    places = ("b.jpg", "a/c.jpg", "a/b/d.jpg", "a.jpg/e.jpg", "é/f.jpg", ".h/g.jpg", "a/.i.jpg", "z/k.png")
+    for place in places:
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).touch()
+    (tmp_path / "to a").symlink_to("a")
+    (tmp_path / "c.jpg").symlink_to("a")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    (tmp_path / "d.jpg").symlink_to("a/c.jpg")
+    expected = []
+    for where, folders, names in os.walk(tmp_path):
+        folders[:] = sorted(name for name in folders if name != ".h")
+        expected += [f"{where}/{name}" for name in sorted(names) if name not in (".i.jpg", "loop.jpg")]
+    files, unreadable, unchecked, others = list_images(str(tmp_path))
+    assert ([*files], others) == (expected, "")
+    assert unreadable == [f"{tmp_path}/loop.jpg: cannot be read (Too many levels of symbolic links)"]
+    assert unchecked == (f"{tmp_path}/loop.jpg",)
+
+
 def test_images_that_cannot_be_checked_are_not_taken_for_deleted(tmp_path, monkeypatch):
     errors = {
         "gone.jpg": FileNotFoundError(errno.ENOENT, "gone"),

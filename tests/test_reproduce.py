@@ -307,6 +307,28 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_in_a_process_of_its_own_it_ends_with_one_line(stop, sysu_tree, tmp_path):
+    """Of two processes below that one, too, which `check_data` starts."""
+    tree, program = tmp_path / "data", tmp_path / "program.py"
+    shutil.copytree(sysu_tree, tree)
+    image = next(tree.glob("cam1/*/*.jpg"))
+    for number in range(20_000):  # which take seconds to read
+        os.link(image, image.with_name(f"{number}.jpg"))
+    program.write_text(PROGRAM)
+    command = [sys.executable, program, *flags(tree, tmp_path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+        while "ok" not in process.stdout.readline():
+            assert process.poll() is None
+        time.sleep(1)
+        process.send_signal(stop)
+        error = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + stop
+    assert error.strip() == f"program.py: stopped by {stop.name}"
+
+
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_a_record_and_a_page(sysu_tree, tmp_path, capsys):
     """Its arrays are prepared first, in another size than those that are there."""
     tree, program = tmp_path / "data", tmp_path / "program.py"

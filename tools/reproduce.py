@@ -10,6 +10,7 @@ Flags after -- go to train_ext_test0.py. docs/reproduction.md has the rule of th
 import multiprocessing
 import platform
 import shlex
+import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -144,13 +145,19 @@ def in_a_process(function, *arguments):
     """The result of a function that uses a GPU, from a process of its own, which gives the GPU's memory back."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, initializer=end_with_the_main_process) as pool:
-        future = pool.submit(function, *arguments)
+        future = pool.submit(_stoppable, function, *arguments)
         try:
             return future.result()
         finally:
             if not future.done():  # a signal does not wait for the result
                 for process in multiprocessing.active_children():
                     process.terminate()
+
+
+def _stoppable(function, *arguments):
+    """The function, which SIGTERM ends in order: what its own processes share would otherwise be reported as leaked."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    return function(*arguments)
 
 
 # --------------------------------------------------------------------------------------------------------------- before

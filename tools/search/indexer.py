@@ -259,20 +259,26 @@ def list_images(folder):
     Images are the files with one of `image_suffixes`. Hidden files and folders, and links to folders, are left out.
     """
     suffixes, files, unreadable, unchecked, others = image_suffixes(), {}, [], [], Counter()
-
-    def no_listing(error):
-        unreadable.append(f"{error.filename}: cannot be listed ({error.strerror}); correct its permissions")
-        unchecked.append(os.path.join(error.filename, ""))
-
-    for where, folders, names in os.walk(folder, onerror=no_listing):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if name.startswith("."):
+    folders = [folder]
+    while folders:  # `os.walk` calls itself, which ends at a depth of 1,000
+        where, below = folders.pop(), []
+        try:
+            with os.scandir(where) as entries:
+                shown = sorted((entry.name, entry) for entry in entries if not entry.name.startswith("."))
+        except OSError as error:
+            unreadable.append(f"{where}: cannot be listed ({error.strerror}); correct its permissions")
+            unchecked.append(os.path.join(where, ""))
+            continue
+        for name, entry in shown:
+            if entry.is_dir(follow_symlinks=False):
+                below.append(entry.path)
+                continue
+            if entry.is_symlink() and os.path.isdir(entry.path):
                 continue
             if (suffix := os.path.splitext(name)[1].lower()) not in suffixes:
                 others[suffix or "no suffix"] += 1
                 continue
-            path = os.path.join(where, name)
+            path = entry.path
             try:
                 path.encode()  # a database holds text
                 status = os.stat(path)
@@ -287,6 +293,7 @@ def list_images(folder):
                     files[path] = file_stamp(status)
                 else:
                     unreadable.append(f"{path}: is no regular file; remove it")
+        folders += reversed(below)
     return files, unreadable, tuple(unchecked), ", ".join(f"{kind} ({n})" for kind, n in others.most_common(9))
 
 
