@@ -551,7 +551,7 @@ def test_an_output_does_not_replace_a_checkpoint_found_in_model_path(flag, tmp_p
         (
             testa,
             ["--resume", "x.t", "--dataset", "regdb", "--cross_data", "--features", "f_{trial}"],
-            ["one file with --cross_data"],
+            ["with --cross_data, one file has all trials; drop {trial}"],
         ),
         (testa, ["--resume", "x.t", "--features", "o", "--json", "o"], ["x.t, o, o", "twice"]),
         (testa, ["--resume", "x.t", "--trial", "2"], ["--trial", "RegDB"]),
