@@ -60,6 +60,21 @@ def test_unreadable_names_write_nothing_on_the_terminal(capsys):
     assert capsys.readouterr().out == "unreadable: a?[2J.jpg: is damaged\nunreadable: b: is damaged\n"
 
 
+def test_a_file_may_be_read_eight_times_and_16_mib_more(monkeypatch):
+    file = images._Content(bytes(2**20))
+    for _ in range(8 + 16):
+        file.seek(0)
+        assert len(file.read()) == 2**20
+    file.seek(0)
+    with pytest.raises(ValueError, match="more parts than an image has; save it anew"):
+        file.read()
+    monkeypatch.setattr(images, "MAX_READS", 3)
+    file = images._Content(b"")
+    assert [file.read(9) for _ in range(3)] == [b""] * 3
+    with pytest.raises(ValueError, match="more parts"):
+        file.read(9)
+
+
 def encoded(kind):
     with io.BytesIO() as file:
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 24, 3), np.uint8)).save(file, kind)

@@ -615,10 +615,13 @@ def test_labels_of_a_table(tmp_path):
     os.mkfifo(tmp_path / "pipe.csv")
     with pytest.raises(InputError, match="pipe.csv: cannot be read"):
         read_labels(None, tmp_path / "pipe.csv")
+    assert read_labels("/".join(["{a}"] * 100), None)("/".join("b" * 100)) == {}
     with pytest.raises(InputError, match="more than 100 fields"):
         read_labels("{a}/" * 101, None)
     with pytest.raises(InputError, match="none.csv: cannot be read"):
         read_labels(None, tmp_path / "none.csv")
+    with pytest.raises(InputError, match="times have no zone; put {zone} after {time}, in place of %z"):
+        read_labels("{time:%Y%m%d%z}", None)
     times = ("{time}", "{time:%H%M%z}", "{time:%s}", "{time:%H%H}")
     for pattern in (*times, "cam{camera", "{camera}/{camera}.jpg", "{}.jpg", "{a b}.jpg"):
         with pytest.raises(InputError, match="--pattern .*; write it as"):
@@ -628,6 +631,7 @@ def test_labels_of_a_table(tmp_path):
 def test_times_of_flags():
     assert parse_time("2026-11-20", "--to", end=True) == "2026-11-21 00:00:00"
     assert parse_time("2026-11-20T14:30", "--to", end=True) == "2026-11-20 14:30:00"
+    assert parse_time("20261120T14", "--to", end=True) == "2026-11-20 14:00:00"
     for zoned in ("2026-11-20T14:30Z", "2026-11-20T14:30+01:00"):
         with pytest.raises(InputError, match="--from 2026-.*14:30.+: has a time zone; write what a clock"):
             parse_time(zoned, "--from")

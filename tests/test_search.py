@@ -517,6 +517,10 @@ def test_labels_stay_until_others_are_given(folder, checkpoint, tmp_path):
         assert (entries["00.JPG"].camera, entries["00.JPG"].time[:4]) == (None, "2001")
         times = {name: entry.time for name, entry in entries.items()}
         assert run_index(folder, index)["embedded"] == 0
+    shutil.copy(folder / "00.JPG", folder / "new.JPG")
+    assert run_index(folder, index, "--tracks", "folder")["unlabelled"] == []
+    (folder / "new.JPG").unlink()
+    run_index(folder, index)
     assert times == {Path(path).name: entry.time for path, (entry, _) in stored(index).items()}
 
 
@@ -670,7 +674,11 @@ def test_bad_input_is_one_line_and_status_2(made, pictures, tmp_path, monkeypatc
         ),
         (["index", str(folder), "--index", new_index, *CPU], "there is no index yet; pass --resume and --modality"),
         (["index", str(folder), "--index", new_index, *new[2:]], "there is no index yet; pass --resume and --modality"),
-        (["index", str(tmp_path / "empty"), "--index", new_index, *new], "empty: contains no image"),
+        (["index", str(tmp_path / "empty"), "--index", new_index, *new], "empty: contains no image; pass a folder of"),
+        (
+            ["index", str(tmp_path / "spoilt"), "--index", index_path, "--pattern", "{n}.gif", *CPU],
+            "fits no image of .*, such as a.jpg; write it for paths below that folder",
+        ),
         (["index", str(tmp_path / "spoilt"), "--index", new_index, *new], "none of its 1 images can be read"),
         (["index", str(folder), "--index", f"{image}/a", *new], "cannot write there"),
         (["index", str(folder), "--index", image, *CPU], "cannot be used as an index .file is not a database."),
@@ -862,6 +870,8 @@ def test_an_index_remembers_the_checkpoint_of_an_onnx_file(sha256, there, expect
         assert index.versions()[-1]["checkpoint"] == str(tmp_path / expected)
     with pytest.raises(InputError, match="own.onnx: embeds visible images, not infrared ones; pass the .onnx file of"):
         run_query(file, [folder / "a.png"], "--resume", own)
+    with pytest.raises(InputError, match="own.onnx: embeds visible images, not infrared ones; pass the .onnx file of"):
+        embedder.Embedder(own).embed_crops([np.zeros((9, 5, 3), np.uint8)], "infrared", "RGB")
 
 
 def test_onnx_files_of_another_batch_are_one_line(pictures, tmp_path):

@@ -93,7 +93,7 @@ def _table_labels(file):
             first = lines.readline()
             separator = max(",;\t", key=first.count)  # spreadsheets write what the language of the machine asks for
             rows = csv.DictReader(itertools.chain([first], lines), delimiter=separator, skipinitialspace=True)
-            rows.fieldnames = columns = [name.strip() for name in rows.fieldnames or ()]
+            rows.fieldnames = columns = [name.strip(" ") for name in rows.fieldnames or ()]
             if "path" not in columns or not {*NAMES} & {*columns}:
                 raise InputError(f"--csv {file}: its first line must name its columns: {COLUMNS}")
             if twice := [name for name in ("path", *NAMES) if columns.count(name) > 1]:
@@ -103,7 +103,7 @@ def _table_labels(file):
                 if any(row.get(None, ())):
                     problem = "has more fields than columns"
                     raise InputError(f"--csv {file}, line {rows.line_num}: {problem}; put quotes around it")
-                found = {name: row[name].strip() for name in NAMES if (row.get(name) or "").strip()}
+                found = {name: row[name].strip(" ") for name in NAMES if (row.get(name) or "").strip(" ")}
                 if wrong := [name for name, value in found.items() if not value.isprintable()]:
                     problem = f"{wrong[0]} {found[wrong[0]]!r:.80} has a line break or another control character"
                     raise InputError(f"--csv {file}, line {rows.line_num}: {problem}; take it out, or close the quotes")
