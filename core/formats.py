@@ -44,7 +44,7 @@ def checked(value, kind, place, remedy):
 def read_json(path, kind, remedy):
     """The content of a JSON file, as `checked` gives it. Raises InputError for any other file, and for none."""
     try:
-        value = json.loads(Path(regular(path, text=True)).read_text(encoding="utf-8"))
+        value = json.loads(Path(regular(path, text=True)).read_text(encoding="utf-8-sig"))
         json.dumps(value, ensure_ascii=False).encode()  # text that cannot be written anywhere is a ValueError
     except InputError:
         raise

@@ -575,3 +575,8 @@ def test_a_text_that_no_memory_holds_is_not_read(tmp_path):
     path.rename(tmp_path / "idx" / "a.txt")
     with pytest.raises(InputError, match="a.txt: has more than 512 MiB"):
         read_list(tmp_path, "a")
+
+
+def test_json_of_windows_is_read(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": 1}', "utf-8-sig")
+    assert read_json(tmp_path / "a.json", dict, "r") == {"a": 1}
