@@ -70,6 +70,7 @@ def test_prefixes_of_wrapped_models_do_not_matter(prefix, checkpoint):
         "path, camera\na/b.jpg, 3\na/b.jpg, 3\n",
         "path,camera\na/b.jpg,3,,\n",
         "path , camera \na/b.jpg,3 \n",
+        'path, camera\na/b.jpg, "3"\n',
         "note,path,camera,note\nx,a/b.jpg,3,y\n",
     ],
 )

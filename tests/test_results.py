@@ -109,6 +109,8 @@ def test_the_screen_of_a_test_is_one_number_in_words_and_a_short_table(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [lines[1], lines[3].split()] == ["Beside it: chance 3.2", ["5.50", "44.44", "55.55"]]
     assert "; mode: all; direction: infrared to visible; protocol: seeded; shots: 1; trials: trial 0; " in lines[4]
+    print_results([row | {"mode": None} for row in single])
+    assert "data like SYSU-MM01; direction: infrared to visible; " in capsys.readouterr().out
 
 
 def random_search(dataset, seed):
@@ -194,6 +196,10 @@ def test_an_identity_without_a_query_is_named():
     matches = engine.run_search(features, search)["FC", "none"]
     with pytest.raises(InputError, match="--which 77: no query of that identity has a match; choose one of 1, 2, 3, 4"):
         choose_queries(matches, search, "77", 1)
+    for count, some in ((10, "0, 1, 2, 3, 4, 5, 6, 7, 8, 9$"), (11, r"0, 1, 2, 3, 4, 5, 6, 7, 8, 9, \.\.\.$")):
+        search = search._replace(query=search.query._replace(ids=np.arange(len(search.query.ids)) % count))
+        with pytest.raises(InputError, match=f"choose one of {some}"):
+            choose_queries(matches, search, "77", 1)
 
 
 def test_a_title_names_the_trial_or_counts_them():

@@ -499,6 +499,10 @@ def test_a_folder_beside_known_ones_needs_its_modality(folder, checkpoint, pictu
         run_index(folder, index)
     shutil.copy(pictures[0][0], folder / "b" / "deep er" / "88.JPG")
     assert run_index(folder / "b", index)["embedded"] == 1
+    run_index(folder / "b", tmp_path / "pool.db", "--resume", checkpoint, "--modality", "visible", "--feature", "POOL")
+    for file, feature in ((index, "FC"), (tmp_path / "pool.db", "POOL")):
+        with contextlib.closing(open_index(str(file))) as content:
+            assert [version["feature"] for version in content.versions()] == [feature]
     linked = tmp_path / "link"
     linked.symlink_to(folder / "b")
     assert search.main(["remove", str(linked), "--index", str(index)]) == 8
