@@ -39,7 +39,7 @@ TESTS = {
     "core/meter.py": "training distributed run formats",
     "core/distributed.py": "distributed run",
     "testing/evaluation.py": "testa features published run regdb",
-    "testing/results.py": "results report testa",
+    "testing/results.py": "results report testa formats",
     "data_loader.py": "data_loader datasets distributed regdb formats bad_input",
     "loss.py": "loss training gfm2 deen dns quad distributed",
     "methods.py": "loss training gfm2 deen dns quad rle clip distributed testa formats",

@@ -620,6 +620,8 @@ def test_labels_of_a_table(tmp_path):
         read_labels("{a}/" * 101, None)
     with pytest.raises(InputError, match="none.csv: cannot be read"):
         read_labels(None, tmp_path / "none.csv")
+    with pytest.raises(InputError, match="{time} needs a format, such as {time:%Y%m%d_%H%M%S}"):
+        read_labels("{time}", None)
     with pytest.raises(InputError, match="times have no zone; put {zone} after {time}, in place of %z"):
         read_labels("{time:%Y%m%d%z}", None)
     times = ("{time}", "{time:%H%M%z}", "{time:%s}", "{time:%H%H}")

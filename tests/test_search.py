@@ -681,7 +681,7 @@ def test_bad_input_is_one_line_and_status_2(made, pictures, tmp_path, monkeypatc
         (["index", str(tmp_path / "empty"), "--index", new_index, *new], "empty: contains no image; pass a folder of"),
         (
             ["index", str(tmp_path / "spoilt"), "--index", index_path, "--pattern", "{n}.gif", *CPU],
-            "fits no image of .*, such as a.jpg; write it for paths below that folder",
+            "^--pattern {n}.gif: fits no image of .*, such as a.jpg; write it for paths below that folder",
         ),
         (["index", str(tmp_path / "spoilt"), "--index", new_index, *new], "none of its 1 images can be read"),
         (["index", str(folder), "--index", f"{image}/a", *new], "cannot write there"),
