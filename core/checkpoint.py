@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from msgspec import Meta
 
-from core.files import atomic, file_sha256, locate
+from core.files import atomic, file_sha256, is_regular, locate
 from core.formats import Count, Flags, ImageSize, Moments, Numbers, Tensors, checked
 from core.meter import EpochSums
 from utils import InputError, process_index
@@ -148,7 +148,7 @@ def load_weights(path):
     """Read a dict of tensors and plain values, such as a state dict, as `load_checkpoint` does; of a file that has its
     weights under "state_dict" or "model", as other projects write them, only these."""
     path = Path(path)
-    if not path.is_file():
+    if not is_regular(path):
         raise InputError(f"{path}: no such file; pass the path of an existing one")
     path.open("rb").close()  # what the system has against it is not a matter of its content
     try:

@@ -117,12 +117,18 @@ def file_sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_regular(path):
+    """Whether there is a file that is stored: no folder, and nothing that a reader might wait for, as for a pipe, or as
+    for the kernel's messages in /proc."""
+    return os.path.isfile(path) and not os.path.realpath(path).startswith(("/proc/", "/sys/"))
+
+
 def regular(path, text=False):
-    """`path`, for a reader. OSError if it is a pipe, socket or device: a pipe is waited for until somebody writes.
+    """`path`, for a reader. OSError if it is there, but neither `is_regular` nor a folder.
 
     text: it is read whole, so a larger file than any list is an InputError.
     """
-    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+    if os.path.exists(path) and not (is_regular(path) or os.path.isdir(path)):
         raise OSError("is no regular file")
     if text and os.path.isfile(path) and os.path.getsize(path) > LARGEST_TEXT:
         raise InputError(f"{path}: has more than {LARGEST_TEXT >> 20} MiB, the most that is read; pass another")
@@ -134,9 +140,9 @@ def locate(name, folder=""):
 
     A name that no file has may be a pattern such as *_best.t; InputError if several files match it."""
     places = Path(name), Path(folder) / name
-    if path := next((path for path in places if path.is_file()), None):
+    if path := next(filter(is_regular, places), None):
         return path
-    found = sorted({path for place in places for path in map(Path, glob.glob(str(place))) if path.is_file()})
+    found = sorted({path for place in places for path in filter(is_regular, map(Path, glob.glob(str(place))))})
     if len(found) > 1:
         raise InputError(f"{name}: matches {len(found)} files, {', '.join(map(str, found[:4]))}; pass one")
     return found[0] if found else None

@@ -5,7 +5,18 @@ import socket
 import subprocess
 import sys
 
-from core.files import atomic
+import pytest
+
+from core.checkpoint import load_checkpoint
+from core.files import atomic, is_regular, locate
+from core.formats import read_json
+from core.images import read_image
+from data_manager import read_list
+from tools.embedder import Embedder
+from tools.search.file_index import FileIndex
+from tools.search.labels import read_labels
+from training.log import read_json_lines
+from utils import InputError
 
 
 def test_temporaries_of_killed_processes_are_removed_by_the_next_write(tmp_path):
@@ -42,3 +53,36 @@ def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
         temporary.write_bytes(b"new")
     assert events == [("fsync", str(temporary)), ("replace", temporary)]
     assert (tmp_path / "last.t").read_bytes() == b"new"
+
+
+READERS = {
+    "image": (lambda file: read_image(file, (8, 4)), "is no regular file"),
+    "table": (lambda file: read_labels(None, file), "is no regular file"),
+    "JSON": (lambda file: read_json(file, dict, "r"), "cannot be read as JSON"),
+    "list": (lambda file: read_list(file.parents[1], "a"), "cannot be read"),
+    "checkpoint": (load_checkpoint, "no such file"),
+    "network": (Embedder, "no such file"),
+    "index": (FileIndex, "no such index"),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_files_of_the_kernel_are_not_read(name, tmp_path):
+    """Some, which root may read, are waited for: /proc/kmsg."""
+    read, words = READERS[name]
+    (tmp_path / "idx").mkdir()
+    file = tmp_path / "idx" / "a.txt"
+    file.symlink_to("/proc/self/status")
+    with pytest.raises(InputError, match=f"a.txt: .*{words}"):
+        read(file)
+
+
+def test_a_log_or_a_name_is_no_file_of_the_kernel(tmp_path):
+    file = tmp_path / "a.t"
+    file.symlink_to("/proc/self/limits")
+    assert (read_json_lines(file), locate(file), locate("a.t", tmp_path), locate("a*", tmp_path)) == ([], *3 * [None])
+    (tmp_path / "b.t").touch()
+    (tmp_path / "c.t").symlink_to("b.t")
+    with (tmp_path / "b.t").open() as open_file:
+        assert is_regular(f"/proc/self/fd/{open_file.fileno()}")  # as `< b.t` gives it, by the name of /dev/stdin
+    assert is_regular(tmp_path / "c.t")

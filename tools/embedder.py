@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from ChannelAug import normalise
 from core.checkpoint import load_with_sha256
+from core.files import is_regular
 from core.formats import ImageSize, checked
 from core.images import resized
 from data_loader import ImageFiles, worker_options
@@ -44,7 +45,7 @@ class Embedder:
 
     def __init__(self, path, feature="FC", gpu="0", batch=64, workers=4, amp=None):
         self.path, self.feature, self.batch, self.workers = Path(path), feature, batch, workers
-        if not self.path.is_file():
+        if not is_regular(self.path):
             raise InputError(f"{path}: no such file; pass a checkpoint or an .onnx file of tools.export")
         if self.path.suffix == ".safetensors":
             raise InputError(f"{path}: search cannot read .safetensors files; pass the checkpoint or an .onnx file")

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from core.files import atomic, check_folder, writing
+from core.files import atomic, check_folder, is_regular, writing
 from core.formats import Numbers, checked
 from methods import METHODS
 from testing.results import METRICS
@@ -101,7 +101,7 @@ def read_json_lines(path):
     """The entries of a log, dicts of numbers with an "epoch", and perhaps the text "select", from a file that may not
     exist. Anything else in it, such as a line cut off by a crash, is left out."""
     entries = []
-    for line in path.read_text(errors="replace").split("\n") if path.is_file() else []:
+    for line in path.read_text(errors="replace").split("\n") if is_regular(path) else []:
         with contextlib.suppress(ValueError, RecursionError):
             entry = checked(json.loads(line), dict[str, object], path, "")
             checked({name: value for name, value in entry.items() if name != "select"}, Numbers, path, "")

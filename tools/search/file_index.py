@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from core.files import check_output
+from core.files import check_output, is_regular
 from tools.search.index import BLOCK, TRACK, UPDATES, Entry, Filter, Index, damaged, tables
 from utils import InputError
 
@@ -25,7 +25,7 @@ class FileIndex(Index):
         if create:
             for file in (path, f"{path}-journal"):  # which SQLite writes beside it
                 check_output(file)
-        elif not Path(path).is_file():
+        elif not is_regular(path):
             raise InputError(f"{path}: no such index; make it with python -m tools.search index")
         self.place = os.path.abspath(path)  # SQLite takes some relative names for a URI, or for memory
         with self._errors():
