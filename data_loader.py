@@ -220,9 +220,7 @@ class IdentitySampler(Sampler):
 
     def __init__(self, data, batch_size, num_pos, seed):
         if batch_size % process_count():
-            raise InputError(
-                f"--batch_size {batch_size}: take a multiple of the number of processes, {process_count()}"
-            )
+            raise InputError(f"--batch_size {batch_size}: take a multiple of {process_count()}, one for each process")
         both = np.intersect1d(data.visible_labels, data.infrared_labels)
         both = both[both >= 0]
         if len(both) < batch_size:

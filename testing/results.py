@@ -134,9 +134,6 @@ def summarise(rows):
     ]
 
 
-# ------------------------------------------------------------------------------------------------------------- table
-
-
 def result_title(row):
     """What a row of `summarise` is of, in words: "SYSU-MM01, all-search, ..., 1-shot, 10 trials"."""
     trials = f"trial {row['trials'][0]}" if len({*row["trials"]}) == 1 else f"{len(row['trials'])} trials"
@@ -249,9 +246,6 @@ def row_labels(row):
         "gallery": count["gallery"],
     }
     return {name: "–" if value is None else str(value) for name, value in values.items()}
-
-
-# ------------------------------------------------------------------------------------------------------------ images
 
 
 def choose_queries(matches, search, which, count, seed=0):

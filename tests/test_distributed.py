@@ -152,7 +152,7 @@ def test_identities_of_a_batch_are_shared_without_repetition(monkeypatch):
             by_identity = images.reshape(4, 2)
             np.testing.assert_array_equal(one.reshape(2, 2), by_identity[::2])
             np.testing.assert_array_equal(other.reshape(2, 2), by_identity[1::2])
-    with pytest.raises(InputError, match="--batch_size 3: take a multiple of the number of processes, 2"):
+    with pytest.raises(InputError, match="--batch_size 3: take a multiple of 2, one for each process"):
         IdentitySampler(data, 3, 2, seed=0)
 
 

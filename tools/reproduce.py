@@ -160,9 +160,6 @@ def _stoppable(function, *arguments):
     return function(*arguments)
 
 
-# --------------------------------------------------------------------------------------------------------------- before
-
-
 def prepare(args):
     """Prepare SYSU-MM01's arrays unless they are there, in the size of these flags of training."""
     if args.dataset == "sysu":
@@ -213,9 +210,6 @@ def measure(args):
     )
     images = sum(len(paths) for paths in test.paths.values())
     return of_steps / MEASURED, of_batch / len(paths), sampler.steps, images
-
-
-# ---------------------------------------------------------------------------------------------------------------- after
 
 
 def write(args, method, more, folders, table, commit):

@@ -32,12 +32,18 @@ def get_args_parser():
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(draw, name, text, nargs=None):
-        """A command that draws a checkpoint's figure by `draw` -> the group of its own flags."""
+        """A command that draws a checkpoint's figure by `draw` -> the group of its own flags. nargs: of --resume."""
         sub = commands.add_parser(name, help=text)
         sub.set_defaults(draw=draw)
         group = sub.add_argument_group("figure")
         group.add_argument("--out", required=True, metavar="FILE", help="figure to write: .png, .svg or .pdf")
-        add_search_flags(sub, group, nargs)
+        group.add_argument("--feature", choices=FEATURES, default="FC", help="feature after or before the bottleneck")
+        text = "trial of the gallery, for SYSU-MM01 and LLCM (default: 0)"
+        group.add_argument("--gallery", type=bounded(int, 0, 9), help=text)
+        source = sub.add_argument_group("checkpoint and protocol")
+        text = "checkpoint (or two, to compare them)" if nargs else "checkpoint"
+        source.add_argument("--resume", required=True, nargs=nargs, help=f"{text}: a path, or a name in --model_path")
+        evaluation.add_flags(source)
         return group
 
     ranking = command(draw_ranking, "ranking", "queries with their nearest gallery images under the protocol")
@@ -59,17 +65,6 @@ def get_args_parser():
     curves.add_argument("--values", nargs="+", help="values of the logs (default: identity triplet FC/Rank-1)")
     curves.add_argument("--labels", nargs="+", help="names of the runs (default: those of their files)")
     return parser
-
-
-def add_search_flags(parser, group, nargs=None):
-    """Add the flags of `embed_test`. nargs: "+" for several checkpoints."""
-    group.add_argument("--feature", choices=FEATURES, default="FC", help="feature after or before the bottleneck")
-    text = "trial of the gallery, for SYSU-MM01 and LLCM (default: 0)"
-    group.add_argument("--gallery", type=bounded(int, 0, 9), help=text)
-    source = parser.add_argument_group("checkpoint and protocol")
-    text = "checkpoint (or two, to compare them)" if nargs else "checkpoint"
-    source.add_argument("--resume", required=True, nargs=nargs, help=f"{text}: a path, or a name in --model_path")
-    evaluation.add_flags(source)
 
 
 def which(text):
