@@ -979,6 +979,10 @@ def test_crops_of_another_kind_are_refused(checkpoint):
     ):
         with pytest.raises(InputError, match=text):
             embed.embed_crops([good, bad], "visible", "RGB")
+    with pytest.raises(
+        InputError, match="embeds visible and infrared images, not thermal ones; pass one of these names"
+    ):
+        embed.embed_crops([good], "thermal", "RGB")
     with pytest.raises(InputError, match="colours 'rgb': pass 'RGB' or 'BGR'"):
         embed.embed_crops([good], "visible", "rgb")
 

@@ -159,9 +159,9 @@ class Embedder:
 
     def _check_modality(self, modality):
         if modality not in self.modalities:
+            file = "the .onnx file of the same checkpoint for them" if modality in MODALITIES else "one of these names"
             raise InputError(
-                f"{self.path}: embeds {' and '.join(self.modalities)} images, not {modality} ones; pass the .onnx file "
-                f"of the same checkpoint for {modality} images"
+                f"{self.path}: embeds {' and '.join(self.modalities)} images, not {modality} ones; pass {file}"
             )
 
     def _finite(self, images, modality):
