@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ChannelAug import without_colour
 from core.checkpoint import check_state, load_weights
+from core.files import file_sha256, is_regular
 from parts.clip import clip_resnet
 from parts.deen import EXPANSIONS, Aggregation, Expansion
 from parts.dns import Domain, DomainBranch, SpaceShift
@@ -337,16 +338,8 @@ def _backbone_state(arch, network, weights):
     name = "IMAGENET1K_V1" if weights == "imagenet" else str(weights)
     if weights == "imagenet" and not sources:
         raise InputError(f"--weights imagenet: is not of {arch}; pass a state dict of CLIP's: --weights FILE, or none")
-    if name in sources:
-        source = sources[name]
-        try:
-            return source.get_state_dict(check_hash=True)
-        except (urllib.error.URLError, OSError, RuntimeError) as error:
-            raise InputError(
-                f"--weights {weights}: could not download {source.url} ({error}); "
-                "fetch that file elsewhere and pass --weights FILE, or train from scratch: --weights none"
-            ) from error
-    state = check_state(load_weights(Path(weights)), f"--weights {weights}")
+    file = _downloaded(sources[name], weights) if name in sources else Path(weights)
+    state = check_state(load_weights(file), f"--weights {weights}")
     owner = "CLIP's" if arch.startswith(CLIP) else "torchvision's"
     if any(name.startswith("visual.") for name in state):  # the whole of CLIP
         state = {name.removeprefix("visual."): value for name, value in state.items() if name.startswith("visual.")}
@@ -362,6 +355,34 @@ def _backbone_state(arch, network, weights):
     if bad := [name for name in wanted if not torch.isfinite(state[name]).all()]:
         raise InputError(f"--weights {weights}: {bad[0]} holds values that are not finite; use another file")
     return {name: state[name] for name in wanted}
+
+
+def _downloaded(source, weights):
+    """The file of `source`, weights of torchvision's, downloaded unless it is there. PyTorch itself would run what is
+    pickled in a file that is there, and look at the digest of a new one only."""
+    file = cache_file(source)
+    if not file.exists():
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(source.url, str(file))
+        except (urllib.error.URLError, OSError, RuntimeError) as error:
+            raise InputError(
+                f"--weights {weights}: could not download {source.url} ({error}); "
+                "fetch that file elsewhere and pass --weights FILE, or train from scratch: --weights none"
+            ) from error
+    if not is_intact(file, source):
+        raise InputError(f"{file}: is damaged; delete it, and the next training downloads it again")
+    return file
+
+
+def cache_file(source):
+    """Where PyTorch keeps the file of weights of torchvision's."""
+    return Path(torch.hub.get_dir(), "checkpoints", Path(source.url).name)
+
+
+def is_intact(file, source):
+    """Whether a file is that of weights of torchvision's, whose name ends with the beginning of its digest."""
+    return is_regular(file) and file_sha256(file).startswith(Path(source.url).stem.rpartition("-")[2])
 
 
 # ------------------------------------------------------------------------------------------------- checkpoints

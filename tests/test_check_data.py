@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import model
 import pre_process_sysu
 import testa
 import train_ext_test0
@@ -222,7 +223,7 @@ def test_weights_and_disk(monkeypatch, tmp_path):
     (tmp_path / "checkpoints" / "resnet18-f37072fd.pth").write_bytes(b"junk")
     with pytest.raises(InputError, match="resnet18-f37072fd.pth: is damaged; delete it"):
         check_data.check_weights("resnet18")
-    monkeypatch.setattr(check_data, "file_sha256", lambda file: "f37072fd" + 56 * "0")
+    monkeypatch.setattr(model, "file_sha256", lambda file: "f37072fd" + 56 * "0")
     assert check_data.check_weights("resnet18") == "of resnet18, are here"
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="file: is no folder; choose another --model_path"):

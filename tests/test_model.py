@@ -1,8 +1,12 @@
 """The network against golden features, torchvision's backbones and formulas written out."""
 
 import copy
+import hashlib
 import re
+import shutil
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -332,15 +336,68 @@ def test_the_untrained_network_is_that_of_seed_0():
     torch.testing.assert_close(untrained.state_dict(), expected.state_dict(), rtol=0, atol=0)
 
 
-def test_weights_may_have_torchvision_s_name(monkeypatch):
-    """Each name gets its own. ResNet-18 has no second version."""
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Two files of torchvision's for ResNet-18, on a server from which PyTorch's cache gets them -> their folder, and a
+    list of what was downloaded."""
+    server, sources, downloads = tmp_path / "server", {}, []
+    server.mkdir()
     torch.manual_seed(1)
-    states = {name: torchvision.models.resnet50().state_dict() for name in ("IMAGENET1K_V1", "IMAGENET1K_V2")}
-    loaded = lambda weights, check_hash=False: check_hash and states[weights.name]  # noqa: E731
-    monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", loaded)
-    for weights, name in (("imagenet", "IMAGENET1K_V1"), ("IMAGENET1K_V2", "IMAGENET1K_V2")):
-        net = model.GFMNet(3, "resnet50", weights=weights)
-        for part in (net.visible, net.infrared):
-            torch.testing.assert_close(part.conv1.weight, states[name]["conv1.weight"], rtol=0, atol=0)
+    for name in ("IMAGENET1K_V1", "IMAGENET1K_V2"):
+        torch.save(torchvision.models.resnet18().state_dict(), file := server / name)
+        file = file.rename(server / f"{name}-{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}.pth")
+        sources[name] = SimpleNamespace(url=f"https://server/{file.name}")
+
+    def download(url, file):
+        downloads.append(Path(file))
+        shutil.copy(server / Path(url).name, file)
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    members = {"resnet18": sources}
+    monkeypatch.setattr(
+        torchvision.models, "get_model_weights", lambda arch: SimpleNamespace(__members__=members.get(arch, {}))
+    )
+    return server, downloads
+
+
+def test_weights_may_have_torchvision_s_name(server):
+    """Each name gets its own, which is downloaded once. ResNet-34 here has none."""
+    folder, downloads = server
+    for _ in range(2):
+        for weights, name in (("imagenet", "IMAGENET1K_V1"), ("IMAGENET1K_V2", "IMAGENET1K_V2")):
+            expected = torch.load(next(folder.glob(f"{name}-*")))
+            net = model.GFMNet(3, "resnet18", weights=weights)
+            for part in (net.visible, net.infrared):
+                torch.testing.assert_close(part.conv1.weight, expected["conv1.weight"], rtol=0, atol=0)
+            last = expected["layer4.1.conv2.weight"]
+            assert any(torch.equal(value, last) for value in net.shared.state_dict().values())
+    assert len(downloads) == 2
     with pytest.raises(InputError, match="IMAGENET1K_V2: no such file"):
-        model.GFMNet(3, "resnet18", weights="IMAGENET1K_V2")
+        model.GFMNet(3, "resnet34", weights="IMAGENET1K_V2")
+
+
+class Program:
+    def __reduce__(self):
+        return Path.touch, (Path("touched"),)
+
+
+@pytest.mark.parametrize("damage", ["a page", "a program", "other weights", "cut"])
+def test_what_is_in_the_cache_is_checked_and_never_run(damage, server, tmp_path, monkeypatch):
+    folder, downloads = server
+    monkeypatch.chdir(tmp_path)
+    model.GFMNet(3, "resnet18", weights="imagenet")
+    (file,) = downloads
+    if damage == "a page":
+        file.write_text("<html>404</html>")
+    elif damage == "a program":
+        torch.save({"conv1.weight": Program()}, file)
+    elif damage == "other weights":
+        shutil.copy(next(folder.glob("IMAGENET1K_V2-*")), file)
+    else:
+        file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(InputError, match=f"{re.escape(file.name)}: is damaged; delete it, and the next training down"):
+        model.GFMNet(3, "resnet18", weights="imagenet")
+    assert not Path("touched").exists()
+    file.unlink()
+    model.GFMNet(3, "resnet18", weights="imagenet")

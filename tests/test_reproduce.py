@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import model
 from conftest import exit_status, result_row
 from tools import check_data, records, reproduce, sweep, sweep_tables
 from utils import InputError
@@ -143,9 +144,10 @@ def test_flags_that_make_it_another_training(tmp_path, monkeypatch):
     weights = tmp_path / "w.pth"
     weights.write_bytes(b"some")
     assert changed("--weights", str(weights)) == ["weights"]
-    monkeypatch.setattr(check_data, "file_sha256", lambda file: "0676ba61" + 56 * "0")  # of ImageNet's ResNet-50
+    monkeypatch.setattr(model, "file_sha256", lambda file: "0676ba61" + 56 * "0")  # of ImageNet's ResNet-50
     assert changed("--weights", str(weights)) == []
     assert changed("--weights", str(weights), "--arch=resnet18") == ["arch", "weights"]
+    assert changed("--weights", str(weights), "--arch=clip_resnet50") == ["arch", "weights"]  # torchvision has none
 
 
 def test_published_values_are_of_settings_that_tests_have(sysu_tree, regdb_tree, llcm_tree):

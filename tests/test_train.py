@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torchvision
 
 import data_manager
 import testa
@@ -291,7 +290,8 @@ def test_weights_that_cannot_be_downloaded_say_what_to_do(sysu_tree, tmp_path, m
     def offline(*_, **__):
         raise urllib.error.URLError("no network")
 
-    monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", offline)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     with pytest.raises(InputError, match=r"https.*--weights FILE.*--weights none"):
         train_ext_test0.main([*flags(sysu_tree, tmp_path), "--weights", "imagenet"])
 

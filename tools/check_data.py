@@ -24,7 +24,7 @@ from core.files import check_output, file_sha256, save_json
 from core.images import read_image
 from data_loader import check_prepared, sysu_train_files
 from datasets import DATASETS, difference, training_counts
-from model import ARCHS, CLIP
+from model import ARCHS, CLIP, cache_file, is_intact
 from utils import (
     ArgumentParser,
     InputError,
@@ -284,25 +284,15 @@ def check_disk(model_path):
     return f"{free / 2**30:.0f} GiB are free for {model_path}"
 
 
-def imagenet_url(arch):
-    return torchvision.models.get_model_weights(arch).IMAGENET1K_V1.url
-
-
-def is_imagenet(file, arch):
-    """Whether a file is what `--weights imagenet` downloads, by the digest at the end of its name."""
-    return file_sha256(file).startswith(Path(imagenet_url(arch)).stem.rpartition("-")[2])
-
-
 def check_weights(arch):
     if arch.startswith(CLIP):
         return f"note: {arch} starts from a file of CLIP's: --weights FILE"
-    source = imagenet_url(arch)
-    file = Path(torch.hub.get_dir(), "checkpoints", Path(source).name)
-    if file.is_file():
-        if not is_imagenet(file, arch):
+    source = torchvision.models.get_model_weights(arch).IMAGENET1K_V1
+    if (file := cache_file(source)).exists():
+        if not is_intact(file, source):
             raise InputError(f"{file}: is damaged; delete it, and the next training downloads it again")
         return f"of {arch}, are here"
-    return f"note: --weights imagenet, the default, downloads {source}; without internet, pass the file: --weights FILE"
+    return f"note: --weights imagenet, the default, downloads {source.url}; without internet, pass it: --weights FILE"
 
 
 if __name__ == "__main__":

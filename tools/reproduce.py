@@ -19,6 +19,7 @@ from itertools import chain, count, islice, product, repeat
 from pathlib import Path
 
 import torch
+import torchvision
 
 import pre_process_sysu
 import train_ext_test0
@@ -29,6 +30,7 @@ from data_loader import IdentitySampler, eval_loader, sysu_train, train_loader
 from data_manager import is_demo
 from datasets import DATASETS, search_title
 from methods import METHODS
+from model import CLIP, is_intact
 from testing import engine
 from testing.results import METRICS
 from tools import check_data, records, sweep
@@ -263,7 +265,8 @@ def changed_flags(method, args, more):
     method_flags = [f"--method={method}", f"--dataset={args.dataset}"]
     recipe, own = (vars(train_ext_test0.get_args_parser().parse_args([*method_flags, *f])) for f in ([], more))
     changed = {flag for flag in recipe if own[flag] != recipe[flag]} - FREE_FLAGS
-    if Path(own["weights"]).is_file() and check_data.is_imagenet(own["weights"], own["arch"]):
+    sources = {} if own["arch"].startswith(CLIP) else torchvision.models.get_model_weights(own["arch"]).__members__
+    if sources and is_intact(own["weights"], sources["IMAGENET1K_V1"]):
         changed -= {"weights"}
     return sorted(changed)
 
