@@ -9,7 +9,6 @@ MSCMNet (Hua et al., Pattern Recognition 2025), by other parts.
 
 import copy
 import itertools
-import urllib.error
 import warnings
 from collections import OrderedDict
 from functools import partial
@@ -365,7 +364,7 @@ def _downloaded(source, weights):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(source.url, str(file))
-        except (urllib.error.URLError, OSError, RuntimeError) as error:
+        except Exception as error:  # a server, or a proxy, may answer anything
             raise InputError(
                 f"--weights {weights}: could not download {source.url} ({error}); "
                 "fetch that file elsewhere and pass --weights FILE, or train from scratch: --weights none"

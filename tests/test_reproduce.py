@@ -320,6 +320,7 @@ def test_stopped_in_a_process_of_its_own_it_ends_with_one_line(stop, sysu_tree, 
     program.write_text(PROGRAM)
     command = [sys.executable, program, *flags(tree, tmp_path)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # in the background, it is ignored
     with subprocess.Popen(command, **pipes) as process:
         while "ok" not in process.stdout.readline():
             assert process.poll() is None

@@ -159,6 +159,33 @@ def test_a_crop_that_is_still_written_is_tried_again_and_a_damaged_one_listed_on
     assert {*stored(site.uri)} == {str(written), str(damaged)}
 
 
+def test_another_image_of_a_name_does_not_get_the_labels_of_one_that_is_gone(site, pictures, tmp_path, monkeypatch):
+    """Nor does it in a new call of `index`. One that is changed keeps them."""
+    now, table = 0.0, tmp_path / "labels.csv"
+    monkeypatch.setattr(watcher.time, "monotonic", lambda: now)
+    table.write_text("path,camera,person\na.jpg,7,ann\n")
+    image = site.folder / "a.jpg"
+    shutil.copy(pictures[0], image)
+    shutil.copy(pictures[0], site.folder / "other.jpg")  # an empty folder could be one that is not mounted
+    crops = site.watch("--csv", table)
+
+    def labels_after(*seconds):
+        nonlocal now
+        for now in seconds:  # noqa: B007 (read above)
+            crops.look()
+        entries = stored(site.uri)
+        return [(entries[path][0].camera, entries[path][0].person) for path in entries if path == str(image)]
+
+    assert labels_after(0.0, 10.0) == [("7", "ann")]
+    table.write_text("path,camera,person\nb.jpg,8,bob\n")
+    shutil.copy(pictures[1], image)
+    assert labels_after(20.0, 30.0) == [("7", "ann")]
+    image.unlink()
+    assert labels_after(40.0, 50.0) == []
+    shutil.copy(pictures[2], image)
+    assert labels_after(60.0, 70.0) == [(None, None)]
+
+
 def test_a_table_of_labels_that_grows_is_read_again(site, pictures, tmp_path, monkeypatch, capsys):
     table = tmp_path / "labels.csv"
     table.write_text("path,camera,track,time\na.jpg,3,17,2026-11-20T14:03:11\n")

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import http.client
 import importlib.metadata
 import math
 import os
@@ -286,9 +287,10 @@ def test_epoch_chosen_by_the_validation_ids(tiny_tree, tmp_path):
         assert {row["selection"] for row in rows} == {selection}
 
 
-def test_weights_that_cannot_be_downloaded_say_what_to_do(sysu_tree, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [urllib.error.URLError("no network"), http.client.InvalidURL("of a proxy")])
+def test_weights_that_cannot_be_downloaded_say_what_to_do(error, sysu_tree, tmp_path, monkeypatch):
     def offline(*_, **__):
-        raise urllib.error.URLError("no network")
+        raise error
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))

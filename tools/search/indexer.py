@@ -119,6 +119,7 @@ class Indexer:
         self.index.remove(new - embedded)
         for path in (*gone, *(new - embedded)):
             self.known.pop(path, None)
+            self.before.pop(path, None)
         current = {entry.path: entry for entry in entries if entry.path not in new or entry.path in embedded}
         self.known |= current
         self.before |= current
