@@ -97,8 +97,15 @@ def read_permutations(data_path):
     return load_permutations(path)
 
 
-def _read_cells(path):
-    return loadmat(regular(path))["rand_perm_cam"]
+def read_mat(path, name):
+    """An array of a MATLAB file. It is read by a process of its own, which a damaged file can end."""
+    with map_processes(_read_mat, [(path, name)], 1) as read:
+        return next(read)
+
+
+def _read_mat(path_and_name):
+    path, name = path_and_name
+    return loadmat(regular(path))[name]
 
 
 def load_permutations(path):
@@ -107,11 +114,9 @@ def load_permutations(path):
     The file holds a cell for each camera, and in it a cell for each id, empty where the camera does not see the person.
     """
     try:
-        with map_processes(_read_cells, [path], 1) as read:  # a damaged file can end the process of scipy's reader
-            cells = next(read)
         rows = {
             (camera, identity): draws.astype(np.int64)
-            for camera, people in enumerate(cells.ravel(), 1)
+            for camera, people in enumerate(read_mat(path, "rand_perm_cam").ravel(), 1)
             for identity, draws in enumerate(people.ravel(), 1)
             if draws.size
         }

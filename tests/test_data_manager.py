@@ -380,6 +380,6 @@ def end_this_process(_):
 def test_permutations_that_end_the_process_of_their_reader_are_one_line(tmp_path, monkeypatch):
     """One flipped byte in a .mat is enough."""
     (tmp_path / "rand_perm_cam.mat").write_bytes(b"x")
-    monkeypatch.setattr(data_manager, "_read_cells", end_this_process)
+    monkeypatch.setattr(data_manager, "_read_mat", end_this_process)
     with pytest.raises(InputError, match=r"is not a rand_perm_cam.mat \(BrokenProcessPool\); download it again"):
         data_manager.load_permutations(tmp_path / "rand_perm_cam.mat")

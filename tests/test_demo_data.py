@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 from scipy.io import loadmat, savemat
 
+import data_manager
 import testa
 import utils
 from data_loader import eval_loader
@@ -144,7 +145,15 @@ def test_like_has_every_person_camera_count(like):
     }
 
 
-def test_like_needs_the_files_beside_it_and_takes_no_sizes(like, tmp_path):
+READ_MAT = data_manager._read_mat
+
+
+def end_at_ids(path_and_name):
+    """As scipy's reader ends the process at some damaged files."""
+    return os._exit(1) if path_and_name[1] == "id" else READ_MAT(path_and_name)
+
+
+def test_like_needs_the_files_beside_it_and_takes_no_sizes(like, tmp_path, monkeypatch):
     folder, _, _ = like
     with pytest.raises(utils.InputError, match=r"--like .*leave out --ids"):
         demo_data.main(["--out", str(tmp_path / "out"), "--like", str(folder / "rand_perm_cam.mat"), "--ids", "9"])
@@ -153,7 +162,15 @@ def test_like_needs_the_files_beside_it_and_takes_no_sizes(like, tmp_path):
         demo_data.main(["--out", str(tmp_path / "out"), "--like", str(tmp_path / "rand_perm_cam.mat")])
     with pytest.raises(utils.InputError, match=r"test_id\.mat: is not a rand_perm_cam\.mat"):
         demo_data.main(["--out", str(tmp_path / "out"), "--like", str(folder / "test_id.mat")])
-    assert files(tmp_path) == ["rand_perm_cam.mat"]
+    for ids in ([1, -3], [2.7], [np.nan], [1e30], ["a"]):
+        savemat(tmp_path / "train_id.mat", {"id": [ids]})
+        with pytest.raises(utils.InputError, match=r"train_id\.mat: cannot be read as a list of ids"):
+            demo_data.main(["--out", str(tmp_path / "out"), "--like", str(tmp_path / "rand_perm_cam.mat")])
+    savemat(tmp_path / "train_id.mat", {"id": [[1, 2, 3]]})
+    monkeypatch.setattr(data_manager, "_read_mat", end_at_ids)
+    with pytest.raises(utils.InputError, match=r"train_id\.mat: cannot be read as a list of ids"):
+        demo_data.main(["--out", str(tmp_path / "out"), "--like", str(tmp_path / "rand_perm_cam.mat")])
+    assert files(tmp_path) == ["rand_perm_cam.mat", "train_id.mat"]
 
 
 def test_llcm_layout(tmp_path):

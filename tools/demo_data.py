@@ -26,11 +26,11 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
-from scipy.io import loadmat, savemat
+from scipy.io import savemat
 
 import utils
-from core.files import atomic, check_output, regular, temporary_name, writing
-from data_manager import BUPT_CAMERAS, DEMO_FILE, VCM_FEWEST, load_permutations
+from core.files import atomic, check_output, temporary_name, writing
+from data_manager import BUPT_CAMERAS, DEMO_FILE, VCM_FEWEST, load_permutations, read_mat
 
 SPECTRA = {  # layout -> camera -> spectrum
     "sysu": {1: "visible", 2: "visible", 3: "infrared", 4: "visible", 5: "visible", 6: "infrared"},
@@ -570,7 +570,10 @@ def plan_like(path: Path) -> tuple:
     for part in ("train", "test"):
         file = path.with_name(f"{part}_id.mat")
         try:
-            parts[part] = sorted(loadmat(regular(file))["id"].ravel().astype(int).tolist())
+            ids = read_mat(file, "id").ravel().tolist()
+            if not all(0 < value < 10**9 and value == int(value) for value in ids):
+                raise ValueError("not whole numbers")
+            parts[part] = sorted(map(int, ids))
         except Exception as error:  # scipy's reader raises anything when a file is damaged
             raise utils.InputError(
                 f"{file}: cannot be read as a list of ids; copy it from the publication of {path.name}"
