@@ -179,6 +179,8 @@ def test_rows_by_name():
         (("--vary", "method=base,adp", "--seeds", *map(str, range(501))), "are more than 1000 runs; take fewer"),
         (("--row", "--method adp"), "is not 'NAME: FLAGS'"),
         (("--row", "a: --method 'adp"), "No closing quotation"),
+        (("--row", "table.json: --lr 0.1"), "names a file of the table, or has a line break; choose another"),
+        (("--row", "a\nb: --lr 0.1"), "names a file of the table, or has a line break; choose another"),
         (("--row", "..: --method adp"), "rows need different names"),
         (("--vary", "seed=1,2"), "row seed=1: the sweep sets --seed; leave it out"),
         (("--vary", "method=adp", "--", "--model-path", "x"), "row method=adp: the sweep sets --model_path"),

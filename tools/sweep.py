@@ -135,6 +135,8 @@ def row(text):
     name, colon, flags = text.partition(":")
     if not (name.strip() and colon):
         raise argparse.ArgumentTypeError(f"{text!r} is not 'NAME: FLAGS'")
+    if name.strip().startswith(("table.", "curves.")) or not name.isprintable():
+        raise argparse.ArgumentTypeError(f"{text!r}: names a file of the table, or has a line break; choose another")
     return name.strip(), words(flags)
 
 
