@@ -105,7 +105,7 @@ def main(argv=None):
         if left := len(missing(runs, "last")):
             announce(args, method, trainings[method], left)
         common = [f"--out={folder}", *chain(*(("--row", f"{row}: {own}") for row, own in rows.items()))]
-        common += ["--seeds", *map(str, args.seeds), *([] if args.gpu == ["cpu"] else ["--gpus", *args.gpu]), "--retry"]
+        common += ["--seeds", *map(str, args.seeds), *([] if device else ["--gpus", *args.gpu]), "--retry"]
         for checkpoint in reversed(CHECKPOINTS):  # the tables that stay are those of the published way
             try:
                 table = sweep.main([*common, f"--checkpoint={checkpoint}", "--test", "--all", "--", *flags[method]])
