@@ -401,3 +401,8 @@ def test_what_is_in_the_cache_is_checked_and_never_run(damage, server, tmp_path,
     assert not Path("touched").exists()
     file.unlink()
     model.GFMNet(3, "resnet18", weights="imagenet")
+
+
+def test_options_are_all_that_makes_a_network_but_its_weights():
+    words = "num_classes arch share_net attention non_local pool local expansion shift gray thirds twins stages"
+    assert " ".join(tiny().options) == words
