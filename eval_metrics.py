@@ -146,10 +146,10 @@ def match_ranks(
     distmat = distmat if isinstance(distmat, CosineDistances) else torch.as_tensor(distmat)
     query, gallery = ([q_pids, q_camids], [g_pids, g_camids]) if rules.not_seen else ([q_pids], [g_pids])
     query, gallery = ([torch.as_tensor(x, device=distmat.device) for x in labels] for labels in (query, gallery))
-    if any(tuple(distmat.shape) != (len(q), len(g)) for q, g in zip(query, gallery, strict=True)):
-        raise ValueError(
-            f"distances of shape {tuple(distmat.shape)} do not fit {len(query[0])} queries and {len(gallery[0])} images"
-        )
+    for q, g in zip(query, gallery, strict=True):
+        if tuple(distmat.shape) != (*q.shape, *g.shape):
+            shapes = f"{list(distmat.shape)} do not fit labels of shape {list(q.shape)} and {list(g.shape)}"
+            raise ValueError(f"distances of shape {shapes}")
     if not (len(query[0]) and len(gallery[0])):
         raise ValueError("no queries, or an empty gallery")
     images, grouped, blocks = distmat.shape[1], _Grouped(gallery[0]), []

@@ -30,7 +30,7 @@ from training.log import log_epoch
 from training.optim import build_optimizer, set_rates
 from training.run import Run
 from training.step import GraphedStep, TrainStep
-from utils import ArgumentParser, InputError, bounded, check_device, cli, process_count, seed_everything
+from utils import AMP, ArgumentParser, InputError, bounded, check_device, cli, process_count, seed_everything
 
 # Flags that a resumed run may give anew: where things are and how fast they go, not what is computed; and the epochs
 # that are trained and tested.
@@ -109,7 +109,7 @@ def get_args_parser():
     flag("--seed", type=bounded(int, 0), default=0, help="seed of weights, batches and augmentation")
     flag = parser.add_argument_group("device").add_argument
     flag("--gpu", default="0", help="number of the GPU, or cpu; under torchrun, each process takes its own GPU")
-    flag("--amp", choices=("off", "bf16"), default="off", help="mixed precision: bf16 runs the network in bfloat16")
+    flag("--amp", choices=AMP, default="off", help="mixed precision: bf16 runs the network in bfloat16")
     flag("--compile", action="store_true", help="compile the network with torch.compile")
     text = "1 records a training step as a CUDA graph (on one GPU, without --compile); 0 starts its tasks one by one"
     flag("--graph", **SWITCH, help=text)

@@ -41,6 +41,7 @@ def printable(text):
 
 
 FLAGS = set()  # of this program, for remedies
+AMP = ("off", "bf16")  # mixed precision
 NO_WORKERS = ("pass", "--workers 0")
 SMALLER = ("lower", "--batch_size", "--test_batch", "--batch", "--workers")
 # What runs out: how errors say it, what the line says, and what helps, by flags that the program has or without.

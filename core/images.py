@@ -21,6 +21,7 @@ MAX_READS = 2**20  # of its parts
 MAX_EXIF = 3 * 2**15  # bytes; a part of a JPEG has 2^16. Pillow copies all for each part, and what each entry names
 SPAN = 64  # of 256 gray levels, that an image of 16 bits must use
 MAX_PIXELS = 2**26  # of an image file, 8192 x 8192: some formats take minutes to decode more
+MAX_SIDE = 2**16  # pixels: of a longer side, Pillow keeps gigabytes of weights to resize it, or fails
 Image.MAX_IMAGE_PIXELS = None  # of Pillow, which warns first and refuses later
 MOST_SCANS, MOST_SCANNED = 100, 2**30  # of a JPEG, and its pixels in all of them; a progressive one has about ten
 WHITE_IS_ZERO = 262  # a tag of TIFF, PhotometricInterpretation, if it is 0
@@ -80,6 +81,8 @@ def _check_header(image, content):
     pixels = image.width * image.height
     if pixels > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are more than 2^26")
+    if max(image.size) > MAX_SIDE:
+        raise ValueError(f"a side of {max(image.size)} pixels is longer than 2^16")
     _check_exif(max(len(image.info.get(name, "")) for name in ("exif", "Raw profile type exif")))
     scans = content.count(b"\xff\xda") if codec == "jpeg" else 0  # over the whole image, however short they are
     if scans > MOST_SCANS or scans * pixels > MOST_SCANNED:

@@ -22,5 +22,10 @@ def euclidean(x, y):
 
 
 def same_identity(labels):
-    """Boolean [N, N]: True where two samples show one person (the diagonal included)."""
+    """labels [N] -> boolean [N, N]: True where two samples show one person (the diagonal included).
+
+    Raises ValueError for labels of another shape, which would pair up otherwise.
+    """
+    if labels.ndim != 1:
+        raise ValueError(f"labels need the shape [N], not {list(labels.shape)}")
     return labels[:, None] == labels[None, :]

@@ -13,7 +13,7 @@ from methods import method_name
 from model import FEATURES, load_network
 from testing import engine
 from testing.features import Origin
-from utils import InputError, bounded
+from utils import AMP, InputError, bounded
 
 
 def add_flags(parser):
@@ -32,7 +32,7 @@ def add_flags(parser):
     flag("--tvsearch", action="store_true", help=text)
     flag("--test_batch", type=bounded(int, 1, 65536), default=64, help="images in a batch")
     flag("--workers", type=bounded(int, 0, 1024), default=4, help="loading processes, one a core")
-    flag("--amp", choices=("off", "bf16"), default="off", help="mixed precision of the network")
+    flag("--amp", choices=AMP, default="off", help="mixed precision of the network")
     flag("--gpu", default="0", help="number of the GPU, or cpu")
 
 

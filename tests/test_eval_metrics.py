@@ -138,6 +138,8 @@ def test_bad_problems_are_refused(problem, evaluate, keys):
         refused("not all finite", distmat=distances)
     for short in keys:
         refused("do not fit", **{short: problem[short][..., :-1]})
+    for wide in keys[1:]:  # labels of such a shape would pair up
+        refused(r"do not fit labels of shape .*, 1\]", **{wide: problem[wide][:, None]})
     refused("no query has a match", q_pids=problem["q_pids"] + 10_000)
     for side, none in (("q", np.s_[:0]), ("g", np.s_[:, :0])):
         empty = {key: problem[key][:0] for key in keys if key.startswith(side)}

@@ -190,6 +190,18 @@ def test_pixels_are_limited(tmp_path, monkeypatch):
         images.read_image(tmp_path / "a.png", (40, 24))
 
 
+@pytest.mark.parametrize("size", [(2**16, 1), (1, 2**16 + 1), (2**26, 1)])
+def test_a_side_is_limited(size, tmp_path):
+    """Of 2^26 pixels in a row, 65 kB in a file, Pillow wants more memory to resize it than it can ask for."""
+    Image.new("L", size).save(tmp_path / "a.png")
+    if max(size) <= 2**16:
+        assert not images.read_image(tmp_path / "a.png", (2, 2)).any()
+        return
+    words = rf"a\.png: cannot be read as an image \(a side of {max(size)} pixels is longer than 2\^16\); replace"
+    with pytest.raises(InputError, match=words):
+        images.read_image(tmp_path / "a.png", (2, 2))
+
+
 def test_a_file_is_read_up_to_its_limit(tmp_path):
     with (tmp_path / "a.jpg").open("wb") as file:
         file.write(JPEG)

@@ -257,6 +257,12 @@ def test_bad_choices_are_refused():
             triplet(weighting="exactly")
 
 
+def test_labels_of_another_shape_are_refused(any_loss):
+    for shape in ((4, 1), (1, 4)):
+        with pytest.raises(ValueError, match=rf"labels need the shape \[N\], not \[{shape[0]}, {shape[1]}\]"):
+            any_loss(torch.randn(4, 8), torch.tensor([0, 0, 1, 1]).view(shape))
+
+
 def test_no_device_sync(any_loss):
     """Fake tensors hold no data: whatever would copy a value to the host (item, bool, nonzero) raises."""
     with FakeTensorMode():

@@ -987,6 +987,22 @@ def test_crops_of_another_kind_are_refused(checkpoint):
         embed.embed_crops([good], "visible", "rgb")
 
 
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"feature": "fc"}, "feature 'fc': pass one of 'POOL', 'FC'"),
+        ({"amp": "fp16"}, "amp 'fp16': pass one of 'off', 'bf16', None"),
+        ({"batch": 0}, "batch 0, workers 4: pass at least 1 image per batch and 0 workers"),
+        ({"workers": -1}, "batch 64, workers -1: pass at least"),
+        ({"gpu": None}, "--gpu None: give the number of a GPU, or cpu"),
+        ({"gpu": 99}, "--gpu 99: "),
+    ],
+)
+def test_values_of_the_embedder_that_cannot_be_used(checkpoint, values, text):
+    with pytest.raises(InputError, match=text):
+        embedder.Embedder(checkpoint, **{"gpu": "cpu"} | values)
+
+
 def test_a_safetensors_file_is_no_network_to_search_with(tmp_path):
     (tmp_path / "a.safetensors").touch()
     with pytest.raises(InputError, match="a.safetensors: search cannot read .safetensors files; pass the checkpoint"):

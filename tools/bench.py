@@ -20,7 +20,7 @@ from tools.benchmarks.methods import bench_methods
 from tools.benchmarks.search import bench_search
 from tools.benchmarks.step import bench_loss, bench_step
 from tools.benchmarks.testing import bench_metrics, bench_rerank, bench_test
-from utils import ArgumentParser, bounded, cli, cores, select_device
+from utils import AMP, ArgumentParser, bounded, cli, cores, select_device
 
 FLAGS = {
     "data_path": {"default": DATASETS["sysu"].path, "help": "folder of SYSU-MM01 or of demo data"},
@@ -31,7 +31,7 @@ FLAGS = {
     "batch_size": {"type": bounded(int, 2), "default": 8, "help": "identities per batch"},
     "num_pos": {"type": bounded(int, 1), "default": 4, "help": "images per identity and modality in a batch"},
     "arch": {"choices": ARCHS, "default": "resnet50", "help": "backbone"},
-    "amp": {"choices": ("off", "bf16"), "default": "off", "help": "mixed precision of the network"},
+    "amp": {"choices": AMP, "default": "off", "help": "mixed precision of the network"},
     "graph": {"type": int, "choices": (0, 1), "default": 1, "help": "0 starts the tasks of a step one by one"},
     "steps": {"type": bounded(int, 1), "default": 10, "help": "training steps per turn"},
     "queries": {"type": bounded(int, 1), "default": 3803, "help": "number of queries"},

@@ -18,7 +18,7 @@ from core.images import resized
 from data_loader import ImageFiles, worker_options
 from model import FEATURES, MODALITIES, load_network
 from testing import engine
-from utils import InputError, computes_bf16, progress, select_device
+from utils import AMP, InputError, computes_bf16, progress, select_device
 
 
 class ExportedFile(TypedDict):
@@ -40,10 +40,16 @@ class Embedder:
     it is faster (not for ONNX files, which have their precision).
 
     Attributes: size (height, width) of the images, dim (C), feature, modalities, and sha256 of the checkpoint's file
-    (of an ONNX file: of the checkpoint that it was made from). Raises InputError for files that cannot be used.
+    (of an ONNX file: of the checkpoint that it was made from). Raises InputError for files and values that cannot be
+    used.
     """
 
     def __init__(self, path, feature="FC", gpu="0", batch=64, workers=4, amp=None):
+        for name, value, known in (("feature", feature, FEATURES), ("amp", amp, (*AMP, None))):
+            if value not in known:
+                raise InputError(f"{name} {value!r}: pass one of {', '.join(map(repr, known))}")
+        if batch < 1 or workers < 0:
+            raise InputError(f"batch {batch}, workers {workers}: pass at least 1 image per batch and 0 workers")
         self.path, self.feature, self.batch, self.workers = Path(path), feature, batch, workers
         if not is_regular(self.path):
             raise InputError(f"{path}: no such file; pass a checkpoint or an .onnx file of tools.export")
@@ -55,7 +61,7 @@ class Embedder:
             self._load_checkpoint(gpu, amp)
 
     def _load_checkpoint(self, gpu, amp):
-        device = select_device(gpu)
+        device = select_device(str(gpu))
         amp = amp or ("bf16" if computes_bf16(device) else "off")
         checkpoint, self.sha256 = load_with_sha256(self.path)
         net, self.size = load_network(checkpoint, self.path)
