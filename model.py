@@ -351,7 +351,7 @@ def _backbone_state(arch, network, weights):
             f"--weights {weights}: {wrong[0]} is missing or has another shape than in {owner} {arch}; pass a "
             f"state dict of {arch}, or the --arch that it belongs to"
         )
-    if bad := [name for name in wanted if not torch.isfinite(state[name]).all()]:
+    if bad := [name for name in wanted if not torch.isfinite(state[name].float()).all()]:
         raise InputError(f"--weights {weights}: {bad[0]} holds values that are not finite; use another file")
     return {name: state[name] for name in wanted}
 
@@ -447,5 +447,5 @@ def _check_fit(state, net, known_as):
         arch = net.options["arch"]
         raise InputError(f"does not fit its {arch}: {known_as(name)!r:.120} {wrong}; name a whole, unedited checkpoint")
     for name, value in state.items():
-        if not torch.isfinite(value).all():
+        if not torch.isfinite(value.float()).all():  # as the network will have it
             raise InputError(f"{known_as(name)!r} holds values that are not finite; use an earlier checkpoint")

@@ -1,5 +1,7 @@
 """Several processes that train one network, as `torchrun` starts them; a single one needs none of this."""
 
+import signal
+
 import torch
 import torch.distributed as dist
 
@@ -11,7 +13,11 @@ def start_processes(gpu, amp="off"):
     device = select_device(gpu, amp)
     if dist.is_torchelastic_launched():
         cuda = device.type == "cuda"
+        # It waits for the others outside Python, and so would Python's handlers: a signal ends the process at once.
+        handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return device
 
 

@@ -173,6 +173,16 @@ def test_images_are_decoded_before_the_processes_start(regdb_tree, tmp_path, mon
     assert len(DATASETS["regdb"].train(tree, SIZE, trial=1).visible)
 
 
+def test_a_signal_ends_a_process_that_waits_for_the_others_to_begin(monkeypatch):
+    """Python's own handler would run once they have come, which may be never."""
+    numbers, within = (signal.SIGINT, signal.SIGTERM), []
+    before = [*map(signal.getsignal, numbers)]
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: within.extend(map(signal.getsignal, numbers)))
+    distributed.start_processes("cpu")
+    assert (within, [*map(signal.getsignal, numbers)]) == ([signal.SIG_DFL] * 2, before)
+
+
 def launch(tree, out, *more):
     command = [*TORCHRUN, str(REPO / "train_ext_test0.py"), *tiny_flags(tree, out, *MORE, *more)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}

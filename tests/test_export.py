@@ -311,5 +311,14 @@ def test_load_embedding_refuses_other_files(tmp_path):
             export.load_embedding(tmp_path / name)
 
 
+def test_images_of_the_other_input_are_refused():
+    net = GFMNet(4, "resnet18", local=False)
+    for kind, good, bad in (("uint8", torch.uint8, torch.float32), ("normalised", torch.float32, torch.uint8)):
+        embedding = export.Embedding(net, {"modality": "visible", "feature": "FC", "input": kind})
+        assert embedding(torch.zeros(1, 3, 32, 16, dtype=good)).shape == (1, embedding.net.feature_widths["FC"])
+        with pytest.raises(ValueError, match=f"images of {bad}: the file takes"):
+            embedding(torch.zeros(1, 3, 32, 16, dtype=bad))
+
+
 def test_the_default_format_is_onnx():
     assert export.get_args_parser().parse_args(["--resume", "a.t"]).format == "onnx"

@@ -403,6 +403,20 @@ def test_what_is_in_the_cache_is_checked_and_never_run(damage, server, tmp_path,
     model.GFMNet(3, "resnet18", weights="imagenet")
 
 
+@pytest.mark.parametrize("value", [float("nan"), -float("inf"), 1e300])
+def test_values_without_a_float32_are_no_weights(value, tmp_path):
+    states = torchvision.models.resnet18().state_dict(), tiny().state_dict()
+    for state in states:
+        name = next(iter(state))
+        state[name] = state[name].double()
+        state[name].view(-1)[0] = value
+    torch.save(states[0], tmp_path / "a.pth")
+    with pytest.raises(InputError, match="--weights .*: conv1.weight holds values that are not finite; use another"):
+        model.GFMNet(3, "resnet18", weights=str(tmp_path / "a.pth"))
+    with pytest.raises(InputError, match="b.t: '.*' holds values that are not finite; use an earlier checkpoint"):
+        model.load_network({"net": states[1], "options": tiny().options, "image_size": (32, 16)}, "b.t")
+
+
 def test_options_are_all_that_makes_a_network_but_its_weights():
     words = "num_classes arch share_net attention non_local pool local expansion shift gray thirds twins stages"
     assert " ".join(tiny().options) == words

@@ -24,7 +24,7 @@ from conftest import log_entries, parse, tiny_flags, train_data
 from core.files import atomic
 from methods import Losses
 from model import GFMNet
-from training.log import RunLog
+from training.log import RunLog, read_json_lines
 from training.run import SaveTimer, run_lock
 from utils import InputError, Stopped, seed_everything
 
@@ -123,16 +123,21 @@ def test_time_is_up_every_so_many_minutes(monkeypatch):
 # ---- log
 
 
-def test_resumed_log_holds_each_epoch_once(tmp_path):
+def test_resumed_log_holds_each_epoch_once(tmp_path, capsys):
     log = RunLog(tmp_path, "run")
     for epoch in range(4):
         log.epoch({"epoch": epoch, "select": "test", "loss": 1.0 / (epoch + 1)})
     log.close()
     before = (tmp_path / "run.jsonl").read_text().splitlines()
     with (tmp_path / "run.jsonl").open("a") as file:
-        file.write('{"epoch": 1, "loss": "low"}\n')  # no entry of a log
         file.write('{"epoch": 4, "lo')  # the process died while writing
+    assert len(read_json_lines(tmp_path / "run.jsonl")) == 4
+    assert not capsys.readouterr().out
+    with (tmp_path / "run.jsonl").open("a") as file:
+        file.write('w"}\n{"epoch": 1, "loss": "low"}\n{"loss": 2.0}\n')  # none is an entry of a log
     log = RunLog(tmp_path, "run", resumed_epoch=1)
+    line = "run.jsonl: line 5 is no epoch of a log and left out (3 such lines)\n"
+    assert capsys.readouterr().out == f"warning: {tmp_path}/{line}"
     log.epoch({"epoch": 2, "loss": 5.0})
     log.close()
     lines = (tmp_path / "run.jsonl").read_text().splitlines()

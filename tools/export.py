@@ -137,6 +137,8 @@ class Embedding(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images):
+        if (images.dtype == torch.uint8) != self.bytes:
+            raise ValueError(f"images of {images.dtype}: the file takes {'bytes' if self.bytes else 'normalised ones'}")
         images = normalise(images) if self.bytes else images
         # Image and mirror in one batch: with two passes, the graph would contain the network twice.
         both = self.net.embed(torch.cat([images, images.flip(3)]), self.modality)[self.row]

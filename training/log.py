@@ -99,14 +99,23 @@ class RunLog:
 
 def read_json_lines(path):
     """The entries of a log, dicts of numbers with an "epoch", and perhaps the text "select", from a file that may not
-    exist. Anything else in it, such as a line cut off by a crash, is left out."""
-    entries = []
-    for line in path.read_text(errors="replace").split("\n") if is_regular(path) else []:
+    exist. Anything else in it is left out, with a warning, but for a last line that was cut off by a crash."""
+    entries, others = [], []
+    lines = path.read_text(errors="replace").split("\n") if is_regular(path) else []
+    for number, line in enumerate(lines, 1):
         with contextlib.suppress(ValueError, RecursionError):
             entry = checked(json.loads(line), dict[str, object], path, "")
             checked({name: value for name, value in entry.items() if name != "select"}, Numbers, path, "")
-            entries.append(entry)
-    return [entry for entry in entries if type(entry.get("epoch")) is int]
+            if type(entry.get("epoch")) is int:
+                entries.append(entry)
+                continue
+        if number < len(lines):
+            others.append(number)
+    if others:
+        print(
+            one_line(f"warning: {path}: line {others[0]} is no epoch of a log and left out ({len(others)} such lines)")
+        )
+    return entries
 
 
 def log_epoch(log, title, entry, args, steps):
