@@ -148,7 +148,7 @@ def test_resumed_log_holds_each_epoch_once(tmp_path, capsys):
 
 
 def test_a_text_log_goes_on_within_the_first_epoch(tmp_path):
-    for resumed, line in ((None, "a new run"), (-1, "resumed within its first epoch")):
+    for resumed, line in ((None, "an old run"), (None, "a new run"), (-1, "resumed within its first epoch")):
         log = RunLog(tmp_path, "run", resumed)
         log.text(line)
         log.close()
