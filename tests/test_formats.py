@@ -580,3 +580,6 @@ def test_a_text_that_no_memory_holds_is_not_read(tmp_path):
 def test_json_of_windows_is_read(tmp_path):
     (tmp_path / "a.json").write_text('{"a": 1}', "utf-8-sig")
     assert read_json(tmp_path / "a.json", dict, "r") == {"a": 1}
+    (tmp_path / "a.json").write_text('{"a": "\\ud800"}')  # half a character, which cannot be written anywhere
+    with pytest.raises(InputError, match="cannot be read as JSON"):
+        read_json(tmp_path / "a.json", dict, "r")

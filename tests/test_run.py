@@ -16,6 +16,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_ext_test0
 import training.log
@@ -145,6 +147,33 @@ def test_resumed_log_holds_each_epoch_once(tmp_path, capsys):
     log = RunLog(tmp_path, "run")
     log.close()
     assert (tmp_path / "run.jsonl").read_text() == ""
+
+
+def test_tensorboard_has_each_epoch_once(tmp_path):
+    """While the run goes on, too; a resumed run drops what is past its checkpoint, a new one all."""
+    folder = tmp_path / "run"
+
+    def shown():
+        board = EventAccumulator(str(folder))
+        board.Reload()
+        images = [event.step for tag in board.Tags()["images"] for event in board.Images(tag)]
+        tags = board.Tags()["scalars"]
+        return images, {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in tags}
+
+    Image.new("RGBA", (4, 3)).save(tmp_path / "a.png")
+    for resumed, losses, expected in (
+        (None, [3.0, 2.0, 1.0], [(0, 3.0), (1, 2.0), (2, 1.0)]),
+        (0, [5.0], [(0, 3.0), (1, 5.0)]),
+        (None, [4.0], [(0, 4.0)]),
+    ):
+        log = RunLog(tmp_path, "run", resumed)
+        first = 0 if resumed is None else resumed + 1
+        for epoch, loss in enumerate(losses, first):
+            log.epoch({"epoch": epoch, "select": "test", "loss": loss})
+        assert shown()[1] == {"loss": expected}
+        log.image("ranking", tmp_path / "a.png", epoch)
+        log.close()
+        assert shown()[0][-1] == epoch
 
 
 def test_a_text_log_goes_on_within_the_first_epoch(tmp_path):

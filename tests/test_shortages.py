@@ -225,6 +225,19 @@ def test_long_names_are_written_or_refused_before_the_work(tmp_path):
         check_output(tmp_path / ("n" * 300))
 
 
+def test_a_folder_that_cannot_be_written_is_named_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file/a/b: cannot write there \(.*/file is a file\); choose a folder"):
+        check_output(tmp_path / "file" / "a" / "b")
+
+    def temporary_file(dir):
+        raise OSError(errno.EROFS, f"{dir} is read-only")
+
+    monkeypatch.setattr("core.files.tempfile.TemporaryFile", temporary_file)
+    with pytest.raises(InputError, match=rf"new/b: cannot write there \({tmp_path}/new is read-only\); choose"):
+        check_output(tmp_path / "new" / "b")
+
+
 def test_the_command_that_prepares_again_can_be_pasted(sysu_tree, tmp_path):
     place = tmp_path / "my data; $x"
     place.symlink_to(sysu_tree)

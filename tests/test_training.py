@@ -314,7 +314,7 @@ FALLEN = {"accuracy": 0.71}
         ({"epoch": 4, "triplet": 9.0, "FC/Rank-1": 3.0}, {"triplet": 9.0}, "", None),  # was said in epoch 3
         ({"epoch": 1}, {}, "", None),
         ({"epoch": 2}, {}, "", "no test result for epoch 2: the features are not finite in evaluation"),
-        ({"epoch": 100}, {}, "", "no test result for epoch 100"),
+        ({"epoch": 101}, {}, "--epochs 102", "no test result for epoch 101"),  # the last
         ({"epoch": 2, "FC/Rank-1": 3.0}, {}, "", None),
     ],
 )
@@ -336,7 +336,9 @@ def test_an_epoch_is_compared_with_the_one_that_was_logged_before(tmp_path, caps
     log.close()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("epoch", "warning"))]
     assert [line.split()[0] for line in lines] == ["epoch", "epoch", "epoch", "warning:", "epoch"]
-    assert "accuracy 0.900" in lines[1]
+    zeros = "  ".join(f"{name} 0.000" for name in ("total", "identity", "triplet", "local", "correct"))
+    scores = "  ".join(f"{name} 1.00" for name in ("Rank-1", "mAP", "mINP"))
+    assert lines[1] == f"epoch 1  lr 0  {zeros}  accuracy 0.900  {scores}  0 img/s"
     assert "finds 50.0% of the images, after 90.0% in the epoch before" in lines[3]
 
 
