@@ -87,7 +87,8 @@ def _line(error):
     if (line := shortage(error)) or isinstance(error, InputError):
         return line or _message(error)
     if isinstance(error, OSError):
-        name = f"{error.filename}: " if error.filename else ""
+        name = error.filename2 or error.filename  # where a file was to be moved, or what cannot be opened
+        name = f"{name}: " if name else ""
         return f"{name}{error.strerror or _message(error)}; {REMEDIES.get(error.errno, 'correct this')} and run again"
     if isinstance(error, ModuleNotFoundError):  # of a package that few programs need, and `make demo` does not install
         lists = "-r tools/requirements.txt"

@@ -87,11 +87,14 @@ def check_output(path):
     """Make the folder of `path`, and raise InputError if no file can be written there: before the work, not after."""
     check_folder(path)
     with contextlib.suppress(FileNotFoundError):
-        mode = os.stat(path).st_mode  # not `is_dir`, to which a name that is too long is just not there
-        if stat.S_ISDIR(mode):
+        status = os.stat(path)  # not `is_dir`, to which a name that is too long is just not there
+        if stat.S_ISDIR(status.st_mode):
             raise InputError(f"{path}: is a folder; name a file")
-        if not stat.S_ISREG(mode):  # a file would take the place of the device or pipe
+        if not stat.S_ISREG(status.st_mode):  # a file would take the place of the device or pipe
             raise InputError(f"{path}: is no regular file; name another")
+        folder, user = os.stat(Path(path).parent), getattr(os, "geteuid", int)()
+        if folder.st_mode & stat.S_ISVTX and user not in (0, status.st_uid, folder.st_uid):  # as in /tmp
+            raise InputError(f"{path}: is another user's, who alone may replace it there; name another")
 
 
 def check_folder(path):

@@ -238,6 +238,23 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_work(tmp_path, monk
         check_output(tmp_path / "new" / "b")
 
 
+def test_a_file_of_another_user_in_a_shared_folder_is_named_before_the_work(tmp_path, monkeypatch, capsys):
+    for name in ("theirs", "ours"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.json").touch()
+    (tmp_path / "theirs").chmod(0o1777)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1, raising=False)
+    check_output(tmp_path / "ours" / "a.json")
+    check_output(tmp_path / "theirs" / "b.json")
+    with pytest.raises(InputError, match="theirs/a.json: is another user's, who alone may replace it there; name ano"):
+        check_output(tmp_path / "theirs" / "a.json")
+    monkeypatch.undo()
+    check_output(tmp_path / "theirs" / "a.json")
+    with pytest.raises(SystemExit):
+        utils.cli(lambda: os.replace(tmp_path / "ours" / "a.json", tmp_path / "theirs"))
+    assert f": error: {tmp_path}/theirs: Is a directory; correct this" in capsys.readouterr().err
+
+
 def test_the_command_that_prepares_again_can_be_pasted(sysu_tree, tmp_path):
     place = tmp_path / "my data; $x"
     place.symlink_to(sysu_tree)
