@@ -141,7 +141,7 @@ def list_folders(root, identities, cameras):
     others = []
     for camera in cameras:
         place = os.path.join(Path(root), f"cam{camera}")
-        for name in _listing(place) if os.path.lexists(place) else []:
+        for name in _listing(place, needed=False):
             if not re.fullmatch(NUMBER, name):
                 others.append(name)
                 if name[0].isdigit() and os.path.isdir(os.path.join(place, name)):
@@ -167,11 +167,13 @@ def list_folders(root, identities, cameras):
     return folders
 
 
-def _listing(folder):
-    """The sorted names in a folder but hidden ones."""
+def _listing(folder, needed=True):
+    """The sorted names in a folder but hidden ones. One that is not needed may be missing."""
     try:
         return sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError as error:
+        if not needed and isinstance(error, FileNotFoundError) and not os.path.islink(folder):
+            return []
         raise InputError(f"{folder}: cannot be listed ({error.strerror}); correct it, or its permissions") from error
 
 

@@ -25,6 +25,8 @@ import torch
 import torch.distributed as dist
 from tqdm import TqdmMonitorWarning, tqdm
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # or ONNX Runtime reports to Microsoft what it runs
+
 
 class InputError(ValueError):
     """Something the user gave is wrong. The message is one line: the file or flag, the value, the remedy."""

@@ -128,6 +128,13 @@ def resized(image, size):
 
 
 def missing_image(path):
+    """The InputError for an image that `os.stat` does not find, or may not."""
+    try:
+        os.stat(path)
+    except PermissionError as error:
+        return InputError(f"{path}: cannot be looked at ({error.strerror}); correct the permissions of its folders")
+    except OSError:
+        pass
     return InputError(f"{path}: no such image; check its name, or the list that names it and --data_path")
 
 

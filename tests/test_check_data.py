@@ -231,6 +231,10 @@ def test_weights_and_disk(monkeypatch, tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(InputError, match="loop: is no folder"):
         check_data.check_disk(tmp_path / "loop" / "models")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda folder, mode: (folder, mode) != (tmp_path, os.W_OK | os.X_OK))
+        with pytest.raises(InputError, match=f"{tmp_path}: may not be written; correct its permissions, or choose ano"):
+            check_data.check_disk(tmp_path / "models")
     usage = shutil._ntuple_diskusage(10, 9, 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(InputError, match="not/there: 0.0 GiB are free"):

@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -297,13 +298,13 @@ def test_folders_that_cannot_be_listed_are_named(lost, tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).touch()
 
-    def listdir(folder):
+    def denied(call, folder, **more):
         if Path(folder) == tmp_path / lost:
             raise PermissionError(errno.EACCES, "Permission denied")
-        return listing(folder)
+        return call(folder, **more)
 
-    listing = os.listdir
-    monkeypatch.setattr(os, "listdir", listdir)
+    for name in ("listdir", "lstat"):  # as where a folder above may not be entered
+        monkeypatch.setattr(os, name, partial(denied, getattr(os, name)))
     with pytest.raises(InputError, match=rf"{lost}: cannot be listed \(Permission denied\); .*permissions"):
         data_manager.sysu_images(tmp_path, [7], (1, 2))
     monkeypatch.undo()

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -309,6 +310,15 @@ def test_load_embedding_refuses_other_files(tmp_path):
     for name in "abcd":
         with pytest.raises(InputError, match=f"{name}: not a safetensors file of tools.export"):
             export.load_embedding(tmp_path / name)
+
+
+def test_onnx_runtime_reports_nothing(tmp_path):
+    """It would begin with the number that it gives the machine, in a file. In CI, it reports nothing anyway."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")}
+    code = "import tools.embedder, onnxruntime; onnxruntime.get_device()"
+    places = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "MPLCONFIGDIR"), str(tmp_path))
+    subprocess.run([sys.executable, "-c", code], env=environment | places, check=True)
+    assert not [file for file in tmp_path.rglob("*") if re.search("(?i)microsoft|onnx|device", str(file))]
 
 
 def test_images_of_the_other_input_are_refused():

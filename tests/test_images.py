@@ -1,5 +1,6 @@
 """Reading image files, and writing many into one array. Kinds of images: see test_bad_input.py."""
 
+import errno
 import io
 import multiprocessing
 import os
@@ -179,6 +180,16 @@ def test_what_pillow_warns_of_is_not_on_the_terminal():
     for program, warned in ((f"import warnings; {warn}", True), (f"import core.images, warnings; {warn}", False)):
         result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
         assert (result.returncode, "many" in result.stderr) == (0, warned)
+
+
+def test_an_image_that_may_not_be_looked_at_is_not_called_missing(tmp_path, monkeypatch):
+    (tmp_path / "a").touch()
+    for path in (tmp_path / "b.png", tmp_path / "a" / "b.png"):
+        assert "b.png: no such image; check its name" in str(images.missing_image(path))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", lambda path: (_ for _ in ()).throw(PermissionError(errno.EACCES, "denied")))
+        error = images.missing_image(tmp_path / "b.png")
+    assert "b.png: cannot be looked at (denied); correct the permissions of its folders" in str(error)
 
 
 def test_pixels_are_limited(tmp_path, monkeypatch):

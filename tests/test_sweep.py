@@ -401,6 +401,20 @@ def test_data_may_move_but_not_change(calls, tmp_path, capsys):
     assert capsys.readouterr().out.count("margin=2/seed_0 is older and does not record its data") == 1
 
 
+def test_failed_runs_do_not_bind_the_data(calls, tmp_path):
+    """What they failed for may have been an image that is mended now."""
+    make_data(tmp_path / "mended", size=8)
+    out, failed = tmp_path / "out", r"no run has finished; margin=6, seed 0 failed"
+    for data in ("data", "mended"):
+        with pytest.raises(InputError, match=failed):
+            run(out, "--seeds", "0", "--retry", margins="6", data=data)
+    run(out, "--seeds", "0", "--retry", margins="6,1", data="mended")
+    assert calls() == [*["train 6 0"] * 3, "train 1 0", "test 1 0"]
+    for margins in ("6,1", "6"):  # one has finished now
+        with pytest.raises(InputError, match="has other data than .*/data; pass"):
+            run(out, "--seeds", "0", "--retry", margins=margins, data="data")
+
+
 def test_two_data_sets_of_one_name_are_no_rows_of_one_sweep(calls, tmp_path):
     make_data(tmp_path / "other", size=8)
     rows = ("--row", f"a: --data_path {tmp_path}/data", "--row", f"b: --data_path {tmp_path}/other")

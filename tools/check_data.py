@@ -278,6 +278,8 @@ def check_disk(model_path):
         folder = folder.parent
     if not folder.is_dir():
         raise InputError(f"{folder}: is no folder; choose another --model_path")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{folder}: may not be written; correct its permissions, or choose another --model_path")
     free = shutil.disk_usage(folder).free
     if free < DISK:
         raise InputError(f"{model_path}: {free / 2**30:.1f} GiB are free; a run may take {DISK / 2**30:.0f}: make room")

@@ -44,6 +44,7 @@ except ImportError:  # Windows
 SCRIPTS = {"train": train_ext_test0, "test": testa}
 PROGRAMS = {name: script.__file__ for name, script in SCRIPTS.items()}
 PLAN = "sweep.json"
+RECORD, FAILURE = "flags.json", "failed.json"  # in the folder of a run
 RESULTS = {"last": "results.json", "best": "results_best.json"}  # of each --checkpoint, in the folder of a run
 # Flags that the sweep sets for its runs.
 SWEEP_FLAGS = {
@@ -169,6 +170,8 @@ def main(argv=None):
         for dataset, folder in dict.fromkeys(run.test_data for run in runs if run.test_data != run.data):
             data[f"{dataset} of the test", folder] = fingerprint(dataset, folder)
         before = read_json(out / PLAN, Plan, REMEDY).get("data", {}) if (out / PLAN).exists() else {}
+        if all(record.with_name(FAILURE).exists() for record in out.glob(f"*/seed_*/{RECORD}")):
+            before = {}
         check_same_data(runs, data, {(dataset, out / PLAN): digest for dataset, digest in before.items()})
         plan["data"] = before | {dataset: digest for (dataset, _), digest in data.items()}
         with run_lock(out / "sweep", "another --out"):
@@ -244,11 +247,11 @@ class SweepRun:
 
     @property
     def record(self):
-        return self.folder / "flags.json"
+        return self.folder / RECORD
 
     @property
     def failure(self):
-        return self.folder / "failed.json"
+        return self.folder / FAILURE
 
     def check_unchanged(self):
         """Raise InputError if the run in the folder was trained or tested with other flags."""
@@ -285,10 +288,11 @@ def check_same_data(runs, data=(), earlier=()):
     """Raise InputError if two runs have different data under the name of one data set.
 
     data: {(data set, folder): `fingerprint`} of what is to be used; earlier: the same of earlier calls. Of the runs
-    that there are, their records tell.
+    that there are, their records tell, but not of failed ones: what they failed for may have been a test image.
     """
     known = [(dataset, digest, folder) for (dataset, folder), digest in dict(data).items()]
-    known += [(run.train.dataset, run.recorded().get("data"), run.folder) for run in runs if run.record.exists()]
+    recorded = [run for run in runs if run.record.exists() and not run.failure.exists()]
+    known += [(run.train.dataset, run.recorded().get("data"), run.folder) for run in recorded]
     known += [(dataset, digest, file) for (dataset, file), digest in dict(earlier).items()]
     first = {}
     for dataset, digest, place in known:
