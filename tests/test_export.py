@@ -248,7 +248,8 @@ features = onnxruntime.InferenceSession("{path}").run(None, {{"images": np.stack
 assert "torch" not in sys.modules and not any("{REPO}" == folder for folder in sys.path)
 np.save("features.npy", features)
 """
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={}, check=True, timeout=120)
+    silent = {"ORT_DISABLE_TELEMETRY": "1"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=silent, check=True, timeout=120)
     embed = plain_embedding(checkpoint)
     expected = np.stack([embed(image, "infrared") for image in images])
     np.testing.assert_allclose(np.load(tmp_path / "features.npy"), expected, rtol=0, atol=2e-5)
