@@ -266,7 +266,7 @@ def test_the_documented_lines_give_the_features_of_a_turned_photograph(
         with Image.open(path) as image:
             image.rotate(90, expand=True).save(name, exif=exif)
     images = torch.from_numpy(np.stack([read_image(name, SIZE) for name in ("a.jpg", "b.jpg")])).movedim(3, 1)
-    embedding = export.Embedding(net, {"modality": "infrared", "feature": "FC", "input": "uint8"})
+    embedding = export.Embedding(net, {"image_size": SIZE, "modality": "infrared", "feature": "FC", "input": "uint8"})
     about = types.SimpleNamespace(custom_metadata_map={"gfmnet": json.dumps({"image_size": SIZE})})
     session = types.SimpleNamespace(
         get_modelmeta=lambda: about, run=lambda _, inputs: [embedding(torch.from_numpy(inputs["images"])).numpy()]
@@ -322,13 +322,28 @@ def test_onnx_runtime_reports_nothing(tmp_path):
     assert not [file for file in tmp_path.rglob("*") if re.search("(?i)microsoft|onnx|device", str(file))]
 
 
-def test_images_of_the_other_input_are_refused():
-    net = GFMNet(4, "resnet18", local=False)
+def test_images_of_another_kind_are_refused():
+    net, shape = GFMNet(4, "resnet18", local=False), (1, 3, 32, 16)
     for kind, good, bad in (("uint8", torch.uint8, torch.float32), ("normalised", torch.float32, torch.uint8)):
-        embedding = export.Embedding(net, {"modality": "visible", "feature": "FC", "input": kind})
-        assert embedding(torch.zeros(1, 3, 32, 16, dtype=good)).shape == (1, embedding.net.feature_widths["FC"])
-        with pytest.raises(ValueError, match=f"images of {bad}: the file takes"):
-            embedding(torch.zeros(1, 3, 32, 16, dtype=bad))
+        about = {"image_size": [32, 16], "modality": "visible", "feature": "FC", "input": kind}
+        embedding, images = export.Embedding(net, about), torch.zeros(shape, dtype=good)
+        assert embedding(images).shape == (1, embedding.net.feature_widths["FC"])
+        for wrong in (images.to(bad), images.numpy(), images[:, :1], images[0], images.mT, images[..., :8]):
+            about = re.escape(
+                f"images of {wrong.dtype} {list(wrong.shape)}: the file takes a tensor, {good} [B, 3, 32, 16]"
+            )
+            with pytest.raises(ValueError, match=about):
+                embedding(wrong)
+
+
+def test_options_that_ask_for_a_million_classes_take_no_memory(exported, tmp_path):
+    """Their 10 TB are never asked for: a safetensors file has no classifier."""
+    result = exported("safetensors", "uint8", "FC")[1]
+    with safetensors.safe_open(result["path"], "pt") as file:
+        about, state = json.loads(file.metadata()["gfmnet"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    about["options"]["num_classes"] = 10**10
+    safetensors.torch.save_file(state, tmp_path / "a.safetensors", {"gfmnet": json.dumps(about)})
+    assert torch.equal(run(str(tmp_path / "a.safetensors"), images := random_images(2)), run(result["path"], images))
 
 
 def test_the_default_format_is_onnx():

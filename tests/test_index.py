@@ -634,6 +634,7 @@ def test_times_of_flags():
     assert parse_time("2026-11-20", "--to", end=True) == "2026-11-21 00:00:00"
     assert parse_time("2026-11-20T14:30", "--to", end=True) == "2026-11-20 14:30:00"
     assert parse_time("20261120T14", "--to", end=True) == "2026-11-20 14:00:00"
+    assert parse_time("2026-11-20 14:30:59.999", "--from") == "2026-11-20 14:30:59"
     for zoned in ("2026-11-20T14:30Z", "2026-11-20T14:30+01:00"):
         with pytest.raises(InputError, match="--from 2026-.*14:30.+: has a time zone; write what a clock"):
             parse_time(zoned, "--from")

@@ -116,4 +116,6 @@ def test_the_library_says_that_it_takes_files(sysu_tree, checkpoint):
     for wrong in ([np.zeros((96, 48, 3), np.uint8)], str(image), image, [image.open("rb")]):
         with pytest.raises(InputError, match="^Embedder: takes a list of image files; embed_crops takes arrays$"):
             embedder(wrong, "visible")
-    assert embedder([image, str(image)], "visible").shape == (2, 256)
+    features = embedder([image, str(image)], "visible")
+    assert features.shape == (2, 256)
+    np.testing.assert_array_equal(embedder((path for path in (image, str(image))), "visible"), features)

@@ -219,7 +219,8 @@ def test_a_published_checkpoint_through_the_programs(published_file, sysu_tree, 
 
 def test_what_does_not_make_a_feature_is_not_exported():
     for feature, left in (("POOL", set()), ("FC", {"bottleneck", "thirds"})):
-        file = export.Embedding(tiny(), {"modality": "visible", "feature": feature, "input": "uint8"})
+        about = {"image_size": [48, 16], "modality": "visible", "feature": feature, "input": "uint8"}
+        file = export.Embedding(tiny(), about)
         parts = {name.split(".")[1] for name in file.state_dict()}
         assert parts == {"visible", "shared"} | left
         images = torch.randint(256, (2, 3, 48, 16), dtype=torch.uint8)

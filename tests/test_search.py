@@ -262,6 +262,7 @@ def test_lists_of_made_up_features_are_those_of_plain_loops(tmp_path, monkeypatc
     mine.index = SimpleNamespace(
         uri="", versions=lambda: [mine.about], vectors=lambda ids: {i: vectors[i] for i in ids}
     )
+    mine.index.counts = lambda version, column: {"visible": 40}
     mine.index.search = lambda version, queries, count, where: [nearest(row[None], count) for row in queries]
     mine.index.members = lambda version, keys, where: dict.fromkeys(keys, images[:1])
     mean = queries.mean(axis=0, keepdims=True) / np.linalg.norm(queries.mean(axis=0))
@@ -505,7 +506,10 @@ def test_a_folder_beside_known_ones_needs_its_modality(folder, checkpoint, pictu
             assert [version["feature"] for version in content.versions()] == [feature]
     linked = tmp_path / "link"
     linked.symlink_to(folder / "b")
+    serving = finder.Finder(search.get_args_parser().parse_args(["serve", "--index", str(index), *CPU[:2]]))
     assert search.main(["remove", str(linked), "--index", str(index)]) == 8
+    with pytest.raises(InputError, match=r"index\.db: contains no image; fill it with python -m tools.search index"):
+        serving([pictures[1][0]], "infrared", 1)
 
 
 def test_labels_stay_until_others_are_given(folder, checkpoint, tmp_path):
@@ -962,6 +966,9 @@ def test_crops_have_the_features_of_the_same_images_in_files(kind, request, chec
     turned = [crop[:, :, ::-1] for crop in crops]
     np.testing.assert_allclose(embed.embed_crops(turned, "visible", "BGR"), expected, rtol=0, atol=1e-6)
     assert np.abs(embed.embed_crops(turned, "visible", "RGB") - expected).max() > 1e-4
+    np.testing.assert_array_equal(
+        embed.embed_crops((crop for crop in crops), "visible", "RGB"), embed.embed_crops(crops, "visible", "RGB")
+    )
     assert embed.embed_crops([], "visible", "BGR").shape == (0, embed.dim)
     if kind == "onnx":
         with pytest.raises(InputError, match="embeds visible images, not infrared ones"):

@@ -111,7 +111,9 @@ class Embedder:
 
         Raises InputError for a file that cannot be read.
         """
-        if isinstance(paths, str | os.PathLike) or not all(isinstance(path, str | os.PathLike) for path in paths):
+        files = (str, os.PathLike)
+        paths = None if isinstance(paths, files) else [*paths]
+        if paths is None or not all(isinstance(path, files) for path in paths):
             raise InputError("Embedder: takes a list of image files; embed_crops takes arrays")
         features = np.empty((len(paths), self.dim), np.float32)
         for path in paths:
@@ -135,8 +137,8 @@ class Embedder:
         self._check_modality(modality)
         if colours not in ("RGB", "BGR"):
             raise InputError(f"colours {colours!r}: pass 'RGB' or 'BGR', the order of the channels of the crops")
+        crops, images = [*crops], []
         features = np.empty((len(crops), self.dim), np.float32)
-        images = []
         for row, crop in enumerate(crops):
             if not isinstance(crop, np.ndarray) or crop.dtype != np.uint8 or crop.ndim != 3 or crop.shape[2] != 3:
                 about = f"{crop.dtype} {list(crop.shape)}" if isinstance(crop, np.ndarray) else type(crop).__name__

@@ -115,12 +115,14 @@ def checkpoint_metadata(checkpoint, net, size):
 class Embedding(nn.Module):
     """A copy of one stream of a GFMNet without unused parts, as a network of images [B, 3, H, W].
 
-    about: {"modality", "feature", "input"}. Gives the features of `engine.network_embedding`.
+    about: {"image_size", "modality", "feature", "input"}. Gives the features of `engine.network_embedding`.
     """
 
     def __init__(self, net, about):
         super().__init__()
-        self.net, self.modality, self.bytes = copy.deepcopy(net), about["modality"], about["input"] == "uint8"
+        self.net, self.modality = copy.deepcopy(net), about["modality"]
+        self.dtype = torch.uint8 if about["input"] == "uint8" else torch.float32
+        self.size = tuple(about["image_size"])
         self.row = FEATURES.index(about["feature"])
         (other,) = set(MODALITIES) - {self.modality}
         for name in (other, "classifier", "local", "domain"):
@@ -137,9 +139,10 @@ class Embedding(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images):
-        if (images.dtype == torch.uint8) != self.bytes:
-            raise ValueError(f"images of {images.dtype}: the file takes {'bytes' if self.bytes else 'normalised ones'}")
-        images = normalise(images) if self.bytes else images
+        if (images.dtype, images.shape[1:]) != (self.dtype, (3, *self.size)):
+            wanted = f"a tensor, {self.dtype} [B, 3, {self.size[0]}, {self.size[1]}]"
+            raise ValueError(f"images of {images.dtype} {list(images.shape)}: the file takes {wanted}")
+        images = normalise(images) if self.dtype == torch.uint8 else images
         # Image and mirror in one batch: with two passes, the graph would contain the network twice.
         both = self.net.embed(torch.cat([images, images.flip(3)]), self.modality)[self.row]
         return F.normalize(both.unflatten(0, (2, -1)).sum(dim=0))
@@ -193,8 +196,9 @@ def load_embedding(path):
         with safetensors.safe_open(path, "pt") as file:
             about = checked(json.loads(file.metadata()["gfmnet"]), ExportedFile, path, "export it again")
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        embedding = Embedding(GFMNet(**about["options"], weights=None), about)
-        embedding.net.load_state_dict(state)
+        with torch.device("meta"):  # the options may ask for a million classes
+            embedding = Embedding(GFMNet(**about["options"], weights=None), about)
+        embedding.to_empty(device="cpu").net.load_state_dict(state)
     except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path}: not a safetensors file of tools.export ({error}); export it again") from error
     return embedding

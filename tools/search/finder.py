@@ -14,6 +14,7 @@ from tools.search.indexer import file_stamp, load_embedder
 from tools.search.labels import parse_time
 from utils import InputError
 
+EMPTY = "contains no image; fill it with python -m tools.search index"
 RERANKED = 100  # so many of the nearest images are ordered anew
 STRIP = 6  # images that stand for a track
 
@@ -31,7 +32,7 @@ class Finder:
         self.index = open_index(args.index)
         self.about = next(iter(self.index.versions()), None)
         if not (self.about and self.counts("modality")):
-            raise InputError(f"{args.index}: contains no image; fill it with python -m tools.search index")
+            raise InputError(f"{args.index}: {EMPTY}")
         self.embedder = load_embedder(args, self.about, args.index)
         if (self.embedder.sha256, self.embedder.dim) != (self.about["sha256"], self.about["dim"]):
             raise InputError(
@@ -88,7 +89,8 @@ class Finder:
                 break
             count *= 4
         if not lists[0]:
-            raise InputError(f"{self.index.uri}: none of its images fits all filters; leave one out")
+            problem = "none of its images fits all filters; leave one out" if self.counts("modality") else EMPTY
+            raise InputError(f"{self.index.uri}: {problem}")
         lists = [
             [{"rank": rank, **compared(image)} for rank, image in enumerate(found[need - top : need], need - top + 1)]
             for found in lists
