@@ -671,7 +671,7 @@ def test_bad_input_is_one_line_and_status_2(made, pictures, tmp_path, monkeypatc
         (["query", image, *queries, "--to", "noon"], "--to noon: is not a time; write it as 2026-11-20 or"),
         (
             ["query", image, *queries, "--from", "2026-11-21", "--to", "2026-11-20"],
-            "is not before --to 2026-11-20; exch",
+            "^--from 2026-11-21 --to 2026-11-20: leave no time between; exch",
         ),
         (["query", image, *queries, "--folder", "none"], "none of its images fits all filters; leave one out"),
         (["query", image, *queries, "--to", "1999-01-01"], "none of its images fits all filters; leave one out"),

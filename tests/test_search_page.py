@@ -402,6 +402,15 @@ def test_a_name_of_an_upload_is_only_text(running, site, opened, tmp_path):
     assert (tmp_path / "secret").read_text() == "the secret"
 
 
+def test_errors_name_the_fields_of_the_form(running, site):
+    for start, end, text in (
+        ("2026-11-21", "2026-11-20", "from 2026-11-21 before 2026-11-20: leave no time between; exchange them"),
+        ("noon", "", "from noon: is not a time; write it as 2026-11-20 or 2026-11-20T14:30"),
+        ("", "noon", "before noon: is not a time; write it as 2026-11-20 or 2026-11-20T14:30"),
+    ):
+        assert ask_search(running, site.queries[:1], **{"from": start}, before=end) == (400, text)
+
+
 def test_a_folder_is_compared_as_text(running, site, tmp_path):
     """What a link of the disk points to cannot be asked."""
     (tmp_path / "link").symlink_to(site.gallery[1].parent)

@@ -56,7 +56,7 @@ class Finder:
         first = parse_time(start, "--from") if start else None
         last = parse_time(end, "--to", end=True) if end else None
         if first and last and first >= last:
-            raise InputError(f"--from {start}: is not before --to {end}; exchange them")
+            raise InputError(f"--from {start} --to {end}: leave no time between; exchange them")
         return Filter(modality or None, tuple(camera), first, last, folder or None)
 
     def __call__(self, images, modality, top, page=1, where=Filter(), combine=None, rerank=False, group=None):  # noqa: B008

@@ -199,7 +199,7 @@ class Page:
                 where = self.finder.read_filter(form.getlist("camera"), choice["searched"], *times, below)
                 (found,) = self.finder(list(names), top=max(page * top, TIMELINE), where=where, **options)
             except InputError as error:
-                line = str(error).removeprefix("--")
+                line = str(error).replace("--to ", "before ").removeprefix("--")  # as the form names them
                 for path, name in names.items():
                     line = line.replace(path, name)
                 raise InputError(line) from error
