@@ -103,13 +103,13 @@ def main(argv=None):
         raise InputError(f"{args.folder}: has no records; pass the folder that has them")
     if os.path.realpath(args.page) in map(os.path.realpath, records):
         raise InputError(f"--page {args.page}: is a record; choose another file")
-    text = page(dict(sorted(records.items(), key=lambda item: item[1]["date"], reverse=True)))
+    text = page(dict(sorted(records.items(), key=lambda item: item[1]["date"], reverse=True))).encode(errors="replace")
     if args.check:
-        if not args.page.is_file() or args.page.read_text(encoding="utf-8") != text:
+        if not args.page.is_file() or args.page.read_bytes() != text:
             raise InputError(f"{args.page}: is not what {args.folder} gives; run: python -m tools.records")
     else:
         with atomic(args.page) as temporary:
-            temporary.write_text(text, encoding="utf-8", errors="replace")
+            temporary.write_bytes(text)
     return records
 
 
