@@ -1,6 +1,7 @@
 """`tools.records`: the table of measured results says what the files say, and an incomplete file is refused."""
 
 import json
+import os
 import statistics
 from types import SimpleNamespace
 
@@ -117,10 +118,17 @@ def sweep(folder):
     (folder / "table.json").write_text(json.dumps(plan | {"settings": settings, "failed": []}))
 
 
+def test_a_name_in_any_encoding(monkeypatch):
+    monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
+    monkeypatch.setenv("GIT_CONFIG_KEY_0", "user.name")
+    monkeypatch.setenv("GIT_CONFIG_VALUE_0", os.fsdecode("Jörg".encode("latin-1")))
+    assert records.git("config", "user.name") == "J\N{REPLACEMENT CHARACTER}rg"
+
+
 def test_records_of_a_sweep(tmp_path, monkeypatch):
     """Drawn data is told by what the sweep says of it; a commit is named only if it is what ran."""
-    status = ""
-    said = lambda words, **_: SimpleNamespace(stdout=status if "status" in words else "0123abcd\n")  # noqa: E731
+    status = b""
+    said = lambda words, **_: SimpleNamespace(stdout=status if "status" in words else b"0123abcd\n")  # noqa: E731
     monkeypatch.setattr(records.subprocess, "run", said)
     sweep(tmp_path / "s")
     flags = write(tmp_path / "r")
@@ -144,7 +152,7 @@ def test_records_of_a_sweep(tmp_path, monkeypatch):
         write(tmp_path / "damaged", table=damaged)
         with pytest.raises(InputError, match=words):
             records.main([*flags, "--add", str(tmp_path / "damaged"), "--data", "x", "--hardware", "y", "--by", "z"])
-    status = " M loss.py\n"
+    status = b" M loss.py\n"
     with pytest.raises(InputError, match="loss.py: differs from the last commit"):
         records.main([*flags, "--add", str(tmp_path / "s"), "--data", "x", "--hardware", "y", "--by", "z"])
     with pytest.raises(InputError, match="table.json: cannot be read"):

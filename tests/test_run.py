@@ -91,6 +91,17 @@ def test_a_run_s_names_are_locked_for_other_processes(tmp_path, monkeypatch):
         assert not list(tmp_path.glob("c/.*"))
 
 
+def test_a_pipe_in_place_of_a_log_or_a_lock_waits_for_nobody(tmp_path):
+    os.mkfifo(tmp_path / "run.txt")
+    for resumed in (None, 0):
+        with pytest.raises(InputError, match=r"run\.txt: is no regular file; name another"):
+            RunLog(tmp_path, "run", resumed)
+    os.mkfifo(tmp_path / ".run.lock")
+    words = r"\.run\.lock: cannot be opened \(is no regular file\); delete it"
+    with pytest.raises(InputError, match=words), run_lock(tmp_path / "run"):
+        pass
+
+
 # ---- when it saves and stops
 
 

@@ -336,6 +336,17 @@ def test_failed_runs_are_told_and_others_go_on(calls, tmp_path, capsys):
         run(tmp_path / "other", "--seeds", "0", margins="6")
 
 
+@pytest.mark.parametrize("name", [".lock", "train.txt", "train_errors.txt", "test.txt", "test_errors.txt"])
+def test_a_pipe_in_the_folder_of_a_run_is_told(name, calls, tmp_path):
+    """It would wait for its reader."""
+    folder = tmp_path / "out" / "margin=1" / "seed_0"
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(InputError, match=f"seed_0/{name}: is no regular file; name another"):
+        run(tmp_path / "out", "--seeds", "0")
+    assert not calls()
+
+
 def test_other_flags_are_refused(calls, tmp_path):
     out = tmp_path / "out"
     run(out, "--seeds", "0", common=("--epochs", "5", "--gpu", "cpu"))

@@ -153,7 +153,8 @@ def records_of_sweep(args):
 def git(*arguments):
     """The output of git in this repository; nothing if it fails, or there is no git."""
     try:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        output = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True).stdout
+        return output.decode(errors="replace").strip()  # a user's name may be in any encoding
     except OSError:
         return ""
 

@@ -436,7 +436,8 @@ def start_jobs(pending, data, free, jobs, blocked, environment):
 
 def prepare(run, digest):
     """Prepare the folder of a run -> its lock, or None if a process of an earlier sweep still holds it."""
-    check_output(run.record)
+    for name in (RECORD, ".lock", *(f"{script}{end}.txt" for script in SCRIPTS for end in ("", "_errors"))):
+        check_output(run.folder / name)  # a pipe would wait for its reader
     lock = (run.folder / ".lock").open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

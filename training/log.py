@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from core.files import atomic, check_folder, is_regular, writing
+from core.files import atomic, check_folder, check_output, is_regular, writing
 from core.formats import Numbers, checked
 from methods import METHODS
 from testing.results import METRICS
@@ -38,6 +38,7 @@ class RunLog:
         self.writes, self.board = process_index() == 0, None
         if not self.writes:
             return
+        check_output(self.text_path)
         last = -1 if resumed_epoch is None else resumed_epoch
         kept = [entry for entry in read_json_lines(self.json_path) if entry["epoch"] <= last]
         with atomic(self.json_path) as temporary:

@@ -25,7 +25,7 @@ from core.checkpoint import (
     save_checkpoint,
 )
 from core.distributed import generator_states, set_generators, wait_for_processes
-from core.files import atomic, check_folder, writing
+from core.files import atomic, check_folder, regular, writing
 from core.meter import Diverged, EpochMeter
 from training.log import RunLog, read_json_lines
 from training.optim import load_moments
@@ -381,9 +381,10 @@ def run_lock(path, remedy="another --model_path and --log_path"):
         yield
         return
     try:
-        file = lock.open("a+")
+        file = regular(lock).open("a+")
     except OSError as error:
-        raise InputError(f"{lock}: cannot be opened ({error.strerror}); delete it, or choose {remedy}") from error
+        reason = error.strerror or error
+        raise InputError(f"{lock}: cannot be opened ({reason}); delete it, or choose {remedy}") from error
     with file:
         try:
             if not fcntl:
