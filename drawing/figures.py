@@ -330,7 +330,9 @@ def line_panels(panels, x_label, y_label=None):
     rows = -(-len(panels) // columns)
     # As many names side by side as fit.
     beside = max(1, min(len(names), 48 * columns // (8 + max(map(len, names)))))
-    figure = Figure(figsize=(4 * columns, 2.9 * rows + 0.2 + 0.25 * -(-len(names) // beside)), layout="constrained")
+    keys = {name: _wrapped(name, 3.2 * columns - 0.6) for name in names}
+    below = 0.25 * -(-len(names) // beside) + 0.16 * sum(key.count("\n") for key in keys.values())
+    figure = Figure(figsize=(4 * columns, 2.9 * rows + 0.2 + below), layout="constrained")
     for place, (title, lines) in enumerate(panels.items(), 1):
         panel = figure.add_subplot(rows, columns, place)
         for label, (x, y, *band) in lines.items():
@@ -346,7 +348,9 @@ def line_panels(panels, x_label, y_label=None):
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     drawn = {line.get_label(): line for panel in figure.axes for line in panel.lines}
-    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=beside, frameon=False)
+    figure.legend(
+        drawn.values(), [keys[name] for name in drawn], loc="outside lower center", ncols=beside, frameon=False
+    )
     return figure
 
 
@@ -354,7 +358,8 @@ def dot_panels(settings, metrics):
     """Settings of a sweep's table -> Figure with a row of panels for each, a panel for each metric: a line for each row
     of the table, with a dot for each seed, and the mean as a stroke on its interval."""
     tables = {setting["setting"]: [row for row in setting["rows"] if row["seeds"]] for setting in settings}
-    heights = [1.1 + 0.32 * len(rows) for rows in tables.values()]
+    names = {title: [_wrapped(row["row"], 2.2) for row in rows] for title, rows in tables.items()}
+    heights = [1.1 + (0.32 + 0.16 * max(name.count("\n") for name in some)) * len(some) for some in names.values()]
     width = 2.2 + 2.6 * len(metrics)
     figure = Figure(figsize=(width, sum(heights)), layout="constrained")
     parts = figure.subfigures(len(tables), 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -376,8 +381,7 @@ def dot_panels(settings, metrics):
             room = max(1, max(every) - min(every))
             low, high = np.clip([min(ends), max(ends)], min(every) - room, max(every) + room)
             panel.set_xlim(low - 0.05 * room, high + 0.05 * room)
-            names = [row["row"] for row in rows]
-            panel.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+            panel.set(yticks=range(len(rows)), yticklabels=names[title], ylim=(len(rows) - 0.5, -0.5))
             panel.set_title(metric, fontsize=9)
             panel.grid(axis="x", alpha=0.3)
             panel.tick_params(axis="y", length=0)

@@ -168,6 +168,27 @@ def test_lines_of_panels():
         assert (panel.get_xlabel(), {tick % 1 for tick in panel.get_xticks()}) == ("epoch", {0})
 
 
+@pytest.mark.parametrize("name", ["n" * 240, LONG])
+@pytest.mark.filterwarnings("error")  # Matplotlib's, of panels that have no room left
+def test_long_names_are_wrapped(name):
+    for panels in (1, 4):
+        figure = figures.line_panels(
+            {str(n): {"a": ([0, 1], [1, 2]), name: ([0, 1], [1, 3])} for n in range(panels)}, ""
+        )
+        check_page(figure)
+        assert texts(figure.legends[0].get_texts())[1].replace(" ", "") == name.replace(" ", "")
+        assert figure.axes[0].bbox.height > 2 * figure.dpi
+    row = sweep_tables.summarise_row(
+        {0: {"mean": {"Rank-1": 5, "mAP": 5, "mINP": 5}, "trials_std": None, "seconds": 1}}, {}
+    )
+    figure = figures.dot_panels([{"setting": "b", "rows": [{"row": other, **row} for other in ("a", name)]}], ("mAP",))
+    check_page(figure)
+    ticks = figure.axes[0].get_yticklabels()
+    assert texts(ticks)[1].replace(" ", "") == name.replace(" ", "")
+    first, second = (tick.get_window_extent() for tick in ticks)
+    assert not Bbox.intersection(first, second)
+
+
 def test_dots_of_a_sweep():
     """Of three rows, the middle one has a single seed, and the last an interval that is cut."""
     values, rows = {"a": [5, 6, 5, 6, 5], "b": [6.5], "c": [5, 10]}, []

@@ -181,7 +181,7 @@ def test_rows_by_name():
         (("--row", "a: --method 'adp"), "No closing quotation"),
         (("--row", "table.json: --lr 0.1"), "names a file of the table, or has a line break; choose another"),
         (("--row", "a\nb: --lr 0.1"), "names a file of the table, or has a line break; choose another"),
-        (("--row", "..: --method adp"), "rows need different names"),
+        (("--row", "..: --method adp"), "rows need different names that can be folders, not .."),
         (("--vary", "seed=1,2"), "row seed=1: the sweep sets --seed; leave it out"),
         (("--vary", "method=adp", "--", "--model-path", "x"), "row method=adp: the sweep sets --model_path"),
         (("--vary", "method=adp", "--", "--epochs", "0"), "row method=adp: error: argument --epochs: '0' is not"),

@@ -312,9 +312,10 @@ def plan_runs(plan, out):
     """
     if len(plan["rows"]) * len(plan["seeds"]) > MOST_RUNS:
         raise InputError(f"these rows and seeds are more than {MOST_RUNS} runs; take fewer, or several sweeps")
-    names = {name: re.sub(r"[^\w.=,+-]", "_", name).lstrip(".") for name, _ in plan["rows"]}
-    if len(set(names.values())) < len(plan["rows"]) or not all(names.values()):
-        raise InputError(f"rows need different names that can be folders, not {', '.join(names.values())}")
+    given = [name for name, _ in plan["rows"]]
+    names = {name: re.sub(r"[^\w.=,+-]", "_", name).lstrip(".") for name in given}
+    if len(set(names.values())) < len(given) or not all(names.values()):
+        raise InputError(f"rows need different names that can be folders, not {', '.join(given):.300}")
     runs = []
     for seed, (name, row_flags) in itertools.product(plan["seeds"], plan["rows"]):
         folder = out / names[name] / f"seed_{seed}"
