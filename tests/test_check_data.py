@@ -350,6 +350,14 @@ def test_tracks_of_other_people(vcm_tree, buptcampus_tree, tmp_path):
         assert " (test), unlike others of this id or folder; copy the lists" in text
 
 
+def test_frames_in_no_folder_of_a_person(buptcampus_tree, tmp_path, monkeypatch):
+    """Their paths are short, as seen from the data set's own folder."""
+    monkeypatch.chdir(shutil.copytree(buptcampus_tree, tmp_path / "own"))
+    file = Path("data_paths.json")
+    file.write_text(re.sub(r'"[^"]*/', '"', file.read_text()))
+    assert check(Path(), "buptcampus")[0]["people"][0] == "WRONG"
+
+
 def test_test_tracks_that_are_listed_twice(buptcampus_tree, tmp_path):
     tree = shutil.copytree(buptcampus_tree, tmp_path / "own")
     file = tree / "gallery.txt"

@@ -219,7 +219,7 @@ def check_people(listed, level):
     """A person's folders have one name in both modalities, and the lists pair these, and no others."""
     folders = {}
     for image, places in sorted(people_of(listed).items()):
-        name = Path(image).parents[level].name
+        name = Path(image).parts[-2 - level :][0]
         for place, identity in ((place, identity) for place, ids in places.items() for identity in sorted(ids)):
             for known, value in (((*place, identity), name), ((*place, f"folder {name}"), identity)):
                 if folders.setdefault(known, value) != value:
