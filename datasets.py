@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import data_manager
-from core.files import regular
+from core.files import is_regular
 from core.images import image_suffixes
 from data_loader import check_prepared, listed_train, sysu_train
 from eval_metrics import REGDB_RULES, SYSU_RULES, Rules
@@ -143,8 +143,8 @@ def fingerprint(dataset, data_path):
     first searches test. It tells data sets apart, whatever their folders are called."""
     digest, spec = hashlib.sha256(), TRAINING_SETS[dataset]
     for top, pattern in itertools.product(spec.folders(data_path), spec.lists):
-        for file in sorted(Path(top).glob(pattern)):
-            digest.update(os.fsencode(file.name) + regular(file).read_bytes())
+        for file in filter(is_regular, sorted(Path(top).glob(pattern))):
+            digest.update(os.fsencode(file.name) + file.read_bytes())
     for paths in spec.searches(data_path).paths.values():
         for path in paths:
             digest.update(os.fsencode(f"{Path(path).relative_to(data_path)} {os.path.getsize(path)}\n"))

@@ -174,6 +174,7 @@ def test_rows_by_name():
         (("--vary", "method=base,gan"), "row method=gan: error: argument --method: invalid choice: 'gan'"),
         (("--vary", "method=base", "--epochs", "9"), "arguments: --epochs 9; flags of training follow after --"),
         (("--vary", "methods=base"), "row methods=base: error: unrecognized arguments: --methods base"),
+        (("--vary", "lr=1", "--vary", "num-pos=2", "lr=2"), "--vary lr: is there twice; give all"),
         (("--vary", "method=base,base"), "rows need different names"),
         (("--vary", *(f"{flag}={','.join('1' * 59)}" for flag in "abcdef")), "are more than 1000 runs; take fewer"),
         (("--vary", "method=base,adp", "--seeds", *map(str, range(501))), "are more than 1000 runs; take fewer"),

@@ -195,6 +195,9 @@ def join_test_flags(argv):
 
 def new_plan(args, flags):
     """The plan of the runs as plain values: OUT/sweep.json."""
+    varied_flags = [flag for ((_, (flag, *_)), *_) in args.vary or ()]
+    if twice := [flag for flag in varied_flags if varied_flags.count(flag) > 1]:
+        raise InputError(f"--vary {twice[0][2:]}: is there twice; give all its values after one =")
     grid = itertools.product(*args.vary) if args.vary else [[pair] for pair in args.row]
     grid = itertools.islice(grid, MOST_RUNS + 1)  # six flags of 59 values each are 4e10 rows
     rows = [[",".join(name for name, _ in pairs), [f for _, more in pairs for f in more]] for pairs in grid]
