@@ -80,12 +80,13 @@ class DataSet:
         return listed_train(data_path, self.training(data_path, **options), size, test)
 
     def check_not_data(self, output, data_path):
-        """Raise InputError if a file to be written is there as an image, or is one of the data set's lists."""
+        """Raise InputError if a file to be written is there as an image, or is a list or an array of the data set."""
         if os.path.isfile(output) and Path(output).suffix.lower() in image_suffixes():
             raise InputError(f"{output}: is an image; choose another file")
-        for top, pattern in itertools.product(self.folders(data_path or self.path), (*self.lists, "exp/*.mat")):
+        patterns = (*self.lists, "exp/*.mat", "*.npy", "cache/*.npy", data_manager.DEMO_FILE)
+        for top, pattern in itertools.product(self.folders(data_path or self.path), patterns):
             if os.path.realpath(output) in map(os.path.realpath, Path(top).glob(pattern)):
-                raise InputError(f"{output}: is a list of the data set; choose another file")
+                raise InputError(f"{output}: is a file of the data set; choose another")
 
     def folders(self, data_path):
         """The folders that have the lists: the data set's own, or in it those of the parts."""

@@ -6,6 +6,7 @@ are noticed; `origin`, JSON, which says where the features come from. No pickles
 """
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Literal
@@ -13,7 +14,6 @@ from typing import Literal
 import msgspec
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from core.files import atomic, regular
 from core.formats import Flags, checked
@@ -61,6 +61,8 @@ def load_features(path):
                 raise ValueError(f"unpacks to {unpacked} bytes")
             if len(set(file.files)) < len(file.files):
                 raise ValueError("the same name twice")
+            for entry in file.zip.infolist():
+                _check_size(file.zip, entry)
             arrays = {name: file[name] for name in file.files}
             origin = json.loads(arrays.pop("origin", np.array("{}")).item())
     except Exception as error:  # the readers raise anything when a file is damaged
@@ -103,6 +105,16 @@ def load_features(path):
     return stored, msgspec.structs.asdict(origin)
 
 
+def _check_size(archive, entry):
+    """ValueError for an array that is shorter than its header says: NumPy would reserve that memory first."""
+    with archive.open(entry) as member:
+        one = np.lib.format.read_magic(member) == (1, 0)
+        read = np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(member)
+    if math.prod(shape) * dtype.itemsize > entry.file_size:
+        raise ValueError("less than its header says")
+
+
 def _rows(path, modality, arrays):
     """Take the array of paths -> {path: row}."""
     paths = arrays.pop(f"{modality}/paths", np.array([]))
@@ -132,11 +144,15 @@ def select_features(path, stored, paths, data_path, device):
             for file, size in zip(files, stored[modality]["bytes"][rows].tolist(), strict=True):
                 if os.path.exists(file) and os.path.getsize(file) not in (size, 0):  # empty: in the place of an image
                     raise InputError(f"{path}: was made from another {file}; pass the --data_path it was made from")
-        named = stored[modality].items()
-        features[modality] = {
-            name: F.normalize(values[rows]).to(device) for name, values in named if isinstance(name, tuple)
-        }
+        named = ((name, values[rows]) for name, values in stored[modality].items() if isinstance(name, tuple))
+        features[modality] = {name: _of_unit_length(values).to(device) for name, values in named}
     return features
+
+
+def _of_unit_length(values):
+    """Rows that have it already stay as they are: in other last digits, near-ties would rank otherwise."""
+    lengths = values.norm(dim=1, keepdim=True)
+    return torch.where((lengths - 1).abs() < 1e-5, values, values / lengths)
 
 
 def _relative(files, data_path):

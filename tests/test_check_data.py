@@ -432,17 +432,22 @@ def test_no_output_replaces_an_image(sysu_tree, tmp_path):
     [
         ("sysu", "exp/test_id.txt"),
         ("sysu", "exp/rand_perm_cam.mat"),
+        ("sysu", "train_ids.npy"),
+        ("sysu", DEMO_FILE),
         ("regdb", "idx/test_visible_1.txt"),
+        ("regdb", "cache/train.npy"),
         ("buptcampus", "query.txt"),
         ("buptcampus", "data_paths.json"),
     ],
 )
-def test_no_output_replaces_a_list(dataset, name, request, tmp_path):
+def test_no_output_replaces_a_file_of_the_data_set(dataset, name, request, tmp_path):
     tree = shutil.copytree(request.getfixturevalue(f"{dataset}_tree"), tmp_path / "own")
     (tmp_path / "link").symlink_to(tree)
+    (tree / "cache").mkdir(exist_ok=True)
+    (tree / "cache" / "train.npy").touch()
     before = (tree / name).read_bytes()
     flags = ["--dataset", dataset, "--data_path", str(tree), "--gpu", "cpu"]
     for main, more in ((check_data.main, []), (testa.main, ["--resume", "x.t"])):
-        with pytest.raises(InputError, match=f"{name}: is a list of the data set; choose another file"):
+        with pytest.raises(InputError, match=f"{name}: is a file of the data set; choose another"):
             main([*flags, *more, "--json", str(tmp_path / "link" / name)])
     assert (tree / name).read_bytes() == before

@@ -274,6 +274,8 @@ def test_a_method_whose_runs_fail_has_no_record_and_stops_no_other(regdb, tmp_pa
         regdb("--method", "base", "--seeds", "0")
     (tmp_path / "stub.py").write_text(stub)
     regdb("--method", "base", "--seeds", "0")
+    with pytest.raises(InputError, match="^base: /.*/seed_0: was run with --lr 0.1, but this sweep uses --lr"):
+        regdb("--method", "base", "--seeds", "0", "--", "--lr", "0.2")
 
 
 def test_flags_that_do_not_go_together(regdb, tmp_path):

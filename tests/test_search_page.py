@@ -543,7 +543,8 @@ def test_a_slow_upload_and_a_long_search_stop_nobody(running, site, monkeypatch)
 
 @contextlib.contextmanager
 def served(index, code="", stop=signal.SIGTERM, **options):
-    """tools.search serve as a process -> port, token, and its stdout. The block is followed by a signal."""
+    """tools.search serve as a process -> port, token, and its stdout; after the block, which a signal follows, the
+    errors."""
     command = [sys.executable, "-c", f"{SEARCH_IN_FLOAT32}{code}\nsearch.cli(search.main)"]
     command += ["serve", "--index", str(index), "--port", "0", "--gpu", "cpu"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -553,15 +554,15 @@ def served(index, code="", stop=signal.SIGTERM, **options):
         try:
             address = re.match(r"http://127.0.0.1:(\d+)/\?token=(\S{43})  ", process.stdout.readline())
             assert address, process.communicate()[1]
-            yield SimpleNamespace(port=int(address[1]), token=address[2], lines=process.stdout)
+            yield (server := SimpleNamespace(port=int(address[1]), token=address[2], lines=process.stdout))
             process.send_signal(stop)
-            errors = process.communicate(timeout=5)[1]
+            server.errors = process.communicate(timeout=5)[1]
         finally:
             timer.cancel()
             process.kill()
     assert process.returncode == 128 + stop
-    assert "Traceback" not in errors
-    assert errors.endswith(f"stopped by {stop.name}\n")
+    assert "Traceback" not in server.errors
+    assert server.errors.endswith(f"stopped by {stop.name}\n")
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
@@ -577,6 +578,27 @@ def test_a_signal_ends_it_while_it_searches(site, tmp_path, stop):
     for end in (upload, connection, idle):
         end.close()
     assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        (24, r"serve: too many files are open \(OSError: Too many open files\); raise the limit: ulimit -n 4096\n"),
+        pytest.param(256, "", marks=pytest.mark.slow),  # that of macOS
+    ],
+)
+def test_many_connections_fill_no_log(limit, expected, site):
+    limited = f"\nimport resource\nresource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))"
+    with served(site.index, limited) as server:
+        for _ in range(2):
+            with contextlib.ExitStack() as stack:
+                for _ in range(2 * limit):
+                    client = stack.enter_context(socket.socket())
+                    client.setblocking(False)
+                    client.connect_ex(("127.0.0.1", server.port))
+                time.sleep(0.5)
+        assert ask(server, "GET", "/")[0] == 200
+    assert re.fullmatch(expected + "\nserve: stopped by SIGTERM\n", server.errors)
 
 
 # ------------------------------------------------------------------------------------------------------- in a browser

@@ -76,8 +76,10 @@ def test_run_writes_what_it_promises(trained):
         ),
     ],
 )
-def test_every_method_trains_and_its_checkpoint_tests(tiny_tree, tmp_path, more, capsys):
-    result = train_ext_test0.main(tiny_flags(tiny_tree, tmp_path, "--epochs", "1", *more))
+def test_every_method_trains_and_its_checkpoint_tests(tiny_tree, sysu_tree, tmp_path, more, capsys):
+    # In bfloat16, tiny images are too narrow for some processors: see docs/training.md.
+    tree, own_flags = (sysu_tree, flags) if "bf16" in more else (tiny_tree, tiny_flags)
+    result = train_ext_test0.main(own_flags(tree, tmp_path, "--epochs", "1", *more))
     (entry,) = log_entries(result["log"])
     assert math.isfinite(entry["total"])
     assert (entry["local"] > 0) == ("adp" in more)
@@ -88,7 +90,7 @@ def test_every_method_trains_and_its_checkpoint_tests(tiny_tree, tmp_path, more,
     assert ("--square 1" in printed[0], "--margin 0.1" in printed[0]) == ("--square" in more, "--margin" in more)
     assert ('"margin": ' in text, '"margin": ' in "".join(printed)) == (True, False)
     assert printed[-1].endswith(f": {result['best']}")
-    rows = testa.main(search_flags(tiny_tree, result["last"]))
+    rows = testa.main(search_flags(tree, result["last"]))
     assert len(rows) == 2
 
 

@@ -114,7 +114,8 @@ def main(argv=None):
             except InputError as reason:  # none has finished, or other runs are there
                 unfinished, reasons = missing(runs, checkpoint), [str(reason).replace("--out", "--runs")]
             if unfinished or reasons:
-                failed.append("; ".join([f"{method}: {len(unfinished)} runs have not finished", *reasons[:1]]))
+                count = [f"{len(unfinished)} runs have not finished"] if unfinished else []
+                failed.append(f"{method}: {'; '.join([*count, *reasons[:1]])}")
                 print(failed[-1])
                 break
         else:

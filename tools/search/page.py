@@ -32,7 +32,7 @@ from utils import InputError, Stopped, printable, shortage
 
 TIMELINE = 100  # images on it
 UPLOADS, UPLOADED = 20, 64 * 2**20  # images of a query, and bytes of a request
-CONNECTIONS = 200
+CONNECTIONS, ACCEPTED = 100, 16  # at a time; those that are accepted before the surplus is closed
 REQUEST_SECONDS = 120  # in which a request has to arrive, header and body
 FIELDS = ("images", "camera", "from", "before", "folder")  # and those of `Page.choices`
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
@@ -70,7 +70,23 @@ def serve(args):
 
 def server(page):
     flags = {"ws": "none", "lifespan": "off", "log_level": "error", "timeout_graceful_shutdown": 1}
-    return uvicorn.Server(uvicorn.Config(page, http=Connection, **flags))
+    return Server(uvicorn.Config(page, http=Connection, backlog=ACCEPTED, **flags))
+
+
+class Server(uvicorn.Server):
+    """Says once, in a line, that files have run out: asyncio would print a traceback for each connection."""
+
+    async def serve(self, sockets=None):
+        self.told = set()
+        asyncio.get_running_loop().set_exception_handler(self._tell)
+        await super().serve(sockets)
+
+    def _tell(self, loop, context):
+        if not (line := shortage(context.get("exception"))):
+            loop.default_exception_handler(context)
+        elif line not in self.told:
+            print(f"serve: {line}", file=sys.stderr, flush=True)
+            self.told.add(line)
 
 
 class Connection(H11Protocol):
