@@ -213,7 +213,8 @@ def _deliver_again(ignored):
 
 
 def _one_line_exit(program, message):
-    print(f"{program}: error: {one_line(message)}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # a full disk, where stderr is a file
+        print(f"{program}: error: {one_line(message)}", file=sys.stderr)
     return 2
 
 

@@ -113,6 +113,16 @@ def test_all_kinds_of_spaces_stay_in_a_line():
     assert utils.one_line("a\u3000b\xa0c d\te\x1b[2J\u202e") == "a\u3000b\xa0c d?e?[2J?"
 
 
+def test_the_status_is_right_where_nothing_can_be_written(monkeypatch):
+    def write(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=write))
+    with pytest.raises(SystemExit) as stopped:
+        utils.ArgumentParser().parse_args(["--bogus"])
+    assert stopped.value.code == 2
+
+
 def test_a_daemon_has_no_streams(monkeypatch):
     """As after >&-, <&- and 2>&-."""
     for name in ("stdin", "stdout", "stderr"):
