@@ -81,6 +81,14 @@ def test_a_training_begins_with_the_triplet_that_was_asked_for(triplet, others, 
     assert entry["triplet"] == pytest.approx(triplet, rel=0.1)  # of other batches, at a rate that changes nothing
 
 
+def test_a_triplet_that_no_scale_gives_is_told(others, tmp_path, monkeypatch):
+    for value in (1.0, float("nan")):
+        monkeypatch.setattr(pretrain, "first_triplet", lambda *_, value=value: value)
+        with pytest.raises(InputError, match=r"--triplet 34\.5: no scale gives it; pass another, or leave it out"):
+            start(others, tmp_path / "w.pt", 34.5, steps=1)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_the_padding_is_that_of_the_flag(others, tmp_path, monkeypatch):
     paddings = []
 

@@ -60,7 +60,12 @@ def main(argv=None):
         batches = first_batches(temporary, args.arch, data, args.padding, device)
         factor = 1.0
         if args.triplet:
-            factor = brentq(lambda scale: first_triplet(batches, scale) - args.triplet, 1e-3, 1e3, xtol=1e-4)
+            try:
+                factor = brentq(lambda scale: first_triplet(batches, scale) - args.triplet, 1e-3, 1e3, xtol=1e-4)
+            except ValueError as error:  # it is beyond all scales, or not finite
+                raise InputError(
+                    f"--triplet {args.triplet}: no scale gives it; pass another, or leave it out"
+                ) from error
             scale_last_stage(resnet, factor)
             save(resnet, temporary)
     triplet = first_triplet(batches, factor)
