@@ -828,14 +828,16 @@ def test_onnx_files_embed_and_search_as_their_checkpoint(exported, made, checkpo
         search.Embedder(broken)
 
 
-def means_as_onnx(path, batch, axes):
-    """An .onnx file as tools.export writes them, whose features are means of its images over some axes."""
+def means_as_onnx(path, batch, axes, last="Identity", kind=onnx.TensorProto.FLOAT, **values):
+    """An .onnx file as tools.export writes them, whose features are means of its images over some axes, after one last
+    operator with these values."""
     images = onnx.helper.make_tensor_value_info("images", onnx.TensorProto.UINT8, (batch, 3, 96, 48))
-    features = onnx.helper.make_tensor_value_info("features", onnx.TensorProto.FLOAT, ("n", 3))
+    features = onnx.helper.make_tensor_value_info("features", kind, ("n", 3))
     nodes = [onnx.helper.make_node("Cast", ["images"], ["f"], to=onnx.TensorProto.FLOAT)]
     nodes += [
         onnx.helper.make_node("ReduceMean", ["f", "axes"], ["m"]),
-        onnx.helper.make_node("Flatten", ["m"], ["features"]),
+        onnx.helper.make_node("Flatten", ["m"], ["means"]),
+        onnx.helper.make_node(last, ["means"], ["features"], **values),
     ]
     axes = onnx.numpy_helper.from_array(np.array(axes), "axes")
     graph = onnx.helper.make_graph(nodes, "g", [images], [features], [axes])
@@ -885,7 +887,7 @@ def test_an_index_remembers_the_checkpoint_of_an_onnx_file(sha256, there, expect
 def test_onnx_files_of_another_batch_are_one_line(pictures, tmp_path):
     """One row for any number of images would be the feature of them all."""
     means_as_onnx(tmp_path / "one.onnx", "b", [0, 2, 3])
-    with pytest.raises(InputError, match=r"one.onnx: .*2 images have features of shape \(1, 3\)"):
+    with pytest.raises(InputError, match=r"one.onnx: .*2 images have features float32 \[1, 3\]"):
         search.Embedder(tmp_path / "one.onnx")
     means_as_onnx(tmp_path / "two.onnx", 2, [2, 3])
     embed = search.Embedder(tmp_path / "two.onnx")
@@ -894,6 +896,22 @@ def test_onnx_files_of_another_batch_are_one_line(pictures, tmp_path):
         InputError, match=r"two.onnx: not an ONNX file of tools.export \(InvalidArgument: .*; export it"
     ):
         embed(pictures[0][:3], "visible")
+
+
+@pytest.mark.parametrize(
+    ("last", "values", "found"),
+    [
+        ("Cast", {"kind": onnx.TensorProto.STRING, "to": onnx.TensorProto.STRING}, "object [2, 3]"),
+        ("Cast", {"kind": onnx.TensorProto.BOOL, "to": onnx.TensorProto.BOOL}, "bool [2, 3]"),
+        ("ReduceMax", {"keepdims": 0}, "float32 []"),
+    ],
+)
+def test_onnx_files_of_other_features_are_one_line(last, values, found, tmp_path, capfd):
+    means_as_onnx(tmp_path / "other.onnx", "b", [2, 3], last, **values)
+    text = f"other.onnx: not an ONNX file of tools.export (ValueError: 2 images have features {found}); export it again"
+    with pytest.raises(InputError, match=re.escape(text)):
+        search.Embedder(tmp_path / "other.onnx")
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("stamp", [0, -(10**30), 10**30, 10**18])

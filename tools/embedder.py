@@ -73,7 +73,9 @@ class Embedder:
         import onnxruntime  # only here: a checkpoint does not need it
 
         try:
-            session = onnxruntime.InferenceSession(self.path, providers=["CPUExecutionProvider"])
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 3  # errors, not warnings
+            session = onnxruntime.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
             about = json.loads(session.get_modelmeta().custom_metadata_map["gfmnet"])
             about = checked(about, ExportedFile, self.path, "export it again")
             height, width = about["image_size"]
@@ -83,8 +85,8 @@ class Embedder:
             def embed(images, _):
                 try:
                     values = session.run(["features"], {"images": prepare(images).contiguous().numpy()})[0]
-                    if values.ndim != 2 or len(values) != len(images):
-                        raise ValueError(f"{len(images)} images have features of shape {values.shape}")
+                    if values.dtype != np.float32 or values.ndim != 2 or len(values) != len(images):
+                        raise ValueError(f"{len(images)} images have features {values.dtype} {list(values.shape)}")
                 except Exception as error:
                     raise self._not_exported(error) from error
                 return values
