@@ -19,7 +19,7 @@ import train_ext_test0
 from conftest import SIZE, exit_status, parse
 from data_manager import DEMO_FILE, list_folders, read_splits
 from datasets import DATASETS, TRAINING_SETS, difference, training_counts
-from tools import check_data
+from tools import bench, check_data, pretrain
 from utils import InputError
 
 OFF = ["--gpu", "cpu", "--workers", "0"]
@@ -417,13 +417,18 @@ def test_names_of_images_write_nothing_on_the_terminal(own_tree, capsys):
     assert {c for c in out if not c.isprintable()} == {"\n"}
 
 
+# Programs, what they need besides, and the flag of a file that they write. The first two take any data set.
+OUTPUTS = (check_data.main, [], "--json"), (testa.main, ["--resume", "x.t"], "--json")
+OUTPUTS += (bench.main, ["data"], "--json"), (pretrain.main, [], "--out")
+
+
 def test_no_output_replaces_an_image(sysu_tree, tmp_path):
     image = shutil.copy(next(sysu_tree.rglob("*.jpg")), tmp_path / "a.JPG")
     before = image.read_bytes()
     flags = ["--data_path", str(sysu_tree), "--gpu", "cpu"]
-    for main, more in ((check_data.main, []), (testa.main, ["--resume", "x.t"])):
+    for main, more, output in OUTPUTS:
         with pytest.raises(InputError, match=r"a\.JPG: is an image; choose another file"):
-            main([*flags, *more, "--json", str(image)])
+            main([*more, *flags, output, str(image)])
     assert image.read_bytes() == before
 
 
@@ -446,8 +451,9 @@ def test_no_output_replaces_a_file_of_the_data_set(dataset, name, request, tmp_p
     (tree / "cache").mkdir(exist_ok=True)
     (tree / "cache" / "train.npy").touch()
     before = (tree / name).read_bytes()
-    flags = ["--dataset", dataset, "--data_path", str(tree), "--gpu", "cpu"]
-    for main, more in ((check_data.main, []), (testa.main, ["--resume", "x.t"])):
+    for main, more, output in OUTPUTS if dataset == "sysu" else OUTPUTS[:2]:
+        own = ["--dataset", dataset] if main in (check_data.main, testa.main) else []
+        flags = [*more, *own, "--data_path", str(tree), "--gpu", "cpu"]
         with pytest.raises(InputError, match=f"{name}: is a file of the data set; choose another"):
-            main([*flags, *more, "--json", str(tmp_path / "link" / name)])
+            main([*flags, output, str(tmp_path / "link" / name)])
     assert (tree / name).read_bytes() == before

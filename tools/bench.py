@@ -80,6 +80,7 @@ def main(argv=None):
     bench = vars(args).pop("bench")  # not one of the flags
     if args.json:
         check_output(args.json)
+        DATASETS["sysu"].check_not_data(args.json, getattr(args, "data_path", None))
     device = select_device(getattr(args, "gpu", "cpu"), getattr(args, "amp", "off"))
     results = bench(args, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()

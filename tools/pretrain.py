@@ -18,6 +18,7 @@ from torch import nn
 from ChannelAug import PADDING, TrainAugmentation, normalise, random_crop, random_flip
 from core.files import atomic, check_output
 from data_loader import IdentitySampler, sysu_train, train_loader
+from datasets import DATASETS
 from loss import SquaredTripletLoss
 from model import ARCHS, GFMNet, backbone
 from utils import ArgumentParser, InputError, bounded, cli, progress, seed_everything, select_device
@@ -49,6 +50,7 @@ def main(argv=None):
     """Returns the triplet loss (published, not squared) of the first batches of a training from the saved weights."""
     args = get_args_parser().parse_args(argv)
     check_output(args.out)
+    DATASETS["sysu"].check_not_data(args.out, args.data_path)
     device = select_device(args.gpu)
     seed_everything(args.seed)
     data = sysu_train(args.data_path, (args.img_h, args.img_w))
