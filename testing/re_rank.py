@@ -62,7 +62,7 @@ def k_reciprocal(query: Array, gallery: Array, k1: int = 20, k2: int = 6, lambda
 
     result = torch.empty(queries, total - queries)
     left, right = described[:queries], described[queries:].tocsc()
-    pairs = int((left.astype(bool) @ np.diff(right.indptr)).max())  # pairs of entries of the busiest query
+    pairs = int((left.astype(bool) @ np.diff(right.indptr)).max(initial=0))  # pairs of entries of the busiest query
     for rows in blocks(queries, max(1, BLOCK // max(total, pairs))):
         overlap = torch.from_numpy(_overlap(left[rows], right))
         jaccard = 1 - overlap / (2 - overlap)

@@ -84,6 +84,13 @@ def test_kind_in_is_kind_out_and_inputs_are_left_alone(measure):
     np.testing.assert_array_equal(gallery, before[1])
 
 
+@pytest.mark.parametrize("measure", [re_rank.k_reciprocal, re_rank.random_walk])
+def test_without_queries_or_images_there_are_no_distances(measure):
+    query, gallery = clusters(0)
+    assert measure(query[:0], gallery).shape == (0, len(gallery))
+    assert measure(query, gallery[:0]).shape == (len(query), 0)
+
+
 def test_duplicates_and_tiny_galleries():
     same = np.ones((3, 4), np.float32)
     np.testing.assert_allclose(re_rank.k_reciprocal(same, same), 0, atol=1e-6)
