@@ -16,7 +16,7 @@ import threading
 import traceback
 import unicodedata
 import warnings
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from multiprocessing.queues import Queue
 from pathlib import Path
 
@@ -116,6 +116,7 @@ def cli(main):
     sys.stdout.reconfigure(errors="replace")  # print ? for characters that the terminal cannot show
     signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C: half-written files are removed
     sys.unraisablehook = _deliver_again
+    threading.excepthook = _silent_if_told
     try:
         if sys.getfilesystemencoding() != "utf-8":
             raise InputError(f"file names are read as {sys.getfilesystemencoding()}, not UTF-8; set PYTHONUTF8=1")
@@ -158,7 +159,10 @@ def begin_loading(_=None):
 def end_with_the_main_process():
     """For a process of a pool: Ctrl-C goes to all processes, but the main one ends the others, by SIGTERM. If it is
     killed, nobody does: they would wait for work for ever."""
-    threading.Thread(target=_end_after, args=[multiprocessing.parent_process()], daemon=True).start()
+    try:
+        threading.Thread(target=_end_after, args=[multiprocessing.parent_process()], daemon=True).start()
+    except RuntimeError:  # memory or threads have run out; the pool tells that a process has ended
+        os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -177,9 +181,19 @@ def map_processes(function, items, workers):
         return
     pool = ProcessPoolExecutor(min(workers, cores()), initializer=end_with_the_main_process)
     try:
-        yield pool.map(function, items)
+        yield (result_of(pool, future) for future in [pool.submit(function, item) for item in items])
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def result_of(pool, future):
+    """The result of a future of a `ProcessPoolExecutor`. Where no thread can be started, that of the pool dies, and
+    Python would wait for ever."""
+    while not future.done():
+        alive = pool._executor_manager_thread.is_alive()
+        if not wait([future], timeout=1).done and not alive:
+            raise RuntimeError("can't start new thread")
+    return future.result()
 
 
 class Stopped(BaseException):
@@ -210,6 +224,12 @@ def _deliver_again(ignored):
     again = threading.Timer(0.1, os.kill, (os.getpid(), number))
     again.daemon = True
     again.start()
+
+
+def _silent_if_told(ended):
+    """What has run out for a thread, `result_of` tells."""
+    if not shortage(ended.exc_value):
+        threading.__excepthook__(ended)
 
 
 def _one_line_exit(program, message):

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -80,6 +81,7 @@ def exit_status(script, arguments):
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "unraisablehook", sys.unraisablehook)
+            patch.setattr(threading, "excepthook", threading.excepthook)
             patch.setattr(sys, "argv", [Path(script.__file__).name, *map(str, arguments)])
             utils.cli(script.main)
     except SystemExit as stop:

@@ -146,6 +146,47 @@ def test_there_are_no_more_processes_than_cores(monkeypatch):
     assert len(set(mapped(process, range(12), 500))) == 2
 
 
+POOL = """
+import multiprocessing.queues, os, threading
+import utils
+
+def fails(*_, **__):
+    raise RuntimeError("can't start new thread")
+
+def main():
+    {}
+    with utils.map_processes(abs, range(3), 1) as done:
+        list(done)
+
+utils.cli(main)
+"""
+
+
+@needs_fork
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (
+            "multiprocessing.queues.Queue._start_thread = fails",
+            "no more processes can be started (RuntimeError: can't start new thread); raise the limit: ulimit -u",
+        ),
+        (
+            "os.register_at_fork(after_in_child=lambda: setattr(threading, 'Thread', fails))",
+            "a process was killed or could not go on (BrokenProcessPool: A process in the process pool was terminated "
+            "abruptly while the future was running or pending.); free some memory",
+        ),
+    ],
+    ids=["its own", "in a process"],
+)
+def test_a_pool_that_has_no_room_for_threads_is_one_line(change, line, tmp_path):
+    """Python's waits for ever once its own thread has died, and prints tracebacks of it and of its processes."""
+    (tmp_path / "pool.py").write_text(POOL.format(change))
+    environment = os.environ | {"PYTHONPATH": str(Path(utils.__file__).parent)}
+    command = [sys.executable, tmp_path / "pool.py"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stderr) == (2, f"pool.py: error: {line}\n")
+
+
 WORK = """
 import os, time
 import utils

@@ -37,7 +37,17 @@ from tools import check_data, records, sweep
 from tools.sweep_tables import markdown_table, network_rows, plus_minus, spread
 from training.engine import train_epoch
 from training.optim import build_optimizer
-from utils import ArgumentParser, InputError, bounded, cli, cores, end_with_the_main_process, one_line, select_device
+from utils import (
+    ArgumentParser,
+    InputError,
+    bounded,
+    cli,
+    cores,
+    end_with_the_main_process,
+    one_line,
+    result_of,
+    select_device,
+)
 
 WARM_UP, MEASURED = 10, 30  # steps
 SEEDS = 3  # for a verdict: the interval of fewer seeds is too wide to tell anything
@@ -150,7 +160,7 @@ def in_a_process(function, *arguments):
     with ProcessPoolExecutor(1, context, initializer=end_with_the_main_process) as pool:
         future = pool.submit(_stoppable, function, *arguments)
         try:
-            return future.result()
+            return result_of(pool, future)
         finally:
             if not future.done():  # a signal does not wait for the result
                 for process in multiprocessing.active_children():
