@@ -227,8 +227,8 @@ def _deliver_again(ignored):
 
 
 def _silent_if_told(ended):
-    """What has run out for a thread, `result_of` tells."""
-    if not shortage(ended.exc_value):
+    """What has run out for the thread of a pool, `result_of` tells."""
+    if type(ended.thread).__module__ != "concurrent.futures.process" or not shortage(ended.exc_value):
         threading.__excepthook__(ended)
 
 

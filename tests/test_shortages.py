@@ -180,11 +180,22 @@ utils.cli(main)
 )
 def test_a_pool_that_has_no_room_for_threads_is_one_line(change, line, tmp_path):
     """Python's waits for ever once its own thread has died, and prints tracebacks of it and of its processes."""
-    (tmp_path / "pool.py").write_text(POOL.format(change))
-    environment = os.environ | {"PYTHONPATH": str(Path(utils.__file__).parent)}
-    command = [sys.executable, tmp_path / "pool.py"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    run = run_pool(change, tmp_path)
     assert (run.returncode, run.stderr) == (2, f"pool.py: error: {line}\n")
+
+
+def run_pool(change, folder):
+    (folder / "pool.py").write_text(POOL.format(change))
+    environment = os.environ | {"PYTHONPATH": str(Path(utils.__file__).parent)}
+    command = [sys.executable, folder / "pool.py"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.slow
+def test_what_else_a_pool_dies_of_keeps_its_traceback(tmp_path):
+    assert (
+        "ZeroDivisionError" in run_pool("multiprocessing.queues.Queue._start_thread = lambda _: 1 / 0", tmp_path).stderr
+    )
 
 
 WORK = """

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -131,6 +132,15 @@ def test_a_daemon_has_no_streams(monkeypatch):
     utils.cli(lambda: [print("x"), print("y", file=sys.stderr), done.extend(utils.progress([1]))])
     assert done == [1]
     assert exit_status(Script(InputError("a")), []) == 2
+
+
+def test_other_threads_still_say_what_they_died_of(capsys):
+    def die():
+        raise MemoryError
+
+    thread = threading.Thread(target=die)
+    assert exit_status(SimpleNamespace(__file__="x.py", main=lambda: [thread.start(), thread.join()]), []) == 0
+    assert capsys.readouterr().err.endswith("MemoryError\n")
 
 
 class Ignoring:
